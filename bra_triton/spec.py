@@ -1,0 +1,67 @@
+"""The numbers that define one bi-level routing attention, checked once, where they enter."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What the attention computes, apart from the map's size.
+
+    Attributes:
+        dim: channels of the values and of the output.
+        qk_dim: channels of the queries and of the keys, all heads together.
+        num_heads: attention heads; divides `dim` and `qk_dim`.
+        n_win: regions a side.
+        topk: regions that every region attends to, 1 to `n_win**2`.
+        qk_scale: factor of the logits, positive; `qk_dim ** -0.5` where it is None or 0.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    dim: int
+    qk_dim: int
+    num_heads: int
+    n_win: int
+    topk: int
+    qk_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "qk_dim", "num_heads", "n_win", "topk"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        for name in ("dim", "qk_dim"):
+            if getattr(self, name) % self.num_heads:
+                raise ValueError(
+                    f"{name} must be a multiple of num_heads={self.num_heads}, got {getattr(self, name)}"
+                )
+        if self.topk > self.n_win**2:
+            raise ValueError(
+                f"topk must be at most the number of regions, n_win**2 = {self.n_win**2}, got {self.topk}"
+            )
+
+        # Positive, since the kernels take the largest score before they apply the scale.
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"qk_scale must be positive and finite, got {self.scale}")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the logits, of the regions' and of the tokens' alike."""
+        return self.qk_scale or self.qk_dim**-0.5
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a query or key in one head."""
+        return self.qk_dim // self.num_heads
+
+    @property
+    def v_head_dim(self) -> int:
+        """Channels of a value in one head."""
+        return self.dim // self.num_heads
+
+    @property
+    def packed_dim(self) -> int:
+        """Channels of the packed projection: queries, keys, values."""
+        return 2 * self.qk_dim + self.dim

@@ -1,0 +1,34 @@
+"""Where there is no GPU the Triton kernels run under the interpreter; that is decided before Triton loads.
+
+`make test` runs pytest twice: interpreted (everything but what is marked `compiled`), then compiled (the
+tests so marked, which compile the kernels for GPUs that need not be there).
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(config, items):
+    def runs_here(item):
+        if "compiled" in item.keywords:
+            return not INTERPRETED
+        return INTERPRETED or torch.cuda.is_available()
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
+    items[:] = [item for item in items if runs_here(item)]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
