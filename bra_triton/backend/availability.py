@@ -1,0 +1,45 @@
+"""Whether a backend can serve, asked before it is imported: the same predicate chooses and explains."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ..spec import AttentionSpec
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+MAX_HEAD_DIM = 256
+# One program of the routing kernel holds the logits of all regions in registers.
+MAX_N_WIN = 64
+
+
+def always(qkv: Tensor, spec: AttentionSpec) -> None:
+    """Serves everything."""
+
+
+def why_not_triton(qkv: Tensor, spec: AttentionSpec) -> str | None:
+    """Why the Triton kernels cannot serve, or None."""
+    if not TRITON_IS_INSTALLED:
+        return "Triton is not installed (pip install triton; Linux only)"
+    if qkv.device.type == "cpu" and not _interpreted():
+        return "tensors on the CPU need TRITON_INTERPRET=1 (for tests; slow)"
+    if qkv.device.type not in ("cpu", "cuda"):
+        return f"Triton kernels run on CUDA and ROCm devices, not on {qkv.device.type!r}"
+    if qkv.dtype not in TRITON_DTYPES:
+        return f"dtype must be float32, float16 or bfloat16, got {qkv.dtype}"
+    if max(spec.qk_head_dim, spec.v_head_dim) > MAX_HEAD_DIM:
+        return (
+            f"heads must be at most {MAX_HEAD_DIM} wide, got {spec.qk_head_dim} (queries and keys) and "
+            f"{spec.v_head_dim} (values); raise num_heads"
+        )
+    if spec.n_win > MAX_N_WIN:
+        return f"n_win must be at most {MAX_N_WIN}, got {spec.n_win}"
+    if qkv.shape[1] * qkv.shape[2] * qkv.shape[3] >= 2**31:
+        return f"one image's projection must have fewer than 2**31 elements, got shape {tuple(qkv.shape)}"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

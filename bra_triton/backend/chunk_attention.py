@@ -1,0 +1,54 @@
+"""Plain attention over one chunk of regions: fused where PyTorch has a fused kernel that hands out its lse.
+
+Shapes: query `(R, m, S, c_qk)`, key `(R, m, L, c_qk)`, value `(R, m, L, c_v)`, of any strides.
+"""
+
+import torch
+from torch import Tensor
+
+_FUSED_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def is_fused(x: Tensor, qk_head_dim: int, v_head_dim: int) -> bool:
+    """Whether a fused kernel serves tensors like `x`: then no scores reach memory.
+
+    On the CPU, forward and backward of PyTorch's flash attention; measured 1.6 to 2.5 times faster than
+    the products below (float32, two cores, maps of 14 to 80 tokens a side).
+    """
+    return x.device.type == "cpu" and qk_head_dim == v_head_dim
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention `(R, m, S, c_v)` and the natural logarithm of its softmax's denominator `(R, m, S)`."""
+    if is_fused(query, query.shape[-1], value.shape[-1]):
+        return _FUSED_FORWARD(query, key, value, scale=scale)
+    scores = _scores(query, key, scale)
+    lse = scores.logsumexp(dim=-1)
+    probs = scores.sub_(lse[..., None]).exp_()
+    return probs.to(value.dtype) @ value, lse
+
+
+def backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, from the output and `lse` that `forward` gave."""
+    if is_fused(query, query.shape[-1], value.shape[-1]):
+        return _FUSED_BACKWARD(
+            grad_out, query, key, value, out, lse, dropout_p=0.0, is_causal=False, scale=scale
+        )
+    probs = _scores(query, key, scale).sub_(lse[..., None]).exp_()
+    delta = (grad_out * out).sum(-1, keepdim=True, dtype=lse.dtype)
+    grad_scores = (grad_out @ value.transpose(-2, -1)).to(lse.dtype).sub_(delta).mul_(probs).mul_(scale)
+    grad_scores, probs = grad_scores.to(query.dtype), probs.to(query.dtype)
+    return (
+        grad_scores @ key,
+        grad_scores.transpose(-2, -1) @ query,
+        probs.transpose(-2, -1) @ grad_out,
+    )
+
+
+def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Scaled scores in the precision of the statistics: float32, or float64 for float64."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return (query @ key.transpose(-2, -1)).to(dtype).mul_(scale)

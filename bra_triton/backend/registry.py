@@ -1,0 +1,91 @@
+"""The backends, in order of preference, and the one rule that picks among them.
+
+A backend says why it cannot serve a problem, or None. `"auto"` takes the first that can and logs why those
+before it could not; a backend asked for by name that cannot serve raises and says why.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..spec import AttentionSpec
+from . import availability
+
+logger = logging.getLogger("bra_triton")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the attention.
+
+    Attributes:
+        name: what users ask for.
+        why_not: the reason why it cannot serve a packed projection and specification, or None.
+        module: imported when first used; see `torch_backend` for the functions it must have. The empty name
+            marks the reference, which is plain differentiable PyTorch and needs no operators.
+    """
+
+    name: str
+    why_not: Callable[[Tensor, AttentionSpec], str | None]
+    module: str
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("triton", availability.why_not_triton, ".triton_backend"),
+        Backend("torch", availability.always, ".torch_backend"),
+        Backend("reference", availability.always, ""),
+    )
+}
+AUTO = "auto"
+_logged: set[str] = set()
+
+
+def check_name(name: str) -> str:
+    """Returns `name`; raises ValueError if it is neither `"auto"` nor a backend's."""
+    if name != AUTO and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {(AUTO, *BACKENDS)}, got {name!r}")
+    return name
+
+
+def select(name: str, qkv: Tensor, spec: AttentionSpec) -> str:
+    """Name of the backend that serves.
+
+    Args:
+        name: `"auto"` or a backend's name.
+        qkv: packed projection `(N, H, W, 2*qk_dim + dim)`.
+        spec: what is computed.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: if the named backend cannot serve; says why.
+    """
+    if check_name(name) != AUTO:
+        reason = BACKENDS[name].why_not(qkv, spec)
+        if reason:
+            raise RuntimeError(f"backend={name!r} cannot serve: {reason}; backend='auto' picks one that can")
+        return name
+    for backend in BACKENDS.values():
+        reason = backend.why_not(qkv, spec)
+        if reason is None:
+            return backend.name
+        _log_once(f"backend {backend.name!r} is passed over: {reason}")
+    raise AssertionError("the torch backend serves everything")
+
+
+def load(name: str) -> ModuleType:
+    """The module that implements a backend's operators."""
+    return importlib.import_module(BACKENDS[name].module, __package__)
+
+
+def _log_once(message: str) -> None:
+    # torch.compile cannot trace a logger; the choice itself it can.
+    if not torch.compiler.is_compiling() and message not in _logged:
+        _logged.add(message)
+        logger.info(message)

@@ -1,0 +1,269 @@
+"""The drop-in against the float64 reference, on both fused backends."""
+
+import inspect
+
+import pytest
+import torch
+from conftest import INTERPRETED
+from problems import CASES_BY_NAME, cases_for, random_map, relative_error
+
+import bra_triton
+from bra_triton import BiLevelRoutingAttention, functional, reference
+
+BACKENDS = ("torch", "triton")
+# Norm of the difference over the norm. Rounding of float32 gives 1 to 4e-7 at these sizes; a wrong tail, mask
+# or scale gives 1e-3 and more.
+FLOAT32_TOLERANCE = 1e-5
+
+
+def _run(module, x, grad_out):
+    """Output, input gradient and parameter gradients, by name."""
+    x = x.detach().requires_grad_()
+    out = module(x)
+    out.backward(grad_out.to(out))
+    return {"out": out.detach(), "x": x.grad, **{k: p.grad for k, p in module.named_parameters()}}
+
+
+def _pair(case, backend, device, **arguments):
+    """The drop-in in float32 and the reference in float64, with the same weights."""
+    module = BiLevelRoutingAttention(
+        case.dim, case.num_heads, case.n_win, case.qk_dim, topk=case.topk, backend=backend, **arguments
+    ).to(device)
+    oracle = reference.BiLevelRoutingAttention(
+        case.dim, case.num_heads, case.n_win, case.qk_dim, topk=case.topk, **arguments
+    ).to(device)
+    oracle.load_state_dict(module.state_dict())
+    return module, oracle.double()
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"), [pytest.param(c, b, id=f"{c.name}-{b}") for c, b in cases_for(BACKENDS, INTERPRETED)]
+)
+def test_float32_matches_float64_reference(case, backend, device):
+    module, oracle = _pair(case, backend, device, auto_pad=True)
+    x = random_map(case, device, case.dim)[:, : case.height, : case.width]
+    grad_out = torch.randn(*x.shape, dtype=torch.float64, device=device)
+    actual, expected = _run(module, x.float(), grad_out), _run(oracle, x, grad_out)
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    assert max(errors.values()) < FLOAT32_TOLERANCE, errors
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side_dwconv", [0, 3, 5])
+@pytest.mark.parametrize("param_attention", ["qkvo", "qkv"])
+def test_lepe_and_projection_variants(side_dwconv, param_attention, backend, device):
+    case = CASES_BY_NAME["rectangular"]
+    module, oracle = _pair(case, backend, device, side_dwconv=side_dwconv, param_attention=param_attention)
+    x = random_map(case, device, case.dim)
+    grad_out = torch.randn(*x.shape, dtype=torch.float64, device=device)
+    actual, expected = _run(module, x.float(), grad_out), _run(oracle, x, grad_out)
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    assert max(errors.values()) < FLOAT32_TOLERANCE, errors
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["rectangular", "tokens_10x10", "head_5", "head_64", "qk_narrow"])
+def test_half_precision_errs_at_most_twice_as_much_as_the_reference_in_that_type(
+    name, dtype, backend, device
+):
+    case = CASES_BY_NAME[name]
+    spec = case.spec
+    qkv = random_map(case, device)
+    lepe = torch.randn(case.dim, 1, 3, 3, device=device).to(dtype).double() / 3
+    grad_out = torch.randn(*qkv.shape[:3], case.dim, device=device).to(dtype).double()
+
+    def run(attend, dtype):
+        inputs = [t.to(dtype).requires_grad_() for t in (qkv, lepe)]
+        out = attend(inputs[0], spec, inputs[1])
+        return out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(dtype))
+
+    def fused(*args):
+        return functional.attend(*args, backend=backend)
+
+    routes = [set_of(reference.route(qkv.to(d), spec)[1]) for d in (torch.float64, dtype)]
+    assert routes[0] == routes[1], "the regions of this case must lie far enough apart to route alike"
+    truth = run(reference.attend, torch.float64)
+    plain, actual = run(reference.attend, dtype), run(fused, dtype)
+    for label, t, p, a in zip(("out", "qkv", "lepe"), truth, plain, actual, strict=True):
+        assert a.dtype == dtype
+        assert relative_error(a, t) <= 2 * relative_error(p, t), label
+
+
+def set_of(r_idx):
+    return r_idx.sort(-1).values.tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend, device):
+    module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend=backend).to(device)
+    x = torch.randn(0, 8, 8, 32, device=device, requires_grad=True)
+    out = module(x)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (0, 8, 8, 32)
+    assert all((p.grad == 0).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_input(backend, device):
+    """What an NCHW network hands over after permute, and a slice of a wider map."""
+    module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend=backend).to(device)
+    nchw = torch.randn(2, 32, 8, 8, device=device)
+    wide = torch.randn(2, 8, 8, 40, device=device)
+    for x in (nchw.permute(0, 2, 3, 1), wide[..., :32]):
+        assert torch.equal(module(x), module(x.contiguous()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_functional_accepts_a_strided_projection(backend, device):
+    case = CASES_BY_NAME["rectangular"]
+    qkv = random_map(case, device).float()
+    wide = torch.cat([qkv, qkv], -1)[..., : qkv.shape[-1]]
+    options = {"num_heads": case.num_heads, "n_win": case.n_win, "topk": case.topk, "backend": backend}
+    assert torch.equal(
+        functional.bi_level_routing_attention(wide, **options),
+        functional.bi_level_routing_attention(qkv, **options),
+    )
+
+
+class TestDeterminism:
+    """Two backward passes give the same bits; the control shows that the comparison can fail."""
+
+    @staticmethod
+    def _gradients(attend, qkv, grad_out):
+        qkv = qkv.clone().requires_grad_()
+        return torch.autograd.grad(attend(qkv), qkv, grad_out)[0]
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_gradients_are_bitwise_equal(self, backend, device):
+        """One region that all choose: here atomics would add in a changing order."""
+        case = CASES_BY_NAME["biformer_stage2"]
+        qkv = random_map(case, device).float()
+        qkv[..., : case.dim] = qkv[..., : case.dim].abs()
+        qkv[:, :4, :4, case.dim : 2 * case.dim] += 5  # region 0's keys
+        weight = torch.randn(case.dim, 1, 3, 3, device=device)
+        grad_out = torch.randn(*qkv.shape[:3], case.dim, device=device)
+        _, r_idx = functional.region_routing(qkv, n_win=case.n_win, topk=case.topk, backend=backend)
+        assert (r_idx[..., 0] == 0).all()
+
+        def attend(qkv):
+            return functional.attend(qkv, case.spec, weight, backend=backend)
+
+        first, second = (self._gradients(attend, qkv, grad_out) for _ in range(2))
+        assert torch.equal(first, second)
+
+    def test_control_another_order_of_addition_gives_other_bits(self, device):
+        terms = torch.randn(1000, 64, device=device) * torch.logspace(-3, 3, 1000, device=device)[:, None]
+        index = torch.zeros(1000, dtype=torch.int64, device=device)
+        forwards, backwards = (
+            torch.zeros(1, 64, device=device).index_add(0, index, t) for t in (terms, terms.flip(0))
+        )
+        assert not torch.equal(forwards, backwards)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.filterwarnings("error")
+    def test_deterministic_mode_neither_raises_nor_warns(self, backend, device):
+        """Ultralytics trains with it on by default."""
+        module = BiLevelRoutingAttention(32, 1, 2, topk=2, auto_pad=True, backend=backend).to(device)
+        torch.use_deterministic_algorithms(True)
+        try:
+            module(torch.randn(2, 9, 9, 32, device=device)).square().mean().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+class TestDropIn:
+    """Arguments, keys and return values of the original."""
+
+    ORIGINAL_ARGUMENTS = (
+        "dim num_heads n_win qk_dim qk_scale kv_per_win kv_downsample_ratio kv_downsample_kernel "
+        "kv_downsample_mode topk param_attention param_routing diff_routing soft_routing side_dwconv auto_pad"
+    ).split()
+
+    @pytest.mark.parametrize("cls", [BiLevelRoutingAttention, reference.BiLevelRoutingAttention])
+    def test_positional_order_and_defaults(self, cls):
+        parameters = list(inspect.signature(cls).parameters.values())
+        positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert [p.name for p in positional] == self.ORIGINAL_ARGUMENTS
+        assert [p.default for p in positional[1:]] == [
+            *(8, 7, None, None, 4, 4, None, "identity", 4, "qkvo", False, False, False, 3, False)
+        ]
+        assert {p.name for p in parameters} - {p.name for p in positional} <= {"backend"}
+
+    def test_state_dict_keys_and_shapes(self):
+        state = BiLevelRoutingAttention(64, 2, qk_dim=32, side_dwconv=5).state_dict()
+        assert {key: tuple(value.shape) for key, value in state.items()} == {
+            "lepe.weight": (64, 1, 5, 5),
+            "lepe.bias": (64,),
+            "qkv.qkv.weight": (128, 64),
+            "qkv.qkv.bias": (128,),
+            "wo.weight": (64, 64),
+            "wo.bias": (64,),
+        }
+
+    def test_state_dict_with_a_parametrised_router(self):
+        module = BiLevelRoutingAttention(32, 1, param_routing=True, diff_routing=True, backend="reference")
+        assert {"router.emb.weight", "router.emb.bias"} < set(module.state_dict())
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_attention_mask_in_the_original_shapes(self, backend, device):
+        module = BiLevelRoutingAttention(32, 2, 4, topk=3, auto_pad=True, backend=backend).to(device)
+        x = torch.randn(2, 10, 8, 32, device=device)
+        out, r_weight, r_idx, attn_weight = module(x, ret_attn_mask=True)
+        assert r_weight.shape == r_idx.shape == (2, 16, 3)
+        assert r_idx.dtype == torch.int64
+        assert attn_weight.shape == (32, 2, 6, 18)
+        assert relative_error(module(x), out.double()) < FLOAT32_TOLERANCE
+
+    def test_is_exported(self):
+        assert "BiLevelRoutingAttention" in bra_triton.__all__
+
+
+class TestErrors:
+    """Bad input is refused before any work, by an error that names it."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"dim": 30}, r"dim must be a multiple of num_heads=8, got 30"),
+            ({"dim": 64, "qk_dim": 36}, r"qk_dim must be a multiple of num_heads=8, got 36"),
+            ({"dim": 0}, r"dim must be an int of at least 1, got 0"),
+            ({"dim": 64.0}, r"dim must be an int of at least 1, got 64.0"),
+            ({"dim": 64, "topk": 50}, r"topk must be at most the number of regions, n_win\*\*2 = 49, got 50"),
+            ({"dim": 64, "topk": 0}, r"topk must be an int of at least 1, got 0"),
+            ({"dim": 64, "n_win": -1}, r"n_win must be an int of at least 1, got -1"),
+            ({"dim": 64, "qk_scale": -1.0}, r"qk_scale must be positive and finite, got -1.0"),
+            ({"dim": 64, "param_attention": "none"}, r"param_attention must be one of .*, got 'none'"),
+            ({"dim": 64, "param_routing": True}, r"param_routing=True needs diff_routing=True"),
+            ({"dim": 64, "side_dwconv": 4}, r"side_dwconv must be 0 or an odd kernel size, got 4"),
+            ({"dim": 64, "kv_downsample_mode": "mean"}, r"kv_downsample_mode must be one of .*, got 'mean'"),
+            ({"dim": 64, "backend": "cuda"}, r"backend must be one of .*'auto'.*, got 'cuda'"),
+        ],
+    )
+    def test_constructor(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            BiLevelRoutingAttention(**arguments)
+
+    @pytest.mark.parametrize(
+        ("arguments", "mode"),
+        [
+            ({"soft_routing": True}, "soft_routing=True"),
+            ({"diff_routing": True}, "diff_routing=True"),
+            ({"kv_downsample_mode": "avgpool"}, "kv_downsample_mode='avgpool'"),
+        ],
+    )
+    def test_modes_that_no_fused_backend_has_are_named(self, arguments, mode):
+        with pytest.raises(NotImplementedError, match=mode):
+            BiLevelRoutingAttention(64, **arguments)
+        BiLevelRoutingAttention(64, **arguments, backend="reference")
+
+    def test_indivisible_map_without_padding(self):
+        module = BiLevelRoutingAttention(32, 1, 7, backend="torch")
+        with pytest.raises(ValueError, match=r"multiples of n_win=7, got 20 x 21; auto_pad=True"):
+            module(torch.randn(1, 20, 21, 32))
+
+    @pytest.mark.parametrize("shape", [(1, 32, 8, 8), (8, 8, 32)])
+    def test_map_of_another_layout(self, shape):
+        module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend="torch")
+        with pytest.raises(ValueError, match=r"x must be \(N, H, W, dim\) with dim=32"):
+            module(torch.randn(shape))

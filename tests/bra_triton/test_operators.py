@@ -1,0 +1,180 @@
+"""What PyTorch's compiler, dispatcher, autocast and exporters see."""
+
+import sys
+
+import pytest
+import torch
+import torch._dynamo.testing
+from problems import CASES_BY_NAME, random_map, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bra_triton import BiLevelRoutingAttention, functional, operators, reference
+from bra_triton.backend import registry
+
+BACKENDS = ("torch", "triton")
+CASE = CASES_BY_NAME["qk_narrow"]
+
+
+def _operator_arguments(device, backend, lepe=True):
+    qkv = random_map(CASE, device).float().requires_grad_()
+    _, r_idx = functional.region_routing(
+        qkv, n_win=CASE.n_win, topk=CASE.topk, qk_dim=CASE.qk_dim, backend=backend
+    )
+    weight = torch.randn(CASE.dim, 1, 3, 3, device=device, requires_grad=True) if lepe else None
+    bias = torch.randn(CASE.dim, device=device, requires_grad=True) if lepe else None
+    spec = CASE.spec
+    return qkv, r_idx.int(), weight, bias, spec.qk_dim, spec.num_heads, spec.n_win, spec.scale, backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lepe", [True, False])
+def test_operators_meet_pytorchs_own_checks(backend, lepe, device):
+    """Schema, fake implementation, autograd registration and AOT dispatch with dynamic shapes."""
+    arguments = _operator_arguments(device, backend, lepe)
+    torch.library.opcheck(operators.routed_attention, arguments)
+    spec = CASE.spec
+    torch.library.opcheck(
+        operators.region_routing,
+        (arguments[0].detach(), spec.qk_dim, spec.num_heads, spec.n_win, spec.topk, spec.scale, backend),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_to_one_graph_without_recompiling_for_a_seen_size(backend, device):
+    module = BiLevelRoutingAttention(32, 1, 2, topk=2, auto_pad=True, backend=backend).to(device)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for size in (8, 9, 8, 9):
+        x = torch.randn(1, size, size, 32, device=device, requires_grad=True)
+        y = x.detach().clone().requires_grad_()
+        actual, expected = compiled(x), module(y)
+        actual.sum().backward()
+        expected.sum().backward()
+        assert torch.allclose(actual, expected, atol=1e-5)
+        assert torch.allclose(x.grad, y.grad, atol=1e-5)
+    assert counter.frame_count <= 2
+
+
+class _Log(TorchDispatchMode):
+    """Names of the operators that touch a tensor of at least `elements` elements.
+
+    What Triton's interpreter does to emulate a launch (it copies every argument) is not the package's doing.
+    """
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements = elements
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
+        if any(t.numel() >= self.elements for t in tensors) and not _called_by_the_interpreter():
+            self.names.append(function.overloadpacket._qualified_op_name)
+        return result
+
+
+def _called_by_the_interpreter():
+    frame = sys._getframe()
+    while frame:
+        if frame.f_code.co_filename.endswith("triton/runtime/interpreter.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+# Everything that a forward and a backward may do with a tensor as large as the map. What is not here,
+# gather, index, cat, pad, permuted copies (clone, copy_, contiguous), zero-filled projections, fails.
+ALLOWED = {
+    *("bra_triton::region_routing", "bra_triton::routed_attention", "bra_triton::routed_attention_backward"),
+    *("aten::addmm", "aten::mm", "aten::sum", "aten::mul", "aten::ones_like"),  # projections, loss
+    *("aten::view", "aten::_unsafe_view", "aten::t", "aten::detach", "aten::expand"),  # no memory moves
+    "aten::sym_size",
+}
+
+
+def test_forward_and_backward_of_the_module_touch_the_map_only_by_allowed_operators(device):
+    case = CASES_BY_NAME["biformer_stage3"]
+    module = BiLevelRoutingAttention(case.dim, case.num_heads, case.n_win, topk=case.topk, backend="triton")
+    module.to(device)
+    x = torch.randn(1, case.height, case.width, case.dim, device=device, requires_grad=True)
+    with _Log(x.numel()) as log:
+        module(x).sum().backward()
+    assert "bra_triton::routed_attention_backward" in log.names
+    assert set(log.names) <= ALLOWED, set(log.names) - ALLOWED
+
+
+def test_inside_the_operators_nothing_but_allocations_and_lepe_touches_the_map(device):
+    """The log of the module cannot see into an operator, so its implementation is logged on its own."""
+    case = CASES_BY_NAME["biformer_stage3"]
+    spec, qkv = case.spec, random_map(case, device).float()
+    weight = torch.randn(case.dim, 1, 3, 3, device=device)
+    grad_out = torch.randn(*qkv.shape[:3], case.dim, device=device)
+    numbers = (spec.num_heads, spec.n_win, spec.scale, "triton")
+    with _Log(grad_out.numel()) as log:
+        _, r_idx = registry.load("triton").region_routing(qkv, spec)
+        _, attention, lse = operators.routed_attention._init_fn(
+            qkv, r_idx, weight, None, spec.qk_dim, *numbers
+        )
+        operators.routed_attention_backward._init_fn(grad_out, qkv, r_idx, attention, lse, weight, *numbers)
+    allowed = {
+        *("aten::new_empty", "aten::empty_like"),
+        *("aten::convolution", "aten::convolution_backward", "aten::add", "aten::add_"),  # LePE
+        *("aten::slice", "aten::permute", "aten::detach"),  # views
+    }
+    assert set(log.names) <= allowed, set(log.names) - allowed
+
+
+def test_control_the_log_sees_the_reference_gather(device):
+    case = CASES_BY_NAME["biformer_stage3"]
+    module = reference.BiLevelRoutingAttention(case.dim, case.num_heads, case.n_win, topk=case.topk)
+    with _Log(case.height * case.width * case.dim) as log:
+        module.to(device)(torch.randn(1, case.height, case.width, case.dim, device=device)).sum().backward()
+    assert {"aten::index", "aten::clone", "aten::cat"} & set(log.names)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_runs_in_half_precision(backend, device):
+    module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend=backend).to(device)
+    x = torch.randn(1, 8, 8, 32, device=device, requires_grad=True)
+    expected = module(x.detach())
+    with torch.autocast(device.type, torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert x.grad.dtype == module.lepe.weight.grad.dtype == torch.float32
+    # bfloat16 keeps 8 bits; three roundings on the way.
+    assert relative_error(out, expected.double()) < 3e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64])
+def test_gradcheck_of_the_torch_backend(dtype):
+    """Numeric derivatives in float64; routing is piecewise constant, so the small step does not cross it."""
+    spec = CASES_BY_NAME["one_region"].spec
+    spec = type(spec)(4, 2, 1, 2, 2)
+    qkv = torch.randn(1, 4, 4, spec.packed_dim, dtype=dtype, requires_grad=True)
+    weight = torch.randn(4, 1, 3, 3, dtype=dtype, requires_grad=True)
+    bias = torch.randn(4, dtype=dtype, requires_grad=True)
+    torch.autograd.gradcheck(lambda *args: functional.attend(args[0], spec, *args[1:]), (qkv, weight, bias))
+
+
+class TestExport:
+    """Exported graphs hold plain PyTorch operators alone and compute the same."""
+
+    @staticmethod
+    def _module():
+        return BiLevelRoutingAttention(32, 2, 3, qk_dim=16, topk=4, auto_pad=True).eval()
+
+    def test_torchscript_trace(self):
+        module, x = self._module(), torch.randn(1, 10, 12, 32)
+        traced = torch.jit.trace(module, x)
+        assert "bra_triton::" not in str(traced.inlined_graph)
+        y = torch.randn(1, 10, 12, 32)
+        assert relative_error(traced(y), module(y).double()) < 1e-5
+
+    def test_torch_export(self):
+        module, x = self._module(), torch.randn(1, 10, 12, 32)
+        program = torch.export.export(module, (x,))
+        assert "bra_triton::" not in str(program.graph)
+        assert relative_error(program.module()(x), module(x).double()) < 1e-5
