@@ -1,0 +1,299 @@
+"""What a Triton kernel costs on a GPU, read from its machine code: no GPU is needed.
+
+:func:`compile_for` compiles a :class:`KernelSpecimen` for a named architecture, :func:`resource_usage` tells
+its registers, shared memory and spills, :func:`inner_loop` counts what its hottest loop executes, and
+:func:`issue_slots_per_score` turns that count into one number that two attention kernels can be compared by.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+TARGETS = {
+    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# Opcode patterns of the classes that LoopMix counts; an instruction belongs to the first that fits.
+INSTRUCTION_CLASSES = {
+    "exponentials": r"MUFU\.EX2",
+    "other_mufu": r"MUFU",  # reciprocal, logarithm, tanh, ...
+    "matrix": r"\w+MMA",  # HMMA, HGMMA, UTCHMMA and their kin of other types
+    "global_loads": r"LD|LDG|LDGSTS|UTMALDG|UBLKCP",  # asynchronous copies and TMA included
+    "global_stores": r"ST|STG|RED|REDG|ATOM|ATOMG|UTMASTG|UTMAREDG|UBLKRED",
+    "shared": r"LDS|LDSM|STS|STSM|ATOMS|LDTM|STTM|UTCCP",  # shared memory and tensor memory
+    "local": r"LDL|STL",  # spills
+    "shuffles": r"SHFL|MOVM|REDUX",
+    "moves": r"MOV|IMAD\.MOV|CS2R|R2UR",
+    "fp32": r"F(ADD|MUL|FMA)2?|FMNMX3?|FSETP|FSEL|FSET|FCHK|FSWZADD",
+    "half_and_conversion": r"H(ADD|MUL|FMA|SET|SETP|MNMX)2|F2F|F2FP|F2I|F2IP|FRND|I2F|I2FP|I2I|I2IP",
+    "integer": r"IMAD|IADD|IADD3|IMUL|IMNMX|ISETP|IABS|IDP|ISCADD|LEA|LOP|LOP3|PLOP3|SHF|SHL|SHR|SEL|SGXT"
+    r"|BMSK|BREV|FLO|POPC|PRMT|P2R|R2P|VIADD|VIADDMNMX|VIMNMX|VIMNMX3",
+    "uniform": r"U(?!TM|TC|BLK|CGA)\w+|LDCU",  # executed once for a whole warp
+    "other": r".*",  # barriers, branches, waits, constant loads, ...
+}
+MEMORY_CLASSES = {"global_loads", "global_stores", "shared", "local"}
+
+
+@dataclass(frozen=True)
+class KernelSpecimen:
+    """A kernel together with everything a launch would decide about it.
+
+    A launch makes constants of ``None`` and of the integer 1, so such arguments belong in ``constexprs`` even
+    where the kernel does not say ``tl.constexpr``. ``divisible`` names the run-time arguments that are
+    multiples of 16 (bytes for a pointer); ``None`` stands for every pointer and no integer.
+    """
+
+    name: str  # for reports
+    kernel: Any  # a @triton.jit function, or autotune and heuristics wrappers around one
+    signature: Mapping[str, str]  # Triton type of each run-time argument: "*fp16", "i32", "fp32", ...
+    constexprs: Mapping[str, object] = field(default_factory=dict)  # value of each other argument
+    divisible: frozenset[str] | None = None
+    num_warps: int = 4
+    num_stages: int = 3
+    options: Mapping[str, object] = field(default_factory=dict)  # for the compiler: {"maxnreg": 128}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled for one architecture."""
+
+    specimen: KernelSpecimen
+    arch: str  # a key of TARGETS
+    symbol: str  # the kernel's name in the machine code
+    shared_bytes: int  # shared memory that a launch asks for, per thread block
+    asm: Mapping[str, Any]  # ttir, ttgir, llir; then ptx and cubin, or amdgcn and hsaco
+
+    @cached_property
+    def sass(self) -> str:
+        """The listing that ``nvdisasm -c`` prints; raises ``ValueError`` for an AMD architecture."""
+        if "cubin" not in self.asm:
+            raise ValueError(f"{self.arch} has no SASS; only the sm_ architectures do")
+        return _run_nvidia_tool("nvdisasm", "-c", self.asm["cubin"])
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one thread or thread block of a kernel occupies."""
+
+    registers: int  # per thread; AMD: vector registers per lane, accumulation registers included
+    shared_bytes: int  # per thread block
+    stack_bytes: int  # local memory per thread, where spills go
+    spill_loads: int  # instructions in the whole kernel that load from local memory
+    spill_stores: int  # instructions in the whole kernel that store to local memory
+    spilled_vgprs: int = 0  # AMD only: vector registers the compiler reports as spilled
+    spilled_sgprs: int = 0  # AMD only: scalar registers the compiler reports as spilled
+
+
+@dataclass(frozen=True)
+class LoopMix:
+    """The instructions of one loop body.
+
+    Everything that can run between the loop's header and its jump back counts once, whether or not a
+    predicate or a branch skips it at run time, and so do blocks that the assembler moved out of line and
+    loops nested inside. The code of called functions does not count.
+    """
+
+    counts: Mapping[str, int]  # for every key of INSTRUCTION_CLASSES
+    # How often each memory instruction occurs: LDG.E.U16 loads 2 bytes per thread, LDG.E 4, LDG.E.128 16.
+    memory: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All instructions of the body."""
+        return sum(self.counts.values())
+
+
+def compile_for(specimen: KernelSpecimen, arch: str) -> Compiled:
+    """Compile a kernel for ``arch``, a key of :data:`TARGETS`, as a launch on such a GPU would.
+
+    Raises:
+        ValueError: ``arch`` is not such a key, or ``signature`` and ``constexprs`` are not together exactly
+            the arguments of the kernel.
+        TypeError: the kernel was not made by ``@triton.jit``; under ``TRITON_INTERPRET=1`` none is.
+    """
+    if arch not in TARGETS:
+        raise ValueError(f"unknown architecture {arch!r}; use one of {', '.join(TARGETS)}")
+    built = _triton_compile(specimen, TARGETS[arch])
+    return Compiled(specimen, arch, built.metadata.name, built.metadata.shared, built.asm)
+
+
+def resource_usage(compiled: Compiled) -> Usage:
+    """Registers, shared memory and spills of a compiled kernel."""
+    if "amdgcn" in compiled.asm:
+        return _amd_usage(compiled)
+    report = _run_nvidia_tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
+    found = re.search(rf"Function {re.escape(compiled.symbol)}:\s+REG:(\d+) STACK:(\d+)", report)
+    assert found, f"cuobjdump reported nothing about {compiled.symbol}:\n{report}"
+    opcodes = Counter(opcode.split(".")[0] for _, opcode, _ in _instructions(compiled.sass)[0])
+    # The report's own SHARED leaves out Triton's memory, which is allocated at launch.
+    return Usage(int(found[1]), compiled.shared_bytes, int(found[2]), opcodes["LDL"], opcodes["STL"])
+
+
+def inner_loops(compiled: Compiled) -> list[LoopMix]:
+    """The innermost loops with matrix instructions, largest first; without any, the largest loop alone.
+
+    The list is empty when the kernel has no loop, as when the compiler unrolled it. Raises ``ValueError``
+    for an AMD architecture.
+    """
+    program, labels = _instructions(compiled.sass)
+    entries = [index for label, index in labels.items() if label.startswith(".text.")]
+    bodies = _natural_loops(_successors(program, labels), entries)
+    mixes = {header: _mix([program[i][1] for i in body]) for header, body in bodies.items()}
+    with_matrix = {header for header, mix in mixes.items() if mix.counts["matrix"]}
+    innermost = [mixes[header] for header in with_matrix if bodies[header] & with_matrix == {header}]
+    by_size = sorted(innermost or mixes.values(), key=lambda mix: mix.total, reverse=True)
+    return by_size if innermost else by_size[:1]
+
+
+def inner_loop(compiled: Compiled) -> LoopMix:
+    """The first of :func:`inner_loops`; raises ``ValueError`` when there is none."""
+    loops = inner_loops(compiled)
+    if not loops:
+        raise ValueError(f"{compiled.specimen.name} has no loop on {compiled.arch}")
+    return loops[0]
+
+
+def issue_slots_per_score(loop: LoopMix, block_m: int, block_n: int, num_warps: int) -> float:
+    """Thread instruction slots spent on one attention score by ``loop``.
+
+    Each of ``num_warps`` warps executes the body once for a tile of ``block_m`` x ``block_n`` scores, and an
+    instruction of a warp takes 32 slots: ``total * num_warps * 32 / (block_m * block_n)``. A loop that the
+    compiler unrolled covers more than one tile; its ``matrix`` count shows it.
+    """
+    return loop.total * num_warps * 32 / (block_m * block_n)
+
+
+# Only the next three functions touch Triton's own interface, which changes between its versions.
+
+
+def _jit_function(kernel: Any) -> Any:
+    while not isinstance(kernel, JITFunction):
+        if not hasattr(kernel, "fn"):
+            raise TypeError(f"{kernel!r} is not a @triton.jit function (is TRITON_INTERPRET set?)")
+        kernel = kernel.fn
+    return kernel
+
+
+def _triton_compile(specimen: KernelSpecimen, target: GPUTarget) -> Any:
+    kernel = _jit_function(specimen.kernel)
+    given = [*specimen.signature, *specimen.constexprs]
+    if sorted(given) != sorted(kernel.arg_names):
+        raise ValueError(f"{specimen.name} takes {kernel.arg_names}, but was given {given}")
+    signature = {name: specimen.signature.get(name, "constexpr") for name in kernel.arg_names}
+    pointers = {name for name, kind in signature.items() if kind.startswith("*")}
+    divisible = pointers if specimen.divisible is None else specimen.divisible
+    attrs: dict[tuple[int], list[list[Any]]] = {}
+    for index, name in enumerate(kernel.arg_names):
+        attrs[(index,)] = [["tt.divisibility", 16]] if name in divisible else []
+        if name in pointers and target.backend == "hip":
+            # A launch says so of tensors below 2 GiB; AMD's buffer instructions depend on it.
+            attrs[(index,)].append(["tt.pointer_range", 32])
+    source = ASTSource(kernel, signature, dict(specimen.constexprs), attrs)
+    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages, **specimen.options}
+    return triton.compile(source, target=target, options=options)
+
+
+def _run_nvidia_tool(tool: str, flag: str, cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [getattr(triton.knobs.nvidia, tool).path, flag, str(path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _amd_usage(compiled: Compiled) -> Usage:
+    text = compiled.asm["amdgcn"]
+    metadata = dict(re.findall(r"^ +(?:- )?\.(\w+): +(\d+)$", text, re.MULTILINE))
+    return Usage(
+        registers=int(metadata["vgpr_count"]),
+        shared_bytes=int(metadata["group_segment_fixed_size"]) + compiled.shared_bytes,
+        stack_bytes=int(metadata["private_segment_fixed_size"]),
+        spill_loads=len(re.findall(r"^\s*scratch_load", text, re.MULTILINE)),
+        spill_stores=len(re.findall(r"^\s*scratch_store", text, re.MULTILINE)),
+        spilled_vgprs=int(metadata["vgpr_spill_count"]),
+        spilled_sgprs=int(metadata["sgpr_spill_count"]),
+    )
+
+
+_Instruction = tuple[str | None, str, str]  # predicate, opcode with its modifiers (LDG.E.128), operands
+
+
+def _instructions(sass: str) -> tuple[list[_Instruction], dict[str, int]]:
+    """The instructions of a listing in order, and the index of the one that follows each label."""
+    program: list[_Instruction] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
+            program.append((found[1], found[2], found[3]))
+        elif found := re.match(r"([.$\w]+):\s*$", line):
+            labels[found[1]] = len(program)
+    return program, labels
+
+
+def _mix(opcodes: list[str]) -> LoopMix:
+    counts = dict.fromkeys(INSTRUCTION_CLASSES, 0)
+    memory: Counter[str] = Counter()
+    for opcode in opcodes:
+        name = next(n for n, p in INSTRUCTION_CLASSES.items() if re.match(rf"(?:{p})(?:\.|$)", opcode))
+        counts[name] += 1
+        memory.update([opcode] if name in MEMORY_CLASSES else [])
+    return LoopMix(counts, dict(memory.most_common()))
+
+
+def _successors(program: list[_Instruction], labels: dict[str, int]) -> list[list[int]]:
+    """Which instructions can run after each."""
+    result = []
+    for index, (predicate, opcode, operands) in enumerate(program):
+        base = opcode.split(".")[0]
+        targets: list[int] = []
+        if base in {"BRA", "BRX", "JMP", "CALL"}:
+            targets = [labels[name] for name in re.findall(r"[.$\w]+", operands) if name in labels]
+        # A BRA may have its condition before the label. A CALL of a mere label, by which code for sm_8x
+        # leaves some loops, does not come back; a CALL of a function does.
+        leaves = base in {"EXIT", "RET", "BRX"} or operands.startswith("`(.L")
+        if (predicate or not leaves) and index + 1 < len(program):
+            targets.append(index + 1)
+        result.append(targets)
+    return result
+
+
+def _natural_loops(successors: list[list[int]], entries: list[int]) -> dict[int, set[int]]:
+    """The body of each loop by its header: what reaches a jump back to the header without passing it.
+
+    A jump back is one that every path reaches through its target. Jumping to a lower address is not enough:
+    waits that the assembler moved out of line also do so, to return.
+    """
+    predecessors: list[list[int]] = [[] for _ in successors]
+    for source, targets in enumerate(successors):
+        for target in targets:
+            predecessors[target].append(source)
+    bodies: dict[int, set[int]] = {}
+    for source, targets in enumerate(successors):
+        for header in targets:
+            if header <= source and source not in _reachable(successors, entries, barred=header):
+                body = _reachable(predecessors, [source], barred=header)
+                bodies.setdefault(header, set()).update(body)
+    return bodies
+
+
+def _reachable(graph: list[list[int]], start: list[int], barred: int) -> set[int]:
+    """``barred`` and the nodes that paths from ``start`` reach without passing it."""
+    seen = {barred}
+    pending = list(start)
+    while pending:
+        if (node := pending.pop()) not in seen:
+            seen.add(node)
+            pending += graph[node]
+    return seen

@@ -1,0 +1,222 @@
+"""Kernels compiled for GPUs that need not be there, and what is read from their machine code."""
+
+from dataclasses import replace
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from bra_triton.bench.static_analysis import (  # noqa: E402
+    INSTRUCTION_CLASSES,
+    TARGETS,
+    Compiled,
+    KernelSpecimen,
+    LoopMix,
+    compile_for,
+    inner_loop,
+    inner_loops,
+    issue_slots_per_score,
+    resource_usage,
+)
+
+pytestmark = pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="the interpreter's kernels cannot be compiled"
+)
+NVIDIA = [arch for arch in TARGETS if arch.startswith("sm_")]
+
+
+@triton.jit
+def attend(q, k, v, out, keys, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Attention without its softmax's normalisation: one exponential for each score."""
+    rows, columns, channels = tl.arange(0, M), tl.arange(0, N), tl.arange(0, D)
+    queries = tl.load(q + rows[:, None] * D + channels[None, :])
+    acc = tl.zeros([M, D], tl.float32)
+    for start in range(0, keys, N):
+        offsets = (start + columns)[:, None] * D + channels[None, :]
+        scores = tl.dot(queries, tl.trans(tl.load(k + offsets)))
+        acc = tl.dot(tl.exp2(scores).to(v.dtype.element_ty), tl.load(v + offsets), acc)
+    tl.store(out + rows[:, None] * D + channels[None, :], acc)
+
+
+@triton.jit
+def attend_twice(q, k, v, out, keys, heads, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """A loop within a loop, then a loop with twice its columns."""
+    for head in range(heads):
+        attend(q + head * M * D, k, v, out + head * M * D, keys, D, M, N)
+    attend(q, v, k, out, keys, D, M, 2 * N)
+
+
+@triton.jit
+def column_sum(x, out, rows, bias, scale, ROOT: tl.constexpr, N: tl.constexpr):
+    """A loop without matrix instructions."""
+    columns = tl.arange(0, N)
+    acc = tl.zeros([N], tl.float32)
+    for row in range(rows):
+        acc += tl.load(x + row * N + columns)
+    if ROOT:
+        acc = tl.sqrt(acc)
+    if bias is not None:
+        acc += tl.load(bias + columns)
+    tl.store(out + columns, acc * scale)
+
+
+POINTERS = {"q": "*fp16", "k": "*fp16", "v": "*fp16", "out": "*fp32"}
+ATTEND = KernelSpecimen(
+    name="attend",
+    kernel=attend,
+    signature={**POINTERS, "keys": "i32"},
+    constexprs={"D": 32, "M": 128, "N": 64},
+    num_stages=2,
+)
+COLUMN_SUM = KernelSpecimen(
+    name="column sum",
+    kernel=column_sum,
+    signature={"x": "*fp16", "out": "*fp32", "rows": "i32", "scale": "fp32"},
+    constexprs={"bias": None, "ROOT": True, "N": 1024},
+)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("arch", TARGETS)
+def test_every_architecture_compiles_every_dtype(arch, dtype):
+    pointers = {"q": f"*{dtype}", "k": f"*{dtype}", "v": f"*{dtype}", "out": "*fp32"}
+    sizes = {"D": 16, "M": 64, "N": 32}
+    compiled = compile_for(replace(ATTEND, signature={**pointers, "keys": "i32"}, constexprs=sizes), arch)
+    usage = resource_usage(compiled)
+    assert compiled.arch == arch
+    assert 16 <= usage.registers <= 512
+    assert usage.shared_bytes > 0
+    assert (usage.stack_bytes, usage.spill_loads, usage.spill_stores) == (0, 0, 0)
+
+
+def test_an_unknown_architecture_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"sm_75.*sm_80.*sm_120.*gfx942"):
+        compile_for(ATTEND, "sm_75")
+
+
+@pytest.mark.parametrize("wrong", [{}, {"keys": "i32", "extra": "i32"}, {"keys": "i32", "D": "i32"}])
+def test_arguments_must_be_those_of_the_kernel(wrong):
+    with pytest.raises(ValueError, match="attend takes"):
+        compile_for(replace(ATTEND, signature={**POINTERS, **wrong}), "sm_80")
+
+
+def test_a_plain_function_is_no_kernel():
+    with pytest.raises(TypeError, match=r"not a @triton\.jit function"):
+        compile_for(replace(ATTEND, kernel=len), "sm_80")
+
+
+def test_an_autotuned_kernel_is_looked_through():
+    tuned = triton.autotune([triton.Config({})], key=[])(attend)
+    assert compile_for(replace(ATTEND, kernel=tuned), "sm_80").symbol == "attend"
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_the_inner_loop_of_attention(arch):
+    loops = inner_loops(compile_for(ATTEND, arch))
+    assert len(loops) == 1
+    loop = loops[0]
+    assert loop.counts.keys() == INSTRUCTION_CLASSES.keys()
+    assert loop.counts["exponentials"] == 128 * 64 // (4 * 32)
+    assert loop.counts["matrix"] >= 2
+    assert loop.counts["other_mufu"] == loop.counts["local"] == loop.counts["global_stores"] == 0
+    assert loop.total == sum(loop.counts.values())
+    copies = {opcode: n for opcode, n in loop.memory.items() if opcode.startswith("LDG")}
+    assert sum(copies.values()) == loop.counts["global_loads"] == 2 * 64 * 32 * 2 // (16 * 128)
+    assert all(opcode.endswith(".128") for opcode in copies)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_matrix_loops_come_largest_first_and_without_the_loops_around_them(arch):
+    specimen = replace(ATTEND, kernel=attend_twice, signature={**ATTEND.signature, "heads": "i32"})
+    loops = inner_loops(compile_for(specimen, arch))
+    assert [loop.counts["exponentials"] for loop in loops] == [128, 64]
+    assert loops[0].total > loops[1].total
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_spills_show(arch):
+    cramped = resource_usage(compile_for(replace(ATTEND, options={"maxnreg": 64}), arch))
+    assert cramped.registers <= 64
+    assert cramped.stack_bytes > 0
+    assert cramped.spill_loads > 0
+    assert cramped.spill_stores > 0
+
+
+def test_spills_show_on_amd():
+    huge = replace(ATTEND, num_warps=1, constexprs={"D": 128, "M": 256, "N": 32})
+    crowded = resource_usage(compile_for(huge, "gfx942"))
+    assert crowded.stack_bytes > 0
+    assert crowded.spilled_vgprs > 0
+    assert crowded.spill_loads > 0
+    assert crowded.spill_stores > 0
+
+
+@pytest.mark.parametrize(("divisible", "load"), [(None, "LDG.E.128"), (frozenset(), "LDG.E.U16")])
+def test_without_divisibility_loads_are_narrow(divisible, load):
+    loop = inner_loop(compile_for(replace(COLUMN_SUM, divisible=divisible), "sm_90"))
+    assert loop.counts["matrix"] == 0
+    assert loop.counts["global_loads"] > 0
+    assert {opcode.removesuffix(".CONSTANT") for opcode in loop.memory} == {load}
+
+
+def test_amd_has_no_sass():
+    with pytest.raises(ValueError, match="gfx942 has no SASS"):
+        inner_loops(compile_for(COLUMN_SUM, "gfx942"))
+
+
+def from_listing(*lines):
+    """A compiled kernel of these SASS lines: labels end in a colon, everything else is an instruction."""
+    text = [line if line.endswith(":") else f"        /*0000*/    {line} ;" for line in lines]
+    compiled = Compiled(ATTEND, "sm_80", "attend", 0, {})
+    compiled.__dict__["sass"] = "\n".join([".text.attend:", *text])  # where cached_property would put it
+    return compiled
+
+
+def test_a_kernel_without_a_loop():
+    compiled = from_listing("@P0 BRA `(.L_x_0)", "HMMA.16816.F32 R4, R8, R12, R4", ".L_x_0:", "EXIT")
+    assert inner_loops(compiled) == []
+    with pytest.raises(ValueError, match="attend has no loop on sm_80"):
+        inner_loop(compiled)
+
+
+def test_a_loop_left_by_a_predicated_call():
+    body = ["HMMA.16816.F32 R4, R8, R12, R4", "@P2 CALL.REL.NOINC `(.L_x_1)", "BRA `(.L_x_0)"]
+    loop = inner_loop(from_listing("MOV R4, RZ", ".L_x_0:", *body, ".L_x_1:", "STG.E [R2], R4", "EXIT"))
+    assert (loop.total, loop.counts["matrix"], loop.counts["other"]) == (3, 1, 2)
+
+
+def test_a_wait_moved_out_of_line_belongs_to_its_loop_and_is_no_second_one():
+    body = [
+        "SYNCS P1, [UR4]",
+        "@!P1 BRA `(.L_x_2)",
+        ".L_x_1:",
+        "HGMMA.64x64x16.F32 R4, R8",
+        "BRA.U UP0, `(.L_x_0)",
+    ]
+    wait = [".L_x_2:", "SYNCS P1, [UR4]", "@!P1 BRA `(.L_x_2)", "BRA `(.L_x_1)"]
+    loops = inner_loops(from_listing(".L_x_0:", *body, "EXIT", *wait))
+    assert [loop.total for loop in loops] == [7]
+
+
+def test_classes_tell_alike_opcodes_apart():
+    opcodes = {
+        "exponentials": ["MUFU.EX2"],
+        "other_mufu": ["MUFU.RCP"],
+        "matrix": ["HMMA.16816.F32", "UTCHMMA"],
+        "half_and_conversion": ["HFMA2.MMA", "F2FP.F16.F32.PACK_AB"],
+        "moves": ["IMAD.MOV.U32"],
+        "integer": ["IMAD.WIDE"],
+        "global_loads": ["LDGSTS.E.BYPASS.128", "UTMALDG.2D"],
+        "local": ["LDL.LU"],
+        "uniform": ["UIADD3", "UMOV"],
+        "other": ["LDGDEPBAR", "UTCBAR", "BRA"],
+    }
+    flat = [f"{opcode} R0" for each in opcodes.values() for opcode in each if opcode != "BRA"]
+    loop = inner_loop(from_listing(".L_x_0:", *flat, "@P0 BRA `(.L_x_0)", "EXIT"))
+    assert {name: n for name, n in loop.counts.items() if n} == {k: len(v) for k, v in opcodes.items()}
+    assert loop.memory == {"LDGSTS.E.BYPASS.128": 1, "UTMALDG.2D": 1, "LDL.LU": 1}
+
+
+def test_issue_slots_count_every_thread():
+    assert issue_slots_per_score(LoopMix({"fp32": 60, "matrix": 4}, {}), 128, 64, 4) == 1.0
