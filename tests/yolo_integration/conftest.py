@@ -1,0 +1,106 @@
+"""Keeps Ultralytics' settings and runs out of the user's home and out of the repository."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# Read by Ultralytics when it is imported, hence here and not in a fixture.
+_config_dir = tempfile.TemporaryDirectory(prefix="bra_triton_ultralytics_")
+os.environ["YOLO_CONFIG_DIR"] = _config_dir.name
+os.environ["YOLO_OFFLINE"] = "true"
+os.environ["YOLO_AUTOINSTALL"] = "false"
+
+
+@contextlib.contextmanager
+def quick_on_the_cpu() -> Iterator[None]:
+    """No Triton interpreter, which would take minutes for a model, and one thread, enough for small maps."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("TRITON_INTERPRET", raising=False)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _quick_on_the_cpu() -> Iterator[None]:
+    with quick_on_the_cpu():
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_yaml(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Four images, 64 pixels high and 48 or 64 wide, with one box each."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (root / folder).mkdir()
+    for index in range(4):
+        pixels = rng.integers(0, 255, (64, 48 + 16 * (index % 2), 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{index}.png")
+        (root / "labels" / f"{index}.txt").write_text("0 0.5 0.5 0.4 0.4\n")
+    (root / "data.yaml").write_text(f"path: {root}\ntrain: images\nval: images\nnames: [thing]\n")
+    return str(root / "data.yaml")
+
+
+@pytest.fixture(scope="session")
+def train_arguments(data_yaml: str) -> dict[str, object]:
+    """What makes a training short; the caller adds `project`, `name` and `epochs`."""
+    return {
+        "data": data_yaml,
+        "imgsz": 64,
+        "batch": 4,
+        "workers": 0,
+        "device": "cpu",
+        "optimizer": "SGD",
+        "amp": False,
+        "plots": False,
+        "verbose": False,
+        "pretrained": False,
+        "exist_ok": True,
+    }
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, train_arguments: dict[str, object]) -> Path:
+    """The weights folder of a short training: `best.pt`, and `epoch0.pt`, from which it can be resumed."""
+    from ultralytics import YOLO
+
+    import bra_triton.yolo_integration  # noqa: F401
+
+    project = tmp_path_factory.mktemp("runs")
+    with quick_on_the_cpu():
+        model = YOLO("yolo26n-bra.yaml")
+        model.train(**train_arguments, epochs=2, save_period=1, project=str(project), name="train")
+    return project / "train" / "weights"
+
+
+@pytest.fixture
+def fresh_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command line of the interpreter in a new process, in a folder of its own."""
+
+    def run(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        if check:
+            assert process.returncode == 0, process.stdout + process.stderr
+        return process
+
+    return run

@@ -1,0 +1,163 @@
+"""The blocks as modules: shapes, layouts, what they compute, and that they train."""
+
+import pytest
+import torch
+from torch import nn
+from ultralytics.nn.modules import C2PSA
+
+from bra_triton import BiLevelRoutingAttention
+from bra_triton.yolo_integration import (
+    C2BRA,
+    BiFormerBlock,
+    BiLevelRoutingAttention2d,
+    default_num_heads,
+    flops,
+    set_backend,
+)
+
+BLOCKS = {
+    "attention": lambda: BiLevelRoutingAttention2d(32, {"topk": 2, "n_win": 4}),
+    "biformer": lambda: BiFormerBlock(32, {"topk": 2, "n_win": 4}),
+    "c2bra": lambda: C2BRA(32, 32, 2, {"topk": 2, "n_win": 4}),
+}
+block_names = pytest.mark.parametrize("name", BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads"), [(16, 1), (32, 1), (64, 2), (48, 2), (96, 3), (80, 2), (88, 4), (256, 8), (384, 12)]
+)
+def test_heads_are_as_close_to_32_channels_as_the_divisors_allow(dim: int, heads: int) -> None:
+    assert default_num_heads(dim) == heads
+    assert BiLevelRoutingAttention2d(dim).attn.spec.num_heads == heads
+
+
+def test_heads_divide_queries_and_values() -> None:
+    assert default_num_heads(96, qk_dim=64) == 4  # values 24 wide, queries 16
+    assert BiFormerBlock(96, {"qk_dim": 64}).attn.spec.num_heads == 4
+
+
+def test_given_heads_are_kept() -> None:
+    assert BiFormerBlock(64, {"num_heads": 4}).attn.spec.num_heads == 4
+
+
+@block_names
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (3, 5), (1, 1)])
+def test_maps_of_any_size_keep_their_shape_and_every_parameter_learns(
+    name: str, size: tuple[int, int]
+) -> None:
+    block = BLOCKS[name]()
+    x = torch.randn(2, 32, *size, requires_grad=True)
+    out = block(x)
+    assert out.shape == x.shape
+    out.square().sum().backward()
+    assert x.grad is not None
+    unlearned = [key for key, value in block.named_parameters() if value.grad is None]
+    assert unlearned == []
+
+
+@block_names
+def test_memory_layout_does_not_change_the_result(name: str) -> None:
+    block = BLOCKS[name]().eval()
+    x = torch.randn(2, 32, 9, 10)
+    torch.testing.assert_close(block(x.contiguous(memory_format=torch.channels_last)), block(x))
+
+
+def test_wrapper_computes_the_drop_in_without_a_copy_of_channels_last_maps() -> None:
+    wrapper = BLOCKS["attention"]().eval()
+    seen = []
+    wrapper.attn.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    out = wrapper(x)
+    assert seen[0].data_ptr() == x.data_ptr()
+    assert seen[0].is_contiguous()
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out.permute(0, 2, 3, 1), wrapper.attn(x.permute(0, 2, 3, 1)))
+
+
+def test_biformer_block_is_position_convolution_attention_and_mlp_each_added() -> None:
+    block = BLOCKS["biformer"]().eval()
+    x = torch.randn(2, 32, 8, 8)
+    expected = (x + block.pos_embed(x)).permute(0, 2, 3, 1)
+    expected = expected + block.attn(block.norm1(expected))
+    expected = expected + block.mlp(block.norm2(expected))
+    torch.testing.assert_close(block(x), expected.permute(0, 3, 1, 2))
+    assert block.mlp[0].out_features == 3 * 32
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_biformer_block_lays_the_map_out_channels_last_once_for_all(
+    memory_format: torch.memory_format,
+) -> None:
+    block = BLOCKS["biformer"]().eval()
+    seen = []
+    for norm in (block.norm1, block.norm2):
+        norm.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].is_contiguous()))
+    x = torch.randn(2, 32, 8, 8).contiguous(memory_format=memory_format)
+    assert block(x).is_contiguous(memory_format=torch.channels_last)
+    assert seen == [True, True]
+
+
+def test_c2bra_may_change_the_width() -> None:
+    block = C2BRA(32, 48, 1, {"topk": 2, "n_win": 4})
+    assert block(torch.randn(1, 32, 8, 8)).shape == (1, 48, 8, 8)
+
+
+def test_c2bra_differs_from_c2psa_in_the_attention_alone() -> None:
+    ours, stock = (
+        {key: value.shape for key, value in block.state_dict().items() if ".attn." not in key}
+        for block in (C2BRA(128, 128, 2), C2PSA(128, 128, 2))
+    )
+    assert ours == stock
+
+
+@block_names
+def test_half_precision_model_and_autocast(name: str) -> None:
+    block = BLOCKS[name]()
+    x = torch.randn(2, 32, 9, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = block(x).float().square().mean()
+    loss.backward()
+    assert all(value.grad.isfinite().all() for value in block.parameters())
+    half = block.eval().bfloat16()
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+@block_names
+def test_trace_serves_new_inputs(name: str) -> None:
+    block = BLOCKS[name]().eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(block, torch.randn(1, 32, 9, 10))
+        x = torch.randn(1, 32, 9, 10)
+        torch.testing.assert_close(traced(x), block(x))
+
+
+def test_set_backend_reaches_every_attention() -> None:
+    model = nn.Sequential(*(build() for build in BLOCKS.values()))
+    set_backend(model, "reference")
+    attentions = [module for module in model.modules() if isinstance(module, BiLevelRoutingAttention)]
+    assert [module.backend for module in attentions] == ["reference"] * 4
+    model.eval()
+    x = torch.randn(1, 32, 8, 8)
+    by_reference = model(x)
+    set_backend(model, "auto")
+    torch.testing.assert_close(model(x), by_reference, atol=1e-5, rtol=1e-5)
+
+
+def test_set_backend_refuses_an_unknown_name() -> None:
+    with pytest.raises(ValueError, match=r"backend.*'nonesuch'"):
+        set_backend(BLOCKS["attention"](), "nonesuch")
+
+
+def test_flops_are_those_of_the_products() -> None:
+    attention = BiLevelRoutingAttention(8, num_heads=2, n_win=2, topk=3, qk_dim=4, auto_pad=True)
+    attention.total_ops = 0
+    x = torch.randn(5, 4, 5, 8)  # padded to 4 x 6: 4 regions of 6 tokens
+    flops.count_attention(attention, (x,), x)
+    routing, logits, values, lepe = 4 * 4 * 4, 24 * 3 * 6 * 4, 24 * 3 * 6 * 8, 24 * 9 * 8
+    assert attention.total_ops == 5 * (routing + logits + values + lepe)
+
+
+def test_flops_of_a_map_that_is_mostly_padding_are_refused() -> None:
+    attention = BiLevelRoutingAttention(8, n_win=7, auto_pad=True)
+    with pytest.raises(ValueError, match="n_win=7"):
+        flops.count_attention(attention, (torch.randn(1, 1, 2, 8),), torch.randn(1, 1, 2, 8))

@@ -1,0 +1,115 @@
+"""Registration: what it changes in Ultralytics, what it leaves, and that checkpoints carry it along."""
+
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn import tasks
+from ultralytics.utils import callbacks, dist
+
+from bra_triton.yolo_integration import BiLevelRoutingAttention2d, register, registration
+
+STOCK_BEFORE_AND_AFTER = """
+import torch
+from ultralytics import YOLO
+
+def build():
+    torch.manual_seed(0)
+    return YOLO("yolo26n.yaml").model.state_dict()
+
+before = build()
+import bra_triton.yolo_integration
+after = build()
+assert list(before) == list(after) and len(before) > 500
+assert all(torch.equal(before[key], after[key]) for key in before)
+"""
+
+PREDICT = """
+import sys, numpy as np
+from ultralytics import YOLO
+assert not any(name.startswith("bra_triton") for name in sys.modules)
+{before}
+model = YOLO({checkpoint!r})
+assert "bra_triton.yolo_integration" in sys.modules
+model.predict(np.zeros((64, 96, 3), dtype=np.uint8), imgsz=96, verbose=False)
+print("predicted")
+"""
+
+TRAIN = """
+arguments = {arguments!r}
+YOLO({checkpoint!r}).train(**arguments, epochs=1, project={project!r}, name="tuned")
+print("tuned")
+YOLO({resumable!r}).train(resume=True)
+print("resumed")
+"""
+
+
+def test_stock_model_is_the_same_before_and_after(fresh_python) -> None:
+    fresh_python("-c", STOCK_BEFORE_AND_AFTER)
+
+
+def test_second_call_changes_nothing() -> None:
+    before = {**vars(tasks)}, [*callbacks.default_callbacks["on_pretrain_routine_start"]]
+    register()
+    assert before == ({**vars(tasks)}, callbacks.default_callbacks["on_pretrain_routine_start"])
+    assert not hasattr(tasks.parse_model._bra_triton_wraps, "_bra_triton_wraps")
+
+
+def test_wrappers_keep_the_name_and_documentation_of_what_they_wrap() -> None:
+    assert tasks.parse_model.__name__ == "parse_model"
+    assert tasks.parse_model.__doc__ == tasks.parse_model._bra_triton_wraps.__doc__
+
+
+def test_fresh_process_predicts_tunes_and_resumes_from_a_checkpoint_alone(
+    fresh_python, trained: Path, tmp_path: Path, train_arguments: dict
+) -> None:
+    checkpoint = str(trained / "best.pt")
+    script = PREDICT.format(before="", checkpoint=checkpoint) + TRAIN.format(
+        arguments=train_arguments,
+        checkpoint=checkpoint,
+        project=str(tmp_path),
+        resumable=str(trained / "epoch0.pt"),
+    )
+    output = fresh_python("-c", script).stdout
+    assert [word for word in ("predicted", "tuned", "resumed") if word not in output] == []
+    assert (tmp_path / "tuned" / "weights" / "best.pt").is_file()
+
+
+def test_restricted_loading_admits_the_blocks_once_the_package_is_imported(
+    fresh_python, trained: Path
+) -> None:
+    imported = PREDICT.format(
+        before="import bra_triton.yolo_integration", checkpoint=str(trained / "best.pt")
+    )
+    assert "predicted" in fresh_python("-c", imported, ULTRALYTICS_SAFE_LOAD="1").stdout
+
+
+def test_restricted_loading_is_restricted_without_the_package(fresh_python, trained: Path) -> None:
+    script = PREDICT.format(before="", checkpoint=str(trained / "best.pt"))
+    process = fresh_python("-c", script, check=False, ULTRALYTICS_SAFE_LOAD="1")
+    assert process.returncode != 0
+    assert "bra_triton" in process.stderr
+
+
+def test_child_process_of_multi_gpu_training_knows_the_yaml_by_name(
+    fresh_python, tmp_path: Path, train_arguments: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ultralytics' own file for its child processes, run once on the CPU.
+    monkeypatch.setitem(sys.modules, "cloudpickle", pickle)
+    monkeypatch.setattr("ultralytics.utils.checks.check_requirements", lambda *_args, **_kwargs: True)
+    monkeypatch.setattr(dist, "USER_CONFIG_DIR", tmp_path)
+    overrides = {**train_arguments, "model": "yolo26n-bra.yaml", "epochs": 1, "project": str(tmp_path)}
+    trainer = DetectionTrainer(overrides={**overrides, "name": "child"})
+    assert isinstance(trainer.model, str)
+    trainer.callbacks = callbacks.get_default_callbacks()  # without lambdas, which pickle refuses
+    fresh_python(dist.generate_ddp_file(trainer))
+    assert (tmp_path / "child" / "weights" / "best.pt").is_file()
+
+
+def test_every_class_in_a_checkpoint_is_allowed(trained: Path) -> None:
+    needed = torch.serialization.get_unsafe_globals_in_checkpoint(str(trained / "best.pt"))
+    assert [name for name in needed if name.startswith("bra_triton")] == []
+    assert BiLevelRoutingAttention2d in registration._package_classes()

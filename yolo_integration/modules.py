@@ -1,0 +1,167 @@
+"""YOLO blocks built on bi-level routing attention. Maps come in and go out as NCHW, as Ultralytics has them.
+
+All three take the attention's arguments as one mapping, since a yaml row has no keyword arguments. By default
+heads are about 32 channels wide and maps are padded to multiples of `n_win` (`auto_pad`).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from ultralytics.nn.modules.conv import Conv
+
+from bra_triton import BiLevelRoutingAttention
+from bra_triton.backend import registry
+
+HEAD_DIM = 32
+
+
+def default_num_heads(dim: int, qk_dim: int | None = None) -> int:
+    """The number of heads whose width is closest to 32 channels, as in BiFormer.
+
+    Args:
+        dim: channels of the map.
+        qk_dim: channels of queries and keys; `dim` by default.
+
+    Returns:
+        The common divisor of `dim` and `qk_dim` that makes `dim // num_heads` closest to 32; of two equally
+        close, the one with more heads.
+    """
+    common = math.gcd(dim, qk_dim or dim)
+    divisors = [heads for heads in range(1, common + 1) if common % heads == 0]
+    return min(divisors, key=lambda heads: (abs(dim // heads - HEAD_DIM), -heads))
+
+
+def build_attention(dim: int, arguments: Mapping[str, Any] | None = None) -> BiLevelRoutingAttention:
+    """The drop-in attention (NHWC) with the defaults of the YOLO blocks.
+
+    Args:
+        dim: channels of the map.
+        arguments: arguments of `bra_triton.BiLevelRoutingAttention` by name, over the defaults.
+
+    Raises:
+        ValueError: if the attention refuses a value.
+        TypeError: if the attention has no such argument.
+    """
+    chosen = {"num_heads": None, "auto_pad": True, **(arguments or {})}
+    if chosen["num_heads"] is None:
+        chosen["num_heads"] = default_num_heads(dim, chosen.get("qk_dim"))
+    return BiLevelRoutingAttention(dim, **chosen)
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Makes every bi-level routing attention inside a model run on one backend.
+
+    Args:
+        model: any module, or Ultralytics' `YOLO`.
+        backend: `"auto"`, or a name that `bra_triton.BiLevelRoutingAttention` takes.
+
+    Raises:
+        ValueError: if there is no such backend.
+        NotImplementedError: if it does not compute a layer's mode.
+    """
+    registry.check_name(backend)
+    for module in model.modules():
+        if isinstance(module, BiLevelRoutingAttention):
+            module.backend = backend
+
+
+class BiLevelRoutingAttention2d(nn.Module):
+    """The drop-in attention over an NCHW map: the class of yaml rows named `BiLevelRoutingAttention`.
+
+    Only strides change around the attention, so a map in channels-last memory is never copied; the output is
+    in channels-last memory.
+
+    Args:
+        dim: channels of the map.
+        attention: arguments of `bra_triton.BiLevelRoutingAttention` by name.
+    """
+
+    def __init__(self, dim: int, attention: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.attn = build_attention(dim, attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attends over `(N, dim, H, W)` of any strides; returns the same shape."""
+        return self.attn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class BiFormerBlock(nn.Module):
+    """A block of BiFormer: position convolution, then attention and MLP, each normalised before and added.
+
+    After Zhu et al. (CVPR 2023), figure 3, without stochastic depth. The map turns channels-last once, for
+    the norms, the attention and the MLP together; a map already in channels-last memory is not copied.
+
+    Args:
+        dim: channels of the map.
+        attention: arguments of `bra_triton.BiLevelRoutingAttention` by name.
+        mlp_ratio: width of the MLP's hidden layer over `dim`; BiFormer's released models have 3.
+    """
+
+    def __init__(self, dim: int, attention: Mapping[str, Any] | None = None, mlp_ratio: float = 3.0) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = build_attention(dim, attention)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(N, dim, H, W)` of any strides to the same shape, in channels-last memory."""
+        x = x + self.pos_embed(x)
+        x = x.permute(0, 2, 3, 1).contiguous()
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return x.permute(0, 3, 1, 2)
+
+
+class BRABlock(nn.Module):
+    """Bi-level routing attention and a convolutional feed-forward, each added: the inner block of `C2BRA`.
+
+    The form of Ultralytics' `PSABlock`, and its names where the layers are the same.
+
+    Args:
+        dim: channels of the map.
+        attention: arguments of `bra_triton.BiLevelRoutingAttention` by name.
+    """
+
+    def __init__(self, dim: int, attention: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.attn = BiLevelRoutingAttention2d(dim, attention)
+        self.ffn = nn.Sequential(Conv(dim, 2 * dim, 1), Conv(2 * dim, dim, 1, act=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(N, dim, H, W)` to the same shape."""
+        x = x + self.attn(x)
+        return x + self.ffn(x)
+
+
+class C2BRA(nn.Module):
+    """A cross-stage partial stage whose inner blocks attend, in the place and form of Ultralytics' `C2PSA`.
+
+    Half of the hidden channels bypass the blocks. Unlike `C2PSA`, input and output may differ in width.
+
+    Args:
+        c1: input channels.
+        c2: output channels.
+        n: inner blocks.
+        attention: arguments of `bra_triton.BiLevelRoutingAttention` by name.
+        e: width of the attended half over `c2`.
+    """
+
+    def __init__(
+        self, c1: int, c2: int, n: int = 1, attention: Mapping[str, Any] | None = None, e: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.c = int(c2 * e)
+        self.cv1 = Conv(c1, 2 * self.c, 1)
+        self.cv2 = Conv(2 * self.c, c2, 1)
+        self.m = nn.Sequential(*(BRABlock(self.c, attention) for _ in range(n)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(N, c1, H, W)` to `(N, c2, H, W)`."""
+        bypass, attended = self.cv1(x).split(self.c, dim=1)
+        return self.cv2(torch.cat((bypass, self.m(attended)), dim=1))

@@ -1,0 +1,92 @@
+"""Makes Ultralytics know this package's blocks, yaml files and checkpoints.
+
+Ultralytics has no plug-in interface, so the few names through which it builds models are replaced by wrappers
+of themselves. Rows, yamls and models without this package's blocks pass through unchanged.
+"""
+
+import dataclasses
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics import nn as ultralytics_nn
+from ultralytics.nn import tasks
+from ultralytics.utils import callbacks
+
+from . import flops
+from .yaml_rows import YAML_MODULES, c2bra_parsed_as_csp, expand_rows
+
+PACKAGED_YAMLS = Path(__file__).parent / "yamls"
+
+_parse_lock = threading.RLock()
+
+
+def register() -> None:
+    """Registers blocks and yamls in Ultralytics; importing `bra_triton.yolo_integration` does it already.
+
+    Afterwards yaml rows may name `BiLevelRoutingAttention`, `BiFormerBlock` and `C2BRA`, the packaged yamls
+    are found by name in every scale, restricted loading (`ULTRALYTICS_SAFE_LOAD`) admits the blocks, and
+    child processes of multi-GPU training register by themselves. Further calls change nothing.
+    """
+    for name, block in YAML_MODULES.items():
+        setattr(tasks, name, block)
+    for module in (tasks, ultralytics_nn):
+        _wrap_once(module, "parse_model", _parse_with_expanded_rows)
+    _wrap_once(tasks, "check_yaml", _find_packaged_yaml)
+    torch.serialization.add_safe_globals([*_package_classes()])
+    trainer_callbacks = callbacks.default_callbacks["on_pretrain_routine_start"]
+    if register_in_child_process not in trainer_callbacks:
+        trainer_callbacks.append(register_in_child_process)
+    flops.register_rule()
+
+
+def register_in_child_process(trainer: Any) -> None:
+    """Does nothing: a trainer that is unpickled with this callback in it has imported, hence registered, all.
+
+    Multi-GPU training sends its child processes the trainer's class, arguments and callbacks, but of a model
+    to be built from a yaml only the name.
+    """
+
+
+def _wrap_once(module: ModuleType, name: str, wrapper: Callable[..., Any]) -> None:
+    original = getattr(module, name)
+    if hasattr(original, "_bra_triton_wraps"):
+        return
+    wrapped = functools.wraps(original)(functools.partial(wrapper, original))
+    wrapped._bra_triton_wraps = original  # type: ignore[attr-defined]
+    setattr(module, name, wrapped)
+
+
+def _parse_with_expanded_rows(
+    original: Callable[..., Any], d: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    d = expand_rows(d)
+    with _parse_lock, c2bra_parsed_as_csp(d):
+        return original(d, *args, **kwargs)
+
+
+def _find_packaged_yaml(original: Callable[..., Any], file: str | Path, *args: Any, **kwargs: Any) -> Any:
+    name = str(file)
+    if name == Path(name).name and not os.path.exists(name) and (PACKAGED_YAMLS / name).is_file():
+        return str(PACKAGED_YAMLS / name)
+    return original(file, *args, **kwargs)
+
+
+def _package_classes() -> list[type]:
+    """The package's modules and records, of which a model in a checkpoint may consist."""
+    package = __name__.partition(".")[0]
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == package]
+    classes = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    }
+    return [value for value in classes if issubclass(value, nn.Module) or dataclasses.is_dataclass(value)]

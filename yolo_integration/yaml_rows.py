@@ -1,0 +1,145 @@
+"""The yaml rows of this package's blocks, brought into the form that Ultralytics' `parse_model` understands.
+
+A row's trailing arguments are the attention's: `topk, n_win, num_heads, ...` by position (in the order of
+`ATTENTION_ARGUMENTS`), by name in a mapping, or first some by position and then others by name:
+
+    - [-1, 1, BiLevelRoutingAttention, []]
+    - [-1, 1, BiLevelRoutingAttention, [8, 7]]              # topk=8, n_win=7
+    - [-1, 2, BiFormerBlock, [{topk: 16, mlp_ratio: 4}]]
+    - [-1, 2, C2BRA, [1024, {topk: 8, n_win: 8}]]           # output channels first, scaled as C2PSA's
+"""
+
+import ast
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from ultralytics.nn import tasks
+
+from bra_triton import BiLevelRoutingAttention
+
+from .modules import C2BRA, BiFormerBlock, BiLevelRoutingAttention2d
+
+YAML_MODULES: dict[str, type[nn.Module]] = {
+    "BiLevelRoutingAttention": BiLevelRoutingAttention2d,
+    "BiFormerBlock": BiFormerBlock,
+    "C2BRA": C2BRA,
+}
+
+_FIRST_ARGUMENTS = ("topk", "n_win", "num_heads")
+ATTENTION_ARGUMENTS = _FIRST_ARGUMENTS + tuple(
+    name
+    for name in inspect.signature(BiLevelRoutingAttention).parameters
+    if name not in ("dim", *_FIRST_ARGUMENTS)
+)
+"""The attention's arguments in the order of a yaml row."""
+
+# Classes that parse_model gives input channels, scaled output channels and repeats, and nothing else.
+_PLAIN_CSP_CLASSES = ("C3TR", "C3x", "C3Ghost", "BottleneckCSP", "C1", "C2")
+
+
+class _ChannelKeepingArguments(list):
+    """Arguments of a row that keeps its channels: parse_model itself fills in how many.
+
+    parse_model replaces an argument that names one of its locals by that local. Here the name is `ch`, the
+    list of all rows' channels so far, of which the row needs the one of its own input.
+    """
+
+    def __init__(self, source: int, arguments: Sequence[Any]) -> None:
+        super().__init__(["ch", *arguments])
+        self.source = source
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(index, value[self.source] if index == 0 else value)
+
+
+def expand_rows(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Rewrites this package's rows of a model's yaml for `parse_model`; all other rows stay as they are.
+
+    Args:
+        model: the yaml's content, not changed.
+
+    Returns:
+        A shallow copy with new rows.
+
+    Raises:
+        ValueError: naming the row's argument, its value and what is allowed.
+    """
+    parts = {part: [_expand_row(row) for row in model[part]] for part in ("backbone", "head")}
+    return {**model, **parts}
+
+
+def _expand_row(row: Sequence[Any]) -> Sequence[Any]:
+    source, repeats, name, arguments = row
+    if name not in YAML_MODULES:
+        return row
+    if not isinstance(source, int):
+        raise ValueError(f"{name}: the row's `from` must be one row's number, got {source!r}")
+    if name != "C2BRA":
+        return [source, repeats, name, _ChannelKeepingArguments(source, _block_arguments(name, arguments))]
+    if not arguments or not isinstance(arguments[0], int):
+        raise ValueError(f"C2BRA: the first argument must be the output channels, an int, got {arguments!r}")
+    return [source, repeats, name, [arguments[0], *_block_arguments(name, arguments[1:])]]
+
+
+def _block_arguments(name: str, arguments: Sequence[Any]) -> list[Any]:
+    """A row's trailing arguments as the block takes them by position: the attention's mapping, its own."""
+    parameters = list(inspect.signature(YAML_MODULES[name]).parameters.values())
+    own = parameters[[parameter.name for parameter in parameters].index("attention") + 1 :]
+    named = _by_name(name, arguments, (*ATTENTION_ARGUMENTS, *(parameter.name for parameter in own)))
+    values = [named.pop(parameter.name, parameter.default) for parameter in own]
+    return [named, *values]
+
+
+def _by_name(name: str, arguments: Sequence[Any], allowed: Sequence[str]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for position, argument in enumerate(arguments):
+        if not isinstance(argument, Mapping):
+            if any(isinstance(earlier, Mapping) for earlier in arguments[:position]):
+                raise ValueError(f"{name}: positional argument {argument!r} follows named ones: {arguments}")
+            if position >= len(ATTENTION_ARGUMENTS):
+                raise ValueError(
+                    f"{name}: {len(arguments)} positional arguments; at most {len(ATTENTION_ARGUMENTS)} are "
+                    f"allowed: {', '.join(ATTENTION_ARGUMENTS)}"
+                )
+            argument = {ATTENTION_ARGUMENTS[position]: argument}
+        for key, value in argument.items():
+            if key not in allowed:
+                raise ValueError(f"{name}: unknown argument {key!r}; allowed are {', '.join(allowed)}")
+            if key in named:
+                raise ValueError(f"{name}: argument {key!r} is given twice: {arguments}")
+            named[key] = _literal(value)
+    return named
+
+
+def _literal(value: Any) -> Any:
+    """What Ultralytics makes of a yaml's string: `None` is not a word of yaml, but of its model files."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return ast.literal_eval(value)
+    return value
+
+
+@contextlib.contextmanager
+def c2bra_parsed_as_csp(model: Mapping[str, Any]) -> Iterator[None]:
+    """Has `parse_model` treat `C2BRA` as it does `C2PSA`: input channels, scaled width, repeats.
+
+    parse_model decides by sets of classes, and builds these sets from its module's global names at every
+    call. So for one call `C2BRA` goes under the name of a class in these sets that the yaml does not use.
+
+    Args:
+        model: the yaml's content.
+    """
+    used = {row[2] for part in ("backbone", "head") for row in model[part]}
+    if "C2BRA" not in used:
+        yield
+        return
+    name = next(name for name in _PLAIN_CSP_CLASSES if name not in used)
+    stock = getattr(tasks, name)
+    setattr(tasks, name, C2BRA)
+    try:
+        yield
+    finally:
+        setattr(tasks, name, stock)
