@@ -3,10 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from bra_triton.kernels.addressing import advance, list_position, token_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bra_triton.kernels.addressing import advance, list_position, token_of
 from bra_triton.region_grid import RegionGrid
 
 
