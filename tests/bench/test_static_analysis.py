@@ -3,11 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import triton
+import triton.language as tl
 
-triton = pytest.importorskip("triton")
-
-import triton.language as tl  # noqa: E402
-from bra_triton.bench.static_analysis import (  # noqa: E402
+from bra_triton.bench.static_analysis import (
     INSTRUCTION_CLASSES,
     TARGETS,
     Compiled,
@@ -20,9 +19,7 @@ from bra_triton.bench.static_analysis import (  # noqa: E402
     resource_usage,
 )
 
-pytestmark = pytest.mark.skipif(
-    triton.knobs.runtime.interpret, reason="the interpreter's kernels cannot be compiled"
-)
+pytestmark = pytest.mark.compiled
 NVIDIA = [arch for arch in TARGETS if arch.startswith("sm_")]
 
 

@@ -1,0 +1,314 @@
+"""The main job: train YOLO26 with bi-level routing attention on the photographs, predict, and compare.
+
+Trains `yolo26n-bra.yaml` with the settings of the users' recipe until it knows its eight photographs, saves
+the pictures with its predictions, then trains the same model from the same seed for a few steps once on the
+fused backend and once on the einops reference, and prints their losses, times and memory side by side.
+Everything lands in one folder, the figures in `summary.json`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import ultralytics
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from ultralytics import YOLO
+
+from bra_triton import BiLevelRoutingAttention
+from bra_triton.backend import registry
+from bra_triton.bench import cost
+from bra_triton.yolo_integration import set_backend
+from bra_triton.yolo_integration.photo_dataset import write_photo_dataset
+
+MODEL = "yolo26n-bra.yaml"
+BACKENDS = ("auto", "reference")
+# The users' recipe; then what eight photographs need instead of a large data set: no augmentation, a high
+# learning rate without a long warm-up, and one validation at the end.
+RECIPE = {
+    "cache": False,
+    "single_cls": False,
+    "close_mosaic": 10,
+    "workers": 0,
+    "optimizer": "MuSGD",
+    "amp": False,
+}
+FEW_PHOTOGRAPHS = {
+    **dict.fromkeys(("mosaic", "fliplr", "scale", "translate", "hsv_h", "hsv_s", "hsv_v", "erasing"), 0.0),
+    "lr0": 0.03,
+    "warmup_epochs": 5,
+    "batch": 8,
+    "nbs": 8,  # step the optimizer after every batch: the next one has the same eight images
+    "seed": 0,
+    "deterministic": True,
+    "plots": False,
+    "val": False,
+    "verbose": False,
+}
+# Plain SGD at a low rate, where a step amplifies rounding the least: MuSGD's orthogonalised updates made
+# 2e-7 into 2e-3 within three steps, and high rates flip the assignment of boxes to predictions.
+COMPARISON = {"optimizer": "SGD", "lr0": 1e-3, "warmup_epochs": 0}
+# "Agree to rounding" is judged against a control, the reference with every weight moved by half a unit in the
+# last place: training amplifies that as it amplifies the backends' rounding. Other orders of addition may
+# cost some units more than the control's one.
+CONTROL_FACTOR = 10
+CONTROL = "reference, weights rounded otherwise"
+
+ATTENTION_ROWS = (("seconds", "time", "ms", 1e3), ("peak_bytes", "peak", "MiB", 2**-20))
+
+
+class _ProductsInFloat32(TorchFunctionMode):
+    """Computes `baddbmm` of bfloat16 tensors on the CPU in float32.
+
+    MuSGD takes 240 of them a step. PyTorch's own takes 213 ms for (256, 256) @ (256, 2304) on two cores of an
+    x86 server without bfloat16 instructions, the float32 product 2 ms: a step of the optimizer took 8 s.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.baddbmm and args[0].dtype is torch.bfloat16 and args[0].device.type == "cpu":
+            return func(*(x.float() for x in args), **(kwargs or {})).bfloat16()
+        return func(*args, **(kwargs or {}))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the job; returns 0 if the model learned and the backends agree."""
+    options = _parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = write_photo_dataset(options.out / "photos")
+    summary = {"versions": _versions(), "model": MODEL, "imgsz": options.imgsz, "epochs": options.epochs}
+
+    summary["training"] = train(data, options)
+    summary["steps"] = {name: compare_steps(data, name, options) for name in (*BACKENDS, CONTROL)}
+    summary["attention"] = attention_costs(options)
+    summary["loss_difference"] = _largest_difference(summary["steps"], "auto")
+    summary["loss_difference_of_control"] = _largest_difference(summary["steps"], CONTROL)
+    (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report(summary, options.out)
+
+    failures = []
+    if summary["training"]["mAP50"] < options.required_map50:
+        failures.append(f"mAP50 {summary['training']['mAP50']:.3f} is under {options.required_map50}")
+    if summary["loss_difference"] > CONTROL_FACTOR * summary["loss_difference_of_control"]:
+        failures.append(
+            f"the backends' losses differ by {summary['loss_difference']:.1e}, more than {CONTROL_FACTOR} "
+            f"times the control's {summary['loss_difference_of_control']:.1e}"
+        )
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    return 1 if failures else 0
+
+
+def train(data: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains, validates and predicts on the photographs; returns the figures."""
+    model = YOLO(MODEL)
+    start = time.perf_counter()
+    _fit(model, data, options.epochs, _settings(options, "train"))
+    seconds = time.perf_counter() - start
+    trained = YOLO(options.out / "train" / "weights" / "last.pt")
+    metrics = trained.val(data=str(data), **_settings(options, "val"))
+    trained.predict(
+        data.parent / "images", save=True, conf=0.25, verbose=False, **_settings(options, "predictions")
+    )
+    attention = next(
+        m for m in cast(nn.Module, model.model).modules() if isinstance(m, BiLevelRoutingAttention)
+    )
+    return {
+        "seconds": seconds,
+        "steps": options.epochs,
+        "mAP50": float(metrics.box.map50),
+        "mAP50-95": float(metrics.box.map),
+        "backend": _resolved_backend(attention),
+    }
+
+
+def compare_steps(data: Path, backend: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains from the seed for a few steps on a backend, or as `CONTROL`; loss and time of each step."""
+    losses, times = [], []
+    device = _device()
+
+    def prepare(trainer: Any) -> None:
+        set_backend(trainer.model, "reference" if backend == CONTROL else backend)
+        if backend == CONTROL:
+            _move_weights_by_rounding(trainer.model)
+
+    def start_step(trainer: Any) -> None:
+        cost.synchronize(device)
+        times.append(time.perf_counter())
+
+    def end_step(trainer: Any) -> None:
+        cost.synchronize(device)
+        times[-1] = time.perf_counter() - times[-1]
+        losses.append(float(trainer.loss.detach()))
+
+    model = YOLO(MODEL)
+    model.add_callback("on_pretrain_routine_end", prepare)
+    model.add_callback("on_train_batch_start", start_step)
+    model.add_callback("on_train_batch_end", end_step)
+    name = "compare-control" if backend == CONTROL else f"compare-{backend}"
+    _fit(model, data, options.compare_steps, {**_settings(options, name), **COMPARISON})
+    return {"loss": losses, "seconds": times}
+
+
+def _move_weights_by_rounding(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    half_unit = torch.finfo(torch.float32).eps / 2
+    with torch.no_grad():
+        for weight in model.parameters():
+            sign = torch.randn(weight.shape, generator=generator).sign().to(weight.device)
+            weight.mul_(1 + half_unit * sign)
+
+
+def _fit(model: YOLO, data: Path, epochs: int, settings: dict[str, Any]) -> None:
+    # Ultralytics leaves one core of the CPU idle.
+    model.add_callback("on_train_start", lambda trainer: torch.set_num_threads(os.cpu_count() or 1))
+    with _ProductsInFloat32():
+        model.train(data=str(data), epochs=epochs, save=False, **settings)  # but for the last epoch
+
+
+def attention_costs(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """Forward and backward of all attention layers of a model alone, at the maps that they see.
+
+    Besides the trained model's, those of the BiFormer backbone, whose maps are large enough for the gathered
+    keys and values to show.
+    """
+    settings = ((MODEL, 8, options.imgsz), (MODEL, 1, 640), ("yolo26n-biformer.yaml", 1, 640))
+    return {
+        f"{Path(yaml).stem}, {batch} x {size} px": _attention_cost(yaml, batch, size)
+        for yaml, batch, size in settings
+    }
+
+
+def _attention_cost(yaml: str, batch: int, size: int) -> dict[str, dict[str, float]]:
+    device = _device()
+    model = cast(nn.Module, YOLO(yaml).model).to(device).train()
+    inputs = _attention_inputs(model, torch.zeros(batch, 3, size, size, device=device))
+
+    def run() -> None:
+        for layer, x in inputs:
+            layer(x).sum().backward()
+            x.grad = None
+            layer.zero_grad()
+
+    costs = {}
+    for backend in BACKENDS:
+        set_backend(model, backend)
+        costs[backend] = {
+            "seconds": cost.median_seconds(run, device),
+            "peak_bytes": cost.peak_bytes(run, device),
+        }
+    return costs
+
+
+def _attention_inputs(model: nn.Module, images: Tensor) -> list[tuple[nn.Module, Tensor]]:
+    """The model's attention layers, each with random input of the shape that it gets for `images`."""
+    layers = [m for m in model.modules() if isinstance(m, BiLevelRoutingAttention)]
+    inputs: list[tuple[nn.Module, Tensor]] = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda layer, args: inputs.append((layer, torch.randn_like(args[0]).requires_grad_()))
+        )
+        for layer in layers
+    ]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+def report(summary: dict[str, Any], out: Path) -> None:
+    """Prints the figures of `summary.json` as tables."""
+    training, steps = summary["training"], summary["steps"]
+    print(f"\n{MODEL} on eight photographs, {summary['imgsz']} px, backend {training['backend']}")
+    print(
+        f"  {training['steps']} steps in {training['seconds']:.0f} s, "
+        f"mAP50 {training['mAP50']:.3f}, mAP50-95 {training['mAP50-95']:.3f} on its own images"
+    )
+    print(f"  pictures with predictions: {out / 'predictions'}\n")
+    print("Training from the same seed, loss per step; in brackets the distance from the reference")
+    print(f"  {'step':>4} {'fused':>24} {'reference':>14} {'control':>24}")
+    for index, losses in enumerate(zip(*(run["loss"] for run in steps.values()), strict=True)):
+        fused, reference, control = losses
+        print(
+            f"  {index:>4} {fused:>14.6f} ({abs(fused / reference - 1):.1e}) {reference:>14.6f} "
+            f"{control:>14.6f} ({abs(control / reference - 1):.1e})"
+        )
+    print("  control: the reference with its weights moved by half a unit in the last place")
+    print(f"\n  {'':46} {'fused':>12} {'reference':>12} {'ratio':>7}")
+    medians = {backend: statistics.median(steps[backend]["seconds"]) for backend in BACKENDS}
+    _print_row("training step, median", medians, "ms", 1e3)
+    for name, costs in summary["attention"].items():
+        for key, label, unit, factor in (
+            ("seconds", "time", "ms", 1e3),
+            ("peak_bytes", "peak", "MiB", 2**-20),
+        ):
+            _print_row(f"attention {label}, {name}", {b: costs[b][key] for b in BACKENDS}, unit, factor)
+    print(f"\nAll figures: {out / 'summary.json'}")
+
+
+def _print_row(label: str, values: dict[str, float], unit: str, factor: float) -> None:
+    texts = (f"{values[backend] * factor:.2f} {unit}" for backend in BACKENDS)
+    ratio = values["reference"] / values["auto"]
+    print(f"  {label:46} {next(texts):>12} {next(texts):>12} {ratio:>6.2f}x")
+
+
+def _settings(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    folder = {"project": str(options.out.resolve()), "name": name, "exist_ok": True}
+    device = {"device": 0 if torch.cuda.is_available() else "cpu"}
+    common = {"imgsz": options.imgsz, **folder, **device}
+    if name.startswith(("train", "compare")):
+        return {**RECIPE, **FEW_PHOTOGRAPHS, **common}
+    return common
+
+
+def _resolved_backend(attention: BiLevelRoutingAttention) -> str:
+    projection = torch.empty(1, 7, 7, attention.spec.packed_dim, device=_device())
+    return registry.select(attention.backend, projection, attention.spec)
+
+
+def _largest_difference(steps: dict[str, dict[str, Any]], name: str) -> float:
+    pairs = zip(steps[name]["loss"], steps["reference"]["loss"], strict=True)
+    return max(abs(loss / reference - 1) for loss, reference in pairs)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _versions() -> dict[str, str]:
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return {
+        "torch": torch.__version__,
+        "ultralytics": ultralytics.__version__,
+        "python": platform.python_version(),
+        "device": device,
+    }
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
+    parser.add_argument(
+        "--epochs", type=int, default=150, help="training steps: one batch holds all photographs"
+    )
+    parser.add_argument("--imgsz", type=int, default=192, help="side of the training images in pixels")
+    parser.add_argument("--compare-steps", type=int, default=5, help="steps on each backend")
+    parser.add_argument("--required-map50", type=float, default=0.5, help="fail under this mAP50")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

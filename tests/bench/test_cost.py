@@ -1,0 +1,35 @@
+"""The measuring tools measure what is known."""
+
+import time
+
+import pytest
+import torch
+
+from bra_triton.bench import cost
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+
+
+def test_peak_counts_what_is_held_at_once_and_not_what_came_before():
+    before = torch.zeros(4 * MIB)
+
+    def run():
+        first = torch.zeros(MIB)  # 4 MiB of float32
+        second = first + 1
+        del first
+        third = second + before[:MIB]
+        del second, third
+
+    assert cost.peak_bytes(run, CPU) == pytest.approx(8 * MIB, abs=4096)
+
+
+def test_peak_sees_into_operators():
+    """A matrix product through a half-precision copy: the copies are allocated inside one operator."""
+    x = torch.zeros(512, 512)
+    assert cost.peak_bytes(lambda: torch.einsum("ij,jk->ik", x, x), CPU) >= x.nbytes
+
+
+def test_median_is_of_the_counted_runs():
+    pauses = iter([0.2, 0.001, 0.02, 0.001])  # the first is not counted
+    assert cost.median_seconds(lambda: time.sleep(next(pauses)), CPU, repeats=3) < 0.02
