@@ -75,12 +75,20 @@ class BiLevelRoutingAttention(reference.BiLevelRoutingAttention):
             side_dwconv,
             auto_pad,
         )
-        self.backend = registry.check_name(backend)
-        self._refuse_unfused_modes()
+        self.backend = backend
+
+    @property
+    def backend(self) -> str:
+        """`"auto"` or a backend's name; setting it raises as the constructor does."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        if registry.check_name(name) != "reference":
+            self._refuse_unfused_modes()
+        self._backend = name
 
     def _refuse_unfused_modes(self) -> None:
-        if self.backend == "reference":
-            return
         unfused = [f"{name}=True" for name in ("diff_routing", "soft_routing") if getattr(self, name)]
         if self.kv_downsample_mode != "identity":
             unfused.append(f"kv_downsample_mode={self.kv_downsample_mode!r}")

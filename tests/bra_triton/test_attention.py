@@ -255,7 +255,9 @@ class TestErrors:
     def test_modes_that_no_fused_backend_has_are_named(self, arguments, mode):
         with pytest.raises(NotImplementedError, match=mode):
             BiLevelRoutingAttention(64, **arguments)
-        BiLevelRoutingAttention(64, **arguments, backend="reference")
+        module = BiLevelRoutingAttention(64, **arguments, backend="reference")
+        with pytest.raises(NotImplementedError, match=mode):
+            module.backend = "torch"
 
     def test_indivisible_map_without_padding(self):
         module = BiLevelRoutingAttention(32, 1, 7, backend="torch")

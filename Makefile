@@ -1,0 +1,44 @@
+# `make demo` and `make test` work on a fresh machine: they build the virtual environment they need first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Ultralytics must not look for a network, nor write its settings outside this folder.
+export YOLO_OFFLINE := true
+export YOLO_CONFIG_DIR := $(CURDIR)/runs/ultralytics
+
+.PHONY: help setup demo test test-interpreted test-compiled lint format typecheck clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: $(VENV)/.installed  ## build the virtual environment
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	mkdir -p $(YOLO_CONFIG_DIR)
+	touch $@
+
+demo: setup  ## train YOLO26 with BRA on the photographs, predict, compare with the reference: runs/demo
+	$(BIN)/python -m bra_triton.bench.demo
+
+test: test-interpreted test-compiled  ## all tests; no GPU needed
+
+test-interpreted: setup  ## the kernels under Triton's interpreter, everything else as it is
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+test-compiled: setup  ## the kernels compiled for GPUs that need not be there
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto --dist worksteal -m compiled
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what the targets built
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
