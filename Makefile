@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 # Ultralytics must not look for a network, nor write its settings outside this folder.
 export YOLO_OFFLINE := true
 export YOLO_CONFIG_DIR := $(CURDIR)/runs/ultralytics
+# One test worker a core, one thread a worker.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: help setup demo test test-interpreted test-compiled lint format typecheck clean
 
@@ -26,10 +28,10 @@ demo: setup  ## train YOLO26 with BRA on the photographs, predict, compare with 
 test: test-interpreted test-compiled  ## all tests; no GPU needed
 
 test-interpreted: setup  ## the kernels under Triton's interpreter, everything else as it is
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	TRITON_INTERPRET=1 $(PYTEST)
 
 test-compiled: setup  ## the kernels compiled for GPUs that need not be there
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto --dist worksteal -m compiled
+	TRITON_INTERPRET=0 $(PYTEST) -m compiled
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -4,8 +4,8 @@ A kernel "owns" a tile of rows (queries for the forward and dQ, keys for dK/dV) 
 the other side. Rows past the end of a region are wasted, so the owned tile shrinks with the region.
 
 The table is predicted, not measured: of the tiles that spill no register on sm_80 and sm_90 (compiled with
-Triton 3.8), the one with the fewest issue slots per score. Float32 heads past 32 and half-precision heads past
-128 have tiles that spill, the best of those tried.
+Triton 3.8), the one with the fewest issue slots per score. Float32 heads past 32 and half-precision heads
+past 128 have tiles that spill, the best of those tried.
 """
 
 from dataclasses import dataclass

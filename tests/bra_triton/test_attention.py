@@ -129,6 +129,14 @@ def test_functional_accepts_a_strided_projection(backend, device):
 class TestDeterminism:
     """Two backward passes give the same bits; the control shows that the comparison can fail."""
 
+    @pytest.fixture(autouse=True)
+    def _several_threads(self):
+        """More threads than the tests' workers use, so that a changing order could show on the CPU too."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(4)
+        yield
+        torch.set_num_threads(threads)
+
     @staticmethod
     def _gradients(attend, qkv, grad_out):
         qkv = qkv.clone().requires_grad_()
