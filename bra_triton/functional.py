@@ -1,10 +1,12 @@
 """The functional API: argument checks, choice of the backend, and the call."""
 
-import torch
+import math
+
 from torch import Tensor
 
 from . import operators, reference
 from .backend import registry, traced
+from .export import being_exported
 from .region_grid import RegionGrid
 from .spec import AttentionSpec
 
@@ -74,11 +76,11 @@ def region_routing(
         ValueError: naming the argument, its value and what is allowed.
         RuntimeError: if the backend asked for by name cannot serve; says why.
     """
-    spec = _spec_of(qkv, qk_dim, 1, n_win, topk, scale)
+    spec = _spec_of(qkv, qk_dim, None, n_win, topk, scale)
+    _check_map(qkv, spec)
     name = registry.select(backend, qkv, spec)
     if name == "reference":
-        r_weight, r_idx = reference.route(qkv.detach(), spec)
-        return r_weight, r_idx
+        return reference.route(qkv.detach(), spec)
     r_weight, r_idx = _route(qkv.detach().contiguous(), spec, name)
     return r_weight, r_idx.long()
 
@@ -100,7 +102,7 @@ def attend(
     name = registry.select(backend, qkv, spec)
     if name == "reference":
         return reference.attend(qkv, spec, lepe_weight, lepe_bias)
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if being_exported():
         return traced.attend(qkv, spec, lepe_weight, lepe_bias)
     qkv = qkv.contiguous()
     _, r_idx = _route(qkv.detach(), spec, name)
@@ -117,8 +119,9 @@ def _route(qkv: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tens
 
 
 def _spec_of(
-    qkv: Tensor, qk_dim: int | None, num_heads: int, n_win: int, topk: int, scale: float | None
+    qkv: Tensor, qk_dim: int | None, num_heads: int | None, n_win: int, topk: int, scale: float | None
 ) -> AttentionSpec:
+    """The specification that the arguments amount to; without heads (None) the narrowest there can be."""
     if qkv.dim() != 4:
         raise ValueError(f"qkv must be (N, H, W, 2*qk_dim + dim), got shape {tuple(qkv.shape)}")
     channels = qkv.shape[-1]
@@ -130,7 +133,8 @@ def _spec_of(
         qk_dim = channels // 3
     if not 0 < 2 * qk_dim < channels:
         raise ValueError(f"qk_dim must leave channels for the values, 2*qk_dim < {channels}, got {qk_dim}")
-    return AttentionSpec(channels - 2 * qk_dim, qk_dim, num_heads, n_win, topk, scale)
+    dim = channels - 2 * qk_dim
+    return AttentionSpec(dim, qk_dim, num_heads or math.gcd(qk_dim, dim), n_win, topk, scale)
 
 
 def _check_map(qkv: Tensor, spec: AttentionSpec) -> None:

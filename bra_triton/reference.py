@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from .export import being_exported
 from .region_grid import RegionGrid, padding_to_multiple
 from .routing import select_topk
 from .spec import AttentionSpec
@@ -94,6 +95,7 @@ class BiLevelRoutingAttention(nn.Module):
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
+        NotImplementedError: for `kv_downsample_mode` `"fracpool"` and `"conv"`.
     """
 
     def __init__(
@@ -163,15 +165,17 @@ class BiLevelRoutingAttention(nn.Module):
             raise ValueError(f"x must be (N, H, W, dim) with dim={self.spec.dim}, got shape {tuple(x.shape)}")
         height, width = x.shape[1:3]
         bottom, right = padding_to_multiple(height, width, self.spec.n_win)
-        if not (bottom or right):
-            return x
         if not self.auto_pad:
-            RegionGrid(height, width, self.spec.n_win)  # raises: the sides are no multiples of n_win
+            RegionGrid(height, width, self.spec.n_win)  # raises where the sides are no multiples of n_win
+            return x
+        # An exported graph serves other sizes too, so it pads even where this size needs no padding.
+        if not being_exported() and not (bottom or right):
+            return x
         return F.pad(x, (0, 0, 0, right, 0, bottom))
 
     @staticmethod
     def _crop(out: Tensor, x: Tensor) -> Tensor:
-        if out.shape[1:3] == x.shape[1:3]:
+        if not being_exported() and out.shape[1:3] == x.shape[1:3]:
             return out
         return out[:, : x.shape[1], : x.shape[2]].contiguous()
 
@@ -288,6 +292,10 @@ def gather_regions(x: Tensor, r_idx: Tensor) -> Tensor:
 
 
 def _kv_pooling(mode: str, kv_per_win: int, ratio: int) -> nn.Module:
+    if mode in ("fracpool", "conv"):
+        raise NotImplementedError(
+            f"kv_downsample_mode={mode!r} is not implemented yet, nor is it in the original"
+        )
     if mode not in KV_DOWNSAMPLE_MODES:
         raise ValueError(f"kv_downsample_mode must be one of {KV_DOWNSAMPLE_MODES}, got {mode!r}")
     if mode == "ada_avgpool":

@@ -14,8 +14,8 @@ def select_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     Returns:
         Their values and their indices (int64), both `(..., topk)`.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        # Exporters know no stable sort; ONNX's TopK breaks ties as demanded here.
+    if torch.onnx.is_in_onnx_export():
+        # ONNX has no stable sort, but its TopK breaks ties as demanded here.
         return torch.topk(logits, topk, dim=-1)
     # torch.topk leaves the order of equal logits open, and it differs between devices.
     values, indices = torch.sort(logits, dim=-1, descending=True, stable=True)

@@ -4,6 +4,7 @@ An exported graph cannot hold the operators of this package, and it need not sav
 gathers keys and values of all regions at once.
 """
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -16,7 +17,9 @@ from .torch_backend import region_means
 
 def attend(qkv: Tensor, spec: AttentionSpec, lepe_weight: Tensor | None, lepe_bias: Tensor | None) -> Tensor:
     """Routing, attention and LePE of a packed projection; arguments as for `functional.attend`."""
-    query, key = region_means(qkv, spec).split(spec.qk_dim, dim=-1)
+    # In float32 at least, as everywhere: half precision would choose other regions.
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    query, key = region_means(qkv, spec, dtype).split(spec.qk_dim, dim=-1)
     _, r_idx = select_topk((query * spec.scale) @ key.transpose(-2, -1), spec.topk)
     out = _attend_to_routed(qkv, r_idx, spec)
     if lepe_weight is None:

@@ -34,12 +34,15 @@ def test_wrong_arguments_fail_as_in_ultralytics(fresh_python) -> None:
     assert "modell" in process.stderr
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_onnx_export_computes_the_same(trained: Path, tmp_path: Path, dynamic: bool) -> None:
+@pytest.mark.parametrize(
+    ("dynamic", "size"), [(False, 96), (True, 96), (True, 224)], ids=["static", "dynamic", "divisible"]
+)
+def test_onnx_export_computes_the_same(trained: Path, tmp_path: Path, dynamic: bool, size: int) -> None:
+    """At 224 pixels the last map is 7 x 7 and needs no padding; other sizes must get theirs all the same."""
     checkpoint = shutil.copy(trained / "best.pt", tmp_path)
     model = YOLO(checkpoint)
     session = onnxruntime.InferenceSession(
-        model.export(format="onnx", imgsz=96, dynamic=dynamic, simplify=False)
+        model.export(format="onnx", imgsz=size, dynamic=dynamic, simplify=False)
     )
     x = torch.rand(1, 3, 64, 128) if dynamic else torch.rand(1, 3, 96, 96)
     out = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]

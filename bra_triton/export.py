@@ -1,0 +1,8 @@
+"""Whether PyTorch is recording a graph to be taken elsewhere, where this package's operators do not exist."""
+
+import torch
+
+
+def being_exported() -> bool:
+    """True inside `torch.jit.trace`, `torch.export` and ONNX export, not inside `torch.compile`."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
