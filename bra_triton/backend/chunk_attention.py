@@ -23,7 +23,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
     """Attention `(R, m, S, c_v)` and the natural logarithm of its softmax's denominator `(R, m, S)`."""
     if is_fused(query, query.shape[-1], value.shape[-1]):
         return _FUSED_FORWARD(query, key, value, scale=scale)
-    scores = _scores(query, key, scale)
+    scores = _scores(query * scale, key)
     lse = scores.logsumexp(dim=-1)
     probs = scores.sub_(lse[..., None]).exp_()
     return probs.to(value.dtype) @ value, lse
@@ -37,18 +37,22 @@ def backward(
         return _FUSED_BACKWARD(
             grad_out, query, key, value, out, lse, dropout_p=0.0, is_causal=False, scale=scale
         )
-    probs = _scores(query, key, scale).sub_(lse[..., None]).exp_()
+    query = query * scale
+    probs = _scores(query, key).sub_(lse[..., None]).exp_()
     delta = (grad_out * out).sum(-1, keepdim=True, dtype=lse.dtype)
-    grad_scores = (grad_out @ value.transpose(-2, -1)).to(lse.dtype).sub_(delta).mul_(probs).mul_(scale)
+    grad_scores = (grad_out @ value.transpose(-2, -1)).to(lse.dtype).sub_(delta).mul_(probs)
     grad_scores, probs = grad_scores.to(query.dtype), probs.to(query.dtype)
     return (
-        grad_scores @ key,
+        (grad_scores @ key) * scale,
         grad_scores.transpose(-2, -1) @ query,
         probs.transpose(-2, -1) @ grad_out,
     )
 
 
-def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Scaled scores in the precision of the statistics: float32, or float64 for float64."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return (query @ key.transpose(-2, -1)).to(dtype).mul_(scale)
+def _scores(scaled_query: Tensor, key: Tensor) -> Tensor:
+    """Scores in the precision of the statistics: float32, or float64 for float64.
+
+    The query comes scaled, as in the reference: float16 would overflow at products of 65504.
+    """
+    dtype = torch.promote_types(scaled_query.dtype, torch.float32)
+    return (scaled_query @ key.transpose(-2, -1)).to(dtype)

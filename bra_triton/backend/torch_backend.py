@@ -61,9 +61,10 @@ def attention_forward(qkv: Tensor, r_idx: Tensor, spec: AttentionSpec) -> tuple[
     n_rows, n_tokens = regions.shape[:2]
     out = regions.new_empty(n_rows, n_tokens, spec.dim)
     lse = out.new_empty(n_rows, spec.num_heads, n_tokens, dtype=_statistic_dtype(qkv.dtype))
-    for rows, query, key, value in _chunks(regions, r_idx, spec):
-        chunk_out, lse[rows] = chunk_attention.forward(query, key, value, spec.scale)
-        out[rows] = _merge_heads(chunk_out)
+    for chunk, query, key, value in _chunks(regions, r_idx, spec):
+        rows, tokens = chunk
+        chunk_out, lse[rows, :, tokens] = chunk_attention.forward(query, key, value, spec.scale)
+        out[chunk] = _merge_heads(chunk_out)
     lse = rearrange(lse, "(n p) m s -> n m p s", p=spec.n_win**2)
     return _from_regions(out, qkv, spec), lse.contiguous()
 
@@ -91,37 +92,47 @@ def attention_backward(
     grad = torch.zeros_like(regions, dtype=_statistic_dtype(qkv.dtype))
     grad_query, grad_key, grad_value = grad.split([spec.qk_dim, spec.qk_dim, spec.dim], dim=-1)
     flat_idx = _flat_index(r_idx)
-    for rows, query, key, value in _chunks(regions, r_idx, spec):
-        chunk_grad_out = _split_heads(grad_regions[rows], spec.num_heads)
-        chunk_out = _split_heads(out_regions[rows], spec.num_heads)
+    for chunk, query, key, value in _chunks(regions, r_idx, spec):
+        rows, tokens = chunk
+        chunk_grad_out = _split_heads(grad_regions[chunk], spec.num_heads)
+        chunk_out = _split_heads(out_regions[chunk], spec.num_heads)
         chunk_query, chunk_key, chunk_value = chunk_attention.backward(
-            chunk_grad_out, query, key, value, chunk_out, lse[rows], spec.scale
+            chunk_grad_out, query, key, value, chunk_out, lse[rows, :, tokens], spec.scale
         )
-        grad_query[rows] = _merge_heads(chunk_query).to(grad.dtype)
-        for total, chunk in ((grad_key, chunk_key), (grad_value, chunk_value)):
-            parts = rearrange(chunk, "r m (t s) c -> (r t) s (m c)", t=spec.topk)
-            _add_rows(total, flat_idx[rows].flatten(), parts.to(grad.dtype))
+        grad_query[chunk] = _merge_heads(chunk_query).to(grad.dtype)
+        for total, part in ((grad_key, chunk_key), (grad_value, chunk_value)):
+            addends = rearrange(part, "r m (t s) c -> (r t) s (m c)", t=spec.topk)
+            _add_rows(total, flat_idx[rows].flatten(), addends.to(grad.dtype))
     return _from_regions(grad.to(qkv.dtype), qkv, spec)
 
 
 def _chunks(
     regions: Tensor, r_idx: Tensor, spec: AttentionSpec
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Row slices with their queries `(R, m, S, c)` and gathered keys and values `(R, m, topk*S, c)`."""
+) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor]]:
+    """Chunks of R regions and s of their tokens, with all that their queries attend to.
+
+    Yields the slices of regions and tokens, queries `(R, m, s, c)`, and gathered keys and values
+    `(R, m, topk*S, c)`. Regions are split only where a single one's scores pass the chunk's size.
+    """
     n_rows, n_tokens = regions.shape[:2]
     flat_idx = _flat_index(r_idx)
     query, key_value = regions.split([spec.qk_dim, spec.qk_dim + spec.dim], dim=-1)
     per_row = spec.topk * n_tokens * (spec.qk_dim + spec.dim)
+    token_step = n_tokens
     if not chunk_attention.is_fused(regions, spec.qk_head_dim, spec.v_head_dim):
-        per_row += spec.num_heads * n_tokens * spec.topk * n_tokens  # its scores are in memory too
+        scores_per_token = spec.num_heads * spec.topk * n_tokens
+        token_step = min(n_tokens, max(1, CHUNK_ELEMENTS // scores_per_token))
+        per_row += scores_per_token * token_step
     step = max(1, CHUNK_ELEMENTS // per_row)
     for start in range(0, n_rows, step):
         rows = slice(start, min(start + step, n_rows))
         gathered = key_value.index_select(0, flat_idx[rows].flatten())
         gathered = gathered.view(-1, spec.topk * n_tokens, spec.qk_dim + spec.dim)
         key, value = gathered.split([spec.qk_dim, spec.dim], dim=-1)
-        query_heads, key, value = (_split_heads(x, spec.num_heads) for x in (query[rows], key, value))
-        yield rows, query_heads, key, value
+        key, value = _split_heads(key, spec.num_heads), _split_heads(value, spec.num_heads)
+        for first in range(0, n_tokens, token_step):
+            chunk = (rows, slice(first, min(first + token_step, n_tokens)))
+            yield chunk, _split_heads(query[chunk], spec.num_heads), key, value
 
 
 def _flat_index(r_idx: Tensor) -> Tensor:
@@ -133,11 +144,11 @@ def _flat_index(r_idx: Tensor) -> Tensor:
 
 def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
     """`total[index] += rows` in a fixed order."""
-    if total.device.type == "cuda":
+    if total.device.type == "cpu":
+        total.index_add_(0, index, rows)
+    else:
         # index_add_ uses atomics there; accumulating index_put_ sorts.
         total.index_put_((index.long(),), rows, accumulate=True)
-    else:
-        total.index_add_(0, index, rows)
 
 
 def _to_regions(x: Tensor, spec: AttentionSpec) -> Tensor:

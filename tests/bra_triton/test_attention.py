@@ -1,14 +1,18 @@
 """The drop-in against the float64 reference, on both fused backends."""
 
+import copy
 import inspect
+import pickle
 
 import pytest
 import torch
 from conftest import INTERPRETED
-from problems import CASES_BY_NAME, cases_for, random_map, relative_error
+from problems import CASES_BY_NAME, Case, cases_for, random_map, relative_error
 
 import bra_triton
 from bra_triton import BiLevelRoutingAttention, functional, reference
+from bra_triton.backend import torch_backend
+from bra_triton.bench import cost
 
 BACKENDS = ("torch", "triton")
 # Norm of the difference over the norm. Rounding of float32 gives 1 to 4e-7 at these sizes; a wrong tail, mask
@@ -95,6 +99,57 @@ def set_of(r_idx):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["tokens_5x5", "qk_narrow"])
+def test_scores_far_below_zero(name, backend, device):
+    """lse near -3000: what a masked key adds must not pass through an exponential that overflows."""
+    case = CASES_BY_NAME[name]
+    qkv = random_map(case, device)
+    qk_dim = case.spec.qk_dim
+    qkv[..., :qk_dim] += 20
+    qkv[..., qk_dim : 2 * qk_dim] -= 20
+    grad_out = torch.randn(*qkv.shape[:3], case.dim, dtype=torch.float64, device=device)
+    expected = torch.autograd.grad(
+        reference.attend(x := qkv.clone().requires_grad_(), case.spec), x, grad_out
+    )
+    y = qkv.float().requires_grad_()
+    actual = torch.autograd.grad(functional.attend(y, case.spec, backend=backend), y, grad_out.float())
+    # The scores' own rounding, 3000 times 6e-8, sets this tolerance.
+    assert relative_error(actual[0], expected[0]) < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_products_past_its_range(backend, device):
+    """q k = 64 * 40 * 40 = 102400 before the scale; float16 ends at 65504."""
+    qkv = torch.full((1, 4, 4, 64 + 64 + 32), 40.0, device=device, dtype=torch.float16)
+    out = functional.bi_level_routing_attention(qkv, num_heads=1, n_win=2, topk=2, qk_dim=64, backend=backend)
+    assert (out == 40).all()
+
+
+def test_regions_too_large_for_a_chunk_are_split(monkeypatch):
+    """Unequal heads take the torch backend's unfused path, which holds scores: 64 x 128 of a region here."""
+    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", 1000)
+    case = Case("split", "regions of 64 tokens", 16, 16, 32, 1, 2, 2, 16)
+    module, oracle = _pair(case, "torch", torch.device("cpu"))
+    x = random_map(case, torch.device("cpu"), case.dim)
+    grad_out = torch.randn(*x.shape, dtype=torch.float64)
+    actual, expected = _run(module, x.float(), grad_out), _run(oracle, x, grad_out)
+    assert max(relative_error(actual[name], expected[name]) for name in expected) < FLOAT32_TOLERANCE
+
+
+def test_memory_of_the_torch_backend_is_linear_in_the_map():
+    """Regions four times as large, sixteen times the scores: the unfused path must not hold them all."""
+    spec = CASES_BY_NAME["qk_narrow"].spec
+    spec = type(spec)(32, 16, 1, 2, 1)
+    peaks = []
+    for side in (96, 192):
+        qkv = torch.randn(1, side, side, spec.packed_dim)
+        peaks.append(
+            cost.peak_bytes(lambda qkv=qkv: functional.attend(qkv, spec, backend="torch"), qkv.device)
+        )
+    assert peaks[1] < 5 * peaks[0], peaks
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend, device):
     module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend=backend).to(device)
     x = torch.randn(0, 8, 8, 32, device=device, requires_grad=True)
@@ -138,9 +193,11 @@ class TestDeterminism:
         torch.set_num_threads(threads)
 
     @staticmethod
-    def _gradients(attend, qkv, grad_out):
-        qkv = qkv.clone().requires_grad_()
-        return torch.autograd.grad(attend(qkv), qkv, grad_out)[0]
+    def _gradients(qkv, lepe_weight, spec, grad_out, backend):
+        inputs = [x.clone().requires_grad_() for x in (qkv, lepe_weight, lepe_weight[:, 0, 0, 0])]
+        return torch.autograd.grad(
+            functional.attend(inputs[0], spec, *inputs[1:], backend=backend), inputs, grad_out
+        )
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_gradients_are_bitwise_equal(self, backend, device):
@@ -154,11 +211,8 @@ class TestDeterminism:
         _, r_idx = functional.region_routing(qkv, n_win=case.n_win, topk=case.topk, backend=backend)
         assert (r_idx[..., 0] == 0).all()
 
-        def attend(qkv):
-            return functional.attend(qkv, case.spec, weight, backend=backend)
-
-        first, second = (self._gradients(attend, qkv, grad_out) for _ in range(2))
-        assert torch.equal(first, second)
+        first, second = (self._gradients(qkv, weight, case.spec, grad_out, backend) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     def test_control_another_order_of_addition_gives_other_bits(self, device):
         terms = torch.randn(1000, 64, device=device) * torch.logspace(-3, 3, 1000, device=device)[:, None]
@@ -223,6 +277,40 @@ class TestDropIn:
         assert attn_weight.shape == (32, 2, 6, 18)
         assert relative_error(module(x), out.double()) < FLOAT32_TOLERANCE
 
+    @pytest.mark.parametrize("frozen", ["qkv", "lepe", "lepe.bias", "wo"])
+    def test_frozen_parameters_leave_the_other_gradients_as_they_are(self, frozen):
+        module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend="torch")
+        partly = copy.deepcopy(module)
+        for name, parameter in partly.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+        x = torch.randn(1, 8, 8, 32)
+        for each in (module, partly):
+            each(x).square().sum().backward()
+        for (name, parameter), expected in zip(partly.named_parameters(), module.parameters(), strict=True):
+            assert (
+                parameter.grad is None
+                if name.startswith(frozen)
+                else torch.equal(parameter.grad, expected.grad)
+            )
+
+    def test_without_a_lepe_bias(self):
+        spec = CASES_BY_NAME["rectangular"].spec
+        qkv, weight = random_map(CASES_BY_NAME["rectangular"], torch.device("cpu")), torch.randn(64, 1, 3, 3)
+        inputs = [qkv.requires_grad_(), weight.double().requires_grad_()]
+        results = [
+            torch.autograd.grad(attend(inputs[0], spec, inputs[1]).square().sum(), inputs)
+            for attend in (functional.attend, reference.attend)
+        ]
+        assert all(relative_error(a, e) < 1e-12 for a, e in zip(*results, strict=True))
+
+    def test_copies_and_pickles(self):
+        """Ultralytics keeps a copy of the model for its moving average, and pickles it whole."""
+        module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend="torch").half()
+        x = torch.randn(1, 8, 8, 32).half()
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(twin(x), module(x))
+            assert twin.backend == "torch"
+
     def test_is_exported(self):
         assert "BiLevelRoutingAttention" in bra_triton.__all__
 
@@ -258,6 +346,7 @@ class TestErrors:
             ({"soft_routing": True}, "soft_routing=True"),
             ({"diff_routing": True}, "diff_routing=True"),
             ({"kv_downsample_mode": "avgpool"}, "kv_downsample_mode='avgpool'"),
+            ({"kv_downsample_mode": "ada_maxpool"}, "kv_downsample_mode='ada_maxpool'"),
         ],
     )
     def test_modes_that_no_fused_backend_has_are_named(self, arguments, mode):
@@ -267,9 +356,17 @@ class TestErrors:
         with pytest.raises(NotImplementedError, match=mode):
             module.backend = "torch"
 
+    @pytest.mark.parametrize("mode", ["fracpool", "conv"])
+    def test_modes_that_nobody_has_are_named(self, mode):
+        with pytest.raises(NotImplementedError, match=f"kv_downsample_mode='{mode}' is not implemented yet"):
+            BiLevelRoutingAttention(64, kv_downsample_mode=mode, backend="reference")
+
+    def test_pooling_by_one_is_identity(self):
+        BiLevelRoutingAttention(64, kv_downsample_mode="maxpool", kv_downsample_ratio=1)
+
     def test_indivisible_map_without_padding(self):
         module = BiLevelRoutingAttention(32, 1, 7, backend="torch")
-        with pytest.raises(ValueError, match=r"multiples of n_win=7, got 20 x 21; auto_pad=True"):
+        with pytest.raises(ValueError, match=r"multiples of n_win=7, got 20 x 21; .* auto_pad=True"):
             module(torch.randn(1, 20, 21, 32))
 
     @pytest.mark.parametrize("shape", [(1, 32, 8, 8), (8, 8, 32)])
