@@ -1,5 +1,7 @@
 """The operators that PyTorch sees: schema, fake implementation and autograd, for `torch.compile` and friends.
 
+They trust their callers (`functional`): arguments are checked, `qkv` and `r_idx` are contiguous.
+
 | operator | gradient |
 |---|---|
 | `bra_triton::region_routing` | none: routing is detached here |
@@ -21,7 +23,8 @@ def region_routing(
 ) -> tuple[Tensor, Tensor]:
     """Routes regions; returns `r_weight` (float) and `r_idx` (int32), both `(N, P, topk)`."""
     spec = AttentionSpec(qkv.shape[-1] - 2 * qk_dim, qk_dim, num_heads, n_win, topk, scale)
-    return registry.load(backend).region_routing(qkv, spec)
+    with _without_autocast(qkv):
+        return registry.load(backend).region_routing(qkv, spec)
 
 
 @region_routing.register_fake
@@ -49,10 +52,11 @@ def routed_attention(
         just that; the backend's softmax statistic `(N, num_heads, P, S)`.
     """
     spec = AttentionSpec(qkv.shape[-1] - 2 * qk_dim, qk_dim, num_heads, n_win, r_idx.shape[-1], scale)
-    attention, lse = registry.load(backend).attention_forward(qkv, r_idx, spec)
-    if lepe_weight is None:
-        return attention, attention.new_empty(0), lse
-    return (attention + lepe.forward(qkv, lepe_weight, lepe_bias)).contiguous(), attention, lse
+    with _without_autocast(qkv):
+        attention, lse = registry.load(backend).attention_forward(qkv, r_idx, spec)
+        if lepe_weight is None:
+            return attention, attention.new_empty(0), lse
+        return (attention + lepe.forward(qkv, lepe_weight, lepe_bias)).contiguous(), attention, lse
 
 
 @routed_attention.register_fake
@@ -81,10 +85,11 @@ def routed_attention_backward(
     dim = grad_out.shape[-1]
     spec = AttentionSpec(dim, (qkv.shape[-1] - dim) // 2, num_heads, n_win, r_idx.shape[-1], scale)
     grad_out = grad_out.contiguous()
-    grad_qkv = registry.load(backend).attention_backward(grad_out, qkv, r_idx, attention, lse, spec)
-    if lepe_weight is None:
-        return grad_qkv, qkv.new_empty(0), qkv.new_empty(0)
-    return grad_qkv, *lepe.backward(grad_out, qkv, lepe_weight, grad_qkv)
+    with _without_autocast(qkv):
+        grad_qkv = registry.load(backend).attention_backward(grad_out, qkv, r_idx, attention, lse, spec)
+        if lepe_weight is None:
+            return grad_qkv, qkv.new_empty(0), qkv.new_empty(0)
+        return grad_qkv, *lepe.backward(grad_out, qkv, lepe_weight, grad_qkv)
 
 
 @routed_attention_backward.register_fake
@@ -115,6 +120,11 @@ def _backward(ctx, grad_out, _grad_attention, _grad_lse):
 
 
 routed_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _without_autocast(qkv: Tensor) -> torch.autocast:
+    """Inside an operator the types are decided; autocast would round float32 statistics to half precision."""
+    return torch.autocast(qkv.device.type, enabled=False)
 
 
 def _statistic_dtype(qkv: Tensor) -> torch.dtype:

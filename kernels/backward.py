@@ -41,6 +41,7 @@ def _query_gradient_tile(
     scores = matmul(query, tl.trans(key), PRECISION)
     probs = tl.exp2(scores * logit_scale - lse[:, None])
     if MASKED:
+        # A dead key's row is 0, but so is its score, and exp2(0 - lse) may overflow where lse is far below 0.
         probs = tl.where(live[None, :], probs, 0.0)
     grad_probs = matmul(grad_out, tl.trans(value), PRECISION)
     grad_scores = probs * (grad_probs - delta[:, None])
@@ -148,8 +149,7 @@ def _load_statistics(statistics, query_index, live, MASKED: tl.constexpr):
     """
     pairs = statistics + query_index[:, None] * 2 + tl.arange(0, 2)[None, :]
     if MASKED:
-        # A dead query: exp2(score - 1e30) is 0, and 0 * (x - 1e30) is 0, where infinity would make NaN.
-        pair = tl.load(pairs, mask=live[:, None], other=1e30)
+        pair = tl.load(pairs, mask=live[:, None], other=0.0)
     else:
         pair = tl.load(pairs)
     return tl.split(pair)
@@ -162,7 +162,7 @@ def _key_value_gradient_tile(
     """Adds what BLOCK_M queries contribute to the gradients of BLOCK_N keys and values.
 
     Everything is transposed, keys by queries, so that the accumulators stay in registers. A dead query needs
-    no mask: its `lse` is so large that its probability is 0, and its query and gradient rows are 0.
+    no mask: its rows of query and gradient are 0, so it adds 0 whatever its probability, 2**0.
     """
     scores = matmul(key, tl.trans(query), PRECISION)
     probs = tl.exp2(scores * logit_scale - lse[None, :])

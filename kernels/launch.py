@@ -10,7 +10,6 @@ from torch import Tensor
 from . import backward, forward, routing, tiles
 
 LOG2_E = math.log2(math.e)
-LARGEST_TILE = 128
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def inverse_graph(r_idx: Tensor, n_regions: int) -> tuple[Tensor, Tensor]:
     choosers = r_idx.new_empty(batch, n_regions * topk)
     if batch:
         with torch.cuda.device_of(r_idx):
-            routing.invert_graph[(n_regions, batch)](
+            routing.invert_graph[(batch * n_regions,)](
                 r_idx,
                 row_start,
                 choosers,
@@ -234,19 +233,26 @@ def _attention_launch(kernel: str, qkv: Tensor, problem: Problem) -> tuple[tuple
         "BLOCK_N": tile.own if owns_keys else tile.step,
         "BLOCK_QK": tiles.channel_block(problem.qk_head_dim),
         "BLOCK_V": tiles.channel_block(problem.v_head_dim),
-        "PRECISION": _dot_precision(),
+        "PRECISION": _dot_precision(qkv.dtype),
         "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
+        # AMD's compute units have 64 KiB of shared memory, too little for a second stage of wide heads.
+        "num_stages": 1 if torch.version.hip else tile.num_stages,
     }
 
 
-def _dot_precision() -> str:
-    """Precision of float32 products, after PyTorch's own setting (`torch.set_float32_matmul_precision`).
+def _dot_precision(dtype: torch.dtype) -> str:
+    """Precision of float32 products, after PyTorch's own setting for them.
 
-    "highest" takes three TF32 products on NVIDIA, which keep float32's accuracy to about 1e-6: plain float32
+    Without TF32, three TF32 products on NVIDIA, which keep float32's accuracy to about 1e-6: plain float32
     products run off the matrix units, at 2.5 times the issue slots (95 against 39 a score in the forward at
     head 32, compiled for sm_90), and spill. AMD has plain ones alone.
     """
-    if torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee" if torch.version.hip else "tf32x3"
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if _tf32_is_allowed() else "tf32x3"
+
+
+def _tf32_is_allowed() -> bool:
+    # PyTorch 2.9 brought this setting, and lets no one read the older one once it has been used.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32"

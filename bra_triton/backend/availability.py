@@ -11,6 +11,8 @@ from ..spec import AttentionSpec
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 MAX_HEAD_DIM = 256
+# Compiled for 7.5 every attention kernel spills hundreds of registers.
+MIN_CAPABILITY = (8, 0)
 # One program of the routing kernel holds the logits of all regions in registers.
 MAX_N_WIN = 64
 
@@ -27,6 +29,8 @@ def why_not_triton(qkv: Tensor, spec: AttentionSpec) -> str | None:
         return "tensors on the CPU need TRITON_INTERPRET=1 (for tests; slow)"
     if qkv.device.type not in ("cpu", "cuda"):
         return f"Triton kernels run on CUDA and ROCm devices, not on {qkv.device.type!r}"
+    if qkv.device.type == "cuda" and not torch.version.hip and _capability(qkv.device) < MIN_CAPABILITY:
+        return f"the kernels need compute capability 8.0 or later, {qkv.device} has {_capability(qkv.device)}"
     if qkv.dtype not in TRITON_DTYPES:
         return f"dtype must be float32, float16 or bfloat16, got {qkv.dtype}"
     if max(spec.qk_head_dim, spec.v_head_dim) > MAX_HEAD_DIM:
@@ -39,6 +43,11 @@ def why_not_triton(qkv: Tensor, spec: AttentionSpec) -> str | None:
     if qkv.shape[1] * qkv.shape[2] * qkv.shape[3] >= 2**31:
         return f"one image's projection must have fewer than 2**31 elements, got shape {tuple(qkv.shape)}"
     return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
 
 
 def _interpreted() -> bool:

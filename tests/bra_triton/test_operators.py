@@ -1,5 +1,6 @@
 """What PyTorch's compiler, dispatcher, autocast and exporters see."""
 
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bra_triton import BiLevelRoutingAttention, functional, operators, reference
 from bra_triton.backend import registry
+from bra_triton.spec import AttentionSpec
 
 BACKENDS = ("torch", "triton")
 CASE = CASES_BY_NAME["qk_narrow"]
@@ -131,7 +133,7 @@ def test_control_the_log_sees_the_reference_gather(device):
     module = reference.BiLevelRoutingAttention(case.dim, case.num_heads, case.n_win, topk=case.topk)
     with _Log(case.height * case.width * case.dim) as log:
         module.to(device)(torch.randn(1, case.height, case.width, case.dim, device=device)).sum().backward()
-    assert {"aten::index", "aten::clone", "aten::cat"} & set(log.names)
+    assert {"aten::index", "aten::clone"} <= set(log.names)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -148,14 +150,44 @@ def test_autocast_runs_in_half_precision(backend, device):
     assert relative_error(out, expected.double()) < 3e-2
 
 
-@pytest.mark.parametrize("dtype", [torch.float64])
-def test_gradcheck_of_the_torch_backend(dtype):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_reach_into_the_operators(backend, device):
+    qkv = random_map(CASE, device).float()
+    options = {"n_win": CASE.n_win, "topk": CASE.topk, "qk_dim": CASE.qk_dim, "backend": backend}
+    expected = functional.region_routing(qkv, **options)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = functional.region_routing(qkv, **options)
+    assert actual[0].dtype == torch.float32
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.fp32_precision = 'tf32'",
+        "torch.set_float32_matmul_precision('high')",
+    ],
+)
+def test_every_way_to_allow_tf32_is_understood(setting):
+    """In a process of its own, since PyTorch refuses to go back from the newer settings to the older."""
+    code = f"""
+import torch
+from bra_triton.kernels import launch
+assert launch._dot_precision(torch.float32) == "tf32x3"
+{setting}
+assert launch._dot_precision(torch.float32) == "tf32"
+assert launch._dot_precision(torch.float16) == "ieee"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_gradcheck_of_the_torch_backend():
     """Numeric derivatives in float64; routing is piecewise constant, so the small step does not cross it."""
-    spec = CASES_BY_NAME["one_region"].spec
-    spec = type(spec)(4, 2, 1, 2, 2)
-    qkv = torch.randn(1, 4, 4, spec.packed_dim, dtype=dtype, requires_grad=True)
-    weight = torch.randn(4, 1, 3, 3, dtype=dtype, requires_grad=True)
-    bias = torch.randn(4, dtype=dtype, requires_grad=True)
+    spec = AttentionSpec(dim=4, qk_dim=2, num_heads=1, n_win=2, topk=2)
+    qkv = torch.randn(1, 4, 4, spec.packed_dim, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda *args: functional.attend(args[0], spec, *args[1:]), (qkv, weight, bias))
 
 
@@ -172,6 +204,15 @@ class TestExport:
         assert "bra_triton::" not in str(traced.inlined_graph)
         y = torch.randn(1, 10, 12, 32)
         assert relative_error(traced(y), module(y).double()) < 1e-5
+
+    @pytest.mark.parametrize("size", [(9, 12), (10, 12)], ids=["divisible", "padded"])
+    def test_traced_graph_serves_other_sizes(self, size):
+        """Whether the traced size needs padding must not be baked in."""
+        module = self._module()
+        traced = torch.jit.trace(module, torch.randn(1, *size, 32), check_trace=False)
+        for height, width in ((9, 12), (10, 12), (8, 17)):
+            y = torch.randn(1, height, width, 32)
+            assert relative_error(traced(y), module(y).double()) < 1e-5
 
     def test_torch_export(self):
         module, x = self._module(), torch.randn(1, 10, 12, 32)

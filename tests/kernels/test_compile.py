@@ -25,6 +25,10 @@ PROBLEMS = {
     "biformer_stage2": Problem(2, 4, 4, 7, 4, 4, 32, 32, 128**-0.5),
     "yolo_p3": Problem(2, 10, 10, 8, 4, 2, 32, 32, 64**-0.5),
 }
+WIDE_HEADS = {
+    "head_64": Problem(2, 10, 10, 8, 4, 2, 64, 64, 128**-0.5),
+    "head_128": Problem(2, 5, 5, 4, 4, 2, 128, 128, 256**-0.5),
+}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = {
     *("region_means", "route", "invert_graph"),
@@ -33,10 +37,11 @@ KERNELS = {
 
 
 def _for(arch, specimen):
-    """What a launch on that architecture would change: AMD has no three-product float32."""
-    if arch.startswith("gfx") and specimen.constexprs.get("PRECISION") == "tf32x3":
-        return dataclasses.replace(specimen, constexprs={**specimen.constexprs, "PRECISION": "ieee"})
-    return specimen
+    """What a launch on that architecture would change: AMD has no TF32, and takes no second stage."""
+    if not arch.startswith("gfx") or "PRECISION" not in specimen.constexprs:
+        return specimen
+    constexprs = {**specimen.constexprs, "PRECISION": "ieee"}
+    return dataclasses.replace(specimen, constexprs=constexprs, num_stages=1)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -53,6 +58,16 @@ def test_kernels_compile_fit_and_do_not_spill(name, dtype, arch):
             assert usage.spill_loads == usage.spill_stores == 0, (specimen.name, usage)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_120", "gfx942"])
+@pytest.mark.parametrize("name", WIDE_HEADS)
+def test_wide_heads_in_half_precision_fit_and_do_not_spill(name, arch):
+    for specimen in record_attention(WIDE_HEADS[name], torch.float16):
+        usage = resource_usage(compile_for(_for(arch, specimen), arch))
+        assert usage.shared_bytes <= SHARED_BYTES[arch], specimen.name
+        if arch in SPILL_FREE:
+            assert usage.spill_loads == usage.spill_stores == 0, (specimen.name, usage)
+
+
 def test_the_check_sees_a_spill(monkeypatch):
     """The same check on a tile that cannot fit the registers: it must fail."""
     monkeypatch.setattr(tiles, "choose", lambda *arguments: tiles.Tile(128, 128, 1, 1))
@@ -62,6 +77,14 @@ def test_the_check_sees_a_spill(monkeypatch):
     usage = resource_usage(compile_for(specimen, "sm_80"))
     assert usage.spill_loads > 0
     assert usage.spill_stores > 0
+
+
+def test_no_kernel_is_compiled_anew_for_a_size_that_divides_well():
+    """Triton would compile apart for sizes of 1 and multiples of 16."""
+    for specimen in record_attention(PROBLEMS["yolo_p3"], torch.float16):
+        sizes = [p for p in specimen.kernel.params if p.name in ("region_height", "region_width")]
+        assert all(size.do_not_specialize for size in sizes), specimen.name
+        assert sizes or specimen.name in ("route", "invert_graph")
 
 
 def test_sizes_are_no_compile_time_numbers():
