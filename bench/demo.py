@@ -247,10 +247,7 @@ def report(summary: dict[str, Any], out: Path) -> None:
     medians = {backend: statistics.median(steps[backend]["seconds"]) for backend in BACKENDS}
     _print_row("training step, median", medians, "ms", 1e3)
     for name, costs in summary["attention"].items():
-        for key, label, unit, factor in (
-            ("seconds", "time", "ms", 1e3),
-            ("peak_bytes", "peak", "MiB", 2**-20),
-        ):
+        for key, label, unit, factor in ATTENTION_ROWS:
             _print_row(f"attention {label}, {name}", {b: costs[b][key] for b in BACKENDS}, unit, factor)
     print(f"\nAll figures: {out / 'summary.json'}")
 

@@ -1,6 +1,6 @@
-"""The drop-in module: the original's arguments and `state_dict`, on the fused registry."""
+"""The drop-in module: the original's arguments and `state_dict`, on the fused backends."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import functional, reference
 from .backend import registry
@@ -90,7 +90,7 @@ class BiLevelRoutingAttention(reference.BiLevelRoutingAttention):
 
     def _refuse_unfused_modes(self) -> None:
         unfused = [f"{name}=True" for name in ("diff_routing", "soft_routing") if getattr(self, name)]
-        if self.kv_downsample_mode != "identity":
+        if not isinstance(self.kv_down, nn.Identity):
             unfused.append(f"kv_downsample_mode={self.kv_downsample_mode!r}")
         if unfused:
             raise NotImplementedError(

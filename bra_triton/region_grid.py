@@ -27,7 +27,7 @@ class RegionGrid:
         if self.height % self.n_win or self.width % self.n_win:
             raise ValueError(
                 f"the map's height and width must be multiples of n_win={self.n_win}, got "
-                f"{self.height} x {self.width}; auto_pad=True pads the map"
+                f"{self.height} x {self.width}; the modules pad it with auto_pad=True"
             )
         if self.height < self.n_win or self.width < self.n_win:
             raise ValueError(

@@ -1,6 +1,7 @@
 """The numbers that define one bi-level routing attention, checked once, where they enter."""
 
 import math
+import numbers
 from dataclasses import dataclass
 
 
@@ -14,7 +15,8 @@ class AttentionSpec:
         num_heads: attention heads; divides `dim` and `qk_dim`.
         n_win: regions a side.
         topk: regions that every region attends to, 1 to `n_win**2`.
-        qk_scale: factor of the logits, positive; `qk_dim ** -0.5` where it is None or 0.
+        qk_scale: factor of the logits, positive (the original takes negative ones too); where it is None
+            or 0, `qk_dim ** -0.5`.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -30,7 +32,7 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         for name in ("dim", "qk_dim", "num_heads", "n_win", "topk"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
         for name in ("dim", "qk_dim"):
             if getattr(self, name) % self.num_heads:

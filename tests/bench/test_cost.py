@@ -24,12 +24,17 @@ def test_peak_counts_what_is_held_at_once_and_not_what_came_before():
     assert cost.peak_bytes(run, CPU) == pytest.approx(8 * MIB, abs=4096)
 
 
+@torch.library.custom_op("bra_triton_tests::wasteful", mutates_args=())
+def wasteful(x: torch.Tensor) -> torch.Tensor:
+    """Four times the input inside, one number out."""
+    return x.repeat(4).sum()
+
+
 def test_peak_sees_into_operators():
-    """A matrix product through a half-precision copy: the copies are allocated inside one operator."""
-    x = torch.zeros(512, 512)
-    assert cost.peak_bytes(lambda: torch.einsum("ij,jk->ik", x, x), CPU) >= x.nbytes
+    x = torch.zeros(MIB)
+    assert cost.peak_bytes(lambda: wasteful(x), CPU) == pytest.approx(4 * x.nbytes, abs=4096)
 
 
 def test_median_is_of_the_counted_runs():
-    pauses = iter([0.2, 0.001, 0.02, 0.001])  # the first is not counted
-    assert cost.median_seconds(lambda: time.sleep(next(pauses)), CPU, repeats=3) < 0.02
+    pauses = iter([2.0, 0.001, 1.0, 0.001])  # the first is not counted
+    assert cost.median_seconds(lambda: time.sleep(next(pauses)), CPU, repeats=3) < 0.9

@@ -31,7 +31,7 @@ def test_demo_writes_pictures_and_the_figures_that_it_prints(tmp_path, capsys, m
     assert len(list((tmp_path / "predictions").glob("*.jpg"))) == 8
     assert summary["training"]["backend"] == "torch"
     assert [len(run["loss"]) for run in summary["steps"].values()] == [2, 2, 2]
-    assert summary["loss_difference"] < 1e-5
+    assert summary["loss_difference"] < 1e-5  # float32's 6e-8, amplified by one step of training
     printed = capsys.readouterr().out
     assert all(f"{loss:.6f}" in printed for loss in summary["steps"]["auto"]["loss"])
 
