@@ -5,9 +5,9 @@ row inside a region. The kernels walk such a list in tiles and ignore region bor
 waste no lanes. A position in it is the mixed-radix number (slot, row, column) with radices
 (-, region_height, region_width).
 
-Measured on the compiled forward loop (sm_90, fp16, head 32): advancing the three digits costs a few integer
-additions a key and a step; dividing the position anew in every step costs conversions on the unit that also
-computes the exponentials, the loop's bottleneck.
+Advancing the three digits costs some integer additions and selections a key and a step. Dividing the position
+anew would take reciprocals and conversions, which run on the unit that also computes the exponentials, the
+loop's bottleneck; a table of offsets would be one more array to build and load.
 """
 
 import triton
