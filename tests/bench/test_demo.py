@@ -31,7 +31,8 @@ def test_demo_writes_pictures_and_the_figures_that_it_prints(tmp_path, capsys, m
     assert len(list((tmp_path / "predictions").glob("*.jpg"))) == 8
     assert summary["training"]["backend"] == "torch"
     assert [len(run["loss"]) for run in summary["steps"].values()] == [2, 2, 2]
-    assert summary["loss_difference"] < 1e-5  # float32's 6e-8, amplified by one step of training
+    # Float32's 6e-8, amplified by one step of training.
+    assert max(summary["loss_distance"]["auto"]) < 1e-5
     printed = capsys.readouterr().out
     assert all(f"{loss:.6f}" in printed for loss in summary["steps"]["auto"]["loss"])
 
@@ -40,17 +41,20 @@ def test_demo_writes_pictures_and_the_figures_that_it_prints(tmp_path, capsys, m
     ("map50", "difference", "message"),
     [
         (0.2, 1e-7, "FAILED: mAP50 0.200 is under 0.5"),
-        (0.7, 1e-4, "FAILED: the backends' losses differ by 1.0e-04"),
+        (0.7, 1e-4, "FAILED: in step 0 the backends' losses differ by 1.0e-04"),
+        (0.7, float("nan"), "FAILED: in step 0 the backends' losses differ by nan"),
+        (float("nan"), 1e-7, "FAILED: mAP50 nan is under 0.5"),
     ],
 )
 def test_demo_fails_where_the_model_did_not_learn_or_the_backends_differ(
     map50, difference, message, tmp_path, capsys, monkeypatch
 ):
-    losses = {"auto": 1 + difference, "reference": 1.0, demo.CONTROL: 1 + 1e-6}
+    # The second step's control is far off and must not excuse the first.
+    losses = {"auto": [1 + difference, 1.0], "reference": [1.0, 1.0], demo.CONTROL: [1 + 1e-6, 1.1]}
     training = {"seconds": 1, "steps": 1, "mAP50": map50, "mAP50-95": 0.1, "backend": "torch"}
     monkeypatch.setattr(demo, "train", lambda data, options: training)
     monkeypatch.setattr(
-        demo, "compare_steps", lambda data, name, options: {"loss": [losses[name]], "seconds": [1]}
+        demo, "compare_steps", lambda data, name, options: {"loss": losses[name], "seconds": [1, 1]}
     )
     monkeypatch.setattr(demo, "attention_costs", lambda options: {})
     assert demo.main([*ARGUMENTS, "--out", str(tmp_path)]) == 1
