@@ -4,10 +4,11 @@ import math
 
 from torch import Tensor
 
-from . import operators, reference
+from . import reference
 from .backend import registry, traced
 from .export import being_exported
-from .region_grid import RegionGrid
+from .kernels.region_grid import RegionGrid
+from .operators import attention as operators
 from .spec import AttentionSpec
 
 
@@ -140,7 +141,9 @@ def _spec_of(
 def _check_map(qkv: Tensor, spec: AttentionSpec) -> None:
     if not qkv.is_floating_point():
         raise ValueError(f"qkv must have a floating dtype, got {qkv.dtype}")
-    RegionGrid(qkv.shape[1], qkv.shape[2], spec.n_win)  # raises where the map cannot be cut
+    RegionGrid.of_windows(
+        qkv.shape[1], qkv.shape[2], spec.n_win, auto_pad=False
+    )  # raises where the map cannot be cut
 
 
 def _check_lepe(weight: Tensor | None, bias: Tensor | None, dim: int) -> None:

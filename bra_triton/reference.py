@@ -16,7 +16,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from .export import being_exported
-from .region_grid import RegionGrid, padding_to_multiple
+from .kernels.region_grid import RegionGrid
 from .routing import select_topk
 from .spec import AttentionSpec
 
@@ -164,9 +164,9 @@ class BiLevelRoutingAttention(nn.Module):
         if x.dim() != 4 or x.shape[-1] != self.spec.dim:
             raise ValueError(f"x must be (N, H, W, dim) with dim={self.spec.dim}, got shape {tuple(x.shape)}")
         height, width = x.shape[1:3]
-        bottom, right = padding_to_multiple(height, width, self.spec.n_win)
+        # Raises where the map cannot be cut and may not be padded.
+        bottom, right = RegionGrid.of_windows(height, width, self.spec.n_win, self.auto_pad).padding
         if not self.auto_pad:
-            RegionGrid(height, width, self.spec.n_win)  # raises where the sides are no multiples of n_win
             return x
         # An exported graph serves other sizes too, so it pads even where this size needs no padding.
         if not being_exported() and not (bottom or right):

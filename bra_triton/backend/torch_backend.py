@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..region_grid import RegionGrid
+from ..kernels.region_grid import RegionGrid
 from ..routing import select_topk
 from ..spec import AttentionSpec
 from . import chunk_attention
@@ -156,7 +156,7 @@ def _to_regions(x: Tensor, spec: AttentionSpec) -> Tensor:
 
 
 def _from_regions(regions: Tensor, like: Tensor, spec: AttentionSpec) -> Tensor:
-    grid = RegionGrid(like.shape[1], like.shape[2], spec.n_win)
+    grid = RegionGrid.of_windows(like.shape[1], like.shape[2], spec.n_win)
     return rearrange(
         regions,
         "(n j i) (h w) c -> n (j h) (i w) c",

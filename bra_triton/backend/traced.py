@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..region_grid import RegionGrid
+from ..kernels.region_grid import RegionGrid
 from ..routing import select_topk
 from ..spec import AttentionSpec
 from .torch_backend import region_means
@@ -30,7 +30,7 @@ def attend(qkv: Tensor, spec: AttentionSpec, lepe_weight: Tensor | None, lepe_bi
 
 
 def _attend_to_routed(qkv: Tensor, r_idx: Tensor, spec: AttentionSpec) -> Tensor:
-    grid = RegionGrid(qkv.shape[1], qkv.shape[2], spec.n_win)
+    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
     sides = {"j": spec.n_win, "i": spec.n_win}
     regions = rearrange(qkv, "n (j h) (i w) c -> n (j i) (h w) c", **sides)
     query, key_value = regions.split([spec.qk_dim, spec.qk_dim + spec.dim], dim=-1)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..kernels import launch
-from ..region_grid import RegionGrid
+from ..kernels.region_grid import RegionGrid
 from ..spec import AttentionSpec
 
 
@@ -25,7 +25,7 @@ def attention_backward(
 
 
 def _problem(qkv: Tensor, spec: AttentionSpec) -> launch.Problem:
-    grid = RegionGrid(qkv.shape[1], qkv.shape[2], spec.n_win)
+    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
     return launch.Problem(
         batch=qkv.shape[0],
         region_height=grid.region_height,

@@ -9,8 +9,9 @@ import torch._dynamo.testing
 from problems import CASES_BY_NAME, random_map, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bra_triton import BiLevelRoutingAttention, functional, operators, reference
+from bra_triton import BiLevelRoutingAttention, functional, reference
 from bra_triton.backend import registry
+from bra_triton.operators import attention as operators
 from bra_triton.spec import AttentionSpec
 
 BACKENDS = ("torch", "triton")

@@ -6,19 +6,19 @@ import torch.nn.functional as F
 from problems import CASES, random_map, relative_error
 
 from bra_triton import reference
-from bra_triton.region_grid import RegionGrid
+from bra_triton.kernels.region_grid import RegionGrid
 
 
 def _regions_of_tokens(grid: RegionGrid) -> torch.Tensor:
     """Region of every token of the map, found without the grid's own arithmetic."""
     rows = torch.arange(grid.height) // grid.region_height
     columns = torch.arange(grid.width) // grid.region_width
-    return (rows[:, None] * grid.n_win + columns).flatten()
+    return (rows[:, None] * grid.columns + columns).flatten()
 
 
 def _masked_dense_attention(qkv, r_idx, spec):
     batch, height, width, _ = qkv.shape
-    region = _regions_of_tokens(RegionGrid(height, width, spec.n_win))
+    region = _regions_of_tokens(RegionGrid.of_windows(height, width, spec.n_win))
     chosen = torch.zeros(batch, spec.n_win**2, spec.n_win**2, dtype=torch.bool)
     for image, row, slots in ((n, r, r_idx[n, r]) for n in range(batch) for r in range(spec.n_win**2)):
         chosen[image, row, slots] = True

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bra_triton.kernels.addressing import advance, list_position, token_of
-from bra_triton.region_grid import RegionGrid
+from bra_triton.kernels.region_grid import RegionGrid
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def test_advancing_digit_by_digit_equals_division(region_height, region_width, n
     slots = torch.empty(steps * block, dtype=torch.int32)
     tokens = torch.empty_like(slots)
     _walk[(1,)](slots, tokens, steps, region_height, region_width, N_WIN=n_win, BLOCK=block)
-    grid = RegionGrid(n_win * region_height, n_win * region_width, n_win)
+    grid = RegionGrid.of_windows(n_win * region_height, n_win * region_width, n_win)
     positions = [divmod(index, grid.region_tokens) for index in range(steps * block)]
     assert slots.tolist() == [slot for slot, _ in positions]
     assert tokens.tolist() == [grid.token(slot % grid.n_regions, index) for slot, index in positions]

@@ -7,7 +7,8 @@ import torch
 
 from bra_triton.bench.launches import record_attention
 from bra_triton.bench.static_analysis import compile_for, resource_usage
-from bra_triton.kernels import Problem, tiles
+from bra_triton.kernels import tiles
+from bra_triton.kernels.launch import Problem
 
 pytestmark = pytest.mark.compiled
 

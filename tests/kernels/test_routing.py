@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import CASES, random_map
 
-from bra_triton import functional, kernels, reference
+from bra_triton import functional, reference
+from bra_triton.kernels import launch
 
 BACKENDS = ("torch", "triton")
 
@@ -57,7 +58,7 @@ def test_nan_input_gives_nan_output(backend, device):
 
 
 def _check_inverse(r_idx, n_regions):
-    row_start, choosers = kernels.inverse_graph(r_idx, n_regions)
+    row_start, choosers = launch.inverse_graph(r_idx, n_regions)
     batch, _, topk = r_idx.shape
     assert row_start.shape == (batch, n_regions + 1)
     assert (row_start[:, 0] == 0).all()
@@ -98,12 +99,12 @@ def test_inverse_graph_at_its_extremes(name, choose, device):
 def test_inverse_graph_longer_than_one_block(device):
     """49 regions, all chosen by all: 2401 pairs, read in three blocks of 1024."""
     graph = torch.arange(49, dtype=torch.int32, device=device).flip(0).expand(1, 49, 49).contiguous()
-    row_start, choosers = kernels.inverse_graph(graph, 49)
+    row_start, choosers = launch.inverse_graph(graph, 49)
     assert row_start[0].tolist() == list(range(0, 2402, 49))
     assert choosers.view(49, 49).tolist() == [list(range(49))] * 49
 
 
 def test_inverse_graph_of_an_empty_batch(device):
-    row_start, choosers = kernels.inverse_graph(torch.empty(0, 9, 2, dtype=torch.int32, device=device), 9)
+    row_start, choosers = launch.inverse_graph(torch.empty(0, 9, 2, dtype=torch.int32, device=device), 9)
     assert row_start.shape == (0, 10)
     assert choosers.shape == (0, 18)

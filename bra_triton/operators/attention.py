@@ -12,9 +12,9 @@ They trust their callers (`functional`): arguments are checked, `qkv` and `r_idx
 import torch
 from torch import Tensor
 
-from . import lepe
-from .backend import registry
-from .spec import AttentionSpec
+from .. import lepe
+from ..backend import registry
+from ..spec import AttentionSpec
 
 
 @torch.library.custom_op("bra_triton::region_routing", mutates_args=())

@@ -1,0 +1,110 @@
+"""The arithmetic of regions: how a feature map is cut into regions. The one place that knows it.
+
+Regions, and the tokens inside a region, are both counted row by row. The regions together may reach past the
+map's bottom and right edge; tokens there are padding: they belong to regions but not to the map.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RegionGrid:
+    """A map of `height` x `width` tokens under `rows` x `columns` regions, which cover it.
+
+    Attributes:
+        height: tokens in a column of the map.
+        width: tokens in a row of the map.
+        region_height: tokens in a column of a region, `h`.
+        region_width: tokens in a row of a region, `w`.
+        rows: regions in a column of the grid.
+        columns: regions in a row of the grid.
+
+    Raises:
+        ValueError: if a number is below 1 or the regions do not cover the map; names them.
+    """
+
+    height: int
+    width: int
+    region_height: int
+    region_width: int
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        for name, side, region_side, count in (
+            ("height", self.height, self.region_height, self.rows),
+            ("width", self.width, self.region_width, self.columns),
+        ):
+            if min(side, region_side, count) < 1:
+                raise ValueError(
+                    f"map, regions and their number must be at least 1, got {name} {side} in {count} regions "
+                    f"of {region_side}"
+                )
+            if count * region_side < side:
+                raise ValueError(f"{count} regions of {region_side} do not cover a {name} of {side}")
+
+    @classmethod
+    def of_windows(cls, height: int, width: int, n_win: int, auto_pad: bool = True) -> "RegionGrid":
+        """The grid of BRA: `n_win` x `n_win` regions, over the map or a padded one.
+
+        Args:
+            height: tokens in a column of the map.
+            width: tokens in a row of the map.
+            n_win: regions a side.
+            auto_pad: accept sides that are no multiples of `n_win`.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        if n_win < 1:
+            raise ValueError(f"n_win must be at least 1, got {n_win}")
+        if min(height, width) < 1 or (not auto_pad and min(height, width) < n_win):
+            raise ValueError(
+                f"every one of the {n_win} x {n_win} regions (n_win={n_win}) needs a token, "
+                f"got a map of {height} x {width}"
+            )
+        if not auto_pad and (height % n_win or width % n_win):
+            raise ValueError(
+                f"the map's height and width must be multiples of n_win={n_win}, got "
+                f"{height} x {width}; the modules pad it with auto_pad=True"
+            )
+        return cls(height, width, -(-height // n_win), -(-width // n_win), n_win, n_win)
+
+    @classmethod
+    def of_region_size(cls, height: int, width: int, region_size: tuple[int, int]) -> "RegionGrid":
+        """As many regions of `region_size` (tokens a column, a row) as it takes to cover the map."""
+        region_height, region_width = region_size
+        if min(region_size) < 1:
+            raise ValueError(f"region_size must be at least (1, 1), got {tuple(region_size)}")
+        return cls(
+            height, width, region_height, region_width, -(-height // region_height), -(-width // region_width)
+        )
+
+    @property
+    def n_regions(self) -> int:
+        """Regions in the map, `P`."""
+        return self.rows * self.columns
+
+    @property
+    def region_tokens(self) -> int:
+        """Tokens in a region, padding included, `S = h * w`."""
+        return self.region_height * self.region_width
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Rows at the bottom and columns at the right by which the regions reach past the map."""
+        return (
+            self.rows * self.region_height - self.height,
+            self.columns * self.region_width - self.width,
+        )
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some regions reach past the map."""
+        return self.padding != (0, 0)
+
+    def token(self, region: int, index: int) -> int | None:
+        """Row-major position in the map of token `index` of `region`; None for padding."""
+        row = region // self.columns * self.region_height + index // self.region_width
+        column = region % self.columns * self.region_width + index % self.region_width
+        return row * self.width + column if row < self.height and column < self.width else None
