@@ -5,23 +5,81 @@ start, its arguments are noted. So tiles, warps and types are those of a real la
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from triton.runtime import JITFunction
 
 from bra_triton.bench.static_analysis import KernelSpecimen
-from bra_triton.kernels import launch
+from bra_triton.kernels.launches import attention, routing
+from bra_triton.kernels.problem import Gradients, Padding, RoutedAttention
+from bra_triton.kernels.region_grid import RegionGrid
 
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
 }
 _COMPILER_OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes and mode of one attention over packed projections, enough to launch it.
+
+    Attributes:
+        batch: images.
+        height: tokens in a column of the map; a side that is no multiple of `n_win` is padded.
+        width: tokens in a row of the map.
+        n_win: regions a side.
+        topk: regions that every region attends to.
+        num_heads: attention heads.
+        qk_head_dim: channels of a query or key in one head.
+        v_head_dim: channels of a value in one head.
+        kv_per_win: keys a side of a region; None for as many as queries.
+        routing_weight: "none", "soft" or "hard".
+        head_graphs: a graph for every head.
+    """
+
+    batch: int
+    height: int
+    width: int
+    n_win: int
+    topk: int
+    num_heads: int
+    qk_head_dim: int
+    v_head_dim: int
+    kv_per_win: int | None = None
+    routing_weight: str = "none"
+    head_graphs: bool = False
+
+    @property
+    def qk_dim(self) -> int:
+        """Channels of the queries, all heads together."""
+        return self.num_heads * self.qk_head_dim
+
+    @property
+    def dim(self) -> int:
+        """Channels of the values, all heads together."""
+        return self.num_heads * self.v_head_dim
+
+    @property
+    def grid(self) -> RegionGrid:
+        """Regions of the queries."""
+        return RegionGrid.of_windows(self.height, self.width, self.n_win)
+
+    @property
+    def kv_grid(self) -> RegionGrid:
+        """Regions of the keys."""
+        if self.kv_per_win is None:
+            return self.grid
+        side = self.n_win * self.kv_per_win
+        return RegionGrid.of_windows(side, side, self.n_win)
 
 
 def record(run: Callable[[], object]) -> list[KernelSpecimen]:
@@ -42,29 +100,75 @@ def record(run: Callable[[], object]) -> list[KernelSpecimen]:
     return specimens
 
 
-def record_attention(problem: launch.Problem, dtype: torch.dtype) -> list[KernelSpecimen]:
-    """Every kernel of one forward and backward of a problem."""
-    height, width = problem.n_win * problem.region_height, problem.n_win * problem.region_width
-    qkv = torch.empty(problem.batch, height, width, problem.packed_dim, dtype=dtype, device="meta")
-    grad_out = torch.empty(problem.batch, height, width, problem.dim, dtype=dtype, device="meta")
+def record_attention(setting: Setting, dtype: torch.dtype) -> list[KernelSpecimen]:
+    """Every kernel of one forward and backward of an attention, routing included."""
+    problem, qkv, padding = _problem(setting, dtype)
+    gradients = Gradients(*torch.empty_like(qkv).split(_widths(setting), dim=-1))
+    if problem.key.shape[1:3] != problem.query.shape[1:3]:
+        kv = torch.cat([problem.key, problem.value], -1)
+        gradients = Gradients(gradients.query, *kv.split(_widths(setting)[1:], dim=-1))
+    needs_factor = setting.routing_weight != "none"
 
     def run() -> None:
-        _, r_idx = launch.region_routing(qkv, problem)
-        out, lse = launch.attention_forward(qkv, r_idx, problem)
-        launch.attention_backward(grad_out, qkv, r_idx, out, lse, problem)
+        means = routing.region_means(qkv, padding, setting.grid, 2 * setting.qk_dim)
+        query, key = means.split(setting.qk_dim, dim=-1)
+        r_weight, r_idx = routing.route(query, key, setting.topk, problem.scale)
+        out, lse = attention.attention_forward(problem)
+        attention.attention_backward(torch.empty_like(out), problem, out, lse, gradients, needs_factor)
+        if needs_factor:
+            routing.route_backward(r_weight, r_weight, r_idx, query, key, problem.scale)
 
     return record(run)
+
+
+def _widths(setting: Setting) -> list[int]:
+    return [setting.qk_dim, setting.qk_dim, setting.dim]
+
+
+def _problem(setting: Setting, dtype: torch.dtype) -> tuple[RoutedAttention, Tensor, Tensor | None]:
+    """The attention on tensors without data, its packed projection and the projection of padding."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    grid, kv_grid, widths = setting.grid, setting.kv_grid, _widths(setting)
+    qkv = empty(setting.batch, setting.height, setting.width, sum(widths))
+    query, key, value = qkv.split(widths, dim=-1)
+    if kv_grid is not grid and setting.kv_per_win is not None:
+        key, value = empty(setting.batch, kv_grid.height, kv_grid.width, sum(widths[1:])).split(
+            widths[1:], -1
+        )
+    n_graphs = setting.num_heads if setting.head_graphs else 1
+    r_idx = empty(setting.batch, n_graphs, grid.n_regions, setting.topk, dtype=torch.int32)
+    factor = empty(*r_idx.shape, dtype=torch.float32) if setting.routing_weight == "soft" else None
+    fill = empty(sum(widths)) if grid.is_padded else None
+    padding = Padding(empty(widths[1]), empty(widths[2])) if kv_grid.is_padded else None
+    scale = setting.qk_dim**-0.5
+    return (
+        RoutedAttention(query, key, value, r_idx, grid, kv_grid, setting.num_heads, scale, factor, padding),
+        qkv,
+        fill,
+    )
 
 
 def _specimen(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelSpecimen:
     options = {name: kwargs.pop(name) for name in _COMPILER_OPTIONS if name in kwargs}
     bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    constexprs = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
-    signature = {name: _type(value) for name, value in bound.items() if name not in constexprs}
-    return KernelSpecimen(kernel.fn.__name__, kernel, signature, constexprs, **options)
+    constant = {p.name for p in kernel.params if p.is_constexpr or bound[p.name] is None}
+    constexprs = {name: bound[name] for name in bound if name in constant}
+    signature = {name: _type(value) for name, value in bound.items() if name not in constant}
+    # Lists and slices need not start at multiples of 16 bytes.
+    divisible = frozenset(
+        name for name, value in bound.items() if isinstance(value, Tensor) and _starts_aligned(value)
+    )
+    return KernelSpecimen(kernel.fn.__name__, kernel, signature, constexprs, divisible, **options)
+
+
+def _starts_aligned(x: Tensor) -> bool:
+    return bool(x.storage_offset() * x.element_size() % 16 == 0)
 
 
 def _type(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return _POINTERS[value.dtype]
+    if isinstance(value, Tensor):
+        return "*" + _TYPES[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"

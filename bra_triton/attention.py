@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from . import functional, reference
 from .backend import registry
+from .export import being_exported
 
 
 class BiLevelRoutingAttention(reference.BiLevelRoutingAttention):
@@ -21,19 +22,18 @@ class BiLevelRoutingAttention(reference.BiLevelRoutingAttention):
         kv_per_win: keys a side of a region, for adaptive pooling.
         kv_downsample_ratio: window and stride of plain pooling.
         kv_downsample_kernel: kernel size of convolutional down-sampling.
-        kv_downsample_mode: `"identity"` alone on the fused backends so far.
+        kv_downsample_mode: how keys and values are reduced inside each region.
         topk: regions that every region attends to.
         param_attention: `"qkvo"` or `"qkv"`.
-        param_routing: not on the fused backends so far.
-        diff_routing: not on the fused backends so far.
-        soft_routing: not on the fused backends so far.
+        param_routing: a linear layer inside the router; demands `diff_routing`.
+        diff_routing: gradients reach queries and keys through the routing weights.
+        soft_routing: the selected keys and values are multiplied by the routing weights.
         side_dwconv: kernel size of LePE; 0 for none.
         auto_pad: zero-pad the map to multiples of `n_win`.
         backend: `"auto"`, or a name of `bra_triton.backend.registry.BACKENDS`.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
-        NotImplementedError: naming a mode that no fused backend computes.
     """
 
     def __init__(
@@ -84,19 +84,7 @@ class BiLevelRoutingAttention(reference.BiLevelRoutingAttention):
 
     @backend.setter
     def backend(self, name: str) -> None:
-        if registry.check_name(name) != "reference":
-            self._refuse_unfused_modes()
-        self._backend = name
-
-    def _refuse_unfused_modes(self) -> None:
-        unfused = [f"{name}=True" for name in ("diff_routing", "soft_routing") if getattr(self, name)]
-        if not isinstance(self.kv_down, nn.Identity):
-            unfused.append(f"kv_downsample_mode={self.kv_downsample_mode!r}")
-        if unfused:
-            raise NotImplementedError(
-                f"no fused backend computes {', '.join(unfused)} yet; backend='reference' does, with the "
-                "gathered keys and values in memory"
-            )
+        self._backend = registry.check_name(name)
 
     def forward(
         self, x: Tensor, ret_attn_mask: bool = False
@@ -109,12 +97,27 @@ class BiLevelRoutingAttention(reference.BiLevelRoutingAttention):
 
         Returns:
             `(N, H, W, dim)`; with `ret_attn_mask` also `r_weight` and `r_idx` `(N, P, topk)` and
-            `attn_weight` `(N*P, num_heads, S, topk*S)`.
+            `attn_weight` `(N*P, num_heads, S, topk*S_kv)`.
         """
         if ret_attn_mask or self.backend == "reference":
             return super().forward(x, ret_attn_mask)
-        qkv = self.qkv(self._pad(x))
-        spec = self.spec
-        lepe = (None, None) if self.lepe is None else (self.lepe.weight, self.lepe.bias)
-        out = functional.attend(qkv, spec, *lepe, backend=self.backend)
+        grid, padding = self._check_map(x), None
+        if being_exported():  # in the exported graph, padding is a tensor operation like any other
+            x_padded = self._pad(x)
+        else:
+            x_padded = x
+            if grid.is_padded:  # what the projection makes of a zero token, whatever the projection is
+                padding = self.qkv(x.new_zeros(1, self.spec.dim))[0]
+        out = functional.attend(self.qkv(x_padded), self.spec, self._parts(padding), backend=self.backend)
         return self._crop(self.wo(out), x)
+
+    def _parts(self, padding: Tensor | None) -> functional.Parts:
+        emb = self.router.emb if isinstance(self.router.emb, nn.Linear) else None
+        return functional.Parts(
+            lepe_weight=None if self.lepe is None else self.lepe.weight,
+            lepe_bias=None if self.lepe is None else self.lepe.bias,
+            padding=padding,
+            router_weight=None if emb is None else emb.weight,
+            router_bias=None if emb is None else emb.bias,
+            kv_downsampling=None if isinstance(self.kv_down, nn.Identity) else self.kv_down,
+        )

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from . import downsampling
+from .backend.region_layout import pad_map
 from .export import being_exported
 from .kernels.region_grid import RegionGrid
 from .routing import select_topk
 from .spec import AttentionSpec
 
-KV_DOWNSAMPLE_MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool")
 PARAM_ATTENTION_MODES = ("qkvo", "qkv")
 
 
@@ -53,10 +54,7 @@ class TopkRouting(nn.Module):
         """Routes `(n, P, qk_dim)` region means; returns weight and index (int64), both `(n, P, topk)`."""
         if not self.diff_routing:
             query, key = query.detach(), key.detach()
-        query, key = self.emb(query), self.emb(key)
-        logits = (query * self.scale) @ rearrange(key, "n r c -> n c r")
-        top_logits, r_idx = select_topk(logits, self.topk)
-        return top_logits.softmax(dim=-1), r_idx
+        return choose_regions(self.emb(query), self.emb(key), self.topk, self.scale)
 
 
 class QKVLinear(nn.Module):
@@ -81,9 +79,10 @@ class BiLevelRoutingAttention(nn.Module):
         qk_dim: channels of queries and keys; `dim` by default.
         qk_scale: factor of the logits; `qk_dim ** -0.5` by default (of all heads together, on purpose).
         kv_per_win: keys a side of a region, for `kv_downsample_mode` `"ada_avgpool"` and `"ada_maxpool"`.
-        kv_downsample_ratio: window and stride of `"avgpool"` and `"maxpool"`.
-        kv_downsample_kernel: kept for the original's signature; none of these modes uses it.
-        kv_downsample_mode: how keys and values are reduced inside each region.
+        kv_downsample_ratio: how much the other modes reduce a side of a region; see `downsampling.build`.
+        kv_downsample_kernel: window of `"fracpool"`, kernel of `"conv"`; by default after the ratio.
+        kv_downsample_mode: how keys and values are reduced inside each region, one of `downsampling.MODES`.
+            The original leaves `"fracpool"` and `"conv"` unimplemented.
         topk: regions that every region attends to.
         param_attention: `"qkvo"` (projection in and out) or `"qkv"` (no output projection).
         param_routing: a linear layer inside the router; demands `diff_routing`.
@@ -95,7 +94,6 @@ class BiLevelRoutingAttention(nn.Module):
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
-        NotImplementedError: for `kv_downsample_mode` `"fracpool"` and `"conv"`.
     """
 
     def __init__(
@@ -119,7 +117,7 @@ class BiLevelRoutingAttention(nn.Module):
     ) -> None:
         super().__init__()
         qk_dim = qk_dim or dim
-        self.spec = AttentionSpec(dim, qk_dim, num_heads, n_win, topk, qk_scale)
+        self.spec = AttentionSpec(dim, qk_dim, num_heads, n_win, topk, qk_scale, soft_routing, diff_routing)
         if param_attention not in PARAM_ATTENTION_MODES:
             raise ValueError(
                 f"param_attention must be one of {PARAM_ATTENTION_MODES}, got {param_attention!r}"
@@ -129,8 +127,6 @@ class BiLevelRoutingAttention(nn.Module):
         if side_dwconv != 0 and (side_dwconv < 0 or side_dwconv % 2 == 0):
             raise ValueError(f"side_dwconv must be 0 or an odd kernel size, got {side_dwconv}")
 
-        self.soft_routing = soft_routing
-        self.diff_routing = diff_routing
         self.kv_downsample_mode = kv_downsample_mode
         self.auto_pad = auto_pad
         self.lepe = (
@@ -139,7 +135,9 @@ class BiLevelRoutingAttention(nn.Module):
         self.router = TopkRouting(qk_dim, topk, self.spec.scale, param_routing, diff_routing)
         self.qkv = QKVLinear(dim, qk_dim)
         self.wo = nn.Linear(dim, dim) if param_attention == "qkvo" else nn.Identity()
-        self.kv_down = _kv_pooling(kv_downsample_mode, kv_per_win, kv_downsample_ratio)
+        self.kv_down = downsampling.build(
+            kv_downsample_mode, qk_dim, dim, kv_per_win, kv_downsample_ratio, kv_downsample_kernel
+        )
 
     def forward(
         self, x: Tensor, ret_attn_mask: bool = False
@@ -160,17 +158,18 @@ class BiLevelRoutingAttention(nn.Module):
         out = self._crop(self.wo(out), x)
         return (out, r_weight, r_idx, attn_weight) if ret_attn_mask else out
 
-    def _pad(self, x: Tensor) -> Tensor:
+    def _check_map(self, x: Tensor) -> RegionGrid:
+        """Regions of the map; raises ValueError where it cannot be cut and may not be padded."""
         if x.dim() != 4 or x.shape[-1] != self.spec.dim:
             raise ValueError(f"x must be (N, H, W, dim) with dim={self.spec.dim}, got shape {tuple(x.shape)}")
-        height, width = x.shape[1:3]
-        # Raises where the map cannot be cut and may not be padded.
-        bottom, right = RegionGrid.of_windows(height, width, self.spec.n_win, self.auto_pad).padding
-        if not self.auto_pad:
-            return x
+        return RegionGrid.of_windows(x.shape[1], x.shape[2], self.spec.n_win, self.auto_pad)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        grid = self._check_map(x)
         # An exported graph serves other sizes too, so it pads even where this size needs no padding.
-        if not being_exported() and not (bottom or right):
+        if not self.auto_pad or not (being_exported() or grid.is_padded):
             return x
+        bottom, right = grid.padding
         return F.pad(x, (0, 0, 0, right, 0, bottom))
 
     @staticmethod
@@ -182,33 +181,58 @@ class BiLevelRoutingAttention(nn.Module):
     def _attend(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Routing, attention and LePE of a packed projection `(N, H, W, 2*qk_dim + dim)`."""
         r_weight, r_idx = self.router(*region_means(qkv, self.spec))
-        factor = self._routing_factor(r_weight)
+        factor = routing_factor(r_weight, self.spec)
         out, attn_weight = routed_attention(qkv, r_idx, self.spec, self.kv_down, factor)
         if self.lepe is not None:
             out = out + _lepe(qkv, self.lepe.weight, self.lepe.bias)
         return out, r_weight, r_idx, attn_weight
 
-    def _routing_factor(self, r_weight: Tensor) -> Tensor | None:
-        """What the selected keys and values are multiplied by, `(n, r, t)`, or None for nothing."""
-        if self.soft_routing:
-            return r_weight
-        if self.diff_routing:  # straight-through: exactly one forward, the gradient of r_weight backward
-            return 1 + (r_weight - r_weight.detach())
-        return None
-
 
 def attend(
-    qkv: Tensor, spec: AttentionSpec, lepe_weight: Tensor | None = None, lepe_bias: Tensor | None = None
+    qkv: Tensor,
+    spec: AttentionSpec,
+    lepe_weight: Tensor | None = None,
+    lepe_bias: Tensor | None = None,
+    *,
+    padding: Tensor | None = None,
+    emb: Callable[[Tensor], Tensor] | None = None,
+    kv_down: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Plain routing, attention and LePE of a packed projection; arguments as for `functional.attend`."""
-    _, r_idx = route(qkv, spec)
-    out, _ = routed_attention(qkv, r_idx, spec)
-    return out if lepe_weight is None else out + _lepe(qkv, lepe_weight, lepe_bias)
+    """Routing, attention and LePE of a packed projection; arguments as for `functional.attend`."""
+    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
+    if grid.is_padded:
+        qkv = pad_map(qkv, grid, padding)
+    r_weight, r_idx = route(qkv, spec, emb)
+    out, _ = routed_attention(qkv, r_idx, spec, kv_down, routing_factor(r_weight, spec))
+    if lepe_weight is not None:
+        out = out + _lepe(qkv, lepe_weight, lepe_bias)
+    return out[:, : grid.height, : grid.width]
 
 
-def route(qkv: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """Routing without parameters: `r_weight` and `r_idx` (int64), both `(N, P, topk)`."""
-    return TopkRouting(spec.qk_dim, spec.topk, spec.scale)(*region_means(qkv, spec))
+def route(
+    qkv: Tensor, spec: AttentionSpec, emb: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Routing of a packed projection: `r_weight` and `r_idx` (int64), both `(N, P, topk)`."""
+    query, key = region_means(qkv if spec.diff_routing else qkv.detach(), spec)
+    if emb is not None:
+        query, key = emb(query), emb(key)
+    return choose_regions(query, key, spec.topk, spec.scale)
+
+
+def choose_regions(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Routing weights and chosen regions (int64), `(n, r, t)`, of region queries and keys `(n, r, c)`."""
+    logits = (query * scale) @ rearrange(key, "n r c -> n c r")
+    top_logits, r_idx = select_topk(logits, topk)
+    return top_logits.softmax(dim=-1), r_idx
+
+
+def routing_factor(r_weight: Tensor, spec: AttentionSpec) -> Tensor | None:
+    """What the selected keys and values are multiplied by, `(n, r, t)`, or None for nothing."""
+    if spec.routing_weight == "soft":
+        return r_weight
+    if spec.routing_weight == "hard":  # exactly one forward, the gradient of r_weight backward
+        return 1 + (r_weight - r_weight.detach())
+    return None
 
 
 def region_means(qkv: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -230,17 +254,19 @@ def routed_attention(
         qkv: `(N, H, W, 2*qk_dim + dim)`.
         r_idx: `(N, P, topk)`, int64.
         spec: what is computed.
-        kv_down: reduces the tokens of a region, `(B, C, h, w)` to `(B, C, h', w')`.
+        kv_down: reduces keys and values of a region, `(B, qk_dim + dim, h, w)` to
+            `(B, qk_dim + dim, h', w')`.
         factor: `(N, P, topk)`: multiplies the keys and values of each chosen region.
 
     Returns:
         The output `(N, H, W, dim)` and the attention matrix `(N*P, num_heads, S, topk*S_kv)`.
     """
     query, key, value = _split_regions(qkv, spec)
-    key, value = (gather_regions(_downsample(x, kv_down or nn.Identity()), r_idx) for x in (key, value))
+    key_value = torch.cat((key, value), dim=-1)  # together: they share the samples of fractional pooling
+    key_value = gather_regions(_downsample(key_value, kv_down or nn.Identity()), r_idx)
     if factor is not None:
-        factor = rearrange(factor, "n r t -> n r t 1 1")
-        key, value = key * factor, value * factor
+        key_value = key_value * rearrange(factor, "n r t -> n r t 1 1")
+    key, value = key_value.split([spec.qk_dim, spec.dim], dim=-1)
 
     query = rearrange(query, "n r h w (m c) -> (n r) m (h w) c", m=spec.num_heads)
     key = rearrange(key, "n r t s (m c) -> (n r) m c (t s)", m=spec.num_heads)
@@ -289,21 +315,3 @@ def gather_regions(x: Tensor, r_idx: Tensor) -> Tensor:
     """
     batch = torch.arange(x.shape[0], device=x.device)
     return x[rearrange(batch, "n -> n 1 1"), r_idx]
-
-
-def _kv_pooling(mode: str, kv_per_win: int, ratio: int) -> nn.Module:
-    if mode in ("fracpool", "conv"):
-        raise NotImplementedError(
-            f"kv_downsample_mode={mode!r} is not implemented yet, nor is it in the original"
-        )
-    if mode not in KV_DOWNSAMPLE_MODES:
-        raise ValueError(f"kv_downsample_mode must be one of {KV_DOWNSAMPLE_MODES}, got {mode!r}")
-    if mode == "ada_avgpool":
-        return nn.AdaptiveAvgPool2d(kv_per_win)
-    if mode == "ada_maxpool":
-        return nn.AdaptiveMaxPool2d(kv_per_win)
-    if mode == "avgpool" and ratio > 1:
-        return nn.AvgPool2d(ratio)
-    if mode == "maxpool" and ratio > 1:
-        return nn.MaxPool2d(ratio)
-    return nn.Identity()

@@ -17,6 +17,9 @@ class AttentionSpec:
         topk: regions that every region attends to, 1 to `n_win**2`.
         qk_scale: factor of the logits, positive (the original takes negative ones too); where it is None
             or 0, `qk_dim ** -0.5`.
+        soft_routing: multiply the chosen keys and values by the routing weights.
+        diff_routing: let gradients reach the regions' queries and keys through the routing weights. Without
+            `soft_routing` the forward does not use the weights, and their gradient is straight-through.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -28,6 +31,8 @@ class AttentionSpec:
     n_win: int
     topk: int
     qk_scale: float | None = None
+    soft_routing: bool = False
+    diff_routing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dim", "qk_dim", "num_heads", "n_win", "topk"):
@@ -52,6 +57,11 @@ class AttentionSpec:
     def scale(self) -> float:
         """Factor of the logits, of the regions' and of the tokens' alike."""
         return self.qk_scale or self.qk_dim**-0.5
+
+    @property
+    def routing_weight(self) -> str:
+        """How the routing weights enter: "none", "soft" or "hard" (straight-through)."""
+        return "soft" if self.soft_routing else "hard" if self.diff_routing else "none"
 
     @property
     def qk_head_dim(self) -> int:

@@ -1,30 +1,35 @@
 """Forward: token-to-token attention over the routed regions, keys and values read in place.
 
-One program computes BLOCK_M queries of one region and head against the `TOPK * S` keys of the regions that
-the region chose, with the online softmax of FlashAttention-2.
+One program computes BLOCK_M queries of one region and head against the listed keys, with the online softmax
+of FlashAttention-2.
 
 | array | shape | meaning |
 |---|---|---|
-| qkv | (N, H, W, 2*QK_DIM + DIM) | packed projection: queries, keys, values |
-| r_idx | (N, P, TOPK) int32 | regions that each region chose |
-| out | (N, H, W, DIM) | attention output |
-| lse | (N, NUM_HEADS, P, S) fp32 | log2 of the softmax's denominator, of base-2 logits |
+| query, key, value | (N, H, W, ...) | maps, or slices of one packed map; row strides QUERY_STRIDE, ... |
+| region_list | (P, S) int32 | tokens of every query region |
+| key_list | (N, G, P, list_length) int32 | keys that each region attends to, -1 for padding |
+| key_padding, value_padding | (heads * head_dim,) | what padding holds; None where there is none |
+| factors | (N, G, P, list_length) fp32 | factor of each listed key and value; None for 1 |
+| out | (N, H, W, NUM_HEADS * V_HEAD_DIM) | attention output |
+| lse | (N, NUM_HEADS, H * W) fp32 | log2 of the softmax's denominator, of base-2 logits |
 """
 
 import triton
 import triton.language as tl
 
-from .addressing import advance, list_position, load_rows, locate_program, token_of, tokens_of_tile
+from .addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
 from .matrix import add_matmul, matmul
 
 
 @triton.jit
 def _attend_tile(
-    acc, row_max, row_sum, query, key, value, live, logit_scale, MASKED: tl.constexpr, PRECISION: tl.constexpr
+    acc, row_max, row_sum, query, key, value, factor, live, logit_scale, PRECISION: tl.constexpr
 ):
     """One step of the online softmax: BLOCK_M queries against BLOCK_N keys."""
     scores = matmul(query, tl.trans(key), PRECISION)
-    if MASKED:
+    if factor is not None:
+        scores *= factor[None, :]
+    if live is not None:
         scores = tl.where(live[None, :], scores, float("-inf"))
     # The scale is positive, so it may be applied to the maximum and inside the exponent: one
     # multiply-add a score instead of a multiplication and a subtraction.
@@ -32,24 +37,37 @@ def _attend_tile(
     probs = tl.exp2(scores * logit_scale - new_max[:, None])
     rescale = tl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(probs, axis=1)
+    if factor is not None:
+        probs *= factor[None, :]
     acc = add_matmul(acc * rescale[:, None], probs, value, PRECISION)
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["region_height", "region_width"])
+@triton.jit(do_not_specialize=["map_tokens", "kv_tokens", "n_regions", "region_tokens", "list_length"])
 def attention_forward(
-    qkv,
-    r_idx,
+    query,
+    key,
+    value,
+    region_list,
+    key_list,
+    key_padding,
+    value_padding,
+    factors,
     out,
     lse,
     logit_scale,
-    region_height,
-    region_width,
-    N_WIN: tl.constexpr,
-    TOPK: tl.constexpr,
+    map_tokens,
+    kv_tokens,
+    n_regions,
+    region_tokens,
+    list_length,
     NUM_HEADS: tl.constexpr,
+    N_GRAPHS: tl.constexpr,
     QK_HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
+    QUERY_STRIDE: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_QK: tl.constexpr,
@@ -57,60 +75,46 @@ def attention_forward(
     PRECISION: tl.constexpr,
 ):
     """Output and lse of BLOCK_M queries of one region and head."""
-    QK_DIM: tl.constexpr = NUM_HEADS * QK_HEAD_DIM
     DIM: tl.constexpr = NUM_HEADS * V_HEAD_DIM
-    PACKED: tl.constexpr = 2 * QK_DIM + DIM
-    N_REGIONS: tl.constexpr = N_WIN * N_WIN
-
-    region_tokens = region_height * region_width
-    image, region, tile, head = locate_program(tl.cdiv(region_tokens, BLOCK_M), NUM_HEADS, N_REGIONS)
-    map_start = image * N_REGIONS * region_tokens
-
+    image, region, tile, head = locate_program(n_regions, tl.cdiv(region_tokens, BLOCK_M), NUM_HEADS)
     qk_channel = tl.arange(0, BLOCK_QK)
     v_channel = tl.arange(0, BLOCK_V)
-    in_region, query_live, query_token = tokens_of_tile(
-        tile, region, region_height, region_width, N_WIN, BLOCK_M
-    )
-    query_base = qkv + map_start * PACKED + head * QK_HEAD_DIM
-    query = load_rows(query_base, query_token, qk_channel, query_live, PACKED, QK_HEAD_DIM, True)
+    _, _, own = own_tokens(region_list, region, tile, region_tokens, BLOCK_M)
+    query_start = image * map_tokens * QUERY_STRIDE + head * QK_HEAD_DIM
+    q = load_rows(query + query_start, None, own, qk_channel, own >= 0, QUERY_STRIDE, QK_HEAD_DIM)
 
-    key_base = qkv + map_start * PACKED + QK_DIM + head * QK_HEAD_DIM
-    value_base = qkv + map_start * PACKED + 2 * QK_DIM + head * V_HEAD_DIM
-    chosen = r_idx + (image * N_REGIONS + region) * TOPK
+    key_base = key + image * kv_tokens * KEY_STRIDE + head * QK_HEAD_DIM
+    value_base = value + image * kv_tokens * VALUE_STRIDE + head * V_HEAD_DIM
+    if key_padding is not None:
+        key_padding += head * QK_HEAD_DIM
+        value_padding += head * V_HEAD_DIM
+    list_start = (graph_of(image, head, N_GRAPHS) * n_regions + region) * list_length
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
-    slot, row, column = list_position(tl.arange(0, BLOCK_N), region_height, region_width)
-    slot_step, row_step, column_step = list_position(BLOCK_N, region_height, region_width)
     # Full tiles carry no key mask; the rest of the list is peeled off as one masked tile.
-    list_length = TOPK * region_tokens
+    position = list_start + tl.arange(0, BLOCK_N)
     full = list_length - list_length % BLOCK_N
-    for _ in tl.range(0, full, BLOCK_N):
-        token = token_of(tl.load(chosen + slot), row, column, region_height, region_width, N_WIN)
-        key = load_rows(key_base, token, qk_channel, None, PACKED, QK_HEAD_DIM, False)
-        value = load_rows(value_base, token, v_channel, None, PACKED, V_HEAD_DIM, False)
+    for start in tl.range(0, full, BLOCK_N):
+        token = tl.load(key_list + start + position)
+        k = load_rows(key_base, key_padding, token, qk_channel, None, KEY_STRIDE, QK_HEAD_DIM)
+        v = load_rows(value_base, value_padding, token, v_channel, None, VALUE_STRIDE, V_HEAD_DIM)
+        factor = None if factors is None else tl.load(factors + start + position)
         acc, row_max, row_sum = _attend_tile(
-            acc, row_max, row_sum, query, key, value, None, logit_scale, False, PRECISION
-        )
-        slot, row, column = advance(
-            slot, row, column, slot_step, row_step, column_step, region_height, region_width
+            acc, row_max, row_sum, q, k, v, factor, None, logit_scale, PRECISION
         )
     if full < list_length:
         live = full + tl.arange(0, BLOCK_N) < list_length
-        chosen_region = tl.load(chosen + slot, mask=live, other=0)
-        token = token_of(chosen_region, row, column, region_height, region_width, N_WIN)
-        key = load_rows(key_base, token, qk_channel, live, PACKED, QK_HEAD_DIM, True)
-        value = load_rows(value_base, token, v_channel, live, PACKED, V_HEAD_DIM, True)
+        token = tl.load(key_list + full + position, mask=live, other=-1)
+        k = load_rows(key_base, key_padding, token, qk_channel, live, KEY_STRIDE, QK_HEAD_DIM)
+        v = load_rows(value_base, value_padding, token, v_channel, live, VALUE_STRIDE, V_HEAD_DIM)
+        factor = None if factors is None else tl.load(factors + full + position, mask=live, other=1.0)
         acc, row_max, row_sum = _attend_tile(
-            acc, row_max, row_sum, query, key, value, live, logit_scale, True, PRECISION
+            acc, row_max, row_sum, q, k, v, factor, live, logit_scale, PRECISION
         )
 
-    acc = acc / row_sum[:, None]
-    tl.store(
-        out + map_start * DIM + head * V_HEAD_DIM + query_token[:, None] * DIM + v_channel[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=query_live[:, None] & (v_channel < V_HEAD_DIM)[None, :],
-    )
-    lse_start = (image * NUM_HEADS + head) * N_REGIONS * region_tokens + region * region_tokens
-    tl.store(lse + lse_start + in_region, row_max + tl.log2(row_sum), mask=query_live)
+    out_base = out + image * map_tokens * DIM + head * V_HEAD_DIM
+    store_rows(out_base, own, v_channel, own >= 0, acc / row_sum[:, None], DIM, V_HEAD_DIM)
+    lse_base = lse + (image * NUM_HEADS + head) * map_tokens
+    tl.store(lse_base + own, row_max + tl.log2(row_sum), mask=own >= 0)

@@ -102,3 +102,65 @@ class SmallGradients:
 
     factor: Tensor | None
     padding: Padding | None
+
+
+@dataclass(frozen=True)
+class Lepe:
+    """The depthwise convolution of the values that is added to the attention's output.
+
+    Attributes:
+        value: `(N, H, W, dim)`, NHWC, dense but for its channels, as in `RoutedAttention`.
+        weight: `(dim, 1, k, k)`, `k` odd, of the values' dtype, contiguous.
+        bias: `(dim,)`, of the values' dtype, contiguous; None for none.
+        grid: regions of `value`. Tokens past the map but within its regions take part in the convolution;
+            past the regions everything is 0.
+        fill: `(dim,)`, of the values' dtype, contiguous: what such tokens hold; None where `grid` is not
+            padded.
+
+    Raises:
+        ValueError: if the weight is no depthwise convolution of the values of an odd side, or `fill` is
+            missing or has nothing to fill; names them.
+    """
+
+    value: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    grid: RegionGrid
+    fill: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        dim, kernel = self.value.shape[-1], self.weight.shape[-1]
+        if self.weight.shape != (dim, 1, kernel, kernel) or kernel % 2 == 0:
+            raise ValueError(f"weight must be ({dim}, 1, k, k) with odd k, got {tuple(self.weight.shape)}")
+        if (self.fill is not None) != self.grid.is_padded:
+            given = "no fill" if self.fill is None else "a fill"
+            raise ValueError(
+                f"fill must be given where the grid is padded and only there, got {given} and padding "
+                f"{self.grid.padding}"
+            )
+
+    @property
+    def kernel_size(self) -> int:
+        """Side of the convolution, `k`."""
+        return self.weight.shape[-1]
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Rows and columns, from the first, of the tokens that the convolution sees from some token."""
+        bottom, right = (min(added, self.kernel_size // 2) for added in self.grid.padding)
+        return self.grid.height + bottom, self.grid.width + right
+
+
+@dataclass(frozen=True)
+class LepeGradients:
+    """What the backward of LePE returns besides the values' gradient; float32, or float64 where the map is.
+
+    Attributes:
+        weight: `(dim, 1, k, k)`; None unless asked for.
+        bias: `(dim,)`; None unless asked for, and without a bias.
+        fill: `(dim,)`; None without a fill.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    fill: Tensor | None

@@ -40,8 +40,8 @@ def why_not_triton(qkv: Tensor, spec: AttentionSpec) -> str | None:
         )
     if spec.n_win > MAX_N_WIN:
         return f"n_win must be at most {MAX_N_WIN}, got {spec.n_win}"
-    if qkv.shape[1] * qkv.shape[2] * qkv.shape[3] >= 2**31:
-        return f"one image's projection must have fewer than 2**31 elements, got shape {tuple(qkv.shape)}"
+    if qkv.shape[1] * qkv.shape[2] >= 2**31:
+        return f"a map must have fewer than 2**31 tokens, got shape {tuple(qkv.shape)}"
     return None
 
 

@@ -4,7 +4,8 @@ An exported graph cannot hold the operators of this package, and it need not sav
 gathers keys and values of all regions at once.
 """
 
-import torch
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -12,34 +13,62 @@ from torch import Tensor
 from ..kernels.region_grid import RegionGrid
 from ..routing import select_topk
 from ..spec import AttentionSpec
+from .region_layout import pad_map
 from .torch_backend import region_means
 
 
-def attend(qkv: Tensor, spec: AttentionSpec, lepe_weight: Tensor | None, lepe_bias: Tensor | None) -> Tensor:
+def attend(
+    qkv: Tensor,
+    spec: AttentionSpec,
+    lepe_weight: Tensor | None,
+    lepe_bias: Tensor | None,
+    *,
+    padding: Tensor | None,
+    emb: Callable[[Tensor], Tensor] | None,
+    kv_down: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
     """Routing, attention and LePE of a packed projection; arguments as for `functional.attend`."""
+    height, width = qkv.shape[1:3]
+    if padding is not None:
+        qkv = pad_map(qkv, RegionGrid.of_windows(height, width, spec.n_win), padding)
     # In float32 at least, as everywhere: half precision would choose other regions.
-    dtype = torch.promote_types(qkv.dtype, torch.float32)
-    query, key = region_means(qkv, spec, dtype).split(spec.qk_dim, dim=-1)
-    _, r_idx = select_topk((query * spec.scale) @ key.transpose(-2, -1), spec.topk)
-    out = _attend_to_routed(qkv, r_idx, spec)
-    if lepe_weight is None:
-        return out
-    value = rearrange(qkv[..., 2 * spec.qk_dim :], "n h w c -> n c h w")
-    lepe = F.conv2d(value, lepe_weight, lepe_bias, padding=lepe_weight.shape[-1] // 2, groups=spec.dim)
-    return out + rearrange(lepe, "n c h w -> n h w c")
-
-
-def _attend_to_routed(qkv: Tensor, r_idx: Tensor, spec: AttentionSpec) -> Tensor:
     grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
+    query, key = region_means(qkv, None, grid, 2 * spec.qk_dim).split(spec.qk_dim, dim=-1)
+    if emb is not None:
+        query, key = emb(query), emb(key)
+    top_logits, r_idx = select_topk((query * spec.scale) @ key.transpose(-2, -1), spec.topk)
+    factor = top_logits.softmax(dim=-1) if spec.soft_routing else None
+    out = _attend_to_routed(qkv, r_idx, spec, grid, kv_down, factor)
+    if lepe_weight is not None:
+        value = rearrange(qkv[..., 2 * spec.qk_dim :], "n h w c -> n c h w")
+        lepe = F.conv2d(value, lepe_weight, lepe_bias, padding=lepe_weight.shape[-1] // 2, groups=spec.dim)
+        out = out + rearrange(lepe, "n c h w -> n h w c")
+    return out if padding is None else out[:, :height, :width].contiguous()
+
+
+def _attend_to_routed(
+    qkv: Tensor,
+    r_idx: Tensor,
+    spec: AttentionSpec,
+    grid: RegionGrid,
+    kv_down: Callable[[Tensor], Tensor] | None,
+    factor: Tensor | None,
+) -> Tensor:
     sides = {"j": spec.n_win, "i": spec.n_win}
-    regions = rearrange(qkv, "n (j h) (i w) c -> n (j i) (h w) c", **sides)
+    regions = rearrange(qkv, "n (j h) (i w) c -> n (j i) h w c", **sides)
     query, key_value = regions.split([spec.qk_dim, spec.qk_dim + spec.dim], dim=-1)
+    if kv_down is not None:
+        reduced = kv_down(rearrange(key_value, "n p h w c -> (n p) c h w"))
+        key_value = rearrange(reduced, "(n p) c h w -> n p h w c", p=grid.n_regions)
+    key_value = key_value.flatten(2, 3)
     index = rearrange(r_idx, "n p t -> n (p t) 1 1").expand(-1, -1, *key_value.shape[2:])
     gathered = key_value.gather(1, index)
+    if factor is not None:
+        gathered = gathered * rearrange(factor, "n p t -> n (p t) 1 1").to(gathered.dtype)
     key, value = gathered.split([spec.qk_dim, spec.dim], dim=-1)
     heads = {"m": spec.num_heads}
     out = F.scaled_dot_product_attention(
-        rearrange(query, "n p s (m c) -> n p m s c", **heads),
+        rearrange(query, "n p h w (m c) -> n p m (h w) c", **heads),
         rearrange(key, "n (p t) s (m c) -> n p m (t s) c", t=spec.topk, **heads),
         rearrange(value, "n (p t) s (m c) -> n p m (t s) c", t=spec.topk, **heads),
         scale=spec.scale,

@@ -1,39 +1,18 @@
-"""The Triton backend: hands packed projections to the launch."""
+"""The Triton backend: the kernels' launches under the names that every backend has (see `torch_backend`)."""
 
-from torch import Tensor
+from ..kernels.launches.attention import attention_backward, attention_forward
+from ..kernels.launches.lepe import lepe_backward, lepe_forward
+from ..kernels.launches.pooling import pool_backward, pool_forward
+from ..kernels.launches.routing import region_means, route, route_backward
 
-from ..kernels import launch
-from ..kernels.region_grid import RegionGrid
-from ..spec import AttentionSpec
-
-
-def region_routing(qkv: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """See `torch_backend.region_routing`."""
-    return launch.region_routing(qkv, _problem(qkv, spec))
-
-
-def attention_forward(qkv: Tensor, r_idx: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """See `torch_backend.attention_forward`; `lse` is to the base 2."""
-    return launch.attention_forward(qkv, r_idx, _problem(qkv, spec))
-
-
-def attention_backward(
-    grad_out: Tensor, qkv: Tensor, r_idx: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec
-) -> Tensor:
-    """See `torch_backend.attention_backward`."""
-    return launch.attention_backward(grad_out, qkv, r_idx, out, lse, _problem(qkv, spec))
-
-
-def _problem(qkv: Tensor, spec: AttentionSpec) -> launch.Problem:
-    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
-    return launch.Problem(
-        batch=qkv.shape[0],
-        region_height=grid.region_height,
-        region_width=grid.region_width,
-        n_win=spec.n_win,
-        topk=spec.topk,
-        num_heads=spec.num_heads,
-        qk_head_dim=spec.qk_head_dim,
-        v_head_dim=spec.v_head_dim,
-        scale=spec.scale,
-    )
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "lepe_backward",
+    "lepe_forward",
+    "pool_backward",
+    "pool_forward",
+    "region_means",
+    "route",
+    "route_backward",
+]

@@ -1,70 +1,92 @@
-"""The operators that PyTorch sees: schema, fake implementation and autograd, for `torch.compile` and friends.
-
-They trust their callers (`functional`): arguments are checked, `qkv` and `r_idx` are contiguous.
+"""Token-to-token attention of a packed projection, with LePE, as PyTorch sees it.
 
 | operator | gradient |
 |---|---|
-| `bra_triton::region_routing` | none: routing is detached here |
-| `bra_triton::routed_attention` | for `qkv`, `lepe_weight`, `lepe_bias` |
+| `bra_triton::routed_attention` | for `qkv`, `kv`, `padding`, `factor`, `lepe_weight`, `lepe_bias` |
 | `bra_triton::routed_attention_backward` | none |
+
+The operators trust their callers (`functional`): arguments are checked, `qkv`, `kv` and `r_idx` contiguous.
 """
 
 import torch
 from torch import Tensor
 
-from .. import lepe
 from ..backend import registry
-from ..spec import AttentionSpec
+from ..kernels.problem import Gradients, Lepe, Padding, RoutedAttention
+from ..kernels.region_grid import RegionGrid
+from ._shared import or_empty, statistic_dtype, without_autocast
 
-
-@torch.library.custom_op("bra_triton::region_routing", mutates_args=())
-def region_routing(
-    qkv: Tensor, qk_dim: int, num_heads: int, n_win: int, topk: int, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Routes regions; returns `r_weight` (float) and `r_idx` (int32), both `(N, P, topk)`."""
-    spec = AttentionSpec(qkv.shape[-1] - 2 * qk_dim, qk_dim, num_heads, n_win, topk, scale)
-    with _without_autocast(qkv):
-        return registry.load(backend).region_routing(qkv, spec)
-
-
-@region_routing.register_fake
-def _(qkv, qk_dim, num_heads, n_win, topk, scale, backend):
-    shape = (qkv.shape[0], n_win**2, topk)
-    return qkv.new_empty(shape, dtype=_statistic_dtype(qkv)), qkv.new_empty(shape, dtype=torch.int32)
+# How the routing weights enter: not at all; as a factor of the chosen keys and values; or straight-through,
+# with the forward of "none" and the gradient that such a factor of 1 would get.
+ROUTING_WEIGHTS = ("none", "soft", "hard")
 
 
 @torch.library.custom_op("bra_triton::routed_attention", mutates_args=())
 def routed_attention(
     qkv: Tensor,
+    kv: Tensor | None,
+    padding: Tensor | None,
     r_idx: Tensor,
+    factor: Tensor | None,
     lepe_weight: Tensor | None,
     lepe_bias: Tensor | None,
     qk_dim: int,
     num_heads: int,
     n_win: int,
     scale: float,
+    routing_weight: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attends to the routed regions and adds LePE.
 
+    Args:
+        qkv: `(N, H, W, 2*qk_dim + dim)`.
+        kv: `(N, H', W', qk_dim + dim)`: keys and values, down-sampled; those of `qkv` by default.
+        padding: `(2*qk_dim + dim,)`: what tokens past the map's edge hold, where there are any.
+        r_idx: `(N, P, topk)` int32.
+        factor: `(N, P, topk)`: the routing weights, unless `routing_weight` is "none".
+        lepe_weight: `(dim, 1, k, k)`.
+        lepe_bias: `(dim,)`.
+        qk_dim: channels of queries and keys.
+        num_heads: attention heads.
+        n_win: regions a side.
+        scale: factor of the logits.
+        routing_weight: one of `ROUTING_WEIGHTS`.
+        backend: a backend's name.
+
     Returns:
         The output `(N, H, W, dim)`; the attention's share of it, empty if there is no LePE and the output is
-        just that; the backend's softmax statistic `(N, num_heads, P, S)`.
+        just that; the backend's softmax statistic `(N, num_heads, H, W)`.
     """
-    spec = AttentionSpec(qkv.shape[-1] - 2 * qk_dim, qk_dim, num_heads, n_win, r_idx.shape[-1], scale)
-    with _without_autocast(qkv):
-        attention, lse = registry.load(backend).attention_forward(qkv, r_idx, spec)
-        if lepe_weight is None:
+    problem = _problem(qkv, kv, padding, r_idx, factor, qk_dim, num_heads, n_win, scale, routing_weight)
+    lepe = _lepe(problem, qkv, padding, lepe_weight, lepe_bias)
+    with without_autocast(qkv):
+        functions = registry.load(backend)
+        attention, lse = functions.attention_forward(problem)
+        if lepe is None:
             return attention, attention.new_empty(0), lse
-        return (attention + lepe.forward(qkv, lepe_weight, lepe_bias)).contiguous(), attention, lse
+        return functions.lepe_forward(attention, lepe), attention, lse
 
 
 @routed_attention.register_fake
-def _(qkv, r_idx, lepe_weight, lepe_bias, qk_dim, num_heads, n_win, scale, backend):
+def _(
+    qkv,
+    kv,
+    padding,
+    r_idx,
+    factor,
+    lepe_weight,
+    lepe_bias,
+    qk_dim,
+    num_heads,
+    n_win,
+    scale,
+    routing_weight,
+    backend,
+):
     batch, height, width, packed_dim = qkv.shape
     out = qkv.new_empty(batch, height, width, packed_dim - 2 * qk_dim)
-    tokens = (height // n_win) * (width // n_win)
-    lse = qkv.new_empty(batch, num_heads, n_win**2, tokens, dtype=_statistic_dtype(qkv))
+    lse = qkv.new_empty(batch, num_heads, height, width, dtype=statistic_dtype(qkv))
     return out, qkv.new_empty(0) if lepe_weight is None else torch.empty_like(out), lse
 
 
@@ -72,60 +94,167 @@ def _(qkv, r_idx, lepe_weight, lepe_bias, qk_dim, num_heads, n_win, scale, backe
 def routed_attention_backward(
     grad_out: Tensor,
     qkv: Tensor,
+    kv: Tensor | None,
+    padding: Tensor | None,
     r_idx: Tensor,
+    factor: Tensor | None,
+    lepe_weight: Tensor | None,
+    lepe_bias: Tensor | None,
     attention: Tensor,
     lse: Tensor,
-    lepe_weight: Tensor | None,
+    needs_factor: bool,
+    needs_lepe: bool,
+    qk_dim: int,
     num_heads: int,
     n_win: int,
     scale: float,
+    routing_weight: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the packed projection, `lepe_weight` and `lepe_bias` (empty without LePE)."""
-    dim = grad_out.shape[-1]
-    spec = AttentionSpec(dim, (qkv.shape[-1] - dim) // 2, num_heads, n_win, r_idx.shape[-1], scale)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the tensors that `routed_attention` takes, in its order; empty where there are none."""
+    problem = _problem(qkv, kv, padding, r_idx, factor, qk_dim, num_heads, n_win, scale, routing_weight)
+    lepe = _lepe(problem, qkv, padding, lepe_weight, lepe_bias)
     grad_out = grad_out.contiguous()
-    with _without_autocast(qkv):
-        grad_qkv = registry.load(backend).attention_backward(grad_out, qkv, r_idx, attention, lse, spec)
-        if lepe_weight is None:
-            return grad_qkv, qkv.new_empty(0), qkv.new_empty(0)
-        return grad_qkv, *lepe.backward(grad_out, qkv, lepe_weight, grad_qkv)
+    grad_qkv = torch.empty_like(qkv)
+    grad_query, grad_key, grad_value = grad_qkv.split(_widths(qkv, qk_dim), dim=-1)
+    gradients, grad_kv = Gradients(grad_query, grad_key, grad_value), None
+    if kv is not None:
+        grad_qkv[..., qk_dim:] = 0
+        grad_kv = torch.empty_like(kv)
+        gradients = Gradients(grad_query, *grad_kv.split(_widths(qkv, qk_dim)[1:], dim=-1))
+    with without_autocast(qkv):
+        functions = registry.load(backend)
+        small = functions.attention_backward(grad_out, problem, attention, lse, gradients, needs_factor)
+        of_lepe = None
+        if lepe is not None:
+            of_lepe = functions.lepe_backward(grad_out, grad_value, lepe, needs_lepe)
+    fill = of_lepe.fill if of_lepe is not None else None
+    weight, bias = (of_lepe.weight, of_lepe.bias) if of_lepe is not None and needs_lepe else (None, None)
+    return (
+        grad_qkv,
+        or_empty(grad_kv, qkv),
+        or_empty(_packed_padding(padding, small.padding, fill, qk_dim), qkv),
+        or_empty(None if small.factor is None else small.factor[:, 0], lse),
+        or_empty(None if weight is None else weight.to(qkv.dtype, copy=True), qkv),
+        or_empty(None if bias is None else bias.to(qkv.dtype, copy=True), qkv),
+    )
 
 
 @routed_attention_backward.register_fake
-def _(grad_out, qkv, r_idx, attention, lse, lepe_weight, num_heads, n_win, scale, backend):
-    if lepe_weight is None:
-        return torch.empty_like(qkv), qkv.new_empty(0), qkv.new_empty(0)
-    return torch.empty_like(qkv), torch.empty_like(lepe_weight), qkv.new_empty(grad_out.shape[-1])
+def _(
+    grad_out,
+    qkv,
+    kv,
+    padding,
+    r_idx,
+    factor,
+    lepe_weight,
+    lepe_bias,
+    attention,
+    lse,
+    needs_factor,
+    needs_lepe,
+    *_,
+):
+    return (
+        torch.empty_like(qkv),
+        or_empty(None if kv is None else torch.empty_like(kv), qkv),
+        or_empty(None if padding is None else torch.empty_like(padding), qkv),
+        lse.new_empty(r_idx.shape if needs_factor else 0),
+        or_empty(lepe_weight.new_empty(lepe_weight.shape) if needs_lepe else None, qkv),
+        or_empty(lepe_bias.new_empty(lepe_bias.shape) if needs_lepe and lepe_bias is not None else None, qkv),
+    )
 
 
 def _save_for_backward(ctx, inputs, output):
-    qkv, r_idx, lepe_weight, lepe_bias, _, ctx.num_heads, ctx.n_win, ctx.scale, ctx.backend = inputs
+    qkv, kv, padding, r_idx, factor, lepe_weight, lepe_bias, *ctx.numbers = inputs
     out, attention, lse = output
-    ctx.has_bias = lepe_bias is not None
-    ctx.save_for_backward(qkv, r_idx, out if lepe_weight is None else attention, lse, lepe_weight)
+    attention_out = out if lepe_weight is None else attention
+    ctx.save_for_backward(qkv, kv, padding, r_idx, factor, lepe_weight, lepe_bias, attention_out, lse)
     ctx.mark_non_differentiable(attention, lse)
     ctx.set_materialize_grads(False)  # or autograd fills a map with zeros for `attention`
 
 
 def _backward(ctx, grad_out, _grad_attention, _grad_lse):
+    n_numbers = len(ctx.numbers)
     if grad_out is None:
-        return (None,) * 9
-    qkv, r_idx, attention, lse, lepe_weight = ctx.saved_tensors
-    grad_qkv, grad_weight, grad_bias = routed_attention_backward(
-        grad_out, qkv, r_idx, attention, lse, lepe_weight, ctx.num_heads, ctx.n_win, ctx.scale, ctx.backend
+        return (None,) * (7 + n_numbers)
+    _, _, _, _, needs_factor, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    needs_lepe = needs_weight or needs_bias
+    grads = routed_attention_backward(grad_out, *ctx.saved_tensors, needs_factor, needs_lepe, *ctx.numbers)
+    _, kv, padding, *_ = ctx.saved_tensors
+    grad_qkv, grad_kv, grad_padding, grad_factor, grad_weight, grad_bias = grads
+    return (
+        grad_qkv,
+        None if kv is None else grad_kv,
+        None if padding is None else grad_padding,
+        None,
+        grad_factor if needs_factor else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+        *(None,) * n_numbers,
     )
-    lepe_grads = (grad_weight if lepe_weight is not None else None, grad_bias if ctx.has_bias else None)
-    return grad_qkv, None, *lepe_grads, None, None, None, None, None
 
 
 routed_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _without_autocast(qkv: Tensor) -> torch.autocast:
-    """Inside an operator the types are decided; autocast would round float32 statistics to half precision."""
-    return torch.autocast(qkv.device.type, enabled=False)
+def _widths(qkv: Tensor, qk_dim: int) -> list[int]:
+    """Channels of queries, keys and values in the packed projection."""
+    return [qk_dim, qk_dim, qkv.shape[-1] - 2 * qk_dim]
 
 
-def _statistic_dtype(qkv: Tensor) -> torch.dtype:
-    return torch.float64 if qkv.dtype == torch.float64 else torch.float32
+def _problem(
+    qkv: Tensor,
+    kv: Tensor | None,
+    padding: Tensor | None,
+    r_idx: Tensor,
+    factor: Tensor | None,
+    qk_dim: int,
+    num_heads: int,
+    n_win: int,
+    scale: float,
+    routing_weight: str,
+) -> RoutedAttention:
+    """What a backend takes, of the arguments of `routed_attention`."""
+    query, key, value = qkv.split(_widths(qkv, qk_dim), dim=-1)
+    grid = kv_grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], n_win)
+    kv_padding = None
+    if kv is not None:
+        key, value = kv.split(_widths(qkv, qk_dim)[1:], dim=-1)
+        kv_grid = RegionGrid.of_windows(kv.shape[1], kv.shape[2], n_win)
+    elif padding is not None:
+        kv_padding = Padding(*(x.contiguous() for x in padding.split(_widths(qkv, qk_dim))[1:]))
+    if routing_weight == "soft":
+        assert factor is not None
+        factor = factor[:, None].contiguous()
+    else:
+        factor = None
+    return RoutedAttention(
+        query, key, value, r_idx[:, None], grid, kv_grid, num_heads, scale, factor, kv_padding
+    )
+
+
+def _lepe(
+    problem: RoutedAttention, qkv: Tensor, padding: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> Lepe | None:
+    if weight is None:
+        return None
+    dim = weight.shape[0]
+    fill = None if padding is None else padding[-dim:].contiguous()
+    return Lepe(qkv[..., -dim:], weight.contiguous(), bias, problem.query_grid, fill)
+
+
+def _packed_padding(
+    padding: Tensor | None, of_attention: Padding | None, of_lepe: Tensor | None, qk_dim: int
+) -> Tensor | None:
+    """Gradient of the packed row of padding, from the shares of attention and LePE."""
+    if padding is None:
+        return None
+    total = torch.zeros_like(padding, dtype=torch.promote_types(padding.dtype, torch.float32))
+    if of_attention is not None:
+        total[qk_dim : 2 * qk_dim] += of_attention.key
+        total[2 * qk_dim :] += of_attention.value
+    if of_lepe is not None:
+        total[2 * qk_dim :] += of_lepe
+    return total.to(padding.dtype)

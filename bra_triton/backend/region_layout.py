@@ -1,0 +1,64 @@
+"""Maps cut into dense regions and put together again, in plain PyTorch; padding is made and dropped here."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ..kernels.region_grid import RegionGrid
+
+
+def to_regions(x: Tensor, grid: RegionGrid, n_graphs: int = 1, padding: Tensor | None = None) -> Tensor:
+    """Cuts a map: `(N, H, W, G*C)` to contiguous `(N*G*P, S, C)`.
+
+    Args:
+        x: the map.
+        grid: its regions.
+        n_graphs: `G`, into how many parts the channels are cut.
+        padding: `(G*C,)`, what tokens past the map's edge hold; 0 by default.
+    """
+    if grid.is_padded:
+        x = pad_map(x, grid, padding)
+    return rearrange(
+        x,
+        "n (j h) (i w) (g c) -> (n g j i) (h w) c",
+        j=grid.rows,
+        i=grid.columns,
+        g=n_graphs,
+    ).contiguous()
+
+
+def from_regions(regions: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Tensor:
+    """Undoes `to_regions`, without the padding: `(N*G*P, S, C)` to `(N, H, W, G*C)`, a view or not."""
+    x = rearrange(
+        regions,
+        "(n g j i) (h w) c -> n (j h) (i w) (g c)",
+        j=grid.rows,
+        i=grid.columns,
+        g=n_graphs,
+        h=grid.region_height,
+    )
+    return x[:, : grid.height, : grid.width]
+
+
+def pad_map(x: Tensor, grid: RegionGrid, padding: Tensor | None = None) -> Tensor:
+    """The map with its padding: `(N, H, W, C)` to `(N, rows*h, columns*w, C)`."""
+    bottom, right = grid.padding
+    if padding is None:
+        return F.pad(x, (0, 0, 0, right, 0, bottom))
+    below = padding.expand(x.shape[0], bottom, x.shape[2], -1)
+    beside = padding.expand(x.shape[0], x.shape[1] + bottom, right, -1)
+    return torch.cat([torch.cat([x, below], 1), beside], 2)
+
+
+def sum_over_padding(regions: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Tensor:
+    """Sum over images and padding tokens of `(N*G*P, S, C)`: `(G*C,)`."""
+    x = rearrange(
+        regions,
+        "(n g j i) (h w) c -> n (j h) (i w) (g c)",
+        j=grid.rows,
+        i=grid.columns,
+        g=n_graphs,
+        h=grid.region_height,
+    )
+    return x[:, grid.height :].sum(dim=(0, 1, 2)) + x[:, : grid.height, grid.width :].sum(dim=(0, 1, 2))

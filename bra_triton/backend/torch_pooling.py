@@ -1,0 +1,172 @@
+"""Pooling of regions in plain PyTorch, for any device and dtype; the same two functions as the launches have.
+
+Memory is linear in the map. Sums run in a fixed order: no atomics on any device. Cells are axis by axis, so
+means are a product with one small matrix an axis and maxima are taken along the columns first, then along
+the rows. Maxima ask the device for the largest cell, the one synchronisation here.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..kernels.pooling_problem import MAX, PoolingGradients, RegionPooling
+from ..kernels.region_grid import RegionGrid
+
+
+def pool_forward(
+    x: Tensor,
+    fill: Tensor | None,
+    pooling: RegionPooling,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `kernels.launches.pooling.pool_forward`; any floating dtype, strides and device."""
+    shape = (x.shape[0], pooling.pooled_grid.height, pooling.pooled_grid.width, x.shape[-1])
+    regions = _to_regions(_pad(x, fill, pooling.grid), pooling.grid)
+    if pooling.mode == MAX:
+        pooled, argmax = _maximum(regions, pooling)
+        return pooled.reshape(shape), argmax.to(torch.int32).reshape(shape)
+    regions = regions.to(_sum_dtype(x))
+    if weight is None or bias is None:
+        pooled = _apply_matrices(regions, *_mean_matrices(pooling, regions))
+    else:
+        weight, pooled = weight.to(regions.dtype), bias.to(regions.dtype)
+        for i, j, rows, columns in _taps(pooling, weight):
+            pooled = pooled + weight[:, i, j] * regions.index_select(1, rows).index_select(3, columns)
+    return pooled.to(x.dtype).reshape(shape), None
+
+
+def pool_backward(
+    grad_pooled: Tensor,
+    x: Tensor,
+    fill: Tensor | None,
+    argmax: Tensor | None,
+    pooling: RegionPooling,
+    weight: Tensor | None,
+    grad_x: Tensor,
+) -> PoolingGradients:
+    """See `kernels.launches.pooling.pool_backward`."""
+    grid = pooling.grid
+    grad = _to_regions(grad_pooled, pooling.pooled_grid).to(_sum_dtype(x))
+    gradients = PoolingGradients()
+    if argmax is not None:
+        grad_regions = _scatter(grad, _to_regions(argmax, pooling.pooled_grid), grid)
+    elif weight is not None:
+        regions = _to_regions(_pad(x, fill, grid), grid)
+        grad_regions, gradients = _weighted_backward(grad, regions, pooling, weight)
+    else:
+        row_matrix, column_matrix = _mean_matrices(pooling, grad)
+        grad_regions = _apply_matrices(grad, row_matrix.t(), column_matrix.t())
+    padded = grad_regions.reshape(
+        x.shape[0], grid.rows * grid.region_height, grid.columns * grid.region_width, -1
+    )
+    grad_x.copy_(padded[:, : grid.height, : grid.width])
+    if not grid.is_padded:
+        return gradients
+    below, right = padded[:, grid.height :], padded[:, : grid.height, grid.width :]
+    grad_fill = below.sum((0, 1, 2)) + right.sum((0, 1, 2))
+    return PoolingGradients(grad_fill, gradients.weight, gradients.bias)
+
+
+def _pad(x: Tensor, fill: Tensor | None, grid: RegionGrid) -> Tensor:
+    """The map with `fill` past its edge, contiguous."""
+    if not grid.is_padded:
+        return x.contiguous()
+    assert fill is not None
+    padded = x.new_empty(
+        x.shape[0], grid.rows * grid.region_height, grid.columns * grid.region_width, x.shape[-1]
+    )
+    padded.copy_(fill.to(x.dtype))
+    padded[:, : grid.height, : grid.width] = x
+    return padded
+
+
+def _to_regions(x: Tensor, grid: RegionGrid) -> Tensor:
+    """`(N, rows*h, columns*w, C)` to `(N*rows, h, columns, w, C)`, without a copy."""
+    return x.view(-1, grid.region_height, grid.columns, grid.region_width, x.shape[-1])
+
+
+def _mean_matrices(pooling: RegionPooling, like: Tensor) -> tuple[Tensor, Tensor]:
+    """For each axis `(cells, tokens)`: one over the cell's size where it contains the token, else 0."""
+    matrices = []
+    sides = (pooling.grid.region_height, pooling.grid.region_width)
+    for cells, side in zip((pooling.row_cells, pooling.column_cells), sides, strict=True):
+        start, end = cells[:, :1], cells[:, 1:]
+        token = torch.arange(side, device=cells.device)
+        matrices.append(((token >= start) & (token < end)).to(like.dtype) / (end - start))
+    return matrices[0], matrices[1]
+
+
+def _apply_matrices(regions: Tensor, row_matrix: Tensor, column_matrix: Tensor) -> Tensor:
+    """Multiplies rows and columns of `(B, h, columns, w, C)` regions; `(B, h', columns, w', C)`."""
+    batch, height, columns, width, channels = regions.shape
+    by_rows = row_matrix @ regions.reshape(batch, height, columns * width * channels)
+    return (column_matrix @ by_rows.view(-1, width, channels)).view(
+        batch, -1, columns, len(column_matrix), channels
+    )
+
+
+def _maximum(regions: Tensor, pooling: RegionPooling) -> tuple[Tensor, Tensor]:
+    """Maxima `(B, h', columns, w', C)` and the tokens of the region that they are, int64."""
+    value, column = _maximum_along(regions, 3, pooling.column_cells)
+    value, row = _maximum_along(value, 1, pooling.row_cells)
+    return value, row * pooling.grid.region_width + column.gather(1, row)
+
+
+def _maximum_along(x: Tensor, dim: int, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """The first maximum of each cell along a dimension: value and position."""
+    start, end = cells.long()[:, :1], cells.long()[:, 1:]
+    within = torch.arange(int((end - start).max()), device=x.device)
+    position = torch.minimum(start + within, end - 1)  # the last one again and again in smaller cells
+    windows = x.index_select(dim, position.flatten()).unflatten(dim, position.shape)
+    value, first = windows.max(dim + 1)
+    return value, first + start.view(-1, *(1,) * (x.dim() - 1 - dim))
+
+
+def _scatter(grad: Tensor, argmax: Tensor, grid: RegionGrid) -> Tensor:
+    """Adds the gradients of cells `(B, h', columns, w', C)` to the tokens `argmax` of their regions."""
+    batch, _, columns, _, channels = grad.shape
+    row, column = argmax // grid.region_width, argmax % grid.region_width
+    region_row = torch.arange(batch, device=grad.device).view(-1, 1, 1, 1, 1)
+    region_column = torch.arange(columns, device=grad.device).view(-1, 1, 1)
+    token = (region_row * grid.region_height + row) * columns + region_column
+    token = token * grid.region_width + column
+    element = (token * channels + torch.arange(channels, device=grad.device)).flatten()
+    total = grad.new_zeros(batch, grid.region_height, columns, grid.region_width, channels)
+    if grad.device.type == "cpu":
+        total.view(-1).index_add_(0, element, grad.flatten())
+    else:
+        # index_add_ uses atomics there; accumulating index_put_ sorts.
+        total.view(-1).index_put_((element,), grad.flatten(), accumulate=True)
+    return total
+
+
+def _weighted_backward(
+    grad: Tensor, regions: Tensor, pooling: RegionPooling, weight: Tensor
+) -> tuple[Tensor, PoolingGradients]:
+    """Gradients of the regions, the weight and the bias."""
+    grid = pooling.grid
+    batch, _, columns, _, channels = grad.shape
+    total = grad.new_zeros(regions.shape)
+    grad_weight = grad.new_empty(weight.shape)
+    by_rows = grad.new_empty(batch, pooling.cells_high, columns, grid.region_width, channels)
+    for i, j, rows, spans in _taps(pooling, weight):
+        tokens = regions.index_select(1, rows).index_select(3, spans)
+        grad_weight[:, i, j] = (grad * tokens).sum((0, 1, 2, 3))
+        # No token occurs twice in one tap's rows or columns, so index_add_ has nothing to order.
+        by_rows.zero_().index_add_(3, spans, grad * weight[:, i, j].to(grad.dtype))
+        total.index_add_(1, rows, by_rows)
+    return total, PoolingGradients(None, grad_weight, grad.sum((0, 1, 2, 3)))
+
+
+def _taps(pooling: RegionPooling, weight: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """For every element of the kernel the rows and columns of a region that it meets, one a cell."""
+    row_starts, column_starts = pooling.row_cells[:, 0], pooling.column_cells[:, 0]
+    for i in range(weight.shape[1]):
+        for j in range(weight.shape[2]):
+            yield i, j, row_starts + i, column_starts + j
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,315 @@
+"""How keys and values are reduced inside each region: one module a mode, each with two paths to one result.
+
+`pool` runs on a fused backend, in place in the packed projection. `forward` is plain differentiable PyTorch
+on regions cut apart, for the reference and for export. What both share is where a region's cells lie.
+"""
+
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernels.pooling_problem import MAX, MEAN, WEIGHTED, pooled_grid
+from .kernels.region_grid import RegionGrid
+from .operators import pooling as operators
+
+MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool", "fracpool", "conv")
+Cells = tuple[Tensor, Tensor]
+Number = TypeVar("Number", int, float)
+# Random samples are multiples of 1 / SAMPLE_STEPS, which float32 adds to whole numbers without rounding: so
+# no cell's start is off by one, which would leave a token out.
+SAMPLE_STEPS = 1024
+
+
+def build(
+    mode: str, qk_dim: int, dim: int, kv_per_win: int = 4, ratio: float = 4, kernel: int | None = None
+) -> "nn.Identity | KVDownsampling":
+    """The module for a `kv_downsample_mode`; `nn.Identity` where nothing is reduced.
+
+    Args:
+        mode: one of `MODES`.
+        qk_dim: channels of the keys.
+        dim: channels of the values.
+        kv_per_win: cells a side of a region, for `"ada_avgpool"` and `"ada_maxpool"`.
+        ratio: window and stride of `"avgpool"` and `"maxpool"`; stride of `"conv"`; for `"fracpool"` by how
+            much a side shrinks, not necessarily a whole number.
+        kernel: window of `"fracpool"`, by default the smallest that leaves no token out; kernel of `"conv"`,
+            by default `ratio`.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    if mode not in MODES:
+        raise ValueError(f"kv_downsample_mode must be one of {MODES}, got {mode!r}")
+    if mode in ("ada_avgpool", "ada_maxpool"):
+        return AdaptivePooling(qk_dim, dim, MEAN if mode == "ada_avgpool" else MAX, kv_per_win)
+    if mode in ("avgpool", "maxpool") and ratio != 1:
+        return WindowPooling(qk_dim, dim, MEAN if mode == "avgpool" else MAX, _whole(ratio))
+    if mode == "fracpool":
+        return FractionalMaxPooling(qk_dim, dim, ratio, kernel)
+    if mode == "conv":
+        return DepthwiseConvolution(qk_dim, dim, _whole(ratio), kernel)
+    return nn.Identity()
+
+
+class KVDownsampling(nn.Module):
+    """What the modes have in common.
+
+    Args:
+        qk_dim: channels of the keys.
+        dim: channels of the values.
+        mode: `MEAN`, `MAX` or `WEIGHTED`.
+    """
+
+    def __init__(self, qk_dim: int, dim: int, mode: str) -> None:
+        super().__init__()
+        self.qk_dim = qk_dim
+        self.dim = dim
+        self.mode = mode
+
+    def count(self, side: int) -> int:
+        """Cells along a side of a region of `side` tokens; raises ValueError where there can be none."""
+        raise NotImplementedError
+
+    def cells(self, height: int, width: int, device: torch.device) -> Cells:
+        """Where the cells of a region of `height` x `width` tokens lie; for `"fracpool"` drawn anew.
+
+        Returns:
+            `(h', 2)` and `(w', 2)` int32: start and end of each cell, along the rows and along the columns.
+        """
+        rows = self._along(height, device)
+        return rows, rows if width == height else self._along(width, device)
+
+    def _along(self, side: int, device: torch.device) -> Tensor:
+        raise NotImplementedError
+
+    def kv_grid(self, grid: RegionGrid) -> RegionGrid:
+        """Regions of the reduced map of keys and values, those of the map being `grid`."""
+        return pooled_grid(grid, self.count(grid.region_height), self.count(grid.region_width))
+
+    def packed_parameters(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Weight `(qk_dim + dim, kernel, kernel)` and bias `(qk_dim + dim,)`, keys first; or None, None."""
+        return None, None
+
+    def pool(
+        self,
+        qkv: Tensor,
+        grid: RegionGrid,
+        fill: Tensor | None = None,
+        *,
+        backend: str,
+        cells: Cells | None = None,
+    ) -> Tensor:
+        """Reduces keys and values of a packed projection, in place; differentiable.
+
+        Args:
+            qkv: `(N, H, W, 2*qk_dim + dim)`, contiguous.
+            grid: its regions.
+            fill: `(2*qk_dim + dim,)`: what tokens past the map's edge hold, 0 by default.
+            backend: a key of `operators.pooling.BACKENDS`.
+            cells: what `cells` returned for these regions; drawn anew by default.
+
+        Returns:
+            Keys and values side by side, `(N, H', W', qk_dim + dim)` under `kv_grid(grid)`, contiguous.
+        """
+        row_cells, column_cells = cells or self.cells(grid.region_height, grid.region_width, qkv.device)
+        weight, bias = self.packed_parameters()
+        numbers = [*(grid.height, grid.width, grid.region_height, grid.region_width, grid.rows, grid.columns)]
+        pooled, _ = operators.pool_regions(
+            qkv, fill, row_cells, column_cells, weight, bias, self.qk_dim, numbers, self.mode, backend
+        )
+        return pooled
+
+    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Reduces regions that are cut apart, in plain differentiable PyTorch.
+
+        Args:
+            x: `(B, qk_dim + dim, h, w)`: keys and values of regions.
+            cells: what `cells` returned for `h` and `w`; drawn anew by default.
+
+        Returns:
+            `(B, qk_dim + dim, h', w')`.
+        """
+        raise NotImplementedError
+
+
+class AdaptivePooling(KVDownsampling):
+    """`"ada_avgpool"`, `"ada_maxpool"`: `kv_per_win` cells a side, as equal as can be, which may overlap."""
+
+    def __init__(self, qk_dim: int, dim: int, mode: str, kv_per_win: int) -> None:
+        super().__init__(qk_dim, dim, mode)
+        if kv_per_win is None or kv_per_win < 1:
+            raise ValueError(f"kv_per_win must be at least 1, got {kv_per_win}")
+        self.kv_per_win = kv_per_win
+
+    def count(self, side: int) -> int:
+        """`kv_per_win`."""
+        return self.kv_per_win
+
+    def _along(self, side: int, device: torch.device) -> Tensor:
+        index = torch.arange(self.kv_per_win, dtype=torch.int32, device=device)
+        ends = (index * side + (side + self.kv_per_win - 1)) // self.kv_per_win
+        return torch.stack((index * side // self.kv_per_win, ends), dim=1)
+
+    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """See `KVDownsampling`."""
+        pool = F.adaptive_avg_pool2d if self.mode == MEAN else F.adaptive_max_pool2d
+        return pool(x, self.kv_per_win)
+
+    def extra_repr(self) -> str:
+        """Mode and cells a side."""
+        return f"{self.mode}, kv_per_win={self.kv_per_win}"
+
+
+class WindowPooling(KVDownsampling):
+    """`"avgpool"`, `"maxpool"`: windows of `ratio` x `ratio` tokens side by side; a remainder is dropped."""
+
+    def __init__(self, qk_dim: int, dim: int, mode: str, ratio: int) -> None:
+        super().__init__(qk_dim, dim, mode)
+        self.ratio = _at_least_one("kv_downsample_ratio", ratio)
+
+    def count(self, side: int) -> int:
+        """See `KVDownsampling`."""
+        _check_fits("kv_downsample_ratio", self.ratio, side)
+        return side // self.ratio
+
+    def _along(self, side: int, device: torch.device) -> Tensor:
+        starts = torch.arange(self.count(side), dtype=torch.int32, device=device) * self.ratio
+        return torch.stack((starts, starts + self.ratio), dim=1)
+
+    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """See `KVDownsampling`."""
+        _check_fits("kv_downsample_ratio", self.ratio, min(x.shape[-2:]))
+        return F.avg_pool2d(x, self.ratio) if self.mode == MEAN else F.max_pool2d(x, self.ratio)
+
+    def extra_repr(self) -> str:
+        """Mode and window."""
+        return f"{self.mode}, ratio={self.ratio}"
+
+
+class FractionalMaxPooling(KVDownsampling):
+    """`"fracpool"`: Graham, "Fractional Max-Pooling" (2014), with overlapping windows at random distances.
+
+    Keys and values of all regions and images share a call's random samples; in eval the samples are 0.5.
+    """
+
+    def __init__(self, qk_dim: int, dim: int, ratio: float, kernel: int | None) -> None:
+        super().__init__(qk_dim, dim, MAX)
+        self.ratio = _at_least_one("kv_downsample_ratio", ratio)
+        self.kernel = None if kernel is None else _at_least_one("kv_downsample_kernel", kernel)
+
+    def count(self, side: int) -> int:
+        """`max(1, floor(side / ratio))`."""
+        return max(1, int(side // self.ratio))
+
+    def window(self, side: int) -> int:
+        """Tokens along a side of every cell; raises ValueError where they leave a token out or do not fit."""
+        smallest = -(-side // self.count(side))
+        if self.kernel is None:
+            return smallest
+        _check_fits("kv_downsample_kernel", self.kernel, side)
+        if self.kernel < smallest:
+            raise ValueError(
+                f"kv_downsample_kernel must be at least {smallest} to leave no token of a region's side of "
+                f"{side} out at kv_downsample_ratio={self.ratio}, got {self.kernel}"
+            )
+        return self.kernel
+
+    def cells(self, height: int, width: int, device: torch.device) -> Cells:
+        """See `KVDownsampling`."""
+        if self.training:
+            samples = torch.randint(SAMPLE_STEPS, (2,), device=device) / SAMPLE_STEPS
+        else:
+            samples = torch.full((2,), 0.5, device=device)
+        return (
+            fractional_cells(height, self.count(height), self.window(height), samples[0]),
+            fractional_cells(width, self.count(width), self.window(width), samples[1]),
+        )
+
+    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """See `KVDownsampling`."""
+        # Not F.fractional_max_pool2d: it computes the cells in the dtype of x, and cannot be exported.
+        row_cells, column_cells = cells or self.cells(x.shape[-2], x.shape[-1], x.device)
+        x = _window_maxima(x, 3, column_cells, self.window(x.shape[3]))
+        return _window_maxima(x, 2, row_cells, self.window(x.shape[2]))
+
+    def extra_repr(self) -> str:
+        """Ratio and window."""
+        return f"ratio={self.ratio}, kernel={self.kernel}"
+
+
+class DepthwiseConvolution(KVDownsampling):
+    """`"conv"`: depthwise convolutions of keys and of values, with stride `ratio`, inside each region."""
+
+    def __init__(self, qk_dim: int, dim: int, ratio: int, kernel: int | None) -> None:
+        super().__init__(qk_dim, dim, WEIGHTED)
+        self.ratio = _at_least_one("kv_downsample_ratio", ratio)
+        self.kernel = _at_least_one("kv_downsample_kernel", ratio if kernel is None else kernel)
+        self.key = nn.Conv2d(qk_dim, qk_dim, self.kernel, stride=ratio, groups=qk_dim)
+        self.value = nn.Conv2d(dim, dim, self.kernel, stride=ratio, groups=dim)
+
+    def count(self, side: int) -> int:
+        """See `KVDownsampling`."""
+        _check_fits("kv_downsample_kernel", self.kernel, side)
+        return (side - self.kernel) // self.ratio + 1
+
+    def _along(self, side: int, device: torch.device) -> Tensor:
+        starts = torch.arange(self.count(side), dtype=torch.int32, device=device) * self.ratio
+        return torch.stack((starts, starts + self.kernel), dim=1)
+
+    def packed_parameters(self) -> tuple[Tensor, Tensor]:
+        """See `KVDownsampling`."""
+        key, value = self.key, self.value
+        assert key.bias is not None
+        assert value.bias is not None
+        return torch.cat((key.weight, value.weight)).squeeze(1), torch.cat((key.bias, value.bias))
+
+    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """See `KVDownsampling`."""
+        _check_fits("kv_downsample_kernel", self.kernel, min(x.shape[-2:]))
+        key, value = x.split([self.qk_dim, self.dim], dim=1)
+        return torch.cat((self.key(key), self.value(value)), dim=1)
+
+
+def fractional_cells(side: int, count: int, window: int, sample: Tensor) -> Tensor:
+    """Cells of fractional max-pooling along one side, as PyTorch's `fractional_max_pool2d` places them.
+
+    Args:
+        side: tokens along the side.
+        count: cells.
+        window: tokens in each cell.
+        sample: float32 scalar in `[0, 1)`, on the device where the cells shall be.
+
+    Returns:
+        `(count, 2)` int32.
+    """
+    index = torch.arange(count, dtype=torch.float32, device=sample.device)
+    distance = (side - window) / max(1, count - 1)
+    starts = ((index + sample) * distance).int() - (sample * distance).int()
+    starts = torch.where(index == count - 1, side - window, starts)
+    return torch.stack((starts, starts + window), dim=1)
+
+
+def _window_maxima(x: Tensor, dim: int, cells: Tensor, window: int) -> Tensor:
+    """Maxima over the cells along a dimension, all of `window` tokens."""
+    position = cells[:, :1] + torch.arange(window, dtype=torch.int32, device=x.device)
+    windows = x.index_select(dim, position.flatten()).unflatten(dim, (len(cells), window))
+    return windows.max(dim + 1).values  # the gradient goes to one of equals; amax would share it out
+
+
+def _whole(ratio: float) -> int:
+    if ratio != int(ratio):
+        raise ValueError(f"kv_downsample_ratio must be a whole number but for 'fracpool', got {ratio}")
+    return int(ratio)
+
+
+def _at_least_one(name: str, value: Number) -> Number:
+    if not value >= 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def _check_fits(name: str, value: int, side: int) -> None:
+    if value > side:
+        raise ValueError(f"{name} must be at most a region's side of {side} tokens, got {value}")

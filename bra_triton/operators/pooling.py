@@ -1,0 +1,157 @@
+"""Down-sampling of keys and values per region, as PyTorch sees it; see `operators.attention` for the style.
+
+Callers (`downsampling`) have checked the arguments. `grid` is a `RegionGrid`'s six numbers in its order.
+
+| operator | gradient |
+|---|---|
+| `bra_triton::pool_regions` | for `qkv`, `fill`, `weight`, `bias` |
+| `bra_triton::pool_regions_backward` | none |
+"""
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..kernels.pooling_problem import MAX, RegionPooling
+from ..kernels.region_grid import RegionGrid
+
+BACKENDS = {"triton": "..kernels.launches.pooling", "torch": "..backend.torch_pooling"}
+
+
+@torch.library.custom_op("bra_triton::pool_regions", mutates_args=())
+def pool_regions(
+    qkv: Tensor,
+    fill: Tensor | None,
+    row_cells: Tensor,
+    column_cells: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    qk_dim: int,
+    grid: Sequence[int],
+    mode: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Pools keys and values, side by side, inside each region.
+
+    Args:
+        qkv: `(N, H, W, 2*qk_dim + dim)`, contiguous.
+        fill: `(2*qk_dim + dim,)`: what tokens past the map's edge hold, 0 by default.
+        row_cells: `(h', 2)` int32, see `RegionPooling`.
+        column_cells: `(w', 2)` int32.
+        weight: `(qk_dim + dim, kernel height, kernel width)`, for `WEIGHTED`.
+        bias: `(qk_dim + dim,)`, for `WEIGHTED`.
+        qk_dim: channels of queries and of keys.
+        grid: regions of the map.
+        mode: see `RegionPooling`.
+        backend: a key of `BACKENDS`.
+
+    Returns:
+        Keys and values `(N, rows*h', columns*w', qk_dim + dim)`, contiguous; and for the backward the tokens
+        that are the maxima, int32, empty but for `MAX`.
+    """
+    pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid))
+    with torch.autocast(qkv.device.type, enabled=False):
+        pooled, argmax = _load(backend).pool_forward(
+            qkv[..., qk_dim:], _fill_of(fill, qkv, qk_dim), pooling, weight, bias
+        )
+    return pooled, _or_empty(argmax, qkv)
+
+
+@pool_regions.register_fake
+def _(qkv, fill, row_cells, column_cells, weight, bias, qk_dim, grid, mode, backend):
+    _, _, _, _, rows, columns = grid
+    shape = (
+        *(qkv.shape[0], rows * row_cells.shape[0], columns * column_cells.shape[0]),
+        qkv.shape[-1] - qk_dim,
+    )
+    argmax = qkv.new_empty(shape, dtype=torch.int32) if mode == MAX else qkv.new_empty(0)
+    return qkv.new_empty(shape), argmax
+
+
+@torch.library.custom_op("bra_triton::pool_regions_backward", mutates_args=())
+def pool_regions_backward(
+    grad_pooled: Tensor,
+    qkv: Tensor,
+    fill: Tensor | None,
+    argmax: Tensor,
+    row_cells: Tensor,
+    column_cells: Tensor,
+    weight: Tensor | None,
+    qk_dim: int,
+    grid: Sequence[int],
+    mode: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `qkv`, packed, with zeros for the queries; of `fill`, `weight`, `bias`, empty without."""
+    pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid))
+    grad_qkv = torch.empty_like(qkv)
+    grad_qkv[..., :qk_dim] = 0
+    with torch.autocast(qkv.device.type, enabled=False):
+        gradients = _load(backend).pool_backward(
+            grad_pooled.contiguous(),
+            qkv[..., qk_dim:],
+            _fill_of(fill, qkv, qk_dim),
+            argmax if mode == MAX else None,
+            pooling,
+            weight,
+            grad_qkv[..., qk_dim:],
+        )
+    grad_fill = qkv.new_empty(0)
+    if fill is not None:
+        grad_fill = torch.zeros_like(fill)
+        if gradients.fill is not None:
+            grad_fill[qk_dim:] = gradients.fill
+    if weight is None:
+        return grad_qkv, grad_fill, qkv.new_empty(0), qkv.new_empty(0)
+    return grad_qkv, grad_fill, gradients.weight.to(weight.dtype), gradients.bias.to(weight.dtype)
+
+
+@pool_regions_backward.register_fake
+def _(grad_pooled, qkv, fill, argmax, row_cells, column_cells, weight, qk_dim, grid, mode, backend):
+    return (
+        torch.empty_like(qkv),
+        qkv.new_empty(0) if fill is None else torch.empty_like(fill),
+        qkv.new_empty(0) if weight is None else weight.new_empty(weight.shape),
+        qkv.new_empty(0) if weight is None else weight.new_empty(weight.shape[0]),
+    )
+
+
+def _save_for_backward(ctx, inputs, output):
+    qkv, fill, row_cells, column_cells, weight, _, ctx.qk_dim, ctx.grid, ctx.mode, ctx.backend = inputs
+    _, argmax = output
+    ctx.save_for_backward(qkv, fill, argmax, row_cells, column_cells, weight)
+    ctx.mark_non_differentiable(argmax)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_pooled, _grad_argmax):
+    if grad_pooled is None:
+        return (None,) * 10
+    qkv, fill, argmax, row_cells, column_cells, weight = ctx.saved_tensors
+    grad_qkv, grad_fill, grad_weight, grad_bias = pool_regions_backward(
+        grad_pooled,
+        *(qkv, fill, argmax, row_cells, column_cells, weight),
+        *(ctx.qk_dim, ctx.grid, ctx.mode, ctx.backend),
+    )
+    kernel_grads = (None, None) if weight is None else (grad_weight, grad_bias)
+    return grad_qkv, None if fill is None else grad_fill, None, None, *kernel_grads, None, None, None, None
+
+
+pool_regions.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _load(backend: str) -> ModuleType:
+    return importlib.import_module(BACKENDS[backend], __package__)
+
+
+def _fill_of(fill: Tensor | None, qkv: Tensor, qk_dim: int) -> Tensor:
+    """The keys' and values' share of `fill`."""
+    channels = qkv.shape[-1] - qk_dim
+    return qkv.new_zeros(channels) if fill is None else fill[qk_dim:].contiguous()
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor

@@ -1,0 +1,149 @@
+"""Routing as PyTorch sees it: region means, then the choice of regions.
+
+| operator | gradient |
+|---|---|
+| `bra_triton::region_means` | for `qkv`, `padding` |
+| `bra_triton::region_means_backward` | none |
+| `bra_triton::route` | for `query`, `key` |
+| `bra_triton::route_backward` | none |
+
+The operators trust their callers (`functional`): arguments are checked.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import registry
+from ..kernels.region_grid import RegionGrid
+from ._shared import or_empty, statistic_dtype, without_autocast
+
+
+@torch.library.custom_op("bra_triton::region_means", mutates_args=())
+def region_means(qkv: Tensor, padding: Tensor | None, qk_dim: int, n_win: int, backend: str) -> Tensor:
+    """Mean query and key of every region, padding included: `(N, P, 2*qk_dim)`, float32 or float64.
+
+    `qkv` `(N, H, W, 2*qk_dim + dim)` is contiguous; `padding` `(2*qk_dim + dim,)` is what tokens past the
+    map's edge hold.
+    """
+    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], n_win)
+    with without_autocast(qkv):
+        return registry.load(backend).region_means(qkv, padding, grid, 2 * qk_dim)
+
+
+@region_means.register_fake
+def _(qkv, padding, qk_dim, n_win, backend):
+    return qkv.new_empty(qkv.shape[0], n_win**2, 2 * qk_dim, dtype=statistic_dtype(qkv))
+
+
+@torch.library.custom_op("bra_triton::region_means_backward", mutates_args=())
+def region_means_backward(
+    grad: Tensor, qkv: Tensor, padding: Tensor | None, n_win: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the packed projection (zero in the values) and of the padding (empty without it)."""
+    _, height, width, packed_dim = qkv.shape
+    grid = RegionGrid.of_windows(height, width, n_win)
+    per_token = (grad / grid.region_tokens).unflatten(1, (grid.rows, grid.columns))
+    rows = per_token.repeat_interleave(grid.region_height, dim=1)[:, :height]
+    tokens = rows.to(qkv.dtype).repeat_interleave(grid.region_width, dim=2)[:, :, :width]
+    grad_qkv = F.pad(tokens, (0, packed_dim - grad.shape[-1]))
+    if padding is None:
+        return grad_qkv, or_empty(None, qkv)
+    of_padding = (per_token * _padded_tokens(grid, qkv)[..., None]).sum(dim=(0, 1, 2))
+    return grad_qkv, F.pad(of_padding, (0, packed_dim - grad.shape[-1])).to(padding.dtype)
+
+
+def _padded_tokens(grid: RegionGrid, like: Tensor) -> Tensor:
+    """How many of each region's tokens are padding, `(rows, columns)`; counted on the device."""
+    inside = []
+    for count, region_side, side in (
+        (grid.rows, grid.region_height, grid.height),
+        (grid.columns, grid.region_width, grid.width),
+    ):
+        first = torch.arange(count, device=like.device) * region_side
+        inside.append((side - first).clamp(0, region_side))
+    return grid.region_tokens - inside[0][:, None] * inside[1]
+
+
+@region_means_backward.register_fake
+def _(grad, qkv, padding, n_win):
+    return torch.empty_like(qkv), or_empty(None if padding is None else torch.empty_like(padding), qkv)
+
+
+def _save_means(ctx, inputs, output):
+    qkv, padding, _, ctx.n_win, _ = inputs
+    ctx.save_for_backward(qkv, padding)
+
+
+def _means_backward(ctx, grad):
+    qkv, padding = ctx.saved_tensors
+    grad_qkv, grad_padding = region_means_backward(grad, qkv, padding, ctx.n_win)
+    return grad_qkv, None if padding is None else grad_padding, None, None, None
+
+
+region_means.register_autograd(_means_backward, setup_context=_save_means)
+
+
+@torch.library.custom_op("bra_triton::route", mutates_args=())
+def route(query: Tensor, key: Tensor, topk: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    """Chooses regions by the logits of `(N, P, qk_dim)` region queries and keys, float32 or float64.
+
+    Returns `r_weight` (the dtype of `query`) and `r_idx` (int32), both `(N, P, topk)`.
+    """
+    with without_autocast(query):
+        return registry.load(backend).route(*_alike(query, key), topk, scale)
+
+
+@route.register_fake
+def _(query, key, topk, scale, backend):
+    shape = (*query.shape[:2], topk)
+    return query.new_empty(shape), query.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.custom_op("bra_triton::route_backward", mutates_args=())
+def route_backward(
+    grad_weight: Tensor,
+    r_weight: Tensor,
+    r_idx: Tensor,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `query` and `key`, contiguous."""
+    with without_autocast(query):
+        return registry.load(backend).route_backward(grad_weight, r_weight, r_idx, *_alike(query, key), scale)
+
+
+@route_backward.register_fake
+def _(grad_weight, r_weight, r_idx, query, key, scale, backend):
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _save_route(ctx, inputs, output):
+    query, key, _, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(*output, query, key)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _route_backward(ctx, grad_weight, _grad_idx):
+    if grad_weight is None:
+        return (None,) * 5
+    return *route_backward(grad_weight, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None, None
+
+
+route.register_autograd(_route_backward, setup_context=_save_route)
+
+
+def _alike(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the same strides, dense but for their channels, as slices of one tensor of means are."""
+    row = query.stride(1)
+    if (
+        query.stride() == key.stride()
+        and query.stride(2) == 1
+        and query.stride(0) == query.shape[1] * row
+        and query.numel()
+    ):
+        return query, key
+    return query.contiguous(), key.contiguous()

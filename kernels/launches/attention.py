@@ -1,0 +1,254 @@
+"""Launches of the attention kernels, forward and backward."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import forward, key_value_gradient, query_gradient, tiles
+from ..problem import Gradients, Padding, RoutedAttention, SmallGradients
+from .lists import KeyLists, list_keys, list_queries
+
+LOG2_E = math.log2(math.e)
+
+
+def attention_forward(problem: RoutedAttention) -> tuple[Tensor, Tensor]:
+    """Attends from every query region to the key regions it chose.
+
+    Args:
+        problem: float32, float16 or bfloat16 maps.
+
+    Returns:
+        `out` `(N, H, W, num_heads * v_head_dim)` of the maps' dtype, and `lse` `(N, num_heads, H, W)`
+        float32, the base-2 logarithm of the softmax's denominator for logits times `log2(e)`.
+    """
+    out = problem.query.new_empty(*problem.query.shape[:3], problem.value.shape[-1])
+    lse = problem.query.new_empty(
+        problem.batch, problem.num_heads, *problem.query.shape[1:3], dtype=torch.float32
+    )
+    if problem.batch:
+        lists = list_keys(problem)
+        tile = _tile(tiles.FORWARD, problem)
+        with torch.cuda.device_of(out):
+            forward.attention_forward[_grid(problem, tile)](
+                *(problem.query, problem.key, problem.value),
+                *(lists.region_list, lists.key_list, *_padding(problem), lists.factors),
+                *(out, lse, problem.scale * LOG2_E),
+                *_query_side_sizes(problem, lists),
+                BLOCK_M=tile.own,
+                BLOCK_N=tile.step,
+                **_constants(problem, tile),
+            )
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    problem: RoutedAttention,
+    out: Tensor,
+    lse: Tensor,
+    gradients: Gradients,
+    needs_factor: bool = False,
+) -> SmallGradients:
+    """Gradients of one attention; the same bits for the same input.
+
+    Args:
+        grad_out: contiguous `(N, H, W, num_heads * v_head_dim)`.
+        problem: the forward's.
+        out: what the forward returned.
+        lse: what the forward returned.
+        gradients: maps to write.
+        needs_factor: compute the gradient of the factor, too.
+    """
+    if not problem.batch:
+        return _no_gradients(problem, needs_factor)
+    statistics = lse.new_empty(*lse.shape, 2)
+    grad_factor = _query_gradient(grad_out, problem, out, lse, statistics, gradients, needs_factor)
+    grad_padding = _key_value_gradient(grad_out, problem, statistics, gradients)
+    return SmallGradients(grad_factor, grad_padding)
+
+
+def _no_gradients(problem: RoutedAttention, needs_factor: bool) -> SmallGradients:
+    """Zeros, of an empty batch."""
+    factor = problem.r_idx.new_zeros(problem.r_idx.shape, dtype=torch.float32) if needs_factor else None
+    if problem.padding is None:
+        return SmallGradients(factor, None)
+    key, value = (
+        torch.zeros_like(x, dtype=torch.float32) for x in (problem.padding.key, problem.padding.value)
+    )
+    return SmallGradients(factor, Padding(key, value))
+
+
+def _query_gradient(
+    grad_out: Tensor,
+    problem: RoutedAttention,
+    out: Tensor,
+    lse: Tensor,
+    statistics: Tensor,
+    gradients: Gradients,
+    needs_factor: bool,
+) -> Tensor | None:
+    """dQ into `gradients`, (lse, delta) into `statistics`; returns the factor's gradient if asked for."""
+    lists = list_keys(problem)
+    tile = _tile(tiles.QUERY_GRADIENT, problem)
+    shares = None
+    if needs_factor:
+        n_tiles = triton.cdiv(problem.query_grid.region_tokens, tile.own)
+        shares = lse.new_empty(
+            problem.batch, problem.num_heads, problem.query_grid.n_regions, n_tiles, problem.topk
+        )
+    with torch.cuda.device_of(grad_out):
+        query_gradient.query_gradient[_grid(problem, tile)](
+            *(problem.query, problem.key, problem.value),
+            *(lists.region_list, lists.key_list, *_padding(problem), lists.factors),
+            *(out, lse, grad_out, statistics, gradients.query, shares),
+            *(problem.scale * LOG2_E, problem.scale),
+            *_query_side_sizes(problem, lists),
+            problem.kv_grid.region_tokens,
+            GRAD_QUERY_STRIDE=_row_stride(gradients.query),
+            BLOCK_M=tile.own,
+            BLOCK_N=tile.step,
+            BLOCK_SLOTS=triton.next_power_of_2(problem.topk),
+            **_constants(problem, tile),
+        )
+    if shares is None:
+        return None
+    by_head = shares.sum(dim=3)
+    return by_head.sum(dim=1, keepdim=True) if problem.n_graphs == 1 else by_head
+
+
+def _key_value_gradient(
+    grad_out: Tensor, problem: RoutedAttention, statistics: Tensor, gradients: Gradients
+) -> Padding | None:
+    """dK and dV into `gradients`; returns the padding's gradient where there is padding."""
+    lists = list_queries(problem)
+    tile = _tile(tiles.KEY_VALUE_GRADIENT, problem)
+    shares = None
+    if problem.padding is not None:
+        n_tiles = triton.cdiv(problem.kv_grid.region_tokens, tile.own)
+        head_dims = problem.qk_head_dim + problem.v_head_dim
+        shares = statistics.new_empty(
+            problem.batch, problem.num_heads, problem.kv_grid.n_regions, n_tiles, head_dims
+        )
+    partial_key, partial_value = (
+        statistics.new_empty(
+            problem.batch, problem.num_heads, lists.n_partials, problem.kv_grid.region_tokens, head_dim
+        )
+        for head_dim in (problem.qk_head_dim, problem.v_head_dim)
+    )
+    n_pieces = lists.work.shape[2]
+    constants = _constants(problem, tile) | {
+        "GRAD_KEY_STRIDE": _row_stride(gradients.key),
+        "GRAD_VALUE_STRIDE": _row_stride(gradients.value),
+        "BLOCK_N": tile.own,
+    }
+    kv_tokens, region_tokens = _tokens(problem.key), problem.kv_grid.region_tokens
+    with torch.cuda.device_of(grad_out):
+        key_value_gradient.key_value_gradient[_grid(problem, tile, n_pieces)](
+            *(problem.query, problem.key, problem.value),
+            *(lists.region_list, lists.query_list, lists.work, *_padding(problem), lists.factors),
+            *(statistics, grad_out, gradients.key, gradients.value, partial_key, partial_value, shares),
+            *(problem.scale * LOG2_E, problem.scale, _tokens(problem.query), kv_tokens),
+            problem.query_grid.n_regions * problem.topk,
+            *(problem.kv_grid.n_regions, n_pieces, lists.n_partials),
+            *(region_tokens, problem.query_grid.region_tokens),
+            QUERY_IS_PADDED=problem.query_grid.is_padded,
+            BLOCK_M=tile.step,
+            **constants,
+        )
+        if lists.n_partials:
+            for name in ("QUERY_STRIDE", "KEY_STRIDE", "VALUE_STRIDE", "PRECISION"):
+                del constants[name]
+            key_value_gradient.sum_pieces[_grid(problem, tile, problem.kv_grid.n_regions)](
+                *(lists.row_start, lists.work, lists.region_list, partial_key, partial_value),
+                *(gradients.key, gradients.value, shares),
+                *(kv_tokens, problem.kv_grid.n_regions, n_pieces, lists.n_partials, region_tokens),
+                lists.longest,
+                **constants,
+            )
+    if shares is None:
+        return None
+    key, value = shares.sum(dim=(0, 2, 3)).split([problem.qk_head_dim, problem.v_head_dim], dim=-1)
+    return Padding(key.flatten(), value.flatten())
+
+
+def _tile(kernel: str, problem: RoutedAttention) -> tiles.Tile:
+    grid = problem.kv_grid if kernel == tiles.KEY_VALUE_GRADIENT else problem.query_grid
+    return tiles.choose(
+        kernel, problem.query.dtype, max(problem.qk_head_dim, problem.v_head_dim), grid.region_tokens
+    )
+
+
+def _grid(problem: RoutedAttention, tile: tiles.Tile, n_pieces: int | None = None) -> tuple[int]:
+    """Programs of a kernel that owns queries, or (`n_pieces` given) keys."""
+    owned = problem.query_grid if n_pieces is None else problem.kv_grid
+    rows = owned.n_regions if n_pieces is None else n_pieces
+    return (problem.batch * rows * triton.cdiv(owned.region_tokens, tile.own) * problem.num_heads,)
+
+
+def _constants(problem: RoutedAttention, tile: tiles.Tile) -> dict[str, object]:
+    """Compile-time arguments that the attention kernels share; none depends on the map's size."""
+    return {
+        "NUM_HEADS": problem.num_heads,
+        "N_GRAPHS": problem.n_graphs,
+        "QK_HEAD_DIM": problem.qk_head_dim,
+        "V_HEAD_DIM": problem.v_head_dim,
+        "QUERY_STRIDE": _row_stride(problem.query),
+        "KEY_STRIDE": _row_stride(problem.key),
+        "VALUE_STRIDE": _row_stride(problem.value),
+        "BLOCK_QK": tiles.channel_block(problem.qk_head_dim),
+        "BLOCK_V": tiles.channel_block(problem.v_head_dim),
+        "PRECISION": _dot_precision(problem.query.dtype),
+        "num_warps": tile.num_warps,
+        # AMD's compute units have 64 KiB of shared memory, too little for a second stage of wide heads.
+        "num_stages": 1 if torch.version.hip else tile.num_stages,
+    }
+
+
+def _query_side_sizes(problem: RoutedAttention, lists: KeyLists) -> tuple[int, ...]:
+    """Sizes that the kernels that own queries take, in their order."""
+    return (
+        _tokens(problem.query),
+        _tokens(problem.key),
+        problem.query_grid.n_regions,
+        problem.query_grid.region_tokens,
+        lists.key_list.shape[-1],
+    )
+
+
+def _padding(problem: RoutedAttention) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if problem.padding is None else (problem.padding.key, problem.padding.value)
+
+
+def _tokens(x: Tensor) -> int:
+    """Tokens in one image of a map."""
+    return x.shape[1] * x.shape[2]
+
+
+def _row_stride(x: Tensor) -> int:
+    """Elements from one token of a map to the next; the map is dense but for its channels."""
+    # A map of a single column may carry any stride there.
+    stride = x.stride(2) if x.shape[2] > 1 else x.stride(1) if x.shape[1] > 1 else x.stride(0)
+    assert x.stride(3) == 1 or x.shape[3] == 1
+    assert x.shape[1] == 1 or x.stride(1) == x.shape[2] * stride
+    assert x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.shape[2] * stride
+    return stride
+
+
+def _dot_precision(dtype: torch.dtype) -> str:
+    """Precision of float32 products, after PyTorch's own setting for them.
+
+    Without TF32, three TF32 products on NVIDIA, which keep float32's accuracy to about 1e-6: plain float32
+    products run off the matrix units, at 2.5 times the issue slots (95 against 39 a score in the forward at
+    head 32, compiled for sm_90), and spill. AMD has plain ones alone.
+    """
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if _tf32_is_allowed() else "tf32x3"
+
+
+def _tf32_is_allowed() -> bool:
+    # PyTorch 2.9 brought this setting, and lets no one read the older one once it has been used.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32"

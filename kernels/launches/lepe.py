@@ -1,0 +1,111 @@
+"""Launches of LePE's kernels."""
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import lepe as kernels
+from ..problem import Lepe, LepeGradients
+
+# A tile of either kernel. More tokens would mean fewer partial sums in the backward, but spilled registers.
+BLOCK_M = 128
+BLOCK_V = 32
+NUM_WARPS = 4
+
+
+def lepe_forward(attention: Tensor, lepe: Lepe) -> Tensor:
+    """Adds LePE to the attention's output.
+
+    Args:
+        attention: contiguous `(N, H, W, dim)`; float32, float16 or bfloat16.
+        lepe: the convolution.
+
+    Returns:
+        `attention` plus the convolution, a new tensor of the same shape and dtype.
+    """
+    value, grid = lepe.value, lepe.grid
+    out = torch.empty_like(attention)
+    if not out.numel():
+        return out
+    bottom, right = grid.padding
+    launch_grid, constants = _tiling(lepe, grid.height * grid.width)
+    with torch.cuda.device_of(value):
+        kernels.lepe_forward[launch_grid](
+            attention,
+            value,
+            _or_any(lepe.fill, value),
+            lepe.weight,
+            _or_any(lepe.bias, value),
+            out,
+            grid.height,
+            grid.width,
+            grid.height + bottom,
+            grid.width + right,
+            HAS_BIAS=lepe.bias is not None,
+            **constants,
+        )
+    return out
+
+
+def lepe_backward(
+    grad_out: Tensor, grad_value: Tensor, lepe: Lepe, needs_weight_grad: bool = True
+) -> LepeGradients:
+    """Adds the values' gradient into `grad_value`, in place, and returns the other gradients.
+
+    Args:
+        grad_out: contiguous `(N, H, W, dim)`, gradient of `lepe_forward`'s output.
+        grad_value: `(N, H, W, dim)`, dense but for its channels; what the attention's backward wrote.
+        lepe: the forward's.
+        needs_weight_grad: whether weight and bias need a gradient.
+
+    Returns:
+        The gradients, float32; the same bits for the same input.
+    """
+    value, grid, dim, taps = lepe.value, lepe.grid, lepe.value.shape[-1], lepe.kernel_size**2
+    reach_height, reach_width = lepe.reach
+    launch_grid, constants = _tiling(lepe, reach_height * reach_width)
+    rows = (taps + 1 if needs_weight_grad else 0) + (1 if grid.is_padded else 0)
+    partials = value.new_empty(launch_grid[0], rows, dim, dtype=torch.float32)
+    if value.numel():
+        with torch.cuda.device_of(value):
+            kernels.lepe_backward[launch_grid](
+                grad_out,
+                value,
+                _or_any(lepe.fill, value),
+                lepe.weight,
+                grad_value,
+                partials,
+                grid.height,
+                grid.width,
+                reach_height,
+                reach_width,
+                GRAD_STRIDE=grad_value.stride(2),
+                NEEDS_WEIGHT_GRAD=needs_weight_grad,
+                ROWS=rows,
+                **constants,
+            )
+    sums = partials.sum(0)
+    return LepeGradients(
+        weight=sums[:taps].t().reshape(lepe.weight.shape) if needs_weight_grad else None,
+        bias=sums[taps] if needs_weight_grad and lepe.bias is not None else None,
+        fill=sums[-1] if grid.is_padded else None,
+    )
+
+
+def _tiling(lepe: Lepe, image_tokens: int) -> tuple[tuple[int, int], dict]:
+    """Grid and compile-time arguments that both kernels share."""
+    batch, dim = lepe.value.shape[0], lepe.value.shape[-1]
+    return (batch * triton.cdiv(image_tokens, BLOCK_M), triton.cdiv(dim, BLOCK_V)), {
+        "DIM": dim,
+        "VALUE_STRIDE": lepe.value.stride(2),
+        "KERNEL": lepe.kernel_size,
+        "HAS_FILL": lepe.grid.is_padded,
+        "BLOCK_M": BLOCK_M,
+        "BLOCK_V": BLOCK_V,
+        "num_warps": NUM_WARPS,
+    }
+
+
+def _or_any(pointer: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A tensor in any case: None would be a kernel of its own beside the flag that tells of it."""
+    return stand_in if pointer is None else pointer

@@ -1,0 +1,175 @@
+"""Launches of the kernels that write lists: tokens of routed regions, inverse graph, pieces of its rows."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import lists
+from ..problem import RoutedAttention
+from ..region_grid import RegionGrid
+
+# A row of the inverse graph longer than this many times the mean is cut, so that one region chosen by all
+# does not stall the grid. The partial sums of cut rows take at most 2 / LONGEST_TO_MEAN of a float32 copy of
+# keys and values.
+LONGEST_TO_MEAN = 4
+_BLOCK_ENTRIES, _BLOCK_TOKENS = 8, 32
+
+
+@dataclass(frozen=True)
+class KeyLists:
+    """What the kernels that own queries walk.
+
+    Attributes:
+        region_list: `(P, S)` int32, tokens of the query regions.
+        key_list: `(N, G, P, topk * S_kv)` int32, keys of every region; -1 is padding.
+        factors: `(N, G, P, topk * S_kv)` float32, or None.
+    """
+
+    region_list: Tensor
+    key_list: Tensor
+    factors: Tensor | None
+
+
+@dataclass(frozen=True)
+class QueryLists:
+    """What the kernel that owns keys walks.
+
+    Attributes:
+        region_list: `(P_kv, S_kv)` int32, tokens of the key regions.
+        query_list: `(N, G, P * topk * S)` int32, queries of every pair in the order of the inverse graph.
+        factors: of the same shape, float32, or None.
+        row_start: `(N, G, P_kv + 1)` int32, rows of the inverse graph, in pairs.
+        work: `(N, G, P_kv + extras, 4)` int32, see `kernels.lists`.
+        longest: pairs in the longest piece of a row.
+        n_partials: partial sums that pieces of one graph write, at most.
+    """
+
+    region_list: Tensor
+    query_list: Tensor
+    factors: Tensor | None
+    row_start: Tensor
+    work: Tensor
+    longest: int
+    n_partials: int
+
+
+def list_keys(problem: RoutedAttention) -> KeyLists:
+    """Tokens of the query regions, and keys that each of them attends to."""
+    shape = (*problem.r_idx.shape[:3], problem.topk * problem.kv_grid.region_tokens)
+    keys, key_regions, factors = _list_tokens(problem.r_idx, problem.kv_grid, problem)
+    if problem.query_grid == problem.kv_grid:
+        query_regions = key_regions
+    else:
+        _, query_regions, _ = _list_tokens(None, problem.query_grid, problem)
+    return KeyLists(query_regions, keys.view(shape), None if factors is None else factors.view(shape))
+
+
+def list_queries(problem: RoutedAttention) -> QueryLists:
+    """Tokens of the key regions, and queries that attend to each of them."""
+    row_start, pairs = inverse_graph(problem.r_idx, problem.kv_grid.n_regions)
+    work, longest, n_partials = cut_rows(row_start, pairs.shape[-1])
+    queries, query_regions, factors = _list_tokens(pairs, problem.query_grid, problem, from_pairs=True)
+    if problem.query_grid == problem.kv_grid:
+        key_regions = query_regions
+    else:
+        _, key_regions, _ = _list_tokens(None, problem.kv_grid, problem)
+    shape = (*pairs.shape[:2], pairs.shape[-1] * problem.query_grid.region_tokens)
+    return QueryLists(
+        key_regions,
+        queries.view(shape),
+        None if factors is None else factors.view(shape),
+        row_start,
+        work,
+        longest,
+        n_partials,
+    )
+
+
+def inverse_graph(r_idx: Tensor, n_regions: int) -> tuple[Tensor, Tensor]:
+    """Inverts the routing graph into compressed rows.
+
+    Args:
+        r_idx: contiguous `(N, G, P, topk)` int32, entries in `[0, n_regions)`.
+        n_regions: key regions, `P_kv`.
+
+    Returns:
+        `row_start` `(N, G, P_kv + 1)` and `pairs` `(N, G, P * topk)`, both int32: row `r` of a graph,
+        `pairs[row_start[r] : row_start[r + 1]]`, lists the pairs `query_region * topk + slot` that chose key
+        region `r`, ascending.
+    """
+    batch, n_graphs, n_rows, topk = r_idx.shape
+    n_pairs = n_rows * topk
+    row_start = r_idx.new_empty(batch, n_graphs, n_regions + 1)
+    pairs = r_idx.new_empty(batch, n_graphs, n_pairs)
+    if batch:
+        with torch.cuda.device_of(r_idx):
+            lists.invert_graph[(batch * n_graphs * n_regions,)](
+                r_idx, row_start, pairs, n_pairs, n_regions, BLOCK=256, num_warps=4
+            )
+    return row_start, pairs
+
+
+def cut_rows(row_start: Tensor, n_pairs: int) -> tuple[Tensor, int, int]:
+    """Cuts the inverse graph's rows into pieces of at most `LONGEST_TO_MEAN` times the mean row.
+
+    Args:
+        row_start: `(N, G, P_kv + 1)` from `inverse_graph`.
+        n_pairs: pairs in a graph.
+
+    Returns:
+        `work` `(N, G, P_kv + extras, 4)` int32 (see `kernels.lists`), the pairs in the longest piece, and how
+        many partial sums the pieces of one graph write at most. Sizes depend on shapes alone.
+    """
+    batch, n_graphs, n_regions = *row_start.shape[:2], row_start.shape[2] - 1
+    longest = LONGEST_TO_MEAN * triton.cdiv(n_pairs, n_regions)
+    # Every further piece follows a full one, and a cut row has one first piece for its further ones.
+    n_extras = n_pairs // longest
+    work = row_start.new_empty(batch, n_graphs, n_regions + n_extras, 4)
+    if batch:
+        with torch.cuda.device_of(row_start):
+            lists.cut_rows[(batch * n_graphs,)](
+                row_start,
+                work,
+                n_regions,
+                n_extras,
+                longest,
+                BLOCK=triton.next_power_of_2(n_regions),
+                num_warps=4,
+            )
+    return work, longest, 2 * n_extras
+
+
+def _list_tokens(
+    entries: Tensor | None, grid: RegionGrid, problem: RoutedAttention, from_pairs: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens of the listed regions, of all regions in order, and the listed ones' factors."""
+    like = problem.r_idx
+    n_entries = 0 if entries is None else entries.numel()
+    tokens = like.new_empty(n_entries, grid.region_tokens)
+    region_list = like.new_empty(grid.n_regions, grid.region_tokens)
+    factor = problem.factor if n_entries else None
+    factors = None if factor is None else torch.empty_like(tokens, dtype=torch.float32)
+    with torch.cuda.device_of(like):
+        lists.list_tokens[(triton.cdiv(n_entries + grid.n_regions, _BLOCK_ENTRIES),)](
+            tokens if entries is None else entries,
+            factor,
+            tokens,
+            region_list,
+            factors,
+            n_entries,
+            like.shape[2] * like.shape[3],
+            like.shape[3],
+            grid.region_height,
+            grid.region_width,
+            grid.columns,
+            grid.height,
+            grid.width,
+            grid.n_regions,
+            FROM_PAIRS=from_pairs,
+            BLOCK_ENTRIES=_BLOCK_ENTRIES,
+            BLOCK_TOKENS=_BLOCK_TOKENS,
+            num_warps=4,
+        )
+    return tokens, region_list, factors

@@ -1,0 +1,103 @@
+"""Launches of the routing kernels."""
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import routing
+from ..region_grid import RegionGrid
+from .lists import inverse_graph
+
+
+def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels: int) -> Tensor:
+    """Means over every region's tokens, padding included.
+
+    Args:
+        qkv: contiguous `(N, H, W, packed_dim)`; float32, float16 or bfloat16.
+        padding: `(packed_dim,)`, what tokens past the map's edge hold; None where the grid has none.
+        grid: the regions.
+        channels: how many of the first channels to take.
+
+    Returns:
+        `(N, P, channels)` float32.
+    """
+    means = qkv.new_empty(qkv.shape[0], grid.n_regions, channels, dtype=torch.float32)
+    if not qkv.shape[0]:
+        return means
+    block_c = min(64, triton.next_power_of_2(channels))
+    with torch.cuda.device_of(qkv):
+        routing.region_means[(qkv.shape[0] * grid.n_regions, triton.cdiv(channels, block_c))](
+            *(qkv, padding, means),
+            *(grid.region_height, grid.region_width, grid.columns, grid.height, grid.width, grid.n_regions),
+            MEAN_DIM=channels,
+            PACKED=qkv.shape[-1],
+            BLOCK_TOKENS=32,
+            BLOCK_C=block_c,
+            num_warps=4,
+        )
+    return means
+
+
+def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Chooses the `topk` key regions of the largest logits for every query region.
+
+    Args:
+        query: `(N, P, qk_dim)` float32, region queries; rows may be slices of wider ones.
+        key: `(N, P, qk_dim)` float32, region keys, strided alike.
+        topk: regions to choose.
+        scale: factor of the logits.
+
+    Returns:
+        `r_weight` (float32), the softmax over the chosen logits, and `r_idx` (int32), both `(N, P, topk)`.
+    """
+    batch, n_regions, dim = query.shape
+    assert query.stride() == key.stride()
+    r_weight = query.new_empty(batch, n_regions, topk)
+    r_idx = torch.empty_like(r_weight, dtype=torch.int32)
+    if not batch:
+        return r_weight, r_idx
+    block_r = triton.next_power_of_2(n_regions)
+    with torch.cuda.device_of(query):
+        routing.route[(batch * n_regions,)](
+            *(query, key, r_weight, r_idx, scale, n_regions, topk),
+            DIM=dim,
+            ROW_STRIDE=_row_stride(query),
+            BLOCK_R=block_r,
+            # A tile of at most 4096 logit products: 32 registers a thread.
+            BLOCK_C=max(1, min(triton.next_power_of_2(dim), 4096 // block_r)),
+            BLOCK_K=triton.next_power_of_2(topk),
+            num_warps=4,
+        )
+    return r_weight, r_idx
+
+
+def route_backward(
+    grad_weight: Tensor, r_weight: Tensor, r_idx: Tensor, query: Tensor, key: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `route`'s query and key, `(N, P, qk_dim)` float32, for the gradient of `r_weight`."""
+    batch, n_regions, topk = r_idx.shape
+    grads = tuple(x.new_empty(x.shape) for x in (query, key))
+    if not batch:
+        return grads[0], grads[1]
+    grad_logits = r_weight * (grad_weight - (r_weight * grad_weight).sum(-1, keepdim=True)) * scale
+    row_start, pairs = inverse_graph(r_idx[:, None], n_regions)
+    block_c = min(128, triton.next_power_of_2(query.shape[-1]))
+    grid = (batch * n_regions, triton.cdiv(query.shape[-1], block_c))
+    with torch.cuda.device_of(query):
+        for own_pairs, source, grad in ((None, key, grads[0]), (pairs, query, grads[1])):
+            routing.sum_over_pairs[grid](
+                *(r_idx, row_start, own_pairs, grad_logits.contiguous(), source, grad, n_regions, topk),
+                DIM=query.shape[-1],
+                SOURCE_STRIDE=_row_stride(source),
+                BLOCK_C=block_c,
+                num_warps=4,
+            )
+    return grads[0], grads[1]
+
+
+def _row_stride(x: Tensor) -> int:
+    """Elements from one region to the next; images must follow without a gap."""
+    stride = x.stride(1) if x.shape[1] > 1 else x.stride(0)
+    assert x.stride(2) == 1 or x.shape[2] == 1
+    assert x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.shape[1] * stride
+    return stride

@@ -1,0 +1,312 @@
+"""Pooling of the tokens of every region to cells, and its gradients, without copies and without atomics.
+
+The kernels know the cells of a region by two tables, so one kernel serves adaptive, plain and fractional
+pooling and strided convolution, and samples drawn on the device need never be known to the host.
+
+| array | shape | meaning |
+|---|---|---|
+| x, grad_x | (N, HEIGHT, WIDTH, TOKEN_STRIDE), of which CHANNELS | a slice of a packed NHWC map |
+| fill | (CHANNELS,) | what tokens past the map's edge hold; read where PADDED |
+| row_cells, column_cells | (cells, 2) int32 | start and end of each cell in a region; both ascend |
+| weight | (KERNEL_HEIGHT * KERNEL_WIDTH, CHANNELS) fp32 | depthwise kernel, taps first; read where weighted |
+| bias | (CHANNELS,) fp32 | read where weighted |
+| pooled, grad_pooled | (N, rows * cells_high, columns * cells_wide, CHANNELS) | pooled map, NHWC |
+| argmax | as pooled, int32 | token of the region that is the maximum, row-major; where MODE is max |
+| fill_partials | (N * strips, CHANNELS) fp32 | each program's share of the gradient of fill; where PADDED |
+| weight_partials | (strips, taps, CHANNELS) fp32 | each program's share of the gradient of weight |
+
+A tile is BLOCK_T tokens of a map in row-major order times BLOCK_C channels. The backward owns tokens of the
+padded map and gathers from the cells that contain them; a program walks several tiles, a strip, so that its
+share of a sum over all tokens is small beside the map.
+"""
+
+import triton
+import triton.language as tl
+
+_SIZES = [
+    *("height", "width", "region_height", "region_width", "rows", "columns", "cells_high", "cells_wide"),
+    *("search_step", "strip_tiles", "tiles", "strips"),
+]
+
+
+@triton.jit
+def _span(cells, index, live):
+    """Start and end of the cells `index` of an axis; (0, 1) where not live."""
+    start = tl.load(cells + 2 * index, mask=live, other=0)
+    return start, tl.load(cells + 2 * index + 1, mask=live, other=1)
+
+
+@triton.jit
+def _cells_with(cells, count, token, step):
+    """The cells of an axis that contain each token: the first, and the first past them; equal for none.
+
+    Cells that end at or before a token, and those that start at or before it, are counted by binary search;
+    `step` is a power of two with `count < 2 * step`.
+    """
+    first = tl.zeros_like(token)
+    stop = tl.zeros_like(token)
+    while step > 0:
+        _, end = _span(cells, first + step - 1, first + step <= count)
+        first = tl.where((first + step <= count) & (end <= token), first + step, first)
+        start, _ = _span(cells, stop + step - 1, stop + step <= count)
+        stop = tl.where((stop + step <= count) & (start <= token), stop + step, stop)
+        step = step // 2
+    return first, stop
+
+
+@triton.jit
+def _load_tokens(
+    image,
+    fill,
+    row,
+    column,
+    channel,
+    live,
+    height,
+    width,
+    TOKEN_STRIDE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Channels of tokens of an image, (tokens, channels) in float32; `fill` past the map's edge."""
+    if PADDED:
+        live = live & (row < height) & (column < width)
+    rows = image + (row * width + column)[:, None] * TOKEN_STRIDE + channel[None, :]
+    value = tl.load(rows, mask=live[:, None] & (channel < CHANNELS)[None, :], other=0.0).to(tl.float32)
+    if PADDED:
+        padding = tl.load(fill + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)
+        value = tl.where(live[:, None], value, padding[None, :])
+    return value
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def pool(
+    x,
+    fill,
+    weight,
+    bias,
+    row_cells,
+    column_cells,
+    pooled,
+    argmax,
+    height,
+    width,
+    region_height,
+    region_width,
+    rows,
+    columns,
+    cells_high,
+    cells_wide,
+    MODE: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A tile of the pooled map; grid (N * tiles, channel blocks)."""
+    pooled_width = columns * cells_wide
+    pooled_tokens = rows * cells_high * pooled_width
+    tiles = tl.cdiv(pooled_tokens, BLOCK_T)
+    # 64 bits, since the image's offset in the batch may pass 2**31 elements.
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    x += image * height * width * TOKEN_STRIDE
+
+    cell = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    live = cell < pooled_tokens
+    pooled_row = cell // pooled_width
+    pooled_column = cell % pooled_width
+    row_start, row_end = _span(row_cells, pooled_row % cells_high, live)
+    column_start, column_end = _span(column_cells, pooled_column % cells_wide, live)
+    region_top = pooled_row // cells_high * region_height
+    region_left = pooled_column // cells_wide * region_width
+
+    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    if MODE == "max":
+        total += float("-inf")
+        winner = tl.zeros([BLOCK_T, BLOCK_C], tl.int32) + (row_start * region_width + column_start)[:, None]
+    for i in tl.range(0, tl.max(row_end - row_start, axis=0)):
+        for j in tl.range(0, tl.max(column_end - column_start, axis=0)):
+            row = row_start + i
+            column = column_start + j
+            inside = live & (row < row_end) & (column < column_end)
+            value = _load_tokens(
+                x,
+                fill,
+                region_top + row,
+                region_left + column,
+                channel,
+                inside,
+                height,
+                width,
+                TOKEN_STRIDE,
+                CHANNELS,
+                PADDED,
+            )
+            if MODE == "max":
+                better = inside[:, None] & ((value > total) | (value != value))
+                total = tl.where(better, value, total)
+                winner = tl.where(better, (row * region_width + column)[:, None], winner)
+            elif MODE == "mean":
+                total += tl.where(inside[:, None], value, 0.0)
+            else:
+                tap = weight + (i * KERNEL_WIDTH + j) * CHANNELS + channel
+                total += value * tl.load(tap, mask=channel < CHANNELS, other=0.0)[None, :]
+    if MODE == "mean":
+        total = total / ((row_end - row_start) * (column_end - column_start)).to(tl.float32)[:, None]
+    if MODE == "weighted":
+        total += tl.load(bias + channel, mask=channel < CHANNELS, other=0.0)[None, :]
+
+    element = image * pooled_tokens * CHANNELS + cell[:, None] * CHANNELS + channel[None, :]
+    stored = live[:, None] & (channel < CHANNELS)[None, :]
+    tl.store(pooled + element, total.to(pooled.dtype.element_ty), mask=stored)
+    if MODE == "max":
+        tl.store(argmax + element, winner, mask=stored)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def pool_backward(
+    grad_pooled,
+    argmax,
+    weight,
+    row_cells,
+    column_cells,
+    grad_x,
+    fill_partials,
+    height,
+    width,
+    region_height,
+    region_width,
+    rows,
+    columns,
+    cells_high,
+    cells_wide,
+    search_step,
+    strips,
+    strip_tiles,
+    MODE: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Gradient of a strip of the padded map; grid (N * strips, channel blocks)."""
+    pooled_width = columns * cells_wide
+    image = (tl.program_id(0) // strips).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_live = (channel < CHANNELS)[None, :]
+    grad_x += image * height * width * TOKEN_STRIDE
+    first_element = image * (rows * cells_high * pooled_width) * CHANNELS
+    grad_pooled += first_element
+    argmax += first_element
+
+    fill_total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    first_tile = tl.program_id(0) % strips * strip_tiles
+    for tile in tl.range(first_tile, first_tile + strip_tiles):
+        token = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        map_row = token // (columns * region_width)
+        map_column = token % (columns * region_width)
+        live = map_row < rows * region_height
+        row = map_row % region_height
+        column = map_column % region_width
+        first_row, stop_row = _cells_with(row_cells, cells_high, row, search_step)
+        first_column, stop_column = _cells_with(column_cells, cells_wide, column, search_step)
+        pooled_top = map_row // region_height * cells_high
+        pooled_left = map_column // region_width * cells_wide
+
+        total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+        for i in tl.range(0, tl.max(stop_row - first_row, axis=0)):
+            row_inside = live & (first_row + i < stop_row)
+            row_start, row_end = _span(row_cells, first_row + i, row_inside)
+            for j in tl.range(0, tl.max(stop_column - first_column, axis=0)):
+                inside = row_inside & (first_column + j < stop_column)
+                column_start, column_end = _span(column_cells, first_column + j, inside)
+                cell = (pooled_top + first_row + i) * pooled_width + pooled_left + first_column + j
+                element = cell[:, None] * CHANNELS + channel[None, :]
+                loaded = inside[:, None] & channel_live
+                grad = tl.load(grad_pooled + element, mask=loaded, other=0.0).to(tl.float32)
+                if MODE == "max":
+                    winner = tl.load(argmax + element, mask=loaded, other=-1)
+                    total += tl.where(winner == (row * region_width + column)[:, None], grad, 0.0)
+                elif MODE == "mean":
+                    size = (row_end - row_start) * (column_end - column_start)
+                    total += grad / size.to(tl.float32)[:, None]
+                else:
+                    tap = (row - row_start) * KERNEL_WIDTH + column - column_start
+                    taps = weight + tap[:, None] * CHANNELS + channel[None, :]
+                    total += grad * tl.load(taps, mask=loaded, other=0.0)
+
+        in_map = live & (map_row < height) & (map_column < width)
+        tokens = grad_x + (map_row * width + map_column)[:, None] * TOKEN_STRIDE + channel[None, :]
+        tl.store(tokens, total.to(grad_x.dtype.element_ty), mask=in_map[:, None] & channel_live)
+        if PADDED:
+            fill_total += tl.where((live & ~in_map)[:, None], total, 0.0)
+    if PADDED:
+        partial = fill_partials + tl.program_id(0).to(tl.int64) * CHANNELS + channel
+        tl.store(partial, tl.sum(fill_total, axis=0), mask=channel < CHANNELS)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def weight_gradient(
+    grad_pooled,
+    x,
+    fill,
+    row_cells,
+    column_cells,
+    weight_partials,
+    height,
+    width,
+    region_height,
+    region_width,
+    rows,
+    columns,
+    cells_high,
+    cells_wide,
+    tiles,
+    strip_tiles,
+    KERNEL_WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Gradient of one tap from a strip of the pooled maps' N * tiles; grid (strips, channel blocks, taps)."""
+    pooled_width = columns * cells_wide
+    pooled_tokens = rows * cells_high * pooled_width
+    image_tiles = tl.cdiv(pooled_tokens, BLOCK_T)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tap = tl.program_id(2)
+
+    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    first_tile = tl.program_id(0) * strip_tiles
+    for tile in tl.range(first_tile, tl.minimum(first_tile + strip_tiles, tiles)):
+        image = (tile // image_tiles).to(tl.int64)
+        cell = tile % image_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+        live = cell < pooled_tokens
+        pooled_row = cell // pooled_width
+        pooled_column = cell % pooled_width
+        row_start, _ = _span(row_cells, pooled_row % cells_high, live)
+        column_start, _ = _span(column_cells, pooled_column % cells_wide, live)
+        value = _load_tokens(
+            x + image * height * width * TOKEN_STRIDE,
+            fill,
+            pooled_row // cells_high * region_height + row_start + tap // KERNEL_WIDTH,
+            pooled_column // cells_wide * region_width + column_start + tap % KERNEL_WIDTH,
+            channel,
+            live,
+            height,
+            width,
+            TOKEN_STRIDE,
+            CHANNELS,
+            PADDED,
+        )
+        element = image * pooled_tokens * CHANNELS + cell[:, None] * CHANNELS + channel[None, :]
+        loaded = live[:, None] & (channel < CHANNELS)[None, :]
+        total += value * tl.load(grad_pooled + element, mask=loaded, other=0.0).to(tl.float32)
+    partial = weight_partials + (tl.program_id(0) * tl.num_programs(2) + tap) * CHANNELS + channel
+    tl.store(partial, tl.sum(total, axis=0), mask=channel < CHANNELS)

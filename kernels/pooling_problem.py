@@ -1,0 +1,68 @@
+"""What a pooling of regions is made of: the tensors and numbers that every backend takes. Needs no Triton."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .region_grid import RegionGrid
+
+MEAN, MAX, WEIGHTED = "mean", "max", "weighted"
+MODES = (MEAN, MAX, WEIGHTED)
+
+
+def pooled_grid(grid: RegionGrid, cells_high: int, cells_wide: int) -> RegionGrid:
+    """The same regions with `cells_high` x `cells_wide` tokens in each, and no padding."""
+    return RegionGrid(
+        grid.rows * cells_high, grid.columns * cells_wide, cells_high, cells_wide, grid.rows, grid.columns
+    )
+
+
+@dataclass(frozen=True)
+class RegionPooling:
+    """The tokens of every region reduced to the same cells, which may overlap and may leave tokens out.
+
+    A cell is a span of rows times a span of columns. Tokens past the map's edge take part as any other.
+
+    Attributes:
+        row_cells: `(h', 2)` int32, contiguous: rows of a region at which each cell starts and before which it
+            ends. Starts ascend, ends ascend, no cell is empty.
+        column_cells: `(w', 2)` int32, likewise for columns.
+        mode: `MEAN`; `MAX`, where the first maximum in row-major order gets the gradient and NaN is larger
+            than all; or `WEIGHTED`, a depthwise convolution: all cells have the size of its kernel.
+        grid: regions of the map.
+    """
+
+    row_cells: Tensor
+    column_cells: Tensor
+    mode: str
+    grid: RegionGrid
+
+    @property
+    def cells_high(self) -> int:
+        """Cells in a column of a region, `h'`."""
+        return self.row_cells.shape[0]
+
+    @property
+    def cells_wide(self) -> int:
+        """Cells in a row of a region, `w'`."""
+        return self.column_cells.shape[0]
+
+    @property
+    def pooled_grid(self) -> RegionGrid:
+        """Regions of the pooled map; never padded."""
+        return pooled_grid(self.grid, self.cells_high, self.cells_wide)
+
+
+@dataclass(frozen=True)
+class PoolingGradients:
+    """What a backward returns besides the map's gradient, all float32 (float64 for float64).
+
+    Attributes:
+        fill: `(C,)`: gradient of what tokens past the map's edge hold; None where there are none.
+        weight: `(C, kernel height, kernel width)`; None but for `WEIGHTED`.
+        bias: `(C,)`; None but for `WEIGHTED`.
+    """
+
+    fill: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None

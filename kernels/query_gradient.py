@@ -1,0 +1,159 @@
+"""Gradient of the queries, by their owners, without atomics; also the statistics that dK/dV reads.
+
+Probabilities are computed again from the saved `lse`, as in FlashAttention-2. With P the probabilities,
+dP = dO V^T, f the factor of a key's region and delta = rowsum(dO * O): dS = P * (f * dP - delta),
+dQ = scale * (f * dS) K, and the factor's own gradient is the sum of scale * dS * (Q K^T) + P * dP over a
+region's queries and the chosen region's keys.
+
+| array | shape | meaning |
+|---|---|---|
+| query, key, value, region_list, key_list, key_padding, value_padding, factors | | as in `forward` |
+| out, grad_out | (N, H, W, NUM_HEADS * V_HEAD_DIM) | attention output and its gradient |
+| lse | (N, NUM_HEADS, H * W) fp32 | from the forward |
+| statistics | (N, NUM_HEADS, H * W, 2) fp32 | lse and delta, side by side, for dK/dV |
+| grad_query | as query | gradient, or a slice of one packed gradient |
+| grad_factor | (N, NUM_HEADS, P, tiles, TOPK) fp32 | each tile's share of the factor's gradient, or None |
+"""
+
+import triton
+import triton.language as tl
+
+from .addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
+from .matrix import add_matmul, matmul
+
+
+@triton.jit
+def _query_gradient_tile(
+    grad_query, query, grad_out, lse, delta, key, value, factor, live, logit_scale, PRECISION: tl.constexpr
+):
+    """Adds what BLOCK_N keys contribute to the (unscaled) gradient of BLOCK_M queries.
+
+    Also returns, for the factor's gradient, the tiles P * dP and dS * (Q K^T).
+    """
+    products = matmul(query, tl.trans(key), PRECISION)
+    scores = products if factor is None else products * factor[None, :]
+    probs = tl.exp2(scores * logit_scale - lse[:, None])
+    if live is not None:
+        # A dead key's row is 0, but so is its score, and exp2(0 - lse) may overflow where lse is far below 0.
+        probs = tl.where(live[None, :], probs, 0.0)
+    grad_probs = matmul(grad_out, tl.trans(value), PRECISION)
+    weighted = grad_probs if factor is None else grad_probs * factor[None, :]
+    grad_scores = probs * (weighted - delta[:, None])
+    grad_products = grad_scores if factor is None else grad_scores * factor[None, :]
+    grad_query = add_matmul(grad_query, grad_products, key, PRECISION)
+    return grad_query, probs * grad_probs, grad_scores * products
+
+
+@triton.jit
+def _add_by_slot(total, of_values, of_scores, scale, position, region_tokens):
+    """Sums the columns of the two tiles, and adds each sum to the slot that its list position lies in."""
+    column = tl.sum(of_values + of_scores * scale, axis=0)
+    slot = position // region_tokens
+    belongs = slot[:, None] == tl.arange(0, total.shape[0])[None, :]
+    return total + tl.sum(tl.where(belongs, column[:, None], 0.0), axis=0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("map_tokens", "kv_tokens", "n_regions", "region_tokens", "list_length", "kv_region_tokens"),
+    ]
+)
+def query_gradient(
+    query,
+    key,
+    value,
+    region_list,
+    key_list,
+    key_padding,
+    value_padding,
+    factors,
+    out,
+    lse,
+    grad_out,
+    statistics,
+    grad_query,
+    grad_factor,
+    logit_scale,
+    scale,
+    map_tokens,
+    kv_tokens,
+    n_regions,
+    region_tokens,
+    list_length,
+    kv_region_tokens,
+    NUM_HEADS: tl.constexpr,
+    N_GRAPHS: tl.constexpr,
+    QK_HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    QUERY_STRIDE: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    GRAD_QUERY_STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_QK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dQ of BLOCK_M queries of one region and head; walks the keys as the forward does."""
+    DIM: tl.constexpr = NUM_HEADS * V_HEAD_DIM
+    tiles = tl.cdiv(region_tokens, BLOCK_M)
+    image, region, tile, head = locate_program(n_regions, tiles, NUM_HEADS)
+    qk_channel = tl.arange(0, BLOCK_QK)
+    v_channel = tl.arange(0, BLOCK_V)
+    _, _, own = own_tokens(region_list, region, tile, region_tokens, BLOCK_M)
+    query_start = image * map_tokens * QUERY_STRIDE + head * QK_HEAD_DIM
+    q = load_rows(query + query_start, None, own, qk_channel, own >= 0, QUERY_STRIDE, QK_HEAD_DIM)
+    out_start = image * map_tokens * DIM + head * V_HEAD_DIM
+    do = load_rows(grad_out + out_start, None, own, v_channel, own >= 0, DIM, V_HEAD_DIM)
+    o = load_rows(out + out_start, None, own, v_channel, own >= 0, DIM, V_HEAD_DIM)
+    head_start = (image * NUM_HEADS + head) * map_tokens
+    row_lse = tl.load(lse + head_start + own, mask=own >= 0, other=float("inf"))
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
+    pair = statistics + (head_start + own) * 2
+    tl.store(pair, row_lse, mask=own >= 0)
+    tl.store(pair + 1, delta, mask=own >= 0)
+
+    key_base = key + image * kv_tokens * KEY_STRIDE + head * QK_HEAD_DIM
+    value_base = value + image * kv_tokens * VALUE_STRIDE + head * V_HEAD_DIM
+    if key_padding is not None:
+        key_padding += head * QK_HEAD_DIM
+        value_padding += head * V_HEAD_DIM
+    list_start = (graph_of(image, head, N_GRAPHS) * n_regions + region) * list_length
+    grad = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
+    by_slot = tl.zeros([BLOCK_SLOTS], tl.float32)
+
+    position = tl.arange(0, BLOCK_N)
+    full = list_length - list_length % BLOCK_N
+    for start in tl.range(0, full, BLOCK_N):
+        token = tl.load(key_list + list_start + start + position)
+        k = load_rows(key_base, key_padding, token, qk_channel, None, KEY_STRIDE, QK_HEAD_DIM)
+        v = load_rows(value_base, value_padding, token, v_channel, None, VALUE_STRIDE, V_HEAD_DIM)
+        factor = None if factors is None else tl.load(factors + list_start + start + position)
+        grad, of_values, of_scores = _query_gradient_tile(
+            grad, q, do, row_lse, delta, k, v, factor, None, logit_scale, PRECISION
+        )
+        if grad_factor is not None:
+            by_slot = _add_by_slot(by_slot, of_values, of_scores, scale, start + position, kv_region_tokens)
+    if full < list_length:
+        live = full + position < list_length
+        token = tl.load(key_list + list_start + full + position, mask=live, other=-1)
+        k = load_rows(key_base, key_padding, token, qk_channel, live, KEY_STRIDE, QK_HEAD_DIM)
+        v = load_rows(value_base, value_padding, token, v_channel, live, VALUE_STRIDE, V_HEAD_DIM)
+        factor = (
+            None if factors is None else tl.load(factors + list_start + full + position, mask=live, other=1.0)
+        )
+        grad, of_values, of_scores = _query_gradient_tile(
+            grad, q, do, row_lse, delta, k, v, factor, live, logit_scale, PRECISION
+        )
+        if grad_factor is not None:
+            by_slot = _add_by_slot(by_slot, of_values, of_scores, scale, full + position, kv_region_tokens)
+
+    grad_base = grad_query + image * map_tokens * GRAD_QUERY_STRIDE + head * QK_HEAD_DIM
+    store_rows(grad_base, own, qk_channel, own >= 0, grad * scale, GRAD_QUERY_STRIDE, QK_HEAD_DIM)
+    if grad_factor is not None:
+        slot = tl.arange(0, BLOCK_SLOTS)
+        topk = list_length // kv_region_tokens
+        row = ((image * NUM_HEADS + head) * n_regions + region) * tiles + tile
+        tl.store(grad_factor + row * topk + slot, by_slot, mask=slot < topk)
