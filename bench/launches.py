@@ -15,7 +15,8 @@ from triton.runtime import JITFunction
 
 from bra_triton.bench.static_analysis import KernelSpecimen
 from bra_triton.kernels.launches import attention, routing
-from bra_triton.kernels.problem import Gradients, Padding, RoutedAttention
+from bra_triton.kernels.launches import lepe as lepe_launches
+from bra_triton.kernels.problem import Gradients, Lepe, Padding, RoutedAttention
 from bra_triton.kernels.region_grid import RegionGrid
 
 _TYPES = {
@@ -44,6 +45,7 @@ class Setting:
         kv_per_win: keys a side of a region; None for as many as queries.
         routing_weight: "none", "soft" or "hard".
         head_graphs: a graph for every head.
+        side_dwconv: side of LePE's convolution, 0 for none.
     """
 
     batch: int
@@ -57,6 +59,7 @@ class Setting:
     kv_per_win: int | None = None
     routing_weight: str = "none"
     head_graphs: bool = False
+    side_dwconv: int = 3
 
     @property
     def qk_dim(self) -> int:
@@ -108,13 +111,16 @@ def record_attention(setting: Setting, dtype: torch.dtype) -> list[KernelSpecime
         kv = torch.cat([problem.key, problem.value], -1)
         gradients = Gradients(gradients.query, *kv.split(_widths(setting)[1:], dim=-1))
     needs_factor = setting.routing_weight != "none"
+    lepe = _lepe(setting, qkv, padding)
 
     def run() -> None:
         means = routing.region_means(qkv, padding, setting.grid, 2 * setting.qk_dim)
         query, key = means.split(setting.qk_dim, dim=-1)
         r_weight, r_idx = routing.route(query, key, setting.topk, problem.scale)
-        out, lse = attention.attention_forward(problem)
+        out, _, lse = attention.attention_forward(problem, lepe)
         attention.attention_backward(torch.empty_like(out), problem, out, lse, gradients, needs_factor)
+        if lepe is not None:
+            lepe_launches.lepe_backward(out, gradients.value, lepe)
         if needs_factor:
             routing.route_backward(r_weight, r_weight, r_idx, query, key, problem.scale)
 
@@ -149,6 +155,15 @@ def _problem(setting: Setting, dtype: torch.dtype) -> tuple[RoutedAttention, Ten
         qkv,
         fill,
     )
+
+
+def _lepe(setting: Setting, qkv: Tensor, padding: Tensor | None) -> Lepe | None:
+    if not setting.side_dwconv:
+        return None
+    dim = setting.dim
+    weight = qkv.new_empty(dim, 1, setting.side_dwconv, setting.side_dwconv)
+    fill = None if padding is None else padding[-dim:]
+    return Lepe(qkv[..., -dim:], weight, qkv.new_empty(dim), setting.grid, fill)
 
 
 def _specimen(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelSpecimen:

@@ -196,13 +196,11 @@ def _attend_fused(qkv: Tensor, spec: AttentionSpec, parts: Parts, backend: str) 
     kv = None
     if parts.kv_downsampling is not None:
         kv = parts.kv_downsampling.pool(qkv, grid, padding, backend=backend)
-    out, _, _ = attention_operators.routed_attention(
-        *(qkv, kv, padding, r_idx),
-        None if spec.routing_weight == "none" else r_weight,
-        *(parts.lepe_weight, parts.lepe_bias),
-        *(spec.qk_dim, spec.num_heads, spec.n_win, spec.scale, spec.routing_weight, backend),
-    )
-    return out
+    factor = None if spec.routing_weight == "none" else r_weight
+    tensors = (qkv, kv, padding, r_idx, factor, parts.lepe_weight, parts.lepe_bias)
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    numbers = (spec.qk_dim, spec.num_heads, spec.n_win, spec.scale, spec.routing_weight)
+    return attention_operators.routed_attention(*tensors, *numbers, trains, backend)[0]
 
 
 def _route(qkv: Tensor, spec: AttentionSpec, parts: Parts, backend: str) -> tuple[Tensor, Tensor]:

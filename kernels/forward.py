@@ -1,7 +1,8 @@
 """Forward: token-to-token attention over the routed regions, keys and values read in place.
 
 One program computes BLOCK_M queries of one region and head against the listed keys, with the online softmax
-of FlashAttention-2.
+of FlashAttention-2. LePE, if there is any, is added on the way out: what the separate kernel would write and
+read again stays in registers.
 
 | array | shape | meaning |
 |---|---|---|
@@ -10,7 +11,9 @@ of FlashAttention-2.
 | key_list | (N, G, P, list_length) int32 | keys that each region attends to, -1 for padding |
 | key_padding, value_padding | (heads * head_dim,) | what padding holds; None where there is none |
 | factors | (N, G, P, list_length) fp32 | factor of each listed key and value; None for 1 |
-| out | (N, H, W, NUM_HEADS * V_HEAD_DIM) | attention output |
+| out | (N, H, W, NUM_HEADS * V_HEAD_DIM) | attention output, plus LePE |
+| attention | as out | attention output alone, for the backward; None where nobody needs it |
+| lepe_value, lepe_fill, lepe_weight, lepe_bias | | values at full resolution, and the rest, as in `lepe` |
 | lse | (N, NUM_HEADS, H * W) fp32 | log2 of the softmax's denominator, of base-2 logits |
 """
 
@@ -18,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
+from .lepe import convolve_tile
 from .matrix import add_matmul, matmul
 
 
@@ -43,7 +47,54 @@ def _attend_tile(
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["map_tokens", "kv_tokens", "n_regions", "region_tokens", "list_length"])
+@triton.jit
+def _lepe_of_head(
+    value,
+    fill,
+    weight,
+    bias,
+    own,
+    head,
+    height,
+    width,
+    padded_height,
+    padded_width,
+    V_HEAD_DIM: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    KERNEL: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """LePE of one head at the tokens `own` of one image, whose first value is `value`."""
+    live = own >= 0
+    row = own // width
+    in_head = tl.arange(0, BLOCK_V)
+    return convolve_tile(
+        value,
+        value if fill is None else fill,
+        weight,
+        value if bias is None else bias,
+        row,
+        own - row * width,
+        height,
+        width,
+        padded_height,
+        padded_width,
+        head * V_HEAD_DIM + in_head,
+        live,
+        in_head < V_HEAD_DIM,
+        VALUE_STRIDE,
+        KERNEL,
+        fill is not None,
+        bias is not None,
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("map_tokens", "kv_tokens", "n_regions", "region_tokens", "list_length"),
+        *("height", "width", "padded_height", "padded_width"),
+    ]
+)
 def attention_forward(
     query,
     key,
@@ -53,7 +104,12 @@ def attention_forward(
     key_padding,
     value_padding,
     factors,
+    lepe_value,
+    lepe_fill,
+    lepe_weight,
+    lepe_bias,
     out,
+    attention,
     lse,
     logit_scale,
     map_tokens,
@@ -61,6 +117,10 @@ def attention_forward(
     n_regions,
     region_tokens,
     list_length,
+    height,
+    width,
+    padded_height,
+    padded_width,
     NUM_HEADS: tl.constexpr,
     N_GRAPHS: tl.constexpr,
     QK_HEAD_DIM: tl.constexpr,
@@ -68,6 +128,8 @@ def attention_forward(
     QUERY_STRIDE: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
     VALUE_STRIDE: tl.constexpr,
+    LEPE_STRIDE: tl.constexpr,
+    LEPE_KERNEL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_QK: tl.constexpr,
@@ -114,7 +176,27 @@ def attention_forward(
             acc, row_max, row_sum, q, k, v, factor, live, logit_scale, PRECISION
         )
 
-    out_base = out + image * map_tokens * DIM + head * V_HEAD_DIM
-    store_rows(out_base, own, v_channel, own >= 0, acc / row_sum[:, None], DIM, V_HEAD_DIM)
+    acc = acc / row_sum[:, None]
+    head_start = image * map_tokens * DIM + head * V_HEAD_DIM
+    if attention is not None:
+        store_rows(attention + head_start, own, v_channel, own >= 0, acc, DIM, V_HEAD_DIM)
+    if LEPE_KERNEL > 0:
+        acc += _lepe_of_head(
+            lepe_value + image * map_tokens * LEPE_STRIDE,
+            lepe_fill,
+            lepe_weight,
+            lepe_bias,
+            own,
+            head,
+            height,
+            width,
+            padded_height,
+            padded_width,
+            V_HEAD_DIM,
+            LEPE_STRIDE,
+            LEPE_KERNEL,
+            BLOCK_V,
+        )
+    store_rows(out + head_start, own, v_channel, own >= 0, acc, DIM, V_HEAD_DIM)
     lse_base = lse + (image * NUM_HEADS + head) * map_tokens
     tl.store(lse_base + own, row_max + tl.log2(row_sum), mask=own >= 0)

@@ -70,22 +70,23 @@ def convolve_tile(
     acc = tl.zeros([row.shape[0], channel.shape[0]], tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias + channel, mask=channel_live, other=0.0).to(tl.float32)[None, :]
+    # Dead tokens go where no tap reaches the map: the loop needs no mask for them.
+    row = tl.where(live, row, -KERNEL)
     token = (row * width + column).to(tl.int64)
     centre = value + token[:, None] * VALUE_STRIDE + channel[None, :]
+    fill_tile = fill + tl.zeros_like(row)[:, None] + channel[None, :]
     # The taps stay a loop: unrolled, the compiler starts all their loads at once and spills registers.
     for tap in tl.range(KERNEL * KERNEL):
         row_step, column_step = tap // KERNEL - HALF, tap % KERNEL - HALF
         tap_row, tap_column = row + row_step, column + column_step
-        exists = live & (tap_row >= 0) & (tap_column >= 0)
+        inside = (tap_row >= 0) & (tap_column >= 0)
         in_map = (tap_row < height) & (tap_column < width)
         taps = centre + (row_step * width + column_step) * VALUE_STRIDE
+        x = tl.load(taps, mask=(inside & in_map)[:, None] & channel_live[None, :], other=0.0)
         if HAS_FILL:
-            # One choice of address a token, not one of value a channel.
-            taps = tl.where(in_map[:, None], taps, (fill + channel)[None, :])
-            exists &= (tap_row < padded_height) & (tap_column < padded_width)
-        else:
-            exists &= in_map
-        x = tl.load(taps, mask=exists[:, None] & channel_live[None, :], other=0.0)
+            # A choice of pointers would spare this second load, but Triton 3.6 cannot compile one for AMD.
+            padding = inside & ~in_map & (tap_row < padded_height) & (tap_column < padded_width)
+            x = tl.load(fill_tile, mask=padding[:, None] & channel_live[None, :], other=x)
         acc += x.to(tl.float32) * _load_tap_weight(weight, channel, channel_live, tap, KERNEL)
     return acc
 
@@ -206,11 +207,12 @@ def lepe_backward(
         x = x.to(tl.float32)
 
     grad = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    row = tl.where(live, row, -KERNEL)  # as in the forward
     centre = grad_out + token[:, None] * DIM + channel[None, :]
     for tap in tl.range(KERNEL * KERNEL):
         row_step, column_step = tap // KERNEL - HALF, tap % KERNEL - HALF
         out_row, out_column = row - row_step, column - column_step
-        exists = live & (out_row >= 0) & (out_row < height) & (out_column >= 0) & (out_column < width)
+        exists = (out_row >= 0) & (out_row < height) & (out_column >= 0) & (out_column < width)
         do = tl.load(
             centre - (row_step * width + column_step) * DIM,
             mask=exists[:, None] & channel_live[None, :],

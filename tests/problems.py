@@ -1,5 +1,7 @@
 """The shapes that the attention is tested at, why each is there, and how results are compared."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -96,9 +98,14 @@ def cases_for(backends: tuple[str, ...], interpreted: bool) -> list[tuple[Case, 
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of the float64 truth; NaN never passes a comparison."""
+    """Norm of the difference over the norm of the float64 truth; see `worst` for many."""
     difference = torch.linalg.vector_norm(actual.double() - expected)
     return (difference / torch.linalg.vector_norm(expected).clamp_min(1e-300)).item()
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest error; NaN, which `max` may pass over, is the largest of all."""
+    return max(math.inf if math.isnan(error) else error for error in errors)
 
 
 def random_map(case: Case, device: torch.device, channels: int | None = None) -> Tensor:

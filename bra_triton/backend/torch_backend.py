@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..kernels.problem import Gradients, Padding, RoutedAttention, SmallGradients
+from ..kernels.problem import Gradients, Lepe, Padding, RoutedAttention, SmallGradients
 from ..kernels.region_grid import RegionGrid
 from ..routing import select_topk
 from . import chunk_attention
@@ -24,7 +24,6 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "lepe_backward",
-    "lepe_forward",
     "pool_backward",
     "pool_forward",
     "region_means",
@@ -90,12 +89,20 @@ def route_backward(
     return grad_query.view_as(query), grad_key.view_as(key)
 
 
-def attention_forward(problem: RoutedAttention) -> tuple[Tensor, Tensor]:
-    """Attends from every query region to the key regions it chose.
+def attention_forward(
+    problem: RoutedAttention, lepe: Lepe | None = None, keep_attention: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Attends from every query region to the key regions it chose, and adds LePE.
+
+    Args:
+        problem: what to attend to.
+        lepe: the convolution to add; None for none.
+        keep_attention: return the attention's share of the output, which the backward needs.
 
     Returns:
-        `out` `(N, H, W, num_heads * v_head_dim)` of the maps' dtype, contiguous, and `lse`
-        `(N, num_heads, H, W)`: the logarithm of the softmax's denominator, float32; float64 for float64.
+        `out` `(N, H, W, num_heads * v_head_dim)` of the maps' dtype, contiguous; the attention's share of it,
+        None without LePE and where it is not kept; and `lse` `(N, num_heads, H, W)`: the logarithm of the
+        softmax's denominator, float32; float64 for float64.
     """
     regions = _Regions.of(problem)
     n_rows, n_tokens = regions.query.shape[:2]
@@ -108,7 +115,10 @@ def attention_forward(problem: RoutedAttention) -> tuple[Tensor, Tensor]:
         out[chunk.rows, chunk.tokens] = _merge_heads(out_chunk)
     lse_map = from_regions(rearrange(lse, "r m s -> r s m"), problem.query_grid, problem.n_graphs)
     out = from_regions(out, problem.query_grid, problem.n_graphs).contiguous()
-    return out, rearrange(lse_map, "n h w m -> n m h w").contiguous()
+    lse = rearrange(lse_map, "n h w m -> n m h w").contiguous()
+    if lepe is None:
+        return out, None, lse
+    return lepe_forward(out, lepe), out if keep_attention else None, lse
 
 
 def attention_backward(
@@ -124,7 +134,7 @@ def attention_backward(
     Args:
         grad_out: `(N, H, W, num_heads * v_head_dim)`.
         problem: the forward's.
-        out: what the forward returned.
+        out: the attention's share of what the forward returned.
         lse: what the forward returned.
         gradients: maps to write.
         needs_factor: compute the gradient of the factor, too.

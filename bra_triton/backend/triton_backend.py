@@ -1,7 +1,7 @@
 """The Triton backend: the kernels' launches under the names that every backend has (see `torch_backend`)."""
 
 from ..kernels.launches.attention import attention_backward, attention_forward
-from ..kernels.launches.lepe import lepe_backward, lepe_forward
+from ..kernels.launches.lepe import lepe_backward
 from ..kernels.launches.pooling import pool_backward, pool_forward
 from ..kernels.launches.routing import region_means, route, route_backward
 
@@ -9,7 +9,6 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "lepe_backward",
-    "lepe_forward",
     "pool_backward",
     "pool_forward",
     "region_means",

@@ -35,6 +35,7 @@ def routed_attention(
     n_win: int,
     scale: float,
     routing_weight: str,
+    keep_attention: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attends to the routed regions and adds LePE.
@@ -52,20 +53,18 @@ def routed_attention(
         n_win: regions a side.
         scale: factor of the logits.
         routing_weight: one of `ROUTING_WEIGHTS`.
+        keep_attention: whether a backward will follow.
         backend: a backend's name.
 
     Returns:
-        The output `(N, H, W, dim)`; the attention's share of it, empty if there is no LePE and the output is
-        just that; the backend's softmax statistic `(N, num_heads, H, W)`.
+        The output `(N, H, W, dim)`; the attention's share of it for the backward, empty if not kept, or if
+        there is no LePE and the output is just that; the backend's softmax statistic `(N, num_heads, H, W)`.
     """
     problem = _problem(qkv, kv, padding, r_idx, factor, qk_dim, num_heads, n_win, scale, routing_weight)
     lepe = _lepe(problem, qkv, padding, lepe_weight, lepe_bias)
     with without_autocast(qkv):
-        functions = registry.load(backend)
-        attention, lse = functions.attention_forward(problem)
-        if lepe is None:
-            return attention, attention.new_empty(0), lse
-        return functions.lepe_forward(attention, lepe), attention, lse
+        out, attention, lse = registry.load(backend).attention_forward(problem, lepe, keep_attention)
+    return out, or_empty(attention, out), lse
 
 
 @routed_attention.register_fake
@@ -82,12 +81,14 @@ def _(
     n_win,
     scale,
     routing_weight,
+    keep_attention,
     backend,
 ):
     batch, height, width, packed_dim = qkv.shape
     out = qkv.new_empty(batch, height, width, packed_dim - 2 * qk_dim)
     lse = qkv.new_empty(batch, num_heads, height, width, dtype=statistic_dtype(qkv))
-    return out, qkv.new_empty(0) if lepe_weight is None else torch.empty_like(out), lse
+    keeps = keep_attention and lepe_weight is not None
+    return out, torch.empty_like(out) if keeps else out.new_empty(0), lse
 
 
 @torch.library.custom_op("bra_triton::routed_attention_backward", mutates_args=())
@@ -167,7 +168,9 @@ def _(
 
 
 def _save_for_backward(ctx, inputs, output):
-    qkv, kv, padding, r_idx, factor, lepe_weight, lepe_bias, *ctx.numbers = inputs
+    qkv, kv, padding, r_idx, factor, lepe_weight, lepe_bias, *numbers = inputs
+    *ctx.numbers, _, backend = numbers
+    ctx.numbers.append(backend)
     out, attention, lse = output
     attention_out = out if lepe_weight is None else attention
     ctx.save_for_backward(qkv, kv, padding, r_idx, factor, lepe_weight, lepe_bias, attention_out, lse)
@@ -176,7 +179,7 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, _grad_attention, _grad_lse):
-    n_numbers = len(ctx.numbers)
+    n_numbers = len(ctx.numbers) + 1
     if grad_out is None:
         return (None,) * (7 + n_numbers)
     _, _, _, _, needs_factor, needs_weight, needs_bias, *_ = ctx.needs_input_grad

@@ -7,40 +7,52 @@ import triton
 from torch import Tensor
 
 from .. import forward, key_value_gradient, query_gradient, tiles
-from ..problem import Gradients, Padding, RoutedAttention, SmallGradients
+from ..problem import Gradients, Lepe, Padding, RoutedAttention, SmallGradients
 from .lists import KeyLists, list_keys, list_queries
 
 LOG2_E = math.log2(math.e)
 
 
-def attention_forward(problem: RoutedAttention) -> tuple[Tensor, Tensor]:
-    """Attends from every query region to the key regions it chose.
+def attention_forward(
+    problem: RoutedAttention, lepe: Lepe | None = None, keep_attention: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Attends from every query region to the key regions it chose, and adds LePE.
 
     Args:
         problem: float32, float16 or bfloat16 maps.
+        lepe: the convolution to add; None for none.
+        keep_attention: return the attention's share of the output, which the backward needs.
 
     Returns:
-        `out` `(N, H, W, num_heads * v_head_dim)` of the maps' dtype, and `lse` `(N, num_heads, H, W)`
-        float32, the base-2 logarithm of the softmax's denominator for logits times `log2(e)`.
+        `out` `(N, H, W, num_heads * v_head_dim)` of the maps' dtype; the attention's share of it, None
+        without LePE and where it is not kept; and `lse` `(N, num_heads, H, W)` float32, the base-2 logarithm
+        of the softmax's denominator for logits times `log2(e)`.
     """
     out = problem.query.new_empty(*problem.query.shape[:3], problem.value.shape[-1])
+    attention = torch.empty_like(out) if lepe is not None and keep_attention else None
     lse = problem.query.new_empty(
         problem.batch, problem.num_heads, *problem.query.shape[1:3], dtype=torch.float32
     )
     if problem.batch:
         lists = list_keys(problem)
         tile = _tile(tiles.FORWARD, problem)
+        grid = problem.query_grid
+        bottom, right = grid.padding
         with torch.cuda.device_of(out):
             forward.attention_forward[_grid(problem, tile)](
                 *(problem.query, problem.key, problem.value),
                 *(lists.region_list, lists.key_list, *_padding(problem), lists.factors),
-                *(out, lse, problem.scale * LOG2_E),
+                *((None,) * 4 if lepe is None else (lepe.value, lepe.fill, lepe.weight, lepe.bias)),
+                *(out, attention, lse, problem.scale * LOG2_E),
                 *_query_side_sizes(problem, lists),
+                *(grid.height, grid.width, grid.height + bottom, grid.width + right),
+                LEPE_STRIDE=0 if lepe is None else _row_stride(lepe.value),
+                LEPE_KERNEL=0 if lepe is None else lepe.kernel_size,
                 BLOCK_M=tile.own,
                 BLOCK_N=tile.step,
                 **_constants(problem, tile),
             )
-    return out, lse
+    return out, attention, lse
 
 
 def attention_backward(
@@ -56,7 +68,7 @@ def attention_backward(
     Args:
         grad_out: contiguous `(N, H, W, num_heads * v_head_dim)`.
         problem: the forward's.
-        out: what the forward returned.
+        out: the attention's share of what the forward returned.
         lse: what the forward returned.
         gradients: maps to write.
         needs_factor: compute the gradient of the factor, too.

@@ -53,12 +53,12 @@ def test_what_the_kernels_cannot_serve_is_named(qkv, spec, reason):
         registry.select("triton", qkv, spec)
 
 
-def test_an_image_past_32_bit_offsets_is_refused():
-    qkv = torch.zeros(1, 1, 1, 1).expand(1, 2**14, 2**13, 16)
+def test_an_image_whose_tokens_pass_32_bits_is_refused():
+    qkv = torch.zeros(1, 1, 1, 1).expand(1, 2**16, 2**15, 16)
     reason = availability.why_not_triton(qkv, AttentionSpec(8, 4, 1, 2, 2))
     assert reason is not None
-    assert "fewer than 2**31 elements" in reason
-    assert availability.why_not_triton(qkv[:, : 2**13], AttentionSpec(8, 4, 1, 2, 2)) is None
+    assert "fewer than 2**31 tokens" in reason
+    assert availability.why_not_triton(qkv[:, : 2**15], AttentionSpec(8, 4, 1, 2, 2)) is None
 
 
 def test_a_machine_without_triton_still_serves(monkeypatch):

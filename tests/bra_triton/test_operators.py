@@ -9,8 +9,9 @@ import torch._dynamo.testing
 from problems import CASES_BY_NAME, random_map, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bra_triton import BiLevelRoutingAttention, functional, reference
+from bra_triton import BiLevelRoutingAttention, downsampling, functional, reference
 from bra_triton.backend import registry
+from bra_triton.kernels.region_grid import RegionGrid
 from bra_triton.operators import attention as operators
 from bra_triton.spec import AttentionSpec
 
@@ -18,28 +19,33 @@ BACKENDS = ("torch", "triton")
 CASE = CASES_BY_NAME["qk_narrow"]
 
 
-def _operator_arguments(device, backend, lepe=True):
-    qkv = random_map(CASE, device).float().requires_grad_()
-    _, r_idx = functional.region_routing(
-        qkv, n_win=CASE.n_win, topk=CASE.topk, qk_dim=CASE.qk_dim, backend=backend
-    )
-    weight = torch.randn(CASE.dim, 1, 3, 3, device=device, requires_grad=True) if lepe else None
-    bias = torch.randn(CASE.dim, device=device, requires_grad=True) if lepe else None
+def _operator_arguments(device, backend, lepe=True, mode="none"):
+    """Arguments of `routed_attention`; a mode other than "none" has padding and its own keys, too."""
     spec = CASE.spec
-    return qkv, r_idx.int(), weight, bias, spec.qk_dim, spec.num_heads, spec.n_win, spec.scale, backend
+    plain = mode == "none"
+    qkv = random_map(CASE, device).float()[:, : None if plain else -1].contiguous()
+
+    def random(*shape):
+        return torch.randn(*shape, device=device, requires_grad=True)
+
+    kv = None if plain else random(1, 2 * spec.n_win, 2 * spec.n_win, spec.qk_dim + spec.dim)
+    padding = None if plain else random(spec.packed_dim)
+    r_weight, r_idx = functional.region_routing(
+        qkv, n_win=spec.n_win, topk=spec.topk, qk_dim=spec.qk_dim, padding=padding, backend=backend
+    )
+    return (
+        *(qkv.requires_grad_(), kv, padding, r_idx.int()),
+        None if plain else r_weight.detach().requires_grad_(),
+        *((random(spec.dim, 1, 3, 3), random(spec.dim)) if lepe else (None, None)),
+        *(spec.qk_dim, spec.num_heads, spec.n_win, spec.scale, mode, True, backend),
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("lepe", [True, False])
-def test_operators_meet_pytorchs_own_checks(backend, lepe, device):
+@pytest.mark.parametrize(("lepe", "mode"), [(True, "none"), (False, "hard"), (True, "soft")])
+def test_operators_meet_pytorchs_own_checks(backend, lepe, mode, device):
     """Schema, fake implementation, autograd registration and AOT dispatch with dynamic shapes."""
-    arguments = _operator_arguments(device, backend, lepe)
-    torch.library.opcheck(operators.routed_attention, arguments)
-    spec = CASE.spec
-    torch.library.opcheck(
-        operators.region_routing,
-        (arguments[0].detach(), spec.qk_dim, spec.num_heads, spec.n_win, spec.topk, spec.scale, backend),
-    )
+    torch.library.opcheck(operators.routed_attention, _operator_arguments(device, backend, lepe, mode))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,41 +96,47 @@ def _called_by_the_interpreter():
 # Everything that a forward and a backward may do with a tensor as large as the map. What is not here,
 # gather, index, cat, pad, permuted copies (clone, copy_, contiguous), zero-filled projections, fails.
 ALLOWED = {
-    *("bra_triton::region_routing", "bra_triton::routed_attention", "bra_triton::routed_attention_backward"),
+    *("bra_triton::region_means", "bra_triton::routed_attention", "bra_triton::routed_attention_backward"),
     *("aten::addmm", "aten::mm", "aten::sum", "aten::mul", "aten::ones_like"),  # projections, loss
     *("aten::view", "aten::_unsafe_view", "aten::t", "aten::detach", "aten::expand"),  # no memory moves
     "aten::sym_size",
 }
 
 
-def test_forward_and_backward_of_the_module_touch_the_map_only_by_allowed_operators(device):
+@pytest.mark.parametrize("size", [(14, 14), (13, 20)], ids=["divisible", "padded"])
+def test_forward_and_backward_of_the_module_touch_the_map_only_by_allowed_operators(size, device):
+    """Padding a map must not copy it either."""
     case = CASES_BY_NAME["biformer_stage3"]
-    module = BiLevelRoutingAttention(case.dim, case.num_heads, case.n_win, topk=case.topk, backend="triton")
+    module = BiLevelRoutingAttention(
+        case.dim, case.num_heads, case.n_win, topk=case.topk, auto_pad=True, backend="triton"
+    )
     module.to(device)
-    x = torch.randn(1, case.height, case.width, case.dim, device=device, requires_grad=True)
+    x = torch.randn(1, *size, case.dim, device=device, requires_grad=True)
     with _Log(x.numel()) as log:
         module(x).sum().backward()
     assert "bra_triton::routed_attention_backward" in log.names
     assert set(log.names) <= ALLOWED, set(log.names) - ALLOWED
 
 
-def test_inside_the_operators_nothing_but_allocations_and_lepe_touches_the_map(device):
+def test_inside_the_operators_nothing_but_allocations_touches_the_map(device):
     """The log of the module cannot see into an operator, so its implementation is logged on its own."""
     case = CASES_BY_NAME["biformer_stage3"]
     spec, qkv = case.spec, random_map(case, device).float()
     weight = torch.randn(case.dim, 1, 3, 3, device=device)
     grad_out = torch.randn(*qkv.shape[:3], case.dim, device=device)
-    numbers = (spec.num_heads, spec.n_win, spec.scale, "triton")
+    numbers = (spec.qk_dim, spec.num_heads, spec.n_win, spec.scale, "none")
+    grid = RegionGrid.of_windows(case.height, case.width, case.n_win)
     with _Log(grad_out.numel()) as log:
-        _, r_idx = registry.load("triton").region_routing(qkv, spec)
-        _, attention, lse = operators.routed_attention._init_fn(
-            qkv, r_idx, weight, None, spec.qk_dim, *numbers
+        means = registry.load("triton").region_means(qkv, None, grid, 2 * spec.qk_dim)
+        _, r_idx = registry.load("triton").route(*means.split(spec.qk_dim, -1), spec.topk, spec.scale)
+        inputs = (qkv, None, None, r_idx, None, weight, None)
+        _, attention, lse = operators.routed_attention._init_fn(*inputs, *numbers, True, "triton")
+        operators.routed_attention_backward._init_fn(
+            grad_out, *inputs, attention, lse, False, True, *numbers, "triton"
         )
-        operators.routed_attention_backward._init_fn(grad_out, qkv, r_idx, attention, lse, weight, *numbers)
     allowed = {
         *("aten::new_empty", "aten::empty_like"),
-        *("aten::convolution", "aten::convolution_backward", "aten::add", "aten::add_"),  # LePE
-        *("aten::slice", "aten::permute", "aten::detach"),  # views
+        *("aten::slice", "aten::split_with_sizes", "aten::unsqueeze", "aten::detach"),  # views
     }
     assert set(log.names) <= allowed, set(log.names) - allowed
 
@@ -174,11 +186,11 @@ def test_every_way_to_allow_tf32_is_understood(setting):
     """In a process of its own, since PyTorch refuses to go back from the newer settings to the older."""
     code = f"""
 import torch
-from bra_triton.kernels import launch
-assert launch._dot_precision(torch.float32) == "tf32x3"
+from bra_triton.kernels.launches import attention
+assert attention._dot_precision(torch.float32) == "tf32x3"
 {setting}
-assert launch._dot_precision(torch.float32) == "tf32"
-assert launch._dot_precision(torch.float16) == "ieee"
+assert attention._dot_precision(torch.float32) == "tf32"
+assert attention._dot_precision(torch.float16) == "ieee"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -189,7 +201,37 @@ def test_gradcheck_of_the_torch_backend():
     qkv = torch.randn(1, 4, 4, spec.packed_dim, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda *args: functional.attend(args[0], spec, *args[1:]), (qkv, weight, bias))
+
+    def attend(qkv, weight, bias):
+        return functional.attend(qkv, spec, functional.Parts(weight, bias))
+
+    torch.autograd.gradcheck(attend, (qkv, weight, bias))
+
+
+@pytest.mark.parametrize("soft_routing", [True, False], ids=["soft", "hard"])
+@pytest.mark.parametrize("mode", ["identity", *downsampling.MODES[1:]])
+def test_gradcheck_of_every_mode_on_the_torch_backend(mode, soft_routing):
+    """Padding, router and down-sampling together. Hard routing's gradient is no derivative of its forward:
+    there the output is checked with the router detached."""
+    torch.manual_seed(1)
+    spec = AttentionSpec(4, 2, 1, 2, 2, soft_routing=soft_routing, diff_routing=soft_routing)
+    down = downsampling.build(mode, 2, 4, kv_per_win=1, ratio=2).double().eval()
+    inputs = {
+        "qkv": torch.randn(1, 3, 4, spec.packed_dim),
+        "padding": torch.randn(spec.packed_dim),
+        "router_weight": torch.eye(2) if soft_routing else None,
+        "router_bias": torch.randn(2) if soft_routing else None,
+    }
+    inputs = {name: x.double().requires_grad_() for name, x in inputs.items() if x is not None}
+
+    def attend(qkv, *small):
+        parts = dict(zip(list(inputs)[1:], small, strict=True))
+        kv_down = None if mode == "identity" else down
+        return functional.attend(
+            qkv, spec, functional.Parts(**parts, kv_downsampling=kv_down), backend="torch"
+        )
+
+    torch.autograd.gradcheck(attend, tuple(inputs.values()))
 
 
 class TestExport:

@@ -1,0 +1,366 @@
+"""LePE against PyTorch's convolution in float64 on the map with its padding written out."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import relative_error
+from torch import Tensor
+
+from bra_triton.backend import torch_lepe
+from bra_triton.bench.launches import record
+from bra_triton.bench.static_analysis import compile_for, resource_usage
+from bra_triton.kernels.launches import lepe as triton_lepe
+from bra_triton.kernels.lepe import convolve_tile
+from bra_triton.kernels.problem import Lepe
+from bra_triton.kernels.region_grid import RegionGrid
+
+BACKENDS = {"torch": torch_lepe, "triton": triton_lepe}
+HALVES = (torch.float16, torch.bfloat16)
+# Float32 sums of at most a few hundred products, each rounded at 6e-8; errors partly cancel.
+FLOAT32_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One convolution: side, channels, map and regions."""
+
+    name: str
+    why: str
+    kernel: int
+    dim: int
+    grid: RegionGrid
+    bias: bool = True
+    batch: int = 1
+
+
+CASES = [
+    Case("k3", "an odd map that is its own only region", 3, 16, RegionGrid.of_windows(5, 7, 1)),
+    Case("k5", "BiFormer's side_dwconv", 5, 32, RegionGrid.of_windows(8, 8, 4), bias=False),
+    Case("k1", "a scale a channel: no neighbours", 1, 16, RegionGrid.of_windows(6, 4, 4)),
+    Case("k7", "wider than the map in both directions", 7, 16, RegionGrid.of_windows(3, 2, 2)),
+    Case("k3_padded", "padding of as much as the convolution sees", 3, 32, RegionGrid.of_windows(7, 7, 4)),
+    Case(
+        "k5_padded",
+        "padding below narrower than k // 2, so that the padded map's edge counts too",
+        5,
+        32,
+        RegionGrid.of_windows(7, 6, 4),
+        bias=False,
+    ),
+    Case(
+        "whole_regions_padded",
+        "padding wider than k // 2: some of it is seen by no token of the map",
+        5,
+        16,
+        RegionGrid(5, 4, 3, 3, 4, 3),
+    ),
+    Case(
+        "padded_right", "rows end at the map, columns do not", 3, 16, RegionGrid.of_region_size(6, 5, (3, 4))
+    ),
+    Case(
+        "tiles",
+        "several token tiles and channel blocks, the last ones not full; two images",
+        3,
+        40,
+        RegionGrid.of_windows(9, 15, 4),
+        batch=2,
+    ),
+    Case("dim_20", "channels not aligned to 16 bytes", 5, 20, RegionGrid.of_windows(6, 6, 4)),
+    Case("dim_72", "aligned, but no power of two", 3, 72, RegionGrid.of_windows(4, 3, 1)),
+    Case("one_token", "every neighbour is padding or nothing", 3, 16, RegionGrid(1, 1, 2, 2, 1, 1)),
+]
+case_and_backend = pytest.mark.parametrize(
+    ("case", "backend"),
+    [pytest.param(case, backend, id=f"{case.name}-{backend}") for case in CASES for backend in BACKENDS],
+)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs as float64 values that float16 and bfloat16 hold exactly."""
+
+    attention: Tensor
+    packed: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    fill: Tensor | None
+    grad_out: Tensor
+    packed_grad: Tensor
+
+    def lepe(self, case: Case, dtype: torch.dtype, device: torch.device) -> Lepe:
+        def to(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, dtype)
+
+        value = self.packed.to(device, dtype)[..., -case.dim :]
+        return Lepe(value, self.weight.to(device, dtype), to(self.bias), case.grid, to(self.fill))
+
+
+def make(case: Case) -> Data:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).bfloat16().double()
+
+    shape = (case.batch, case.grid.height, case.grid.width)
+    return Data(
+        attention=random(*shape, case.dim),
+        # The gradient is packed more widely than the values, so that their strides cannot be confused.
+        packed=random(*shape, 2 * case.dim),
+        weight=random(case.dim, 1, case.kernel, case.kernel),
+        bias=random(case.dim) if case.bias else None,
+        # Of another size than the values, so that neither can stand in for the other.
+        fill=2 + random(case.dim) if case.grid.is_padded else None,
+        grad_out=random(*shape, case.dim),
+        packed_grad=random(*shape, 3 * case.dim),
+    )
+
+
+def truth(case: Case, data: Data) -> dict[str, Tensor]:
+    """Output and gradients in float64: the padded map written out, PyTorch's convolution, autograd."""
+    value = data.packed[..., -case.dim :].clone().requires_grad_()
+    leaves = {"value": value, "weight": data.weight.clone().requires_grad_()}
+    for name, leaf in (("bias", data.bias), ("fill", data.fill)):
+        if leaf is not None:
+            leaves[name] = leaf.clone().requires_grad_()
+    bottom, right = case.grid.padding
+    padded = F.pad(value, (0, 0, 0, right, 0, bottom))
+    if bottom or right:
+        in_map = torch.zeros(padded.shape[1:3], dtype=torch.bool)
+        in_map[: case.grid.height, : case.grid.width] = True
+        padded = torch.where(in_map[..., None], padded, leaves["fill"])
+    lepe = F.conv2d(
+        padded.permute(0, 3, 1, 2),
+        leaves["weight"],
+        leaves.get("bias"),
+        padding=case.kernel // 2,
+        groups=case.dim,
+    ).permute(0, 2, 3, 1)
+    out = data.attention + lepe[:, : case.grid.height, : case.grid.width]
+    grads = torch.autograd.grad(out, list(leaves.values()), data.grad_out)
+    result = {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+    result["value"] = result["value"] + data.packed_grad[..., -case.dim :]
+    return result
+
+
+def run(case: Case, data: Data, backend: str, dtype: torch.dtype, device: torch.device, **options):
+    """Output and gradients of a backend, on the CPU, and the packed gradient that it wrote into."""
+    functions, lepe = BACKENDS[backend], data.lepe(case, dtype, device)
+    out = functions.lepe_forward(data.attention.to(device, dtype), lepe)
+    packed_grad = data.packed_grad.to(device, dtype, copy=True)
+    grad_value = packed_grad[..., -case.dim :]
+    grads = functions.lepe_backward(data.grad_out.to(device, dtype), grad_value, lepe, **options)
+    result = {"out": out, "value": grad_value, "weight": grads.weight, "bias": grads.bias, "fill": grads.fill}
+    return {name: x.cpu() for name, x in result.items() if x is not None}, packed_grad.cpu()
+
+
+@case_and_backend
+def test_float32_matches_float64(case, backend, device):
+    data = make(case)
+    expected = truth(case, data)
+    actual, packed_grad = run(case, data, backend, torch.float32, device)
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        assert x.shape == expected[name].shape, name
+        assert relative_error(x, expected[name]) < FLOAT32_TOLERANCE, name
+    untouched = slice(0, -case.dim)
+    assert torch.equal(packed_grad[..., untouched], data.packed_grad[..., untouched].float())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", ["k3", "k5_padded", "dim_20"])
+def test_half_precision_errs_at_most_twice_as_much_as_pytorch(name, dtype, device):
+    case = next(case for case in CASES if case.name == name)
+    data = make(case)
+    expected = truth(case, data)
+    actual, _ = run(case, data, "triton", dtype, device)
+    pytorch, _ = run(case, data, "torch", dtype, device)
+    for key, x in actual.items():
+        assert x.dtype == (dtype if key in ("out", "value") else torch.float32), key
+        # An error below float32's own tolerance is none; PyTorch's may be 0 by chance.
+        bound = max(2 * relative_error(pytorch[key], expected[key]), FLOAT32_TOLERANCE)
+        assert relative_error(x, expected[key]) <= bound, key
+
+
+@pytest.mark.parametrize("name", ["k3", "whole_regions_padded"])
+def test_torch_backend_takes_float64(name, device):
+    case = next(case for case in CASES if case.name == name)
+    data = make(case)
+    expected = truth(case, data)
+    actual, _ = run(case, data, "torch", torch.float64, device)
+    for key, x in actual.items():
+        assert x.dtype == torch.float64, key
+        assert relative_error(x, expected[key]) < 1e-14, key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["k3", "k3_padded"])
+def test_frozen_weights_change_no_other_gradient(name, backend, device):
+    case = next(case for case in CASES if case.name == name)
+    data = make(case)
+    expected, _ = run(case, data, backend, torch.float32, device)
+    actual, _ = run(case, data, backend, torch.float32, device, needs_weight_grad=False)
+    assert actual.keys() == expected.keys() - {"weight", "bias"}
+    for key, x in actual.items():
+        assert torch.equal(x, expected[key]), key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_every_time(backend, device):
+    case = Case("three images", "", 3, 16, RegionGrid.of_windows(5, 5, 2), batch=3)
+    data = make(case)
+    first, _ = run(case, data, backend, torch.float32, device)
+    second, _ = run(case, data, backend, torch.float32, device)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    # The comparison can fail: with the images reversed the same numbers are added in another order.
+    reversed_images = dataclasses.replace(
+        data,
+        **{name: getattr(data, name).flip(0) for name in ("attention", "packed", "grad_out", "packed_grad")},
+    )
+    third, _ = run(case, reversed_images, backend, torch.float32, device)
+    assert not torch.equal(first["weight"], third["weight"])
+    assert relative_error(third["weight"], first["weight"].double()) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_none(backend, device):
+    case = Case("empty", "no image", 3, 16, RegionGrid.of_windows(5, 5, 2), batch=0)
+    actual, _ = run(case, make(case), backend, torch.float32, device)
+    assert actual["out"].shape == (0, 5, 5, 16)
+    assert all(not actual[key].any() for key in ("weight", "bias", "fill"))
+
+
+@triton.jit
+def _convolve_some_tokens(
+    value, fill, weight, bias, rows, columns, out, height, width, padded_height, padded_width, n_tokens,
+    DIM: tl.constexpr, STRIDE: tl.constexpr, KERNEL: tl.constexpr, HAS_FILL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    index, channel = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_V)
+    live = index < n_tokens
+    row, column = tl.load(rows + index), tl.load(columns + index)
+    lepe = convolve_tile(
+        value, fill, weight, bias, row, column, height, width, padded_height, padded_width, channel, live,
+        channel < DIM, STRIDE, KERNEL, HAS_FILL, True,
+    )  # fmt: skip
+    tl.store(out + index[:, None] * BLOCK_V + channel[None, :], lepe)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_convolve_tile_takes_tokens_in_any_order_and_leaves_dead_ones_alone(padded, device):
+    grid = RegionGrid.of_windows(5, 6, 4) if padded else RegionGrid.of_windows(5, 6, 1)
+    case = Case("tile", "", 3, 5, grid)
+    data = make(case)
+    lepe = data.lepe(case, torch.float32, device)
+    expected = truth(case, data)["out"][0] - data.attention[0]
+    position = torch.randperm(30)[:16].int()
+    rows, columns = position // 6, position % 6
+    n_tokens = 11
+    out = torch.full((16, 8), torch.nan, device=device)
+    _convolve_some_tokens[(1,)](
+        lepe.value, lepe.fill if padded else lepe.value, lepe.weight, lepe.bias,
+        rows.to(device), columns.to(device), out, 5, 6, 5 + grid.padding[0], 6 + grid.padding[1], n_tokens,
+        DIM=5, STRIDE=lepe.value.stride(2), KERNEL=3, HAS_FILL=padded, BLOCK_M=16, BLOCK_V=8,
+    )  # fmt: skip
+    live = slice(0, n_tokens)
+    wanted = expected[rows[live].long(), columns[live].long()]
+    assert relative_error(out[live, :5].cpu(), wanted) < FLOAT32_TOLERANCE
+    # Dead tokens read no value, though they lie in the map; dead channels no other token's.
+    assert torch.equal(out[n_tokens:, :5], lepe.bias.expand(16 - n_tokens, -1))
+    assert not out[:, 5:].any()
+
+
+@given(
+    sides=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    region=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    extra=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    half=st.integers(0, 3),
+)
+def test_reach_is_what_the_convolution_sees(sides, region, extra, half):
+    counts = [-(-side // r) + more for side, r, more in zip(sides, region, extra, strict=True)]
+    grid = RegionGrid(*sides, *region, *counts)
+    kernel = 2 * half + 1
+    fill = torch.empty(1) if grid.is_padded else None
+    lepe = Lepe(torch.empty(1, *sides, 1), torch.empty(1, 1, kernel, kernel), None, grid, fill)
+    for side, added, reach in zip(sides, grid.padding, lepe.reach, strict=True):
+        seen = {t + step for t in range(side) for step in range(-half, half + 1)} & set(range(side + added))
+        assert max(seen) + 1 == reach
+
+
+@pytest.mark.parametrize(
+    ("weight", "n_win", "has_fill", "message"),
+    [
+        ((4, 1, 4, 4), 1, False, r"weight must be \(4, 1, k, k\) with odd k, got \(4, 1, 4, 4\)"),
+        ((4, 1, 3, 5), 1, False, r"got \(4, 1, 3, 5\)"),
+        ((8, 1, 3, 3), 1, False, r"got \(8, 1, 3, 3\)"),
+        ((4, 1, 3, 3), 2, False, r"got no fill and padding \(1, 1\)"),
+        ((4, 1, 3, 3), 1, True, r"got a fill and padding \(0, 0\)"),
+    ],
+)
+def test_a_convolution_that_does_not_fit_is_refused(weight, n_win, has_fill, message):
+    grid = RegionGrid.of_windows(5, 5, n_win)
+    with pytest.raises(ValueError, match=message):
+        Lepe(torch.empty(1, 5, 5, 4), torch.empty(weight), None, grid, torch.empty(4) if has_fill else None)
+
+
+def recorded(side: int, dtype: torch.dtype, kernel: int = 3, n_win: int = 8, dim: int = 64, **options):
+    """Both kernels as a launch on a GPU would compile them."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    grid = RegionGrid.of_windows(side, side, n_win)
+    fill = empty(dim) if grid.is_padded else None
+    packed = empty(2, side, side, 3 * dim)
+    lepe = Lepe(packed[..., -dim:], empty(dim, 1, kernel, kernel), empty(dim), grid, fill)
+
+    def run() -> None:
+        out = triton_lepe.lepe_forward(empty(2, side, side, dim), lepe)
+        triton_lepe.lepe_backward(out, empty(2, side, side, 3 * dim)[..., -dim:], lepe, **options)
+
+    return record(run)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(("side", "kernel"), [(40, 3), (20, 5)], ids=["k3", "k5_padded"])
+def test_kernels_compile_and_do_not_spill(side, kernel, dtype, arch):
+    specimens = recorded(side, dtype, kernel)
+    assert [specimen.name for specimen in specimens] == ["lepe_forward", "lepe_backward"]
+    for specimen in specimens:
+        usage = resource_usage(compile_for(specimen, arch))
+        assert usage.spill_loads == usage.spill_stores == usage.spilled_vgprs == 0, (specimen.name, usage)
+
+
+@pytest.mark.compiled
+def test_the_check_sees_a_spill(monkeypatch):
+    """The same check on a tile that cannot fit the registers: it must fail."""
+    monkeypatch.setattr(triton_lepe, "NUM_WARPS", 1)
+    usage = resource_usage(compile_for(recorded(40, torch.float32)[1], "sm_90"))
+    assert usage.spill_loads > 0
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", ["lepe_forward", "lepe_backward"])
+def test_values_are_read_and_gradients_written_16_bytes_at_a_time(name):
+    specimen = next(s for s in recorded(20, torch.float16) if s.name == name)
+    sass = compile_for(specimen, "sm_90").sass
+    assert "LDG.E.128" in sass
+    assert "STG.E.128" in sass
+    # Only the weights, k * k apart, are read one by one: those of the thread's 8 channels.
+    assert sass.count("LDG.E.U16") <= 8
+
+
+@pytest.mark.compiled
+def test_sizes_do_not_compile_anew():
+    """Ultralytics trains with changing image sizes."""
+    for small, large in zip(recorded(20, torch.float16), recorded(44, torch.float16), strict=True):
+        assert (small.signature, small.constexprs) == (large.signature, large.constexprs)
+        sizes = [p for p in small.kernel.params if small.signature.get(p.name) == "i32"]
+        assert len(sizes) == 4
+        assert all(size.do_not_specialize for size in sizes), small.name
