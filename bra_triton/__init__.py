@@ -1,5 +1,6 @@
-"""Bi-level routing attention on fused Triton kernels, as a drop-in PyTorch module."""
+"""Bi-level routing attention on fused Triton kernels, as drop-in PyTorch modules."""
 
 from .attention import BiLevelRoutingAttention
+from .nchw_attention import NCHWBiLevelRoutingAttention, nchwBRA
 
-__all__ = ["BiLevelRoutingAttention"]
+__all__ = ["BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention", "nchwBRA"]

@@ -15,6 +15,7 @@ from .export import being_exported
 from .kernels.region_grid import RegionGrid
 from .operators import attention as attention_operators
 from .operators import routing as routing_operators
+from .regional import regional_routing_attention  # noqa: F401
 from .spec import AttentionSpec
 
 

@@ -68,7 +68,7 @@ class RegionGrid:
                 f"the map's height and width must be multiples of n_win={n_win}, got "
                 f"{height} x {width}; the modules pad it with auto_pad=True"
             )
-        return cls(height, width, -(-height // n_win), -(-width // n_win), n_win, n_win)
+        return cls(height, width, _ceil_div(height, n_win), _ceil_div(width, n_win), n_win, n_win)
 
     @classmethod
     def of_region_size(cls, height: int, width: int, region_size: tuple[int, int]) -> "RegionGrid":
@@ -76,9 +76,8 @@ class RegionGrid:
         region_height, region_width = region_size
         if min(region_size) < 1:
             raise ValueError(f"region_size must be at least (1, 1), got {tuple(region_size)}")
-        return cls(
-            height, width, region_height, region_width, -(-height // region_height), -(-width // region_width)
-        )
+        rows, columns = _ceil_div(height, region_height), _ceil_div(width, region_width)
+        return cls(height, width, region_height, region_width, rows, columns)
 
     @property
     def n_regions(self) -> int:
@@ -108,3 +107,8 @@ class RegionGrid:
         row = region // self.columns * self.region_height + index // self.region_width
         column = region % self.columns * self.region_width + index % self.region_width
         return row * self.width + column if row < self.height and column < self.width else None
+
+
+def _ceil_div(numerator: int, denominator: int) -> int:
+    # Not -(-a // b): in an exported graph sizes are tensors, and ONNX divides them towards zero.
+    return (numerator + denominator - 1) // denominator

@@ -5,15 +5,18 @@ from typing import Any
 
 from torch import Tensor
 
-from bra_triton import BiLevelRoutingAttention
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.spec import AttentionSpec
 
 
 def register_rule() -> None:
-    """Adds `count_attention` to the profiler behind `model.info()`, where that is installed."""
+    """Adds the attentions' counts to the profiler behind `model.info()`, where that is installed."""
     with contextlib.suppress(ImportError):
         from thop.profile import register_hooks
 
         register_hooks[BiLevelRoutingAttention] = count_attention
+        register_hooks[NCHWBiLevelRoutingAttention] = count_nchw_attention
 
 
 def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -29,12 +32,35 @@ def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> 
             extrapolates, which padding to `n_win` would falsify; after an error it takes the real size.
     """
     batch, height, width, _ = inputs[0].shape
-    spec = module.spec
-    if min(height, width) < spec.n_win:
-        raise ValueError(f"no count for a map of {height} x {width}, smaller than n_win={spec.n_win} a side")
-    regions = spec.n_win**2
-    tokens = (-(-height // spec.n_win)) * (-(-width // spec.n_win))
-    routing = regions * regions * spec.qk_dim
-    attention = regions * tokens * (spec.topk * tokens) * (spec.qk_dim + spec.dim)
-    lepe = 0 if module.lepe is None else regions * tokens * module.lepe.weight.numel()
-    module.total_ops += batch * (routing + attention + lepe)
+    _refuse_small_map(height, width, module.spec.n_win)
+    grid = RegionGrid.of_windows(height, width, module.spec.n_win)
+    lepe = 0 if module.lepe is None else grid.n_regions * grid.region_tokens * module.lepe.weight.numel()
+    module.total_ops += batch * (_products(grid, module.spec) + lepe)
+
+
+def count_nchw_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """`count_attention` for the NCHW form, whose LePE is a convolution that counts itself.
+
+    Args:
+        module: the attention.
+        inputs: its input, `(N, dim, H, W)`.
+        output: its output, of the same shape.
+
+    Raises:
+        ValueError: as `count_attention`.
+    """
+    batch, _, height, width = inputs[0].shape
+    _refuse_small_map(height, width, module.spec.n_win)
+    module.total_ops += batch * _products(module.grid(inputs[0]), module.spec)
+
+
+def _refuse_small_map(height: int, width: int, n_win: int) -> None:
+    if min(height, width) < n_win:
+        raise ValueError(f"no count for a map of {height} x {width}, smaller than n_win={n_win} a side")
+
+
+def _products(grid: RegionGrid, spec: AttentionSpec) -> int:
+    """Multiply-adds of routing and attention in an image."""
+    routing = grid.n_regions**2 * spec.qk_dim
+    pairs = grid.n_regions * grid.region_tokens * spec.topk * grid.region_tokens
+    return routing + pairs * (spec.qk_dim + spec.dim)

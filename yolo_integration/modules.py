@@ -1,7 +1,7 @@
 """YOLO blocks built on bi-level routing attention. Maps come in and go out as NCHW, as Ultralytics has them.
 
-All three take the attention's arguments as one mapping, since a yaml row has no keyword arguments. By default
-heads are about 32 channels wide and maps are padded to multiples of `n_win` (`auto_pad`).
+All take the attention's arguments as one mapping, since a yaml row has no keyword arguments. By default heads
+are about 32 channels wide and maps of any size are taken (`auto_pad`).
 """
 
 import math
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from ultralytics.nn.modules.conv import Conv
 
-from bra_triton import BiLevelRoutingAttention
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.backend import registry
 
 HEAD_DIM = 32
+ATTENTIONS = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
 
 
 def default_num_heads(dim: int, qk_dim: int | None = None) -> int:
@@ -45,10 +46,14 @@ def build_attention(dim: int, arguments: Mapping[str, Any] | None = None) -> BiL
         ValueError: if the attention refuses a value.
         TypeError: if the attention has no such argument.
     """
+    return BiLevelRoutingAttention(dim, **_with_defaults(dim, arguments))
+
+
+def _with_defaults(dim: int, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
     chosen = {"num_heads": None, "auto_pad": True, **(arguments or {})}
     if chosen["num_heads"] is None:
         chosen["num_heads"] = default_num_heads(dim, chosen.get("qk_dim"))
-    return BiLevelRoutingAttention(dim, **chosen)
+    return chosen
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
@@ -64,7 +69,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
     """
     registry.check_name(backend)
     for module in model.modules():
-        if isinstance(module, BiLevelRoutingAttention):
+        if isinstance(module, ATTENTIONS):
             module.backend = backend
 
 
@@ -86,6 +91,25 @@ class BiLevelRoutingAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attends over `(N, dim, H, W)` of any strides; returns the same shape."""
         return self.attn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class NCHWBiLevelRoutingAttention2d(nn.Module):
+    """The NCHW drop-in: the class of yaml rows named `nchwBRA` or `NCHWBiLevelRoutingAttention`.
+
+    A map in channels-last memory is not copied; the output is in channels-last memory.
+
+    Args:
+        dim: channels of the map.
+        attention: arguments of `bra_triton.NCHWBiLevelRoutingAttention` by name.
+    """
+
+    def __init__(self, dim: int, attention: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.attn = NCHWBiLevelRoutingAttention(dim, **_with_defaults(dim, attention))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attends over `(N, dim, H, W)` of any strides; returns the same shape."""
+        return self.attn(x)
 
 
 class BiFormerBlock(nn.Module):

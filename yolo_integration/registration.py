@@ -31,9 +31,10 @@ _parse_lock = threading.RLock()
 def register() -> None:
     """Registers blocks and yamls in Ultralytics; importing `bra_triton.yolo_integration` does it already.
 
-    Afterwards yaml rows may name `BiLevelRoutingAttention`, `BiFormerBlock` and `C2BRA`, the packaged yamls
-    are found by name in every scale, restricted loading (`ULTRALYTICS_SAFE_LOAD`) admits the blocks, and
-    child processes of multi-GPU training register by themselves. Further calls change nothing.
+    Afterwards yaml rows may name `BiLevelRoutingAttention`, `nchwBRA` (or `NCHWBiLevelRoutingAttention`),
+    `BiFormerBlock` and `C2BRA`, the packaged yamls are found by name in every scale, restricted loading
+    (`ULTRALYTICS_SAFE_LOAD`) admits the blocks, and child processes of multi-GPU training register by
+    themselves. Further calls change nothing.
     """
     for name, block in YAML_MODULES.items():
         setattr(tasks, name, block)

@@ -1,10 +1,11 @@
 """The yaml rows of this package's blocks, brought into the form that Ultralytics' `parse_model` understands.
 
 A row's trailing arguments are the attention's: `topk, n_win, num_heads, ...` by position (in the order of
-`ATTENTION_ARGUMENTS`), by name in a mapping, or first some by position and then others by name:
+`attention_arguments`), by name in a mapping, or first some by position and then others by name:
 
     - [-1, 1, BiLevelRoutingAttention, []]
     - [-1, 1, BiLevelRoutingAttention, [8, 7]]              # topk=8, n_win=7
+    - [-1, 1, nchwBRA, []]                                  # the NCHW form
     - [-1, 2, BiFormerBlock, [{topk: 16, mlp_ratio: 4}]]
     - [-1, 2, C2BRA, [1024, {topk: 8, n_win: 8}]]           # output channels first, scaled as C2PSA's
 """
@@ -18,23 +19,28 @@ from typing import Any
 from torch import nn
 from ultralytics.nn import tasks
 
-from bra_triton import BiLevelRoutingAttention
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 
-from .modules import C2BRA, BiFormerBlock, BiLevelRoutingAttention2d
+from .modules import C2BRA, BiFormerBlock, BiLevelRoutingAttention2d, NCHWBiLevelRoutingAttention2d
 
 YAML_MODULES: dict[str, type[nn.Module]] = {
     "BiLevelRoutingAttention": BiLevelRoutingAttention2d,
+    "NCHWBiLevelRoutingAttention": NCHWBiLevelRoutingAttention2d,
+    "nchwBRA": NCHWBiLevelRoutingAttention2d,
     "BiFormerBlock": BiFormerBlock,
     "C2BRA": C2BRA,
 }
 
 _FIRST_ARGUMENTS = ("topk", "n_win", "num_heads")
-ATTENTION_ARGUMENTS = _FIRST_ARGUMENTS + tuple(
-    name
-    for name in inspect.signature(BiLevelRoutingAttention).parameters
-    if name not in ("dim", *_FIRST_ARGUMENTS)
-)
-"""The attention's arguments in the order of a yaml row."""
+
+
+def attention_arguments(name: str) -> tuple[str, ...]:
+    """The arguments of the attention in a block named `name`, in the order of its yaml row."""
+    is_nchw = YAML_MODULES[name] is NCHWBiLevelRoutingAttention2d
+    attention = NCHWBiLevelRoutingAttention if is_nchw else BiLevelRoutingAttention
+    rest = [key for key in inspect.signature(attention).parameters if key not in ("dim", *_FIRST_ARGUMENTS)]
+    return *_FIRST_ARGUMENTS, *rest
+
 
 # Classes that parse_model gives input channels, scaled output channels and repeats, and nothing else.
 _PLAIN_CSP_CLASSES = ("C3TR", "C3x", "C3Ghost", "BottleneckCSP", "C1", "C2")
@@ -88,23 +94,26 @@ def _block_arguments(name: str, arguments: Sequence[Any]) -> list[Any]:
     """A row's trailing arguments as the block takes them by position: the attention's mapping, its own."""
     parameters = list(inspect.signature(YAML_MODULES[name]).parameters.values())
     own = parameters[[parameter.name for parameter in parameters].index("attention") + 1 :]
-    named = _by_name(name, arguments, (*ATTENTION_ARGUMENTS, *(parameter.name for parameter in own)))
+    named = _by_name(name, arguments, [parameter.name for parameter in own])
     values = [named.pop(parameter.name, parameter.default) for parameter in own]
     return [named, *values]
 
 
-def _by_name(name: str, arguments: Sequence[Any], allowed: Sequence[str]) -> dict[str, Any]:
+def _by_name(name: str, arguments: Sequence[Any], own: Sequence[str]) -> dict[str, Any]:
+    """A row's arguments by name: the attention's, which may come by position too, and the block's `own`."""
+    positional = attention_arguments(name)
+    allowed = (*positional, *own)
     named: dict[str, Any] = {}
     for position, argument in enumerate(arguments):
         if not isinstance(argument, Mapping):
             if any(isinstance(earlier, Mapping) for earlier in arguments[:position]):
                 raise ValueError(f"{name}: positional argument {argument!r} follows named ones: {arguments}")
-            if position >= len(ATTENTION_ARGUMENTS):
+            if position >= len(positional):
                 raise ValueError(
-                    f"{name}: {len(arguments)} positional arguments; at most {len(ATTENTION_ARGUMENTS)} are "
-                    f"allowed: {', '.join(ATTENTION_ARGUMENTS)}"
+                    f"{name}: {len(arguments)} positional arguments; at most {len(positional)} are allowed: "
+                    f"{', '.join(positional)}"
                 )
-            argument = {ATTENTION_ARGUMENTS[position]: argument}
+            argument = {positional[position]: argument}
         for key, value in argument.items():
             if key not in allowed:
                 raise ValueError(f"{name}: unknown argument {key!r}; allowed are {', '.join(allowed)}")

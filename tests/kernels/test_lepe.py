@@ -48,10 +48,10 @@ CASES = [
     Case("k3_padded", "padding of as much as the convolution sees", 3, 32, RegionGrid.of_windows(7, 7, 4)),
     Case(
         "k5_padded",
-        "padding below narrower than k // 2, so that the padded map's edge counts too",
+        "padding narrower than k // 2, so that the padded map's edge counts too",
         5,
         32,
-        RegionGrid.of_windows(7, 6, 4),
+        RegionGrid.of_windows(7, 7, 4),
         bias=False,
     ),
     Case(

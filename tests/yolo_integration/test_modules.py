@@ -5,11 +5,12 @@ import torch
 from torch import nn
 from ultralytics.nn.modules import C2PSA
 
-from bra_triton import BiLevelRoutingAttention
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.yolo_integration import (
     C2BRA,
     BiFormerBlock,
     BiLevelRoutingAttention2d,
+    NCHWBiLevelRoutingAttention2d,
     default_num_heads,
     flops,
     set_backend,
@@ -17,6 +18,7 @@ from bra_triton.yolo_integration import (
 
 BLOCKS = {
     "attention": lambda: BiLevelRoutingAttention2d(32, {"topk": 2, "n_win": 4}),
+    "nchw": lambda: NCHWBiLevelRoutingAttention2d(32, {"topk": 2, "n_win": 4}),
     "biformer": lambda: BiFormerBlock(32, {"topk": 2, "n_win": 4}),
     "c2bra": lambda: C2BRA(32, 32, 2, {"topk": 2, "n_win": 4}),
 }
@@ -29,6 +31,7 @@ block_names = pytest.mark.parametrize("name", BLOCKS)
 def test_heads_are_as_close_to_32_channels_as_the_divisors_allow(dim: int, heads: int) -> None:
     assert default_num_heads(dim) == heads
     assert BiLevelRoutingAttention2d(dim).attn.spec.num_heads == heads
+    assert NCHWBiLevelRoutingAttention2d(dim).attn.spec.num_heads == heads
 
 
 def test_heads_divide_queries_and_values() -> None:
@@ -72,6 +75,16 @@ def test_wrapper_computes_the_drop_in_without_a_copy_of_channels_last_maps() -> 
     assert seen[0].is_contiguous()
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out.permute(0, 2, 3, 1), wrapper.attn(x.permute(0, 2, 3, 1)))
+
+
+def test_nchw_wrapper_computes_the_nchw_drop_in_by_default_on_maps_of_any_size() -> None:
+    wrapper = BLOCKS["nchw"]().eval()
+    assert wrapper.attn.auto_pad is True
+    x = torch.randn(2, 32, 9, 10)
+    out = wrapper(x)
+    torch.testing.assert_close(out, wrapper.attn(x))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert not torch.allclose(out, BLOCKS["attention"]()(x))
 
 
 def test_biformer_block_is_position_convolution_attention_and_mlp_each_added() -> None:
@@ -134,8 +147,9 @@ def test_trace_serves_new_inputs(name: str) -> None:
 def test_set_backend_reaches_every_attention() -> None:
     model = nn.Sequential(*(build() for build in BLOCKS.values()))
     set_backend(model, "reference")
-    attentions = [module for module in model.modules() if isinstance(module, BiLevelRoutingAttention)]
-    assert [module.backend for module in attentions] == ["reference"] * 4
+    kinds = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
+    attentions = [module for module in model.modules() if isinstance(module, kinds)]
+    assert [module.backend for module in attentions] == ["reference"] * 5
     model.eval()
     x = torch.randn(1, 32, 8, 8)
     by_reference = model(x)
@@ -161,3 +175,25 @@ def test_flops_of_a_map_that_is_mostly_padding_are_refused() -> None:
     attention = BiLevelRoutingAttention(8, n_win=7, auto_pad=True)
     with pytest.raises(ValueError, match="n_win=7"):
         flops.count_attention(attention, (torch.randn(1, 1, 2, 8),), torch.randn(1, 1, 2, 8))
+
+
+def test_flops_of_the_nchw_form_are_those_of_the_products() -> None:
+    attention = NCHWBiLevelRoutingAttention(8, num_heads=2, n_win=2, topk=3)
+    attention.total_ops = 0
+    x = torch.randn(5, 8, 4, 5)  # regions of 2 x 2, padded to 4 x 6: 6 regions of 4 tokens
+    flops.count_nchw_attention(attention, (x,), x)
+    routing, logits, values = 6 * 6 * 8, 24 * 3 * 4 * 8, 24 * 3 * 4 * 8
+    assert attention.total_ops == 5 * (routing + logits + values)
+    with pytest.raises(ValueError, match="1 x 5, smaller than n_win=2"):
+        flops.count_nchw_attention(attention, (x[:, :, :1],), x)
+
+
+@pytest.mark.parametrize("name", ["attention", "nchw"])
+def test_profiler_counts_the_projections_and_lepe_once(name: str) -> None:
+    thop = pytest.importorskip("thop")
+    model = nn.Sequential(BLOCKS[name]())
+    model[0].attn.backend = "reference"
+    total, _ = thop.profile(model, inputs=(torch.randn(1, 32, 8, 8),), verbose=False)
+    projections, lepe = 64 * 32 * (96 + 32), 64 * 9 * 32
+    routing, attention = 16 * 16 * 32, 64 * (2 * 4) * 64
+    assert total == projections + lepe + routing + attention

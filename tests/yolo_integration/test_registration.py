@@ -10,7 +10,13 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn import tasks
 from ultralytics.utils import callbacks, dist
 
-from bra_triton.yolo_integration import BiLevelRoutingAttention2d, register, registration
+from bra_triton import NCHWBiLevelRoutingAttention
+from bra_triton.yolo_integration import (
+    BiLevelRoutingAttention2d,
+    NCHWBiLevelRoutingAttention2d,
+    register,
+    registration,
+)
 
 STOCK_BEFORE_AND_AFTER = """
 import torch
@@ -112,4 +118,6 @@ def test_child_process_of_multi_gpu_training_knows_the_yaml_by_name(
 def test_every_class_in_a_checkpoint_is_allowed(trained: Path) -> None:
     needed = torch.serialization.get_unsafe_globals_in_checkpoint(str(trained / "best.pt"))
     assert [name for name in needed if name.startswith("bra_triton")] == []
-    assert BiLevelRoutingAttention2d in registration._package_classes()
+    assert {BiLevelRoutingAttention2d, NCHWBiLevelRoutingAttention2d, NCHWBiLevelRoutingAttention} <= set(
+        registration._package_classes()
+    )

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,14 @@ from ultralytics import YOLO
 from ultralytics.nn import modules, tasks
 from ultralytics.utils.torch_utils import get_flops
 
-from bra_triton import BiLevelRoutingAttention
-from bra_triton.yolo_integration import C2BRA, BiFormerBlock, BiLevelRoutingAttention2d, registration
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bra_triton.yolo_integration import (
+    C2BRA,
+    BiFormerBlock,
+    BiLevelRoutingAttention2d,
+    NCHWBiLevelRoutingAttention2d,
+    registration,
+)
 
 STEMS = ("bra", "biformer")
 
@@ -101,6 +108,35 @@ def test_rows_need_no_channel_count_whatever_they_read_from() -> None:
     assert all(module.auto_pad for module in model.modules() if isinstance(module, BiLevelRoutingAttention))
 
 
+@pytest.mark.parametrize("name", ["nchwBRA", "NCHWBiLevelRoutingAttention"])
+def test_rows_of_the_nchw_form(name: str) -> None:
+    model = build([-1, 1, name, []], [-1, 1, name, [{"side_dwconv": 5, "attn_backend": "torch"}]])
+    assert [type(row) for row in model[1:3]] == [NCHWBiLevelRoutingAttention2d] * 2
+    assert (model[1].attn.spec.dim, model[1].attn.spec.num_heads, model[1].attn.auto_pad) == (64, 2, True)
+    assert model[2].attn.lepe.kernel_size == (5, 5)
+    assert model[2].attn.backend == "torch"
+    assert model[3].conv.in_channels == 64
+
+
+def test_model_with_an_nchw_row_trains() -> None:
+    """The model finds its strides at 256 pixels; at 64 its last map is smaller than n_win."""
+    yaml = tasks.yaml_model_load("yolo26n-bra.yaml")
+    yaml["backbone"][-1] = [-1, 1, "nchwBRA", [2]]
+    model = tasks.DetectionModel(yaml, nc=1, verbose=False)
+    x = torch.rand(2, 3, 64, 96)
+    batch = {
+        "img": x,
+        "batch_idx": torch.tensor([0.0, 1.0]),
+        "cls": torch.zeros(2, 1),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]] * 2),
+    }
+    model.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5, epochs=1, overlap_mask=True)
+    loss, _ = model.train().loss(batch)
+    loss.sum().backward()
+    (attention,) = (m for m in model.modules() if isinstance(m, NCHWBiLevelRoutingAttention))
+    assert all(value.grad.isfinite().all() for value in attention.parameters())
+
+
 def test_a_block_may_be_the_first_row() -> None:
     yaml = {"backbone": [[-1, 1, "BiLevelRoutingAttention", []]], "head": [[-1, 1, "Conv", [8, 1]]]}
     assert tasks.parse_model(yaml, ch=3, verbose=False)[0][0].attn.spec.dim == 3
@@ -141,10 +177,11 @@ def test_c2bra_leaves_the_stock_classes_as_they_are() -> None:
         [8, 5, "4"],
     ],
 )
-@pytest.mark.parametrize("name", ["BiLevelRoutingAttention", "BiFormerBlock", "C2BRA"])
+@pytest.mark.parametrize("name", ["BiLevelRoutingAttention", "nchwBRA", "BiFormerBlock", "C2BRA"])
 def test_trailing_arguments_override(name: str, trailing: list) -> None:
     model = build([-1, 1, name, [64, *trailing] if name == "C2BRA" else trailing])
-    (attention,) = (module for module in model.modules() if isinstance(module, BiLevelRoutingAttention))
+    kinds = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
+    (attention,) = (module for module in model.modules() if isinstance(module, kinds))
     assert (attention.spec.topk, attention.spec.n_win, attention.spec.num_heads) == (8, 5, 4)
 
 
@@ -167,6 +204,9 @@ def test_every_argument_can_be_named() -> None:
             "BiFormerBlock: unknown argument 'topkk'; allowed .* topk, ",
         ),
         ([-1, 1, "BiLevelRoutingAttention", [{"mlp_ratio": 4}]], "unknown argument 'mlp_ratio'"),
+        ([-1, 1, "nchwBRA", [{"qk_dim": 4}]], "nchwBRA: unknown argument 'qk_dim'; allowed are topk, "),
+        ([-1, 1, "nchwBRA", [1] * 9], "nchwBRA: 9 positional arguments; at most 8 are allowed"),
+        ([-1, 1, "nchwBRA", [{"attn_backend": "cuda"}]], "attn_backend must be one of"),
         ([-1, 1, "BiFormerBlock", [4, {"topk": 4}]], "'topk' is given twice"),
         ([-1, 1, "BiFormerBlock", [{"topk": 4}, 7]], "7 follows named"),
         ([-1, 1, "BiFormerBlock", [1] * 30], "30 positional arguments; at most"),

@@ -1,0 +1,245 @@
+"""The NCHW drop-in on the fused backends, against the float64 reference."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import relative_error
+from regional_problems import log_problems
+
+import bra_triton
+from bra_triton import NCHWBiLevelRoutingAttention, nchw_attention, nchw_reference
+from bra_triton.kernels.region_grid import RegionGrid
+
+BACKENDS = ("torch", "triton")
+# As in test_nchw.
+FLOAT32_TOLERANCE = 1e-5
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+class TestRegionMeans:
+    @settings(max_examples=50, deadline=None)
+    @given(
+        sides=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+        region=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+        layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    )
+    def test_are_the_references_for_any_size(self, sides, region, layout):
+        region = tuple(min(pair) for pair in zip(sides, region, strict=True))
+        grid = RegionGrid.of_region_size(*sides, region)
+        query, key = (
+            torch.randn(2, 3, *sides, dtype=torch.float64).contiguous(memory_format=layout) for _ in range(2)
+        )
+        topk = min(3, grid.n_regions)
+        expected = nchw_reference.route(query, key, grid, topk)
+        assert torch.equal(nchw_attention.route(query, key, grid, topk), expected)
+
+    def test_half_precision_routes_as_its_float32_values(self):
+        """Means of bfloat16 tokens rounded to bfloat16 would choose other regions; so would autocast."""
+        grid = RegionGrid.of_region_size(16, 16, (2, 2))
+        query, key = torch.randn(2, 1, 32, 16, 16).bfloat16()
+        expected = nchw_reference.route(query.float(), key.float(), grid, 8)
+        rounded = nchw_reference.route(query, key, grid, 8)
+        assert not torch.equal(rounded, expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(nchw_attention.route(query, key, grid, 8), expected)
+
+
+def _pair(backend, device, dim=16, num_heads=2, n_win=3, **arguments):
+    """The drop-in in float32 and the reference in float64, with the same weights."""
+    module = NCHWBiLevelRoutingAttention(dim, num_heads, n_win, **arguments, backend=backend).to(device)
+    oracle = nchw_reference.NCHWBiLevelRoutingAttention(dim, num_heads, n_win, **arguments).to(device)
+    oracle.load_state_dict(module.state_dict())
+    return module, oracle.double()
+
+
+def _run(module, x, grad_out):
+    """Output, input gradient and parameter gradients, by name."""
+    x = x.detach().requires_grad_()
+    out = module(x)
+    out.backward(grad_out.to(out))
+    return {"out": out.detach(), "x": x.grad, **{k: p.grad for k, p in module.named_parameters()}}
+
+
+MODULE_CASES = {
+    "divisible": ((6, 9), {}),
+    "padded": ((7, 8), {"topk": 3}),
+    "one-token regions": ((5, 4), {"side_dwconv": 5, "qk_scale": 0.4}),
+    "no LePE, dense": ((6, 6), {"side_dwconv": 0, "topk": 9}),
+    "low map": ((2, 7), {"auto_pad": True}),
+    "fewer regions than topk": ((1, 2), {"auto_pad": True}),
+}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class TestModule:
+    @pytest.mark.parametrize(
+        ("name", "layout", "backend"),
+        [
+            *((name, layout, "torch") for name in MODULE_CASES for layout in LAYOUTS),
+            *((name, "channels_last", "triton") for name in ("padded", "fewer regions than topk")),
+        ],
+    )
+    def test_float32_matches_the_float64_reference(self, name, layout, backend, device):
+        size, arguments = MODULE_CASES[name]
+        module, oracle = _pair(backend, device, **arguments)
+        x = torch.randn(2, 16, *size, device=device)
+        x = x.contiguous(memory_format=LAYOUTS[layout])
+        grad_out = torch.randn(2, 16, *size, dtype=torch.float64, device=device)
+        actual, expected = _run(module, x, grad_out), _run(oracle, x.double(), grad_out)
+        assert actual["out"].is_contiguous(memory_format=torch.channels_last)
+        errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+        if (
+            "qkv_linear.bias" in errors
+        ):  # its part for the keys is zero but for padding: compare it as a whole
+            assert errors["qkv_linear.bias"] < FLOAT32_TOLERANCE
+        assert max(errors.values()) < FLOAT32_TOLERANCE, errors
+
+    def test_channels_last_projections_reach_the_backend_in_place(self, monkeypatch):
+        problems = log_problems(monkeypatch)
+        module = NCHWBiLevelRoutingAttention(16, 2, 3, backend="torch")
+        projections = []
+        module.qkv_linear.register_forward_hook(lambda _module, _inputs, output: projections.append(output))
+        for layout in (torch.channels_last, torch.contiguous_format):
+            module(torch.randn(2, 16, 7, 8).contiguous(memory_format=layout))
+        for problem, qkv in zip(problems, projections, strict=True):
+            storage = qkv.untyped_storage().data_ptr()
+            assert [x.untyped_storage().data_ptr() for x in (problem.query, problem.key, problem.value)] == [
+                storage
+            ] * 3
+
+    def test_takes_the_originals_arguments_in_its_order(self):
+        parameters = inspect.signature(bra_triton.nchwBRA).parameters
+        assert list(parameters) == [
+            *(
+                "dim",
+                "num_heads",
+                "n_win",
+                "qk_scale",
+                "topk",
+                "side_dwconv",
+                "auto_pad",
+                "attn_backend",
+                "backend",
+            )
+        ]
+        defaults = [p.default for p in parameters.values()][1:7]
+        assert defaults == [8, 7, None, 4, 3, False]
+        assert parameters["backend"].kind is inspect.Parameter.KEYWORD_ONLY
+        module = bra_triton.nchwBRA(16, 2, 5, 0.25, 3, 5, True, "torch")
+        assert (module.spec.num_heads, module.spec.n_win, module.spec.topk) == (2, 5, 3)
+        assert (module.spec.scale, module.lepe.kernel_size, module.auto_pad) == (0.25, (5, 5), True)
+
+    def test_the_originals_backend_argument(self):
+        assert NCHWBiLevelRoutingAttention(16).backend == "auto"
+        for name in ("torch", "triton"):
+            assert NCHWBiLevelRoutingAttention(16, attn_backend=name).backend == name
+            assert NCHWBiLevelRoutingAttention(16, attn_backend=name, backend=name).backend == name
+        with pytest.raises(
+            ValueError, match=r"attn_backend must be one of \('torch', 'triton'\), got 'cuda'"
+        ):
+            NCHWBiLevelRoutingAttention(16, attn_backend="cuda")
+        with pytest.raises(ValueError, match="attn_backend='torch' contradicts backend='triton'"):
+            NCHWBiLevelRoutingAttention(16, attn_backend="torch", backend="triton")
+
+    def test_an_unknown_backend_is_refused_at_once(self):
+        with pytest.raises(ValueError, match="backend must be one of"):
+            NCHWBiLevelRoutingAttention(16, backend="cuda")
+        with pytest.raises(ValueError, match="backend must be one of"):
+            NCHWBiLevelRoutingAttention(16).backend = "cuda"
+
+    def test_attention_matrix_is_the_references(self):
+        module, oracle = _pair("torch", torch.device("cpu"))
+        x = torch.randn(1, 16, 7, 8)
+        out, attn_weight = module(x, ret_attn_mask=True)
+        expected, expected_weight = oracle(x.double(), ret_attn_mask=True)
+        assert relative_error(out, expected) < FLOAT32_TOLERANCE
+        assert relative_error(attn_weight, expected_weight) < FLOAT32_TOLERANCE
+        assert relative_error(module(x), expected) < FLOAT32_TOLERANCE
+
+    def test_copies_and_pickles(self):
+        module = NCHWBiLevelRoutingAttention(16, 2, 3, backend="torch").eval()
+        x = torch.randn(1, 16, 7, 8)
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(twin(x), module(x))
+            assert twin.backend == "torch"
+
+    @every_backend
+    def test_autocast_runs_in_half_precision(self, backend, device):
+        module, _ = _pair(backend, device)
+        x = torch.randn(1, 16, 7, 8, device=device, requires_grad=True)
+        expected = module(x.detach())
+        with torch.autocast(device.type, torch.bfloat16):
+            out = module(x)
+        assert out.dtype == torch.bfloat16
+        out.float().sum().backward()
+        assert x.grad.dtype == module.lepe.weight.grad.dtype == torch.float32
+        # bfloat16 keeps 8 bits; three roundings on the way.
+        assert relative_error(out, expected.double()) < 3e-2
+
+    @every_backend
+    def test_compiles_to_one_graph_without_recompiling_for_a_seen_size(self, backend, device):
+        module, _ = _pair(backend, device, n_win=2, topk=2)
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(module, fullgraph=True, backend=counter)
+        for size in (4, 5, 4, 5):
+            x = torch.randn(1, 16, size, size, device=device, requires_grad=True)
+            y = x.detach().clone().requires_grad_()
+            actual, expected = compiled(x), module(y)
+            actual.sum().backward()
+            expected.sum().backward()
+            assert torch.allclose(actual, expected, atol=1e-5)
+            assert torch.allclose(x.grad, y.grad, atol=1e-5)
+        assert counter.frame_count <= 2
+
+
+class TestExport:
+    """Exported graphs hold plain PyTorch operators alone, and serve other sizes."""
+
+    @staticmethod
+    def _pair():
+        module, _ = _pair("auto", torch.device("cpu"), topk=4, auto_pad=True)
+        twin = nchw_reference.NCHWBiLevelRoutingAttention(16, 2, 3, topk=4, auto_pad=True)
+        twin.load_state_dict(module.state_dict())
+        return module.eval(), twin.eval()
+
+    # At 3 x 4, n_win's own size, and at 2 x 7, which auto_pad alone admits, regions have sides of 1.
+    @pytest.mark.parametrize("size", [(6, 9), (7, 8), (3, 4)], ids=["divisible", "padded", "smallest"])
+    def test_torchscript_trace(self, size):
+        module, twin = self._pair()
+        traced = torch.jit.trace(module, torch.randn(1, 16, *size), check_trace=False)
+        assert "bra_triton::" not in str(traced.inlined_graph)
+        for height, width in ((6, 9), (7, 8), (3, 4), (11, 13)):
+            x = torch.randn(1, 16, height, width)
+            assert relative_error(traced(x), twin(x).double()) < FLOAT32_TOLERANCE
+
+    def test_onnx(self, tmp_path):
+        onnxruntime = pytest.importorskip("onnxruntime")
+        module, twin = self._pair()
+        file = str(tmp_path / "module.onnx")
+        torch.onnx.export(
+            module,
+            (torch.randn(1, 16, 7, 8),),
+            file,
+            dynamo=False,
+            input_names=["x"],
+            dynamic_axes={"x": {2: "height", 3: "width"}},
+        )
+        session = onnxruntime.InferenceSession(file)
+        for height, width in ((6, 9), (7, 8), (3, 4), (11, 13)):
+            x = torch.randn(1, 16, height, width)
+            out = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+            assert relative_error(out, twin(x).double()) < FLOAT32_TOLERANCE
+
+    def test_torch_export(self):
+        module, twin = self._pair()
+        x = torch.randn(1, 16, 7, 8)
+        program = torch.export.export(module, (x,))
+        assert "bra_triton::" not in str(program.graph)
+        assert relative_error(program.module()(x), twin(x).double()) < FLOAT32_TOLERANCE
