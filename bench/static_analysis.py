@@ -43,6 +43,7 @@ INSTRUCTION_CLASSES = {
     "uniform": r"U(?!TM|TC|BLK|CGA)\w+|LDCU",  # executed once for a whole warp
     "other": r".*",  # barriers, branches, waits, constant loads, ...
 }
+_MATRIX = INSTRUCTION_CLASSES["matrix"]
 MEMORY_CLASSES = {"global_loads", "global_stores", "shared", "local"}
 
 
@@ -95,10 +96,15 @@ class Usage:
     spilled_vgprs: int = 0  # AMD only: vector registers the compiler reports as spilled
     spilled_sgprs: int = 0  # AMD only: scalar registers the compiler reports as spilled
 
+    @property
+    def spills(self) -> int:
+        """Instructions that touch local memory."""
+        return self.spill_loads + self.spill_stores
+
 
 @dataclass(frozen=True)
 class LoopMix:
-    """The instructions of one loop body.
+    """The instructions of one loop body, or of other code.
 
     Everything that can run between the loop's header and its jump back counts once, whether or not a
     predicate or a branch skips it at run time, and so do blocks that the assembler moved out of line and
@@ -108,6 +114,9 @@ class LoopMix:
     counts: Mapping[str, int]  # for every key of INSTRUCTION_CLASSES
     # How often each memory instruction occurs: LDG.E.U16 loads 2 bytes per thread, LDG.E 4, LDG.E.128 16.
     memory: Mapping[str, int]
+    # Waits for matrix instructions of a warpgroup. As many as those, and ptxas has serialised them: it was
+    # short of registers, and each now waits for the one before.
+    matrix_waits: int = 0
 
     @property
     def total(self) -> int:
@@ -148,13 +157,26 @@ def inner_loops(compiled: Compiled) -> list[LoopMix]:
     for an AMD architecture.
     """
     program, labels = _instructions(compiled.sass)
-    entries = [index for label, index in labels.items() if label.startswith(".text.")]
-    bodies = _natural_loops(_successors(program, labels), entries)
-    mixes = {header: _mix([program[i][1] for i in body]) for header, body in bodies.items()}
-    with_matrix = {header for header, mix in mixes.items() if mix.counts["matrix"]}
-    innermost = [mixes[header] for header in with_matrix if bodies[header] & with_matrix == {header}]
-    by_size = sorted(innermost or mixes.values(), key=lambda mix: mix.total, reverse=True)
-    return by_size if innermost else by_size[:1]
+    bodies = _inner_bodies(program, labels)
+    return [_mix([program[i][1] for i in body]) for body in bodies]
+
+
+def main_loop_and_rest(compiled: Compiled) -> tuple[LoopMix | None, LoopMix]:
+    """The loop over whole tiles, and all other code of the kernel.
+
+    The loop over whole tiles is, of the loops with the most matrix instructions, the shortest: loops over
+    masked tiles are longer. Without matrix instructions there is none. The other code is everything else that
+    can be reached, each instruction once: prologue, peeled tail, epilogue, and other loops' bodies.
+    """
+    program, labels = _instructions(compiled.sass)
+    bodies = _inner_bodies(program, labels)
+    mixes = [_mix([program[i][1] for i in body]) for body in bodies]
+    with_matrix = [index for index, mix in enumerate(mixes) if mix.counts["matrix"]]
+    main = max(with_matrix, key=lambda i: (mixes[i].counts["matrix"], -mixes[i].total), default=None)
+    inside = set() if main is None else bodies[main]
+    reached = _reachable(_successors(program, labels), _entries(labels), barred=-1)
+    rest = _mix([program[i][1] for i in sorted(reached - inside - {-1, len(program)})])
+    return (None if main is None else mixes[main]), rest
 
 
 def inner_loop(compiled: Compiled) -> LoopMix:
@@ -244,12 +266,26 @@ def _instructions(sass: str) -> tuple[list[_Instruction], dict[str, int]]:
 
 def _mix(opcodes: list[str]) -> LoopMix:
     counts = dict.fromkeys(INSTRUCTION_CLASSES, 0)
+    waits = sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in opcodes)
     memory: Counter[str] = Counter()
     for opcode in opcodes:
         name = next(n for n, p in INSTRUCTION_CLASSES.items() if re.match(rf"(?:{p})(?:\.|$)", opcode))
         counts[name] += 1
         memory.update([opcode] if name in MEMORY_CLASSES else [])
-    return LoopMix(counts, dict(memory.most_common()))
+    return LoopMix(counts, dict(memory.most_common()), waits)
+
+
+def _entries(labels: dict[str, int]) -> list[int]:
+    return [index for label, index in labels.items() if label.startswith(".text.")]
+
+
+def _inner_bodies(program: list[_Instruction], labels: dict[str, int]) -> list[set[int]]:
+    """Bodies of the loops that :func:`inner_loops` tells of, in its order."""
+    bodies = _natural_loops(_successors(program, labels), _entries(labels))
+    with_matrix = {h for h, body in bodies.items() if any(re.match(_MATRIX, program[i][1]) for i in body)}
+    innermost = [bodies[header] for header in with_matrix if bodies[header] & with_matrix == {header}]
+    by_size = sorted(innermost or bodies.values(), key=len, reverse=True)
+    return by_size if innermost else by_size[:1]
 
 
 def _successors(program: list[_Instruction], labels: dict[str, int]) -> list[list[int]]:

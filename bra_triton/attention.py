@@ -1,5 +1,6 @@
 """The drop-in module: the original's arguments and `state_dict`, on the fused backends."""
 
+import torch
 from torch import Tensor, nn
 
 from . import functional, reference
@@ -107,7 +108,7 @@ class BiLevelRoutingAttention(reference.BiLevelRoutingAttention):
         else:
             x_padded = x
             if grid.is_padded:  # what the projection makes of a zero token, whatever the projection is
-                padding = self.qkv(x.new_zeros(1, self.spec.dim))[0]
+                padding = self.qkv(torch.zeros(1, self.spec.dim, dtype=x.dtype, device=x.device))[0]
         out = functional.attend(self.qkv(x_padded), self.spec, self._parts(padding), backend=self.backend)
         return self._crop(self.wo(out), x)
 

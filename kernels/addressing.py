@@ -47,11 +47,14 @@ def token_of(region, index, region_height, region_width, columns, height, width)
 
 
 @triton.jit
-def own_tokens(region_list, region, tile, region_tokens, BLOCK: tl.constexpr):
-    """BLOCK tokens of a region, from the list of all regions' tokens: index in the region, exists, token."""
+def own_tokens(region_list, region, tile, region_tokens, BLOCK: tl.constexpr, AGAIN: tl.constexpr = False):
+    """BLOCK tokens of a region, from the list of all regions' tokens: index in the region, exists, token.
+
+    AGAIN after a loop reads them anew, which is cheaper than to hold them in registers through the loop.
+    """
     index = tile * BLOCK + tl.arange(0, BLOCK)
     exists = index < region_tokens
-    token = tl.load(region_list + region * region_tokens + index, mask=exists, other=-1)
+    token = tl.load(region_list + region * region_tokens + index, mask=exists, other=-1, volatile=AGAIN)
     return index, exists, token
 
 

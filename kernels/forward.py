@@ -156,22 +156,26 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
     # Full tiles carry no key mask; the rest of the list is peeled off as one masked tile.
-    position = list_start + tl.arange(0, BLOCK_N)
+    position = tl.arange(0, BLOCK_N)
+    place = key_list + list_start + position
     full = list_length - list_length % BLOCK_N
     for start in tl.range(0, full, BLOCK_N):
-        token = tl.load(key_list + start + position)
+        token = tl.load(place)
+        place += BLOCK_N
         k = load_rows(key_base, key_padding, token, qk_channel, None, KEY_STRIDE, QK_HEAD_DIM)
         v = load_rows(value_base, value_padding, token, v_channel, None, VALUE_STRIDE, V_HEAD_DIM)
-        factor = None if factors is None else tl.load(factors + start + position)
+        factor = None if factors is None else tl.load(factors + list_start + start + position)
         acc, row_max, row_sum = _attend_tile(
             acc, row_max, row_sum, q, k, v, factor, None, logit_scale, PRECISION
         )
     if full < list_length:
-        live = full + tl.arange(0, BLOCK_N) < list_length
-        token = tl.load(key_list + full + position, mask=live, other=-1)
+        live = full + position < list_length
+        token = tl.load(place, mask=live, other=-1)
         k = load_rows(key_base, key_padding, token, qk_channel, live, KEY_STRIDE, QK_HEAD_DIM)
         v = load_rows(value_base, value_padding, token, v_channel, live, VALUE_STRIDE, V_HEAD_DIM)
-        factor = None if factors is None else tl.load(factors + full + position, mask=live, other=1.0)
+        factor = (
+            None if factors is None else tl.load(factors + list_start + full + position, mask=live, other=1.0)
+        )
         acc, row_max, row_sum = _attend_tile(
             acc, row_max, row_sum, q, k, v, factor, live, logit_scale, PRECISION
         )

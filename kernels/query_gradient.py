@@ -125,9 +125,11 @@ def query_gradient(
     by_slot = tl.zeros([BLOCK_SLOTS], tl.float32)
 
     position = tl.arange(0, BLOCK_N)
+    place = key_list + list_start + position
     full = list_length - list_length % BLOCK_N
     for start in tl.range(0, full, BLOCK_N):
-        token = tl.load(key_list + list_start + start + position)
+        token = tl.load(place)
+        place += BLOCK_N
         k = load_rows(key_base, key_padding, token, qk_channel, None, KEY_STRIDE, QK_HEAD_DIM)
         v = load_rows(value_base, value_padding, token, v_channel, None, VALUE_STRIDE, V_HEAD_DIM)
         factor = None if factors is None else tl.load(factors + list_start + start + position)
@@ -138,7 +140,7 @@ def query_gradient(
             by_slot = _add_by_slot(by_slot, of_values, of_scores, scale, start + position, kv_region_tokens)
     if full < list_length:
         live = full + position < list_length
-        token = tl.load(key_list + list_start + full + position, mask=live, other=-1)
+        token = tl.load(place, mask=live, other=-1)
         k = load_rows(key_base, key_padding, token, qk_channel, live, KEY_STRIDE, QK_HEAD_DIM)
         v = load_rows(value_base, value_padding, token, v_channel, live, VALUE_STRIDE, V_HEAD_DIM)
         factor = (

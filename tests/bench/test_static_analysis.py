@@ -16,6 +16,7 @@ from bra_triton.bench.static_analysis import (
     inner_loop,
     inner_loops,
     issue_slots_per_score,
+    main_loop_and_rest,
     resource_usage,
 )
 
@@ -194,6 +195,28 @@ def test_a_wait_moved_out_of_line_belongs_to_its_loop_and_is_no_second_one():
     wait = [".L_x_2:", "SYNCS P1, [UR4]", "@!P1 BRA `(.L_x_2)", "BRA `(.L_x_1)"]
     loops = inner_loops(from_listing(".L_x_0:", *body, "EXIT", *wait))
     assert [loop.total for loop in loops] == [7]
+
+
+def test_the_main_loop_is_the_unmasked_one_and_the_rest_is_what_can_be_reached():
+    main = [".L_x_0:", "HMMA.16816.F32 R4", "FADD R1", "@P0 BRA `(.L_x_0)"]
+    masked = [".L_x_1:", "HMMA.16816.F32 R4", "FSEL R1", "FADD R1", "@P0 BRA `(.L_x_1)"]
+    end = ["STG.E [R2], R4", "EXIT", ".L_x_2:", "BRA `(.L_x_2)", "NOP"]
+    loop, rest = main_loop_and_rest(from_listing("MOV R4, RZ", *main, *masked, *end))
+    assert (loop.total, loop.counts["fp32"]) == (3, 1)
+    # MOV, the masked loop once, the store and EXIT; neither the assembler's closing trap nor its padding.
+    assert (rest.total, rest.counts["matrix"], rest.counts["moves"]) == (7, 1, 1)
+
+
+def test_without_matrix_instructions_all_code_is_rest():
+    loop, rest = main_loop_and_rest(from_listing(".L_x_0:", "FADD R1", "@P0 BRA `(.L_x_0)", "EXIT"))
+    assert loop is None
+    assert rest.total == 3
+
+
+def test_waits_for_every_matrix_instruction_show():
+    body = ["HGMMA.64x64x16.F32 R4, R8", "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+    (loop,) = inner_loops(from_listing(".L_x_0:", *body, *body, "@P0 BRA `(.L_x_0)", "EXIT"))
+    assert loop.matrix_waits == loop.counts["matrix"] == 2
 
 
 def test_classes_tell_alike_opcodes_apart():

@@ -1,0 +1,294 @@
+"""From instruction counts to predicted time: pure arithmetic on what the compiler produced.
+
+A program (thread block) is taken to execute its straight-line code once and its loop once for every whole
+tile of its list:
+
+    warp instructions = rest + whole tiles x loop        (without a tail: rest - tail + whole tiles x loop)
+
+`rest` is everything outside the loop over whole tiles, each instruction once: prologue, the peeled masked
+tail, epilogue. When a list has no tail, the tail's share is estimated by the loop's own length. Loops in
+`rest` count once, predicated instructions count as executed, and rows of dK/dV have the mean length. Bounds
+suppose that nothing but the unit in question costs time, at documented peak rates; latency and caches are
+left out.
+"""
+
+import math
+from dataclasses import dataclass
+
+from bra_triton.bench.analysis import Analysis, analyse
+from bra_triton.bench.hardware import HARDWARE, Hardware
+from bra_triton.bench.presets import Preset
+from bra_triton.bench.static_analysis import KernelSpecimen
+
+ATTENTION_KERNELS = ("attention_forward", "query_gradient", "key_value_gradient")
+# Multiply-adds of the matrix products for one score, in query/key and value channels.
+_PRODUCTS = {"attention_forward": (1, 1), "query_gradient": (2, 1), "key_value_gradient": (2, 2)}
+
+
+@dataclass(frozen=True)
+class ProblemSizes:
+    """What the cost of a routed attention depends on.
+
+    Attributes:
+        batch: images.
+        regions: query regions an image, `P`.
+        region_tokens: queries of a region, `S`.
+        topk: key regions that each chose.
+        kv_tokens: keys of a region, `S_kv`.
+        num_heads: attention heads.
+        qk_head_dim: channels of a query or key in one head.
+        v_head_dim: channels of a value in one head.
+        element_bytes: 2 or 4.
+        kv_regions: key regions an image; None for `regions`.
+    """
+
+    batch: int
+    regions: int
+    region_tokens: int
+    topk: int
+    kv_tokens: int
+    num_heads: int
+    qk_head_dim: int
+    v_head_dim: int
+    element_bytes: int = 2
+    kv_regions: int | None = None
+
+    @classmethod
+    def of_preset(cls, preset: Preset, element_bytes: int = 2) -> "ProblemSizes":
+        """Sizes of a preset."""
+        tokens = preset.region_tokens
+        heads = (preset.num_heads, preset.head_dim, preset.head_dim)
+        return cls(preset.batch, preset.n_win**2, tokens, preset.topk, tokens, *heads, element_bytes)
+
+    @property
+    def key_regions(self) -> int:
+        """Key regions an image."""
+        return self.regions if self.kv_regions is None else self.kv_regions
+
+    @property
+    def useful_scores(self) -> int:
+        """Scores that the result depends on: every query against its keys, in every head."""
+        pairs = self.region_tokens * self.topk * self.kv_tokens
+        return self.batch * self.num_heads * self.regions * pairs
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How an attention kernel cuts a problem into programs and steps.
+
+    Attributes:
+        programs: thread blocks of the launch.
+        whole_tiles: steps of a program without a mask.
+        tail: whether a masked step follows.
+    """
+
+    programs: int
+    whole_tiles: int
+    tail: bool
+
+    @property
+    def steps(self) -> int:
+        """Steps of a program, the masked one included."""
+        return self.whole_tiles + self.tail
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Prediction for one launch of an attention kernel.
+
+    Attributes:
+        useful_scores: `ProblemSizes.useful_scores`.
+        issue_slots: thread instruction slots, all programs.
+        bytes_moved: every map read or written once.
+        bytes_requested: as the programs ask for them, tile by tile; the difference is the caches' work.
+        bounds: seconds by unit: issue, exponential, matrix, memory.
+        ideal_seconds: what useful scores alone would take on the slowest unit but issue, the whole GPU busy.
+        resident_warps: warps an SM; 0 where a block does not fit.
+    """
+
+    useful_scores: int
+    issue_slots: float
+    bytes_moved: int
+    bytes_requested: int
+    bounds: dict[str, float]
+    ideal_seconds: float
+    resident_warps: int
+
+    @property
+    def slots_per_useful_score(self) -> float:
+        """Issue slots of the whole kernel for one useful score."""
+        return self.issue_slots / self.useful_scores
+
+    @property
+    def binding(self) -> str:
+        """The unit that takes longest."""
+        return max(self.bounds, key=self.bounds.__getitem__)
+
+    @property
+    def seconds(self) -> float:
+        """Time that no launch of this code can beat; infinite where a block does not fit."""
+        return self.bounds[self.binding] if self.resident_warps else math.inf
+
+    @property
+    def seconds_per_useful_score(self) -> float:
+        """What to rank tile configurations by."""
+        return self.seconds / self.useful_scores
+
+    @property
+    def share_of_ideal(self) -> float:
+        """`ideal_seconds` over `seconds`: 1 when nothing but the unavoidable takes time."""
+        return self.ideal_seconds / self.seconds
+
+
+def cost(specimen: KernelSpecimen, problem: ProblemSizes, arch: str) -> Cost:
+    """Compiles an attention kernel for `arch` and predicts its launch on `problem`.
+
+    Args:
+        specimen: its `name` is one of `ATTENTION_KERNELS`.
+        problem: sizes.
+        arch: a key of `hardware.HARDWARE`.
+
+    Raises:
+        ValueError: `arch` or the kernel's name is unknown, or the kernel has no loop with matrix products.
+        Exception: what the compiler raises.
+    """
+    if arch not in HARDWARE:
+        raise ValueError(f"arch is {arch!r}; the cost model knows {', '.join(HARDWARE)}")
+    precision = specimen.constexprs.get("PRECISION", "ieee")
+    passes = 3 if precision == "tf32x3" else 1
+    return predict(specimen.name, analyse(specimen, arch), problem, HARDWARE[arch], passes)
+
+
+def predict(
+    kernel: str, code: Analysis, problem: ProblemSizes, hardware: Hardware, matrix_passes: int = 1
+) -> Cost:
+    """The arithmetic of `cost`, for code that is already counted.
+
+    Args:
+        kernel: one of `ATTENTION_KERNELS`.
+        code: its counts.
+        problem: sizes.
+        hardware: rates.
+        matrix_passes: matrix products for one product, 3 for tf32x3.
+    """
+    if kernel not in ATTENTION_KERNELS:
+        raise ValueError(f"kernel is {kernel!r}; the cost model knows {', '.join(ATTENTION_KERNELS)}")
+    if code.loop is None:
+        raise ValueError(f"{kernel} has no loop with matrix instructions: not an attention kernel's code")
+    walk = walk_of(kernel, code.block_m, code.block_n, problem)
+    # The last SM to finish decides, so work counts in whole programs an SM.
+    rounds = -(-walk.programs // hardware.sms)
+    per_program = _slots_per_program(code, walk)
+    loop, rest = (mix.counts["exponentials"] for mix in (code.loop, code.rest))
+    exponentials = 32 * code.num_warps * (walk.whole_tiles * loop + _straight(code, walk, rest, loop))
+    tile_fma = code.block_m * code.block_n * matrix_passes * fma_per_score(kernel, problem, padded=True)
+    rate = hardware.half_fma if problem.element_bytes == 2 else hardware.tf32_fma
+    moved = bytes_moved(kernel, problem)
+    bounds = {
+        "issue": rounds * per_program / hardware.issue_slots / hardware.clock,
+        "exponential": rounds * exponentials / hardware.exponentials / hardware.clock,
+        "matrix": rounds * walk.steps * tile_fma / rate / hardware.clock,
+        "memory": moved / hardware.bandwidth,
+    }
+    useful = problem.useful_scores
+    clocks = max(
+        1 / hardware.exponentials, matrix_passes * fma_per_score(kernel, problem, padded=False) / rate
+    )
+    return Cost(
+        useful,
+        walk.programs * per_program,
+        moved,
+        bytes_requested(kernel, code.block_m, code.block_n, problem),
+        bounds,
+        max(useful * clocks / hardware.sms / hardware.clock, bounds["memory"]),
+        hardware.resident_warps(code.usage.registers, code.usage.shared_bytes, code.num_warps),
+    )
+
+
+def walk_of(kernel: str, block_m: int, block_n: int, problem: ProblemSizes) -> Walk:
+    """Programs and steps of an attention kernel with such tiles."""
+    if kernel == "key_value_gradient":
+        own, step, owned, regions = block_n, block_m, problem.kv_tokens, problem.key_regions
+        length = round(problem.regions * problem.topk / regions * problem.region_tokens)
+    else:
+        own, step, owned, regions = block_m, block_n, problem.region_tokens, problem.regions
+        length = problem.topk * problem.kv_tokens
+    programs = problem.batch * problem.num_heads * regions * -(-owned // own)
+    return Walk(programs, length // step, length % step > 0)
+
+
+def fma_per_score(kernel: str, problem: ProblemSizes, padded: bool) -> int:
+    """Multiply-adds of the matrix products for one score; padded: heads as wide as their tiles."""
+    qk, v = _PRODUCTS[kernel]
+    if padded:
+        return qk * _channel_block(problem.qk_head_dim) + v * _channel_block(problem.v_head_dim)
+    return qk * problem.qk_head_dim + v * problem.v_head_dim
+
+
+def bytes_moved(kernel: str, problem: ProblemSizes) -> int:
+    """Bytes of a launch that reads and writes every map once."""
+    queries, keys, graph = _token_heads(problem)
+    qk, v = (problem.element_bytes * dim for dim in (problem.qk_head_dim, problem.v_head_dim))
+    if kernel == "attention_forward":
+        return queries * (qk + v + 4) + keys * (qk + v) + graph
+    if kernel == "query_gradient":  # query, out, grad_out, lse; writes dQ and the statistics
+        return queries * (2 * qk + 2 * v + 4 + 8) + keys * (qk + v) + graph
+    return queries * (qk + v + 8) + keys * 2 * (qk + v) + graph
+
+
+def bytes_requested(kernel: str, block_m: int, block_n: int, problem: ProblemSizes) -> int:
+    """Bytes that the programs load and store, counted where each asks; masked rows ask for nothing."""
+    qk, v = (problem.element_bytes * dim for dim in (problem.qk_head_dim, problem.v_head_dim))
+    queries, keys, _ = _token_heads(problem)
+    moved = bytes_moved(kernel, problem)
+    pairs = problem.batch * problem.num_heads * problem.regions * problem.topk
+    if kernel == "key_value_gradient":
+        walked = pairs * -(-problem.kv_tokens // block_n) * problem.region_tokens
+        return moved + (walked - queries) * (qk + v + 8)
+    walked = pairs * -(-problem.region_tokens // block_m) * problem.kv_tokens
+    return moved + (walked - keys) * (qk + v)
+
+
+def small_kernel_bytes(kernel: str, problem: ProblemSizes) -> int | None:
+    """Bytes that a kernel without a matrix loop must move; None for a kernel not known here.
+
+    Region means read queries and keys, routing the means, the inverse graph the graph.
+    """
+    queries, keys, graph = _token_heads(problem)
+    row = problem.element_bytes * problem.qk_head_dim
+    regions = problem.batch * (problem.regions + problem.key_regions)
+    means = 4 * regions * problem.num_heads * problem.qk_head_dim
+    known = {
+        "region_means": (queries + keys) * row + means,
+        "route": means + 2 * graph,
+        "invert_graph": 2 * graph + 4 * problem.batch * (problem.key_regions + 1),
+    }
+    return known.get(kernel)
+
+
+def _token_heads(problem: ProblemSizes) -> tuple[int, int, int]:
+    """Queries and keys of a launch, each counted once a head, and the bytes of the graph."""
+    each = problem.batch * problem.num_heads
+    graph = 4 * problem.batch * problem.regions * problem.topk
+    return (
+        each * problem.regions * problem.region_tokens,
+        each * problem.key_regions * problem.kv_tokens,
+        graph,
+    )
+
+
+def _slots_per_program(code: Analysis, walk: Walk) -> int:
+    assert code.loop is not None
+    straight = _straight(code, walk, code.rest.total, code.loop.total)
+    return 32 * code.num_warps * (straight + walk.whole_tiles * code.loop.total)
+
+
+def _straight(code: Analysis, walk: Walk, rest: int, loop: int) -> int:
+    """Of `rest` instructions outside the loop those that run: without the peeled tail where there is none."""
+    assert code.loop is not None
+    peeled = code.rest.counts["matrix"] >= code.loop.counts["matrix"]
+    return rest if walk.tail or not peeled else max(0, rest - loop)
+
+
+def _channel_block(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())

@@ -1,0 +1,206 @@
+"""The kernel report: what every kernel costs as it is shipped, beside plain dense attention. Needs no GPU.
+
+    python -m bra_triton.bench.kernel_report [--arch sm_90 ...] [--dtype float16] [--preset yolo_p3 ...]
+                                             [--all-tiles] [--json FILE] [--markdown] [--workers 2]
+
+All of it is compiled and counted, or predicted from those counts (`bench/cost_model.py`); nothing is
+measured. The exit status is 1 when a target is missed, when a shipped configuration does not compile, or when
+one spills in float16 on sm_80 or sm_90.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bra_triton.bench import dense_floor, report_tables
+from bra_triton.bench.analysis import Analysis, analyse_all
+from bra_triton.bench.cost_model import ATTENTION_KERNELS, Cost, ProblemSizes, predict, small_kernel_bytes
+from bra_triton.bench.hardware import HARDWARE
+from bra_triton.bench.launches import record_attention
+from bra_triton.bench.presets import PRESETS, Preset
+from bra_triton.bench.static_analysis import KernelSpecimen
+
+# Issue slots per score of the shipped loop over those of the dense floor, at most: float16, regions of
+# TARGET_REGION_TOKENS and more. Smaller regions have smaller tiles: dearer loops a score, and less waste.
+TARGETS = {"attention_forward": 1.08, "query_gradient": 1.12, "key_value_gradient": 1.12}
+TARGET_ARCHITECTURES = ("sm_80", "sm_90")
+TARGET_HEADS = (32, 64)
+TARGET_REGION_TOKENS = 100
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of one preset on one architecture.
+
+    Attributes:
+        preset: name of the problem.
+        arch: architecture.
+        kernel: name of the kernel.
+        analysis: its counts; None when it does not compile.
+        error: the compiler's, when it does not compile.
+        checked: whether a spill is a failure.
+        bytes_moved: bytes that the launch cannot avoid; None where unknown.
+        cost: prediction, for attention kernels.
+        floor: the dense loop beside it, for attention kernels; None when all spill.
+        target: largest ratio to the floor; None where none is set.
+    """
+
+    preset: str
+    arch: str
+    kernel: str
+    analysis: Analysis | None
+    error: str | None
+    checked: bool
+    bytes_moved: int | None
+    cost: Cost | None
+    floor: dense_floor.Floor | None
+    target: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Issue slots per score of the loop over the floor's."""
+        if self.floor is None or self.analysis is None or self.analysis.loop is None:
+            return None
+        return self.analysis.slots_per_score / self.floor.slots_per_score
+
+    @property
+    def failures(self) -> list[str]:
+        """What makes the report fail, in words."""
+        where = f"{self.preset}, {self.arch}, {self.kernel}"
+        if self.analysis is None:
+            return [f"{where}: does not compile: {self.error}"]
+        found = []
+        if self.checked and self.analysis.usage.spills:
+            found.append(f"{where}: {self.analysis.usage.spills} instructions spill")
+        if self.target is not None and self.ratio is None:
+            found.append(f"{where}: no loop, or no spill-free dense floor to compare with")
+        if self.target is not None and self.ratio is not None and self.ratio > self.target:
+            found.append(f"{where}: {self.ratio:.3f} times the dense floor, target {self.target}")
+        return found
+
+
+def shipped(preset: Preset, dtype: torch.dtype) -> list[KernelSpecimen]:
+    """Every kernel that a forward and backward of a preset launches, each once."""
+    launched = record_attention(preset.setting, dtype)
+    return [specimen for i, specimen in enumerate(launched) if specimen not in launched[:i]]
+
+
+def target_of(kernel: str, preset: Preset, arch: str, dtype: str) -> float | None:
+    """The largest ratio to the dense floor that an attention kernel may have; None where none is set."""
+    large = preset.region_tokens >= TARGET_REGION_TOKENS and preset.head_dim in TARGET_HEADS
+    return TARGETS[kernel] if large and _is_checked(arch, dtype) else None
+
+
+def collect(
+    presets: Sequence[Preset],
+    architectures: Sequence[str],
+    dtype: str = "float16",
+    tiles: Sequence[dense_floor.DenseTile] = dense_floor.TILES,
+    workers: int = 1,
+) -> list[Row]:
+    """Compiles what the presets launch and the dense floors beside it.
+
+    Args:
+        presets: problems.
+        architectures: keys of `hardware.HARDWARE`.
+        dtype: a key of `DTYPES`.
+        tiles: configurations that the dense floor is searched over.
+        workers: processes that compile.
+    """
+    jobs = [
+        (preset, arch, specimen)
+        for arch in architectures
+        for preset in presets
+        for specimen in shipped(preset, DTYPES[dtype])
+    ]
+    analyses = analyse_all([(specimen, arch) for _, arch, specimen in jobs], workers)
+    wanted = [(s.name, preset.head_dim, arch) for preset, arch, s in jobs if s.name in ATTENTION_KERNELS]
+    floors = dense_floor.find_floors(wanted, _TRITON_DTYPES[dtype], tiles, workers)
+    return [
+        _row(preset, arch, specimen, result, dtype, floors.get((specimen.name, preset.head_dim, arch)))
+        for (preset, arch, specimen), result in zip(jobs, analyses, strict=True)
+    ]
+
+
+def _is_checked(arch: str, dtype: str) -> bool:
+    return dtype == "float16" and arch in TARGET_ARCHITECTURES
+
+
+def _row(
+    preset: Preset,
+    arch: str,
+    specimen: KernelSpecimen,
+    result: Analysis | Exception,
+    dtype: str,
+    floor: dense_floor.Floor | None,
+) -> Row:
+    analysis = None if isinstance(result, Exception) else result
+    problem = ProblemSizes.of_preset(preset, DTYPES[dtype].itemsize)
+    cost = target = None
+    if specimen.name in ATTENTION_KERNELS:
+        passes = 3 if specimen.constexprs.get("PRECISION") == "tf32x3" else 1
+        if analysis is not None and analysis.loop is not None:
+            cost = predict(specimen.name, analysis, problem, HARDWARE[arch], passes)
+        target = target_of(specimen.name, preset, arch, dtype)
+    return Row(
+        preset.name,
+        arch,
+        specimen.name,
+        analysis,
+        str(result) if isinstance(result, Exception) else None,
+        _is_checked(arch, dtype),
+        cost.bytes_moved if cost else small_kernel_bytes(specimen.name, problem),
+        cost,
+        floor,
+        target,
+    )
+
+
+def as_json(rows: Sequence[Row]) -> list[dict]:
+    """The rows as plain data."""
+    result = []
+    for row in rows:
+        data = asdict(row) | {"ratio": row.ratio, "failures": row.failures}
+        if row.analysis is not None and row.analysis.loop is not None:
+            data["slots_per_score"] = row.analysis.slots_per_score
+        if row.cost is not None:
+            data["slots_per_useful_score"] = row.cost.slots_per_useful_score
+            fits = row.cost.resident_warps > 0  # JSON has no infinity
+            data["seconds_per_useful_score"] = row.cost.seconds_per_useful_score if fits else None
+            data["binding"] = row.cost.binding
+        result.append(data)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the report; returns the exit status."""
+    parser = argparse.ArgumentParser(description="What every kernel costs, compiled and predicted: no GPU.")
+    parser.add_argument("--arch", nargs="+", choices=HARDWARE, default=list(TARGET_ARCHITECTURES))
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--all-tiles", action="store_true", help="search the dense floor over every tile")
+    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    options = parser.parse_args(arguments)
+    presets = [PRESETS[name] for name in options.preset]
+    tiles = dense_floor.ALL_TILES if options.all_tiles else dense_floor.TILES
+    rows = collect(presets, options.arch, options.dtype, tiles, options.workers)
+    if options.json:
+        options.json.write_text(json.dumps(as_json(rows), indent=1) + "\n")
+    print(report_tables.render(rows, options.markdown))
+    failures = [failure for row in rows for failure in row.failures]
+    print(*failures or ["All targets are met, and nothing spills where that is checked."], sep="\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,128 @@
+"""The tables of the kernel report, as aligned text or Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from bra_triton.bench.hardware import HARDWARE
+
+if TYPE_CHECKING:
+    from bra_triton.bench.kernel_report import Row
+
+# Columns of the instruction mix; the rest of the loop's instructions are summed up as "other".
+_MIX = {"exp": "exponentials", "matrix": "matrix", "fp32": "fp32", "int": "integer", "loads": "global_loads"}
+
+_NOTES = """\
+Compiled and counted, or predicted from the counts; nothing is measured. Issue slots: warp instructions x 32.
+slots/score: of the loop over whole tiles. dense: the best spill-free dense loop of this run, slots and tile.
+ratio: slots/score over dense. A star: ptxas has serialised the matrix instructions of the loop (each waits).
+slots/useful: whole kernel, padding of tiles, list tail, prologue and epilogue included, over the scores that
+count: straight-line code once plus the loop for every whole tile; loops outside it count once.
+Bounds are microseconds a launch at peak rates, each as if nothing else took time; ps/score: the largest, over
+the useful scores. ideal: what the useful scores alone would take on exponential unit, matrix unit or memory
+with the whole GPU busy, as a share of that."""
+
+
+def render(rows: Sequence[Row], markdown: bool = False) -> str:
+    """The whole report.
+
+    Args:
+        rows: of any number of architectures.
+        markdown: headings and tables in Markdown.
+    """
+    parts = [_NOTES]
+    for arch in dict.fromkeys(row.arch for row in rows):
+        here = [row for row in rows if row.arch == arch and row.analysis is not None]
+        attention = [row for row in here if row.cost is not None]
+        small = [row for row in here if row.cost is None]
+        name = f"{arch} ({HARDWARE[arch].gpu})"
+        parts += [
+            _titled(f"{name}: attention kernels, loops", [_loop_cells(row) for row in attention], markdown),
+            _titled(
+                f"{name}: attention kernels, launches", [_launch_cells(row) for row in attention], markdown
+            ),
+            _titled(f"{name}: other kernels", [_small_cells(row) for row in small], markdown),
+        ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _resources(row: Row) -> dict[str, str]:
+    assert row.analysis is not None
+    usage = row.analysis.usage
+    hardware = HARDWARE[row.arch]
+    warps = hardware.resident_warps(usage.registers, usage.shared_bytes, row.analysis.num_warps)
+    return {
+        "registers": str(usage.registers),
+        "shared": f"{usage.shared_bytes / 1024:.1f} K",
+        "spills": str(usage.spills),
+        "warps/SM": str(warps),
+    }
+
+
+def _loop_cells(row: Row) -> dict[str, str]:
+    assert row.analysis is not None
+    assert row.analysis.loop is not None
+    counts = row.analysis.loop.counts
+    other = row.analysis.loop.total - sum(counts[name] for name in _MIX.values())
+    dense = (
+        f"{row.floor.slots_per_score:.2f}{_star(row.floor.analysis.serialised)}" if row.floor else "spills"
+    )
+    return {
+        "preset": row.preset,
+        "kernel": row.kernel,
+        "M x N, warps": f"{row.analysis.block_m}x{row.analysis.block_n}, {row.analysis.num_warps}",
+        **_resources(row),
+        **{title: str(counts[name]) for title, name in _MIX.items()},
+        "other": str(other),
+        "slots/score": f"{row.analysis.slots_per_score:.2f}{_star(row.analysis.serialised)}",
+        "dense": dense,
+        "dense tile": str(row.floor.tile) if row.floor else "",
+        "ratio": f"{row.ratio:.3f}" if row.ratio else "",
+        "target": f"{row.target} {'met' if not row.failures else 'MISSED'}" if row.target else "",
+    }
+
+
+def _launch_cells(row: Row) -> dict[str, str]:
+    assert row.cost is not None
+    cost = row.cost
+    return {
+        "preset": row.preset,
+        "kernel": row.kernel,
+        "slots/useful": f"{cost.slots_per_useful_score:.2f}",
+        "MB moved": f"{cost.bytes_moved / 1e6:.2f}",
+        "MB requested": f"{cost.bytes_requested / 1e6:.2f}",
+        **{f"{unit} us": f"{1e6 * seconds:.2f}" for unit, seconds in cost.bounds.items()},
+        "binds": cost.binding,
+        "ps/score": f"{1e12 * cost.seconds_per_useful_score:.4f}",
+        "ideal": f"{cost.share_of_ideal:.0%}",
+    }
+
+
+def _small_cells(row: Row) -> dict[str, str]:
+    moved = row.bytes_moved
+    seconds = None if moved is None else moved / HARDWARE[row.arch].bandwidth
+    return {
+        "preset": row.preset,
+        "kernel": row.kernel,
+        **_resources(row),
+        "MB moved": "" if moved is None else f"{moved / 1e6:.3f}",
+        "memory us": "" if seconds is None else f"{1e6 * seconds:.3f}",
+    }
+
+
+def _star(flag: bool) -> str:
+    return "*" if flag else ""
+
+
+def _titled(title: str, cells: list[dict[str, str]], markdown: bool) -> str:
+    if not cells:
+        return ""
+    lines = [list(cells[0]), *(list(each.values()) for each in cells)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    if not markdown:
+        return "\n".join([title, *("  ".join(line).rstrip() for line in padded)])
+    table = ["| " + " | ".join(line) + " |" for line in padded]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([f"## {title}", "", table[0], rule, *table[1:]])

@@ -1,0 +1,184 @@
+"""The arithmetic from instruction counts to bounds, on counts made up so that results can be told by hand."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bra_triton.bench.analysis import Analysis
+from bra_triton.bench.cost_model import (
+    ATTENTION_KERNELS,
+    ProblemSizes,
+    bytes_moved,
+    bytes_requested,
+    fma_per_score,
+    predict,
+    small_kernel_bytes,
+    walk_of,
+)
+from bra_triton.bench.hardware import HARDWARE, Hardware
+from bra_triton.bench.presets import PRESETS
+from bra_triton.bench.static_analysis import INSTRUCTION_CLASSES, LoopMix, Usage
+
+# One SM of round rates, a clock a second.
+UNIT = Hardware("made up", 1, 1.0, 1.0, 64, 32, 64, 32, 200 << 10, 100 << 10)
+# 10x10 regions, four of 64 chosen, heads of 32: a list of 400 keys.
+P3 = ProblemSizes(2, 64, 100, 4, 100, 2, 32, 32)
+
+
+def mix(**counts):
+    return LoopMix({**dict.fromkeys(INSTRUCTION_CLASSES, 0), **counts}, {})
+
+
+def code(block_m=128, block_n=128, num_warps=8, loop=None, rest=None, registers=128, shared=0):
+    usage = Usage(registers, shared, 0, 0, 0)
+    loop = loop or mix(exponentials=64, matrix=10, fp32=126)
+    rest = rest or mix(exponentials=66, matrix=12, fp32=322)
+    return Analysis(block_m, block_n, num_warps, usage, loop, rest)
+
+
+def test_walks():
+    forward = walk_of("attention_forward", 128, 128, P3)
+    assert (forward.programs, forward.whole_tiles, forward.tail, forward.steps) == (2 * 2 * 64, 3, True, 4)
+    split = walk_of("query_gradient", 64, 80, P3)
+    assert (split.programs, split.whole_tiles, split.tail) == (2 * 2 * 64 * 2, 5, False)
+    # dK/dV owns keys and walks queries: 16 of 49 regions choose each of 7 x 7 regions of 25 keys.
+    pooled = ProblemSizes(1, 49, 64, 16, 25, 1, 32, 32)
+    rows = walk_of("key_value_gradient", 64, 16, pooled)
+    assert (rows.programs, rows.whole_tiles, rows.tail) == (49 * 2, 16, False)
+    # Half as many key regions: rows twice as long.
+    assert walk_of("key_value_gradient", 64, 16, replace(pooled, kv_regions=98)).whole_tiles == 8
+
+
+def test_slots_count_the_prologue_the_tail_and_the_padding():
+    cost = predict("attention_forward", code(), P3, UNIT)
+    # 400 instructions outside the loop and 3 x 200 in it, by 8 warps, for 100 x 400 scores.
+    assert cost.slots_per_useful_score == pytest.approx((400 + 600) * 8 * 32 / (100 * 400))
+    without_tail = predict("attention_forward", code(), replace(P3, topk=32), UNIT)
+    assert without_tail.slots_per_useful_score == pytest.approx((400 - 200 + 25 * 200) * 256 / (100 * 3200))
+    # Code that peels no tail has none to leave out.
+    bare = code(rest=mix(fp32=400))
+    cost = predict("attention_forward", bare, replace(P3, topk=32), UNIT)
+    assert cost.slots_per_useful_score == pytest.approx((400 + 25 * 200) * 256 / (100 * 3200))
+
+
+def test_bounds():
+    cost = predict("attention_forward", code(), P3, UNIT)
+    programs = 2 * 2 * 64
+    assert cost.bounds == pytest.approx(
+        {
+            "issue": programs * 1000 * 256 / 128,
+            "exponential": programs * (3 * 64 + 66) * 256 / 16,
+            "matrix": programs * 4 * 128 * 128 * (32 + 32) / 64,
+            "memory": cost.bytes_moved,
+        }
+    )
+    assert cost.binding == "matrix"
+    assert cost.seconds == cost.bounds["matrix"]
+    assert cost.seconds_per_useful_score == pytest.approx(4 * 128 * 128 / (100 * 400))
+    # 100 x 400 of 128 x 512 scores count.
+    assert cost.share_of_ideal == pytest.approx(100 * 400 / (4 * 128 * 128))
+    assert predict("attention_forward", code(), P3, UNIT, matrix_passes=3).bounds["matrix"] == pytest.approx(
+        3 * cost.bounds["matrix"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "binding"),
+    [
+        ({"issue_slots": 1}, "issue"),
+        ({"exponentials": 1, "half_fma": 1024}, "exponential"),
+        ({"half_fma": 1}, "matrix"),
+        ({"bandwidth": 1e-3}, "memory"),
+    ],
+)
+def test_the_slow_unit_binds(change, binding):
+    assert predict("query_gradient", code(), P3, replace(UNIT, **change)).binding == binding
+
+
+def test_a_launch_takes_whole_programs_an_sm():
+    one, many = (
+        predict("attention_forward", code(), P3, replace(UNIT, sms=sms, bandwidth=1e9)) for sms in (256, 200)
+    )
+    assert many.seconds == 2 * one.seconds  # 256 programs on 200 SMs: some take two
+
+
+def test_what_does_not_fit_costs_infinitely():
+    cost = predict("attention_forward", code(shared=101 << 10), P3, UNIT)
+    assert cost.resident_warps == 0
+    assert cost.seconds_per_useful_score == float("inf")
+    assert cost.share_of_ideal == 0
+
+
+def test_products_of_each_kernel():
+    wide = replace(P3, qk_head_dim=24, v_head_dim=40)
+    assert fma_per_score("attention_forward", wide, padded=False) == 24 + 40
+    assert fma_per_score("query_gradient", wide, padded=False) == 2 * 24 + 40
+    assert fma_per_score("key_value_gradient", wide, padded=True) == 2 * 32 + 2 * 64
+
+
+def test_bytes_of_one_image_by_hand():
+    tiny = ProblemSizes(1, 4, 10, 2, 10, 1, 16, 32)  # 40 tokens, rows of 32 and 64 bytes
+    graph = 4 * 4 * 2
+    assert bytes_moved("attention_forward", tiny) == 40 * (32 + 32 + 64 + 64 + 4) + graph
+    assert bytes_moved("query_gradient", tiny) == 40 * (3 * 32 + 3 * 64 + 12) + graph
+    assert bytes_moved("key_value_gradient", tiny) == 40 * (3 * 32 + 3 * 64 + 8) + graph
+    # Every region reads 20 keys where 10 a region would do, twice when its queries take two programs.
+    extra = bytes_requested("attention_forward", 16, 16, tiny) - bytes_moved("attention_forward", tiny)
+    assert extra == (4 * 20 - 40) * 96
+    extra = bytes_requested("attention_forward", 8, 16, tiny) - bytes_moved("attention_forward", tiny)
+    assert extra == (2 * 4 * 20 - 40) * 96
+
+
+def test_bytes_of_the_small_kernels():
+    # Queries and keys of 2 x 6400 tokens and 64 channels are read; 2 x 64 + 2 x 64 means of 64 are written.
+    assert small_kernel_bytes("region_means", P3) == 2 * 6400 * 2 * 128 + 4 * 256 * 64
+    assert small_kernel_bytes("route", P3) == 4 * 256 * 64 + 8 * 2 * 64 * 4
+    assert small_kernel_bytes("invert_graph", P3) == 8 * 2 * 64 * 4 + 4 * 2 * 65
+    assert small_kernel_bytes("unheard of", P3) is None
+
+
+@given(
+    kernel=st.sampled_from(ATTENTION_KERNELS),
+    sizes=st.tuples(*[st.integers(1, 40)] * 5),
+    block_m=st.sampled_from([16, 32, 64, 128]),
+    block_n=st.sampled_from([16, 32, 64, 128]),
+)
+def test_walks_cover_every_score(kernel, sizes, block_m, block_n):
+    batch, regions, tokens, topk, kv_tokens = sizes
+    problem = ProblemSizes(batch, regions, tokens, min(topk, regions), kv_tokens, 2, 32, 32)
+    walk = walk_of(kernel, block_m, block_n, problem)
+    scores = walk.programs * walk.steps * block_m * block_n
+    assert scores >= problem.useful_scores
+    assert bytes_requested(kernel, block_m, block_n, problem) >= bytes_moved(kernel, problem)
+
+
+def test_resident_warps_by_each_limit():
+    h100 = HARDWARE["sm_90"]
+    assert h100.resident_warps(32, 0, 4) == 64  # the SM's own limit
+    assert h100.resident_warps(128, 0, 8) == 16  # registers: 65536 / (128 x 32)
+    assert h100.resident_warps(129, 0, 8) == 8  # given in portions: 136 a thread, 15 warps, one block of 8
+    assert h100.resident_warps(100, 0, 1) == 16  # four in each quarter of the SM, though all have room for 19
+    assert h100.resident_warps(32, 75 << 10, 4) == 12  # shared memory, 1 KiB of each block the system's
+    assert h100.resident_warps(32, 0, 1) == 32  # blocks
+    assert h100.resident_warps(32, 228 << 10, 4) == 0
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(ValueError, match="kernel is 'route'"):
+        predict("route", code(), P3, UNIT)
+    with pytest.raises(ValueError, match="no loop with matrix"):
+        predict("query_gradient", replace(code(), loop=None), P3, UNIT)
+
+
+def test_presets_are_what_the_models_run():
+    assert {name for name, preset in PRESETS.items() if preset.region_tokens >= 100} == {
+        *("yolo_p3", "yolo_p3_head64", "high_resolution", "high_resolution_head64")
+    }
+    for preset in PRESETS.values():
+        assert preset.topk <= preset.n_win**2
+        assert preset.dim % preset.num_heads == 0
+    p5 = ProblemSizes.of_preset(PRESETS["yolo_p5"])
+    assert (p5.region_tokens, p5.regions, p5.useful_scores) == (9, 64, 16 * 8 * 64 * 9 * 36)
+    assert PRESETS["biformer_stage4"].region_tokens == 1

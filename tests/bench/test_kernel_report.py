@@ -1,0 +1,137 @@
+"""The kernel report, compiled on one small preset, and that it fails where it must."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from bra_triton.bench import dense_floor, kernel_report
+from bra_triton.bench.analysis import analyse_all
+from bra_triton.bench.dense_floor import DenseTile
+from bra_triton.bench.presets import PRESETS
+from bra_triton.bench.static_analysis import KernelSpecimen, compile_for, inner_loop, main_loop_and_rest
+from bra_triton.kernels import tiles
+
+pytestmark = pytest.mark.compiled
+P3 = PRESETS["yolo_p3"]
+
+
+@pytest.fixture(autouse=True)
+def _small_search(monkeypatch):
+    """One dense tile a kernel: the search itself is tested with the floor."""
+    monkeypatch.setattr(dense_floor, "TILES", (DenseTile(64, 64, 4, 2, False),))
+
+
+def test_the_report_of_one_preset(tmp_path, capsys):
+    file = tmp_path / "report.json"
+    arguments = [
+        "--arch",
+        "sm_90",
+        "--preset",
+        "yolo_p3",
+        "--json",
+        str(file),
+        "--markdown",
+        "--workers",
+        "1",
+    ]
+    status = kernel_report.main(arguments)
+    printed = capsys.readouterr().out
+    rows = json.loads(file.read_text())
+    assert status == int(any(row["failures"] for row in rows))
+    assert "| preset" in printed
+    by_kernel = {row["kernel"]: row for row in rows}
+    for kernel, target in kernel_report.TARGETS.items():
+        row = by_kernel[kernel]
+        assert row["analysis"]["loop"]["counts"]["exponentials"] > 0
+        assert row["target"] == target
+        assert row["ratio"] == pytest.approx(row["slots_per_score"] / row["floor"]["slots_per_score"])
+        # Padding, tail, prologue and epilogue come on top of the loop.
+        assert row["slots_per_useful_score"] > row["slots_per_score"]
+        assert row["cost"]["resident_warps"] > 0
+        assert kernel in printed
+    assert by_kernel["region_means"]["cost"] is None
+    assert by_kernel["region_means"]["bytes_moved"] > 16 * 80 * 80 * 128 * 2
+
+
+def test_a_spill_fails_the_report(monkeypatch, capsys):
+    """The tile that tests/kernels/test_compile.py spills with."""
+    monkeypatch.setattr(tiles, "choose", lambda *arguments: tiles.Tile(128, 128, 1, 1))
+    dkv_only(monkeypatch)
+    assert kernel_report.main(["--arch", "sm_80", "--preset", "yolo_p3", "--workers", "1"]) == 1
+    assert "yolo_p3, sm_80, key_value_gradient" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_missed_target_fails_the_report_and_a_met_one_does_not(monkeypatch, capsys):
+    dkv_only(monkeypatch)
+    arguments = ["--arch", "sm_80", "--preset", "yolo_p3", "--workers", "1"]
+    monkeypatch.setitem(kernel_report.TARGETS, "key_value_gradient", 0.5)
+    assert kernel_report.main(arguments) == 1
+    assert "times the dense floor, target 0.5" in capsys.readouterr().out
+    monkeypatch.setitem(kernel_report.TARGETS, "key_value_gradient", 5.0)
+    assert kernel_report.main(arguments) == 0
+    assert "All targets are met" in capsys.readouterr().out
+
+
+def dkv_only(monkeypatch):
+    shipped = kernel_report.shipped
+    monkeypatch.setattr(
+        kernel_report,
+        "shipped",
+        lambda preset, dtype: [s for s in shipped(preset, dtype) if s.name == "key_value_gradient"],
+    )
+
+
+def row(**changes):
+    """A row without counts: the kernel did not compile."""
+    nothing = dict.fromkeys(("analysis", "bytes_moved", "cost", "floor", "target"))
+    return kernel_report.Row("p", "sm_80", "attention_forward", error="no", checked=True, **nothing | changes)
+
+
+def test_what_does_not_compile_fails_the_report():
+    assert row().failures == ["p, sm_80, attention_forward: does not compile: no"]
+
+
+def test_a_target_without_a_floor_fails_the_report():
+    specimen = dense_floor.specimen("attention_forward", 32, "fp16", DenseTile(64, 64, 4, 2, False))
+    (analysis,) = analyse_all([(specimen, "sm_80")])
+    assert "no spill-free dense floor" in row(analysis=analysis, target=1.08).failures[0]
+    assert row(analysis=analysis).failures == []
+
+
+def test_targets_are_for_large_regions_half_precision_and_two_architectures():
+    targets = {
+        (name, arch, dtype): kernel_report.target_of("query_gradient", PRESETS[name], arch, dtype)
+        for name in ("yolo_p3", "yolo_p4", "high_resolution_head64")
+        for arch in ("sm_80", "sm_120")
+        for dtype in ("float16", "float32")
+    }
+    assert {key for key, target in targets.items() if target is not None} == {
+        ("yolo_p3", "sm_80", "float16"),
+        ("high_resolution_head64", "sm_80", "float16"),
+    }
+
+
+def test_other_processes_compile_the_same_and_errors_come_back():
+    good = dense_floor.specimen("attention_forward", 32, "fp16", DenseTile(32, 32, 2, 2, False))
+    bad = replace(good, constexprs={})
+    other = replace(good, num_warps=1)
+    jobs = [(good, "sm_80"), (bad, "sm_80"), (other, "sm_80"), (good, "sm_80")]
+    first, error, second, again = analyse_all(jobs, workers=2)
+    assert first is again
+    assert isinstance(error, RuntimeError)
+    assert "takes [" in str(error)
+    assert first.slots_per_score != second.slots_per_score
+    assert first.loop == inner_loop(compile_for(good, "sm_80"))
+
+
+def test_loop_and_rest_are_the_whole_kernel():
+    specimen: KernelSpecimen = next(
+        s for s in kernel_report.shipped(P3, kernel_report.DTYPES["float16"]) if s.name == "attention_forward"
+    )
+    loop, rest = main_loop_and_rest(compile_for(specimen, "sm_80"))
+    # The tail is peeled: the same products, masked; and the last maxima, sums and the logarithm.
+    assert rest.counts["matrix"] == loop.counts["matrix"]
+    assert rest.total > loop.total
+    assert rest.counts["global_stores"] > 0
+    assert loop.counts["global_stores"] == 0
