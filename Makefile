@@ -9,7 +9,7 @@ export YOLO_CONFIG_DIR := $(CURDIR)/runs/ultralytics
 # One test worker a core, one thread a worker.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: help setup demo test test-interpreted test-compiled lint format typecheck clean
+.PHONY: help setup demo test test-interpreted test-compiled gpu-check lint format typecheck clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -32,6 +32,9 @@ test-interpreted: setup  ## the kernels under Triton's interpreter, everything e
 
 test-compiled: setup  ## the kernels compiled for GPUs that need not be there
 	TRITON_INTERPRET=0 $(PYTEST) -m compiled
+
+gpu-check:  ## where there is a GPU: every mode, then times beside peers, in 9 minutes; installs nothing
+	$(PYTHON) bench/gpu_check.py $(GPU_CHECK)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

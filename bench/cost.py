@@ -6,12 +6,17 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+# Written between two timed calls: several times the level-2 cache of any GPU.
+FLUSH_BYTES = 1 << 28
+# How long the GPU is kept busy (clock cycles, about 2 ms) while Python enqueues a timed call.
+HEAD_START_CYCLES = 4_000_000
 
 
 def synchronize(device: torch.device) -> None:
@@ -31,6 +36,37 @@ def median_seconds(run: Callable[[], object], device: torch.device, repeats: int
         synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def median_device_seconds(
+    runs: Sequence[Callable[[], object]], device: torch.device, repeats: int = 30, warm_up: int = 5
+) -> float:
+    """Median time that a GPU works on one of `runs`, which are the same work on different inputs.
+
+    The runs take turns. Before each the GPU's level-2 cache is overwritten, and the GPU is kept busy while
+    Python enqueues the run, so that what it takes to launch kernels does not count (`median_seconds` counts
+    it). On the CPU, whose caches stay as they are, it is the wall time.
+    """
+    for index in range(max(warm_up, len(runs))):
+        runs[index % len(runs)]()
+    if device.type != "cuda":
+        times = []
+        for index in range(repeats):
+            start = time.perf_counter()
+            runs[index % len(runs)]()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
+    for index, (start_event, end_event) in enumerate(events):
+        synchronize(device)  # or a long queue would block, and Python fall behind again
+        flush.zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        start_event.record()
+        runs[index % len(runs)]()
+        end_event.record()
+    synchronize(device)
+    return statistics.median(start.elapsed_time(end) / 1e3 for start, end in events)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

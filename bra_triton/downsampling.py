@@ -4,12 +4,14 @@
 on regions cut apart, for the reference and for export. What both share is where a region's cells lie.
 """
 
+from fractions import Fraction
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .export import being_exported
 from .kernels.pooling_problem import MAX, MEAN, WEIGHTED, pooled_grid
 from .kernels.region_grid import RegionGrid
 from .operators import pooling as operators
@@ -154,8 +156,19 @@ class AdaptivePooling(KVDownsampling):
 
     def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
         """See `KVDownsampling`."""
+        if being_exported():
+            return self._exportable(x)
         pool = F.adaptive_avg_pool2d if self.mode == MEAN else F.adaptive_max_pool2d
         return pool(x, self.kv_per_win)
+
+    def _exportable(self, x: Tensor) -> Tensor:
+        """The same without adaptive pooling, which ONNX has not."""
+        height, width = x.shape[-2:]
+        row_cells, column_cells = self.cells(height, width, x.device)
+        if self.mode == MEAN:
+            return _mean_matrix(row_cells, height, x) @ x @ _mean_matrix(column_cells, width, x).t()
+        x = _window_maxima(x, 3, column_cells, width // self.kv_per_win + 2)
+        return _window_maxima(x, 2, row_cells, height // self.kv_per_win + 2)
 
     def extra_repr(self) -> str:
         """Mode and cells a side."""
@@ -197,22 +210,26 @@ class FractionalMaxPooling(KVDownsampling):
     def __init__(self, qk_dim: int, dim: int, ratio: float, kernel: int | None) -> None:
         super().__init__(qk_dim, dim, MAX)
         self.ratio = _at_least_one("kv_downsample_ratio", ratio)
+        # Whole numbers, which torch.compile can divide where the side is symbolic.
+        self._ratio = Fraction(ratio).limit_denominator(1000)
         self.kernel = None if kernel is None else _at_least_one("kv_downsample_kernel", kernel)
 
     def count(self, side: int) -> int:
         """`max(1, floor(side / ratio))`."""
-        return max(1, int(side // self.ratio))
+        return max(1, side * self._ratio.denominator // self._ratio.numerator)
 
     def window(self, side: int) -> int:
-        """Tokens along a side of every cell; raises ValueError where they leave a token out or do not fit."""
-        smallest = -(-side // self.count(side))
+        """Tokens along a side of every cell; raises ValueError where cells leave a token out or coincide."""
+        count = self.count(side)
+        # Of positive numbers alone: an exported graph's division rounds negative ones up.
+        smallest, largest = (side + count - 1) // count, side - count + 1
         if self.kernel is None:
             return smallest
-        _check_fits("kv_downsample_kernel", self.kernel, side)
-        if self.kernel < smallest:
+        if not smallest <= self.kernel <= largest:
             raise ValueError(
-                f"kv_downsample_kernel must be at least {smallest} to leave no token of a region's side of "
-                f"{side} out at kv_downsample_ratio={self.ratio}, got {self.kernel}"
+                f"kv_downsample_kernel must be from {smallest} to {largest} so that {count} different cells "
+                f"cover a region's side of {side} tokens (kv_downsample_ratio={self.ratio}), "
+                f"got {self.kernel}"
             )
         return self.kernel
 
@@ -292,10 +309,18 @@ def fractional_cells(side: int, count: int, window: int, sample: Tensor) -> Tens
 
 
 def _window_maxima(x: Tensor, dim: int, cells: Tensor, window: int) -> Tensor:
-    """Maxima over the cells along a dimension, all of `window` tokens."""
+    """Maxima over the cells along a dimension, all of at most `window` tokens."""
     position = cells[:, :1] + torch.arange(window, dtype=torch.int32, device=x.device)
+    position = torch.minimum(position, cells[:, 1:] - 1)  # the last one again and again in smaller cells
     windows = x.index_select(dim, position.flatten()).unflatten(dim, (len(cells), window))
     return windows.max(dim + 1).values  # the gradient goes to one of equals; amax would share it out
+
+
+def _mean_matrix(cells: Tensor, side: int, like: Tensor) -> Tensor:
+    """`(cells, side)`: one over the cell's size where it contains the token, else 0."""
+    token = torch.arange(side, dtype=torch.int32, device=cells.device)
+    start, end = cells[:, :1], cells[:, 1:]
+    return ((token >= start) & (token < end)).to(like.dtype) / (end - start).to(like.dtype)
 
 
 def _whole(ratio: float) -> int:

@@ -8,6 +8,7 @@ pooling and strided convolution, and samples drawn on the device need never be k
 | x, grad_x | (N, HEIGHT, WIDTH, TOKEN_STRIDE), of which CHANNELS | a slice of a packed NHWC map |
 | fill | (CHANNELS,) | what tokens past the map's edge hold; read where PADDED |
 | row_cells, column_cells | (cells, 2) int32 | start and end of each cell in a region; both ascend |
+| row_holders, column_holders | (h, 2), (w, 2) int32 | first cell that holds each token, and first past them |
 | weight | (KERNEL_HEIGHT * KERNEL_WIDTH, CHANNELS) fp32 | depthwise kernel, taps first; read where weighted |
 | bias | (CHANNELS,) fp32 | read where weighted |
 | pooled, grad_pooled | (N, rows * cells_high, columns * cells_wide, CHANNELS) | pooled map, NHWC |
@@ -25,33 +26,15 @@ import triton.language as tl
 
 _SIZES = [
     *("height", "width", "region_height", "region_width", "rows", "columns", "cells_high", "cells_wide"),
-    *("search_step", "strip_tiles", "tiles", "strips"),
+    *("strip_tiles", "tiles", "strips"),
 ]
 
 
 @triton.jit
-def _span(cells, index, live):
-    """Start and end of the cells `index` of an axis; (0, 1) where not live."""
-    start = tl.load(cells + 2 * index, mask=live, other=0)
-    return start, tl.load(cells + 2 * index + 1, mask=live, other=1)
-
-
-@triton.jit
-def _cells_with(cells, count, token, step):
-    """The cells of an axis that contain each token: the first, and the first past them; equal for none.
-
-    Cells that end at or before a token, and those that start at or before it, are counted by binary search;
-    `step` is a power of two with `count < 2 * step`.
-    """
-    first = tl.zeros_like(token)
-    stop = tl.zeros_like(token)
-    while step > 0:
-        _, end = _span(cells, first + step - 1, first + step <= count)
-        first = tl.where((first + step <= count) & (end <= token), first + step, first)
-        start, _ = _span(cells, stop + step - 1, stop + step <= count)
-        stop = tl.where((stop + step <= count) & (start <= token), stop + step, stop)
-        step = step // 2
-    return first, stop
+def _span(spans, index, live):
+    """Rows `index` of a table of starts and ends; (0, 1) where not live."""
+    start = tl.load(spans + 2 * index, mask=live, other=0)
+    return start, tl.load(spans + 2 * index + 1, mask=live, other=1)
 
 
 @triton.jit
@@ -166,6 +149,26 @@ def pool(
         tl.store(argmax + element, winner, mask=stored)
 
 
+@triton.jit(do_not_specialize=["count", "side"])
+def invert_cells(cells, holders, count, side, BLOCK: tl.constexpr, BLOCK_CELLS: tl.constexpr):
+    """Which cells hold each token of an axis; grid (blocks of tokens,).
+
+    Of cells in ascending order those that end at or before a token come before its first, and those that
+    start at or before it end with its last: both are counted.
+    """
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.zeros([BLOCK], tl.int32)
+    stop = tl.zeros([BLOCK], tl.int32)
+    for first_cell in tl.range(0, count, BLOCK_CELLS):
+        cell = first_cell + tl.arange(0, BLOCK_CELLS)
+        live = (cell < count)[None, :]
+        start, end = _span(cells, cell, cell < count)
+        first += tl.sum(tl.where(live & (end[None, :] <= token[:, None]), 1, 0), axis=1)
+        stop += tl.sum(tl.where(live & (start[None, :] <= token[:, None]), 1, 0), axis=1)
+    tl.store(holders + 2 * token, first, mask=token < side)
+    tl.store(holders + 2 * token + 1, stop, mask=token < side)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def pool_backward(
     grad_pooled,
@@ -173,6 +176,8 @@ def pool_backward(
     weight,
     row_cells,
     column_cells,
+    row_holders,
+    column_holders,
     grad_x,
     fill_partials,
     height,
@@ -183,7 +188,6 @@ def pool_backward(
     columns,
     cells_high,
     cells_wide,
-    search_step,
     strips,
     strip_tiles,
     MODE: tl.constexpr,
@@ -213,8 +217,8 @@ def pool_backward(
         live = map_row < rows * region_height
         row = map_row % region_height
         column = map_column % region_width
-        first_row, stop_row = _cells_with(row_cells, cells_high, row, search_step)
-        first_column, stop_column = _cells_with(column_cells, cells_wide, column, search_step)
+        first_row, stop_row = _span(row_holders, row, live)
+        first_column, stop_column = _span(column_holders, column, live)
         pooled_top = map_row // region_height * cells_high
         pooled_left = map_column // region_width * cells_wide
 

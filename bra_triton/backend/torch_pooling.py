@@ -59,7 +59,7 @@ def pool_backward(
         row_matrix, column_matrix = _mean_matrices(pooling, grad)
         grad_regions = _apply_matrices(grad, row_matrix.t(), column_matrix.t())
     padded = grad_regions.reshape(
-        x.shape[0], grid.rows * grid.region_height, grid.columns * grid.region_width, -1
+        x.shape[0], grid.rows * grid.region_height, grid.columns * grid.region_width, x.shape[-1]
     )
     grad_x.copy_(padded[:, : grid.height, : grid.width])
     if not grid.is_padded:
@@ -84,7 +84,8 @@ def _pad(x: Tensor, fill: Tensor | None, grid: RegionGrid) -> Tensor:
 
 def _to_regions(x: Tensor, grid: RegionGrid) -> Tensor:
     """`(N, rows*h, columns*w, C)` to `(N*rows, h, columns, w, C)`, without a copy."""
-    return x.view(-1, grid.region_height, grid.columns, grid.region_width, x.shape[-1])
+    shape = (grid.region_height, grid.columns, grid.region_width, x.shape[-1])
+    return x.view(x.shape[0] * grid.rows, *shape)
 
 
 def _mean_matrices(pooling: RegionPooling, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,9 +103,8 @@ def _apply_matrices(regions: Tensor, row_matrix: Tensor, column_matrix: Tensor) 
     """Multiplies rows and columns of `(B, h, columns, w, C)` regions; `(B, h', columns, w', C)`."""
     batch, height, columns, width, channels = regions.shape
     by_rows = row_matrix @ regions.reshape(batch, height, columns * width * channels)
-    return (column_matrix @ by_rows.view(-1, width, channels)).view(
-        batch, -1, columns, len(column_matrix), channels
-    )
+    pooled = column_matrix @ by_rows.view(batch * len(row_matrix) * columns, width, channels)
+    return pooled.view(batch, len(row_matrix), columns, len(column_matrix), channels)
 
 
 def _maximum(regions: Tensor, pooling: RegionPooling) -> tuple[Tensor, Tensor]:

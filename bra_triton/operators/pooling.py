@@ -8,17 +8,15 @@ Callers (`downsampling`) have checked the arguments. `grid` is a `RegionGrid`'s 
 | `bra_triton::pool_regions_backward` | none |
 """
 
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ..backend import registry
 from ..kernels.pooling_problem import MAX, RegionPooling
 from ..kernels.region_grid import RegionGrid
-
-BACKENDS = {"triton": "..kernels.launches.pooling", "torch": "..backend.torch_pooling"}
+from ._shared import or_empty, without_autocast
 
 
 @torch.library.custom_op("bra_triton::pool_regions", mutates_args=())
@@ -53,11 +51,11 @@ def pool_regions(
         that are the maxima, int32, empty but for `MAX`.
     """
     pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid))
-    with torch.autocast(qkv.device.type, enabled=False):
-        pooled, argmax = _load(backend).pool_forward(
+    with without_autocast(qkv):
+        pooled, argmax = registry.load(backend).pool_forward(
             qkv[..., qk_dim:], _fill_of(fill, qkv, qk_dim), pooling, weight, bias
         )
-    return pooled, _or_empty(argmax, qkv)
+    return pooled, or_empty(argmax, qkv)
 
 
 @pool_regions.register_fake
@@ -89,8 +87,8 @@ def pool_regions_backward(
     pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid))
     grad_qkv = torch.empty_like(qkv)
     grad_qkv[..., :qk_dim] = 0
-    with torch.autocast(qkv.device.type, enabled=False):
-        gradients = _load(backend).pool_backward(
+    with without_autocast(qkv):
+        gradients = registry.load(backend).pool_backward(
             grad_pooled.contiguous(),
             qkv[..., qk_dim:],
             _fill_of(fill, qkv, qk_dim),
@@ -143,15 +141,7 @@ def _backward(ctx, grad_pooled, _grad_argmax):
 pool_regions.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _load(backend: str) -> ModuleType:
-    return importlib.import_module(BACKENDS[backend], __package__)
-
-
 def _fill_of(fill: Tensor | None, qkv: Tensor, qk_dim: int) -> Tensor:
     """The keys' and values' share of `fill`."""
     channels = qkv.shape[-1] - qk_dim
     return qkv.new_zeros(channels) if fill is None else fill[qk_dim:].contiguous()
-
-
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if tensor is None else tensor

@@ -7,8 +7,8 @@ from torch import Tensor
 from .. import pooling as kernels
 from ..pooling_problem import MAX, PoolingGradients, RegionPooling
 
-# 16 elements a thread: with half precision two 16-byte loads in flight. Predicted, not measured.
-TILE_ELEMENTS = 2048
+# Two 16-byte loads in flight a thread. Predicted, not measured; with twice as much float32 spills.
+TILE_BYTES = 4096
 MAX_BLOCK_CHANNELS = 64
 NUM_WARPS = 4
 # Programs that share a sum over the tokens of an image; more would only make their partial sums larger.
@@ -94,10 +94,10 @@ def pool_backward(
                 x if weight is None else _taps_first(weight),
                 pooling.row_cells,
                 pooling.column_cells,
+                *_holders(pooling),
                 grad_x,
                 partials,
                 *_sizes(pooling),
-                1 << (max(pooling.cells_high, pooling.cells_wide).bit_length() - 1),
                 strips,
                 strip_tiles,
                 MODE=pooling.mode,
@@ -108,6 +108,23 @@ def pool_backward(
         return PoolingGradients(grad_fill)
     grad_bias = grad_pooled.sum((0, 1, 2), dtype=torch.float32)
     return PoolingGradients(grad_fill, _weight_gradient(grad_pooled, x, fill, pooling, weight), grad_bias)
+
+
+def _holders(pooling: RegionPooling) -> tuple[Tensor, Tensor]:
+    """For each axis `(tokens, 2)`: the first cell that holds each token, and the first past them."""
+    grid = pooling.grid
+    rows = _invert(pooling.row_cells, grid.region_height)
+    if pooling.column_cells is pooling.row_cells and grid.region_width == grid.region_height:
+        return rows, rows
+    return rows, _invert(pooling.column_cells, grid.region_width)
+
+
+def _invert(cells: Tensor, side: int) -> Tensor:
+    holders = cells.new_empty(side, 2)
+    kernels.invert_cells[(triton.cdiv(side, 32),)](
+        cells, holders, cells.shape[0], side, BLOCK=32, BLOCK_CELLS=32, num_warps=1
+    )
+    return holders
 
 
 def _weight_gradient(
@@ -145,7 +162,7 @@ def _constants(x: Tensor, pooling: RegionPooling, weight: Tensor | None) -> dict
         "PADDED": pooling.grid.is_padded,
         "TOKEN_STRIDE": x.stride(2),
         "CHANNELS": channels,
-        "BLOCK_T": TILE_ELEMENTS // block_c,
+        "BLOCK_T": TILE_BYTES // (x.element_size() * block_c),
         "BLOCK_C": block_c,
         "num_warps": NUM_WARPS,
     }

@@ -1,0 +1,68 @@
+"""Runs a module with `bra_triton` imported from this working tree, without installation.
+
+`python bench/in_tree.py bra_triton.bench.peer_benchmark --help`, or `python bench/in_tree.py pytest tests`.
+Which folder is which package stands in pyproject.toml, where an installation reads it too.
+"""
+
+import importlib.abc
+import importlib.util
+import runpy
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class InTreeFinder(importlib.abc.MetaPathFinder):
+    """Finds the packages of a working tree where pyproject.toml says that they are.
+
+    Args:
+        root: the folder that holds pyproject.toml.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.folders = {name: root / folder for name, folder in package_folders(root).items()}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The package of that name; its modules are found through its own folder."""
+        folder = self.folders.get(fullname)
+        if folder is None:
+            return None
+        return importlib.util.spec_from_file_location(
+            fullname, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+
+
+def package_folders(root: Path) -> dict[str, str]:
+    """Folder of every package, relative to the root."""
+    import tomllib  # Python 3.11
+
+    settings = tomllib.loads((root / "pyproject.toml").read_text())
+    folders: dict[str, str] = settings["tool"]["setuptools"]["package-dir"]
+    return folders
+
+
+def install(root: Path = ROOT) -> None:
+    """Makes the tree's packages importable in this process, ahead of an installed copy."""
+    if not any(isinstance(finder, InTreeFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, InTreeFinder(root))
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the module `arguments[0]` with the rest as its command line."""
+    if not arguments:
+        raise SystemExit(f"usage: {sys.argv[0]} MODULE [ARGUMENT ...]")
+    # Python put this file's folder first, where `cost` and `launches` would hide others' modules.
+    sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "bench")]
+    install()
+    sys.argv = arguments
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,171 @@
+"""The one command: runs from a bare working tree, reports failures and goes on, and keeps to its budget."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from bra_triton.bench import gpu_check, gpu_report, in_tree, jobs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def bare_tree(tmp_path_factory):
+    """A copy of the working tree where nothing was installed from."""
+    root = tmp_path_factory.mktemp("tree")
+    for name in ("bra_triton", "kernels", "bench", "yolo_integration"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "photos"))
+    shutil.copy(ROOT / "pyproject.toml", root)
+    return root
+
+
+def test_every_package_of_the_tree_is_found():
+    assert set(in_tree.package_folders(ROOT)) == {
+        *("bra_triton", "bra_triton.backend", "bra_triton.bench", "bra_triton.kernels"),
+        *("bra_triton.kernels.launches", "bra_triton.operators", "bra_triton.yolo_integration"),
+    }
+    for folder in in_tree.package_folders(ROOT).values():
+        assert (ROOT / folder / "__init__.py").exists()
+
+
+def test_a_bare_tree_is_imported_from_itself_and_needs_no_optional_package(bare_tree):
+    (bare_tree / "probe.py").write_text(
+        textwrap.dedent("""
+        import json, sys
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in ("ultralytics", "hypothesis", "matplotlib"):
+                    raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, Absent())
+        import bra_triton.bench.peer_benchmark, bra_triton.bench.gpu_check
+        import bra_triton.kernels.launches.attention
+        names = ("bra_triton", "bra_triton.bench", "bra_triton.kernels.launches", "bra_triton.bench.cost")
+        print(json.dumps([sys.modules[n].__file__ for n in names] + sys.argv))
+        """)
+    )
+    # Outside the tree, and without the user's site: an installed copy must not be needed, nor be taken.
+    command = [sys.executable, "-s", str(bare_tree / "bench" / "in_tree.py"), "probe", "--flag"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=bare_tree.parent, check=True)
+    *files, name, flag = json.loads(done.stdout)
+    assert all(Path(file).is_relative_to(bare_tree) for file in files)
+    assert (Path(name).name, flag) == ("probe.py", "--flag")
+
+
+def test_called_by_its_path_it_asks_for_a_gpu(bare_tree):
+    """`python bench/gpu_check.py`, with nothing on the path but the standard library and PyTorch."""
+    command = [sys.executable, "bench/gpu_check.py", "--device", "cuda"]
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=bare_tree, env=environment, check=False
+    )
+    assert done.returncode == 2
+    assert "--device cpu rehearses" in done.stderr
+
+
+def test_files_are_left_out_by_what_they_import(tmp_path):
+    test = tmp_path / "test_x.py"
+    test.write_text(
+        "import torch, json\nfrom problems import CASES\ndef f():\n    import no_such_package.sub\n"
+    )
+    assert gpu_check.missing_imports(test) == ["no_such_package"]
+
+
+class TestRun:
+    """The command itself, with tests in the place of the modes' that take no time."""
+
+    MODES = """
+        import pytest
+        @pytest.mark.parametrize("name", ["good-fp32", "good-fp16", "bad-fp32", "bad-bf16"])
+        def test_mode(name):
+            assert name != "bad-bf16", "wrong by\\na lot"
+        @pytest.mark.parametrize("name", ["good-fp32", "dead-fp32"])
+        def test_other(name):
+            if name == "dead-fp32":
+                import os
+                os._exit(3)
+    """
+
+    @pytest.fixture
+    def run(self, tmp_path, capsys):
+        tests = tmp_path / "test_modes.py"
+        tests.write_text(textwrap.dedent(self.MODES))
+
+        def run(*flags):
+            common = ["--device", "cpu", "--out", str(tmp_path / "out"), "--tests", str(tests)]
+            status = gpu_check.main([*common, *flags])
+            capsys.readouterr()
+            results = json.loads((tmp_path / "out" / "results.json").read_text())
+            return status, results, (tmp_path / "out" / "report.md").read_text()
+
+        return run
+
+    def test_a_failing_mode_gives_status_1_and_the_rest_runs(self, run):
+        status, results, report = run("--parts", "modes", "--workers", "2")
+        assert status == 1
+        checks = {check["name"]: check for check in results["checks"]}
+        assert {name: check["status"] for name, check in checks.items()} == {
+            "mode good": jobs.PASSED,
+            "mode bad": jobs.FAILED,
+            "mode dead": jobs.FAILED,
+        }
+        assert checks["mode good"]["tests"] == dict.fromkeys(
+            ["test_mode[good-fp32]", "test_mode[good-fp16]", "test_other[good-fp32]"], jobs.PASSED
+        )
+        assert "wrong by" in checks["mode bad"]["failures"]["test_mode[bad-bf16]"]
+        assert "exit status 3" in checks["mode dead"]["failures"]["mode dead"]
+        assert "| bad | 1 passed | - | **failed: mode** |" in report
+        assert "| good | 2 passed | 1 passed | - |" in report
+        assert "| dead | 1 not finished | - | - |" in report
+
+    def test_only_the_modes_asked_for(self, run):
+        status, results, _ = run("--parts", "modes", "--modes", "good")
+        assert status == 0
+        assert [check["name"] for check in results["checks"]] == ["mode good"]
+
+    def test_no_tests_at_all_is_a_failure(self, run):
+        status, _, report = run("--parts", "modes", "--modes", "misspelt")
+        assert status == 1
+        assert "no test of a mode was collected" in report
+
+    def test_spent_budget_skips_rows_and_says_so(self, run):
+        status, results, report = run(
+            *("--parts", "benchmark", "--budget-seconds", "5", "--rows", "tiny:1:float32", "tiny:2:float32")
+        )
+        assert status == 0
+        assert results["rows"] == []
+        assert "the budget of 5 s was spent; not timed: tiny:1:float32, tiny:2:float32" in report
+
+    def test_checks_cut_off_by_the_budget_fail(self, run):
+        """A check that did not finish has shown nothing."""
+        status, results, _ = run("--parts", "modes", "peers", "--budget-seconds", "0.01")
+        assert status == 1
+        assert {check["status"] for check in results["checks"]} <= {jobs.NOT_FINISHED, jobs.FAILED}
+
+    def test_gpu_is_demanded_unless_a_rehearsal_is_asked_for(self, monkeypatch, capsys):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        with pytest.raises(SystemExit):
+            gpu_check.main([])
+        assert "--device cpu rehearses" in capsys.readouterr().err
+
+
+def test_a_job_that_hangs_is_ended_with_what_it_started(tmp_path):
+    script = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
+    job = jobs.Job("hang", [sys.executable, "-c", script], tmp_path / "log", tests=["one"])
+    start = time.monotonic()
+    outcome = jobs.run_one(job, start + 1.5, tmp_path, {})
+    assert time.monotonic() - start < 20
+    assert outcome.status == jobs.NOT_FINISHED
+    assert outcome.tests == {"one": jobs.NOT_FINISHED}
+
+
+def test_report_of_nothing():
+    results = {"versions": {"card": None, "torch": "2"}, "checks": [], "rows": [], "notes": ["a note"]}
+    report = gpu_report.markdown(results)
+    assert "- a note" in report
+    assert "card" not in report
