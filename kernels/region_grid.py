@@ -102,6 +102,12 @@ class RegionGrid:
         """Whether some regions reach past the map."""
         return self.padding != (0, 0)
 
+    @property
+    def merged(self) -> "RegionGrid":
+        """The same tokens, padding included, as one region."""
+        region_size = (self.rows * self.region_height, self.columns * self.region_width)
+        return RegionGrid(self.height, self.width, *region_size, 1, 1)
+
     def token(self, region: int, index: int) -> int | None:
         """Row-major position in the map of token `index` of `region`; None for padding."""
         row = region // self.columns * self.region_height + index // self.region_width

@@ -142,6 +142,6 @@ def sum_over_pairs(
             pair = tl.load(pairs + image * n_pairs + index)
             other = pair // topk
         weight = tl.load(grad_logits + image * n_pairs + pair)
-        row = source + (image * n_regions + other) * SOURCE_STRIDE
-        total += weight * tl.load(row + channel, mask=live, other=0.0)
+        other_row = source + (image * n_regions + other) * SOURCE_STRIDE
+        total += weight * tl.load(other_row + channel, mask=live, other=0.0)
     tl.store(grad + (image * n_regions + region) * DIM + channel, total, mask=live)

@@ -50,6 +50,16 @@ CASES = [
     ),
     Case("all_regions", "topk = P: dense attention; every inverse row is full", 12, 12, 32, 1, 3, 9, batch=2),
     Case(
+        "all_regions_padded",
+        "topk = P on a padded map: dense attention in which padding takes part",
+        7,
+        10,
+        16,
+        1,
+        4,
+        16,
+    ),
+    Case(
         "padded",
         "YOLO's P5 map: 20 is no multiple of 8, so 4 rows and columns are padding",
         20,

@@ -233,9 +233,12 @@ def _problem(
         factor = factor[:, None].contiguous()
     else:
         factor = None
-    return RoutedAttention(
-        query, key, value, r_idx[:, None], grid, kv_grid, num_heads, scale, factor, kv_padding
-    )
+    r_idx = r_idx[:, None]
+    if routing_weight == "none" and r_idx.shape[-1] == kv_grid.n_regions:
+        # Every region chose all: dense attention, whose queries and keys need not be told apart by region.
+        # BiFormer's last stage is such, with regions of one token, each a tile of its own otherwise.
+        grid, kv_grid, r_idx = grid.merged, kv_grid.merged, torch.zeros_like(r_idx[:, :, :1, :1])
+    return RoutedAttention(query, key, value, r_idx, grid, kv_grid, num_heads, scale, factor, kv_padding)
 
 
 def _lepe(

@@ -45,6 +45,17 @@ def test_padding_is_the_least_that_divides(height, width, n_win):
         assert (side + added) % n_win == 0
 
 
+@given(height=sides, width=sides, n_win=sides)
+def test_merged_grids_hold_the_same_tokens_and_padding(height, width, n_win):
+    grid = RegionGrid.of_windows(height, width, n_win)
+    one, each = (
+        [g.token(r, s) for r in range(g.n_regions) for s in range(g.region_tokens)]
+        for g in (grid.merged, grid)
+    )
+    assert grid.merged.n_regions == 1
+    assert sorted(one, key=str) == sorted(each, key=str)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
