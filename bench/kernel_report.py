@@ -24,6 +24,7 @@ from bra_triton.bench.hardware import HARDWARE
 from bra_triton.bench.launches import record_attention
 from bra_triton.bench.presets import PRESETS, Preset
 from bra_triton.bench.static_analysis import KernelSpecimen
+from bra_triton.kernels import tiles as tile_tables
 
 # Issue slots per score of the shipped loop over those of the dense floor, at most: float16, regions of
 # TARGET_REGION_TOKENS and more. Smaller regions have smaller tiles: dearer loops a score, and less waste.
@@ -87,9 +88,10 @@ class Row:
         return found
 
 
-def shipped(preset: Preset, dtype: torch.dtype) -> list[KernelSpecimen]:
-    """Every kernel that a forward and backward of a preset launches, each once."""
-    launched = record_attention(preset.setting, dtype)
+def shipped(preset: Preset, dtype: torch.dtype, arch: str) -> list[KernelSpecimen]:
+    """Every kernel that a forward and backward of a preset launches on an architecture, each once."""
+    with tile_tables.use_architecture(arch):
+        launched = record_attention(preset.setting, dtype)
     return [specimen for i, specimen in enumerate(launched) if specimen not in launched[:i]]
 
 
@@ -119,7 +121,7 @@ def collect(
         (preset, arch, specimen)
         for arch in architectures
         for preset in presets
-        for specimen in shipped(preset, DTYPES[dtype])
+        for specimen in shipped(preset, DTYPES[dtype], arch)
     ]
     analyses = analyse_all([(specimen, arch) for _, arch, specimen in jobs], workers)
     wanted = [(s.name, preset.head_dim, arch) for preset, arch, s in jobs if s.name in ATTENTION_KERNELS]

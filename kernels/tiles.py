@@ -1,75 +1,57 @@
-"""Tile configurations of the attention kernels, as data.
+"""Which tile configuration a launch gets.
 
 A kernel "owns" a tile of rows (queries for the forward and dQ, keys for dK/dV) and walks a list in steps of
 the other side. Rows past the end of a region are wasted, so the owned tile shrinks with the region.
 
-The table is predicted, not measured: of the tiles that spill no register on sm_80 and sm_90 (compiled with
-Triton 3.8), the one with the fewest issue slots per score. Float32 heads past 32 and half-precision heads
-past 128 have tiles that spill, the best of those tried.
+What was measured on this very card (`bra-autotune`, kept in the user's cache) comes first, then the table
+that the package ships for the card's architecture or the nearest older one, read at the first launch.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 
 import torch
 
+from . import tile_cache
+from .tile_table import (
+    BITS,
+    FORWARD,
+    HEAD_DIMS,
+    KERNELS,
+    KEY_VALUE_GRADIENT,
+    QUERY_GRADIENT,
+    SIZES,
+    Key,
+    Tile,
+    nearest,
+    packaged,
+    packaged_archs,
+)
 
-@dataclass(frozen=True)
-class Tile:
-    """What one program computes and with how many threads.
+__all__ = [
+    "BITS",
+    "FORWARD",
+    "HEAD_DIMS",
+    "KERNELS",
+    "KEY_VALUE_GRADIENT",
+    "QUERY_GRADIENT",
+    "SIZES",
+    "Key",
+    "Tile",
+    "architecture_of",
+    "channel_block",
+    "choose",
+    "forget",
+    "use_architecture",
+    "use_tiles",
+]
 
-    Attributes:
-        own: rows that the program owns, a power of two of at least 16.
-        step: list positions in one step of its loop, a power of two of at least 16.
-        num_warps: warps of 32 threads.
-        num_stages: depth of the software pipeline.
-    """
-
-    own: int
-    step: int
-    num_warps: int
-    num_stages: int = 2
-
-
-FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT = "forward", "query_gradient", "key_value_gradient"
-
-# (kernel, bits of an element) -> widest head, up to the next power of two -> tiles by owned rows.
-TABLE = {
-    (FORWARD, 16): {
-        32: (Tile(16, 32, 1), Tile(32, 32, 1), Tile(64, 128, 4), Tile(128, 128, 8)),
-        64: (Tile(16, 64, 2), Tile(32, 64, 2), Tile(64, 128, 4), Tile(128, 128, 8)),
-        128: (Tile(16, 64, 2), Tile(32, 64, 4), Tile(64, 64, 8), Tile(128, 32, 8)),
-        256: (Tile(16, 32, 4),),
-    },
-    (QUERY_GRADIENT, 16): {
-        32: (Tile(16, 32, 1), Tile(32, 64, 2), Tile(64, 64, 4), Tile(128, 64, 4)),
-        64: (Tile(16, 64, 2), Tile(32, 64, 2), Tile(64, 64, 4), Tile(128, 64, 8)),
-        128: (Tile(16, 128, 4), Tile(32, 32, 4)),
-        256: (Tile(16, 32, 4),),
-    },
-    # Steps of at least half as many queries as threads: with fewer, Triton 3.6 computes the addresses of the
-    # statistics anew in every thread (128 x 64, 8 warps, sm_90: 21.7 issue slots a score, 9.8 with 3.8).
-    (KEY_VALUE_GRADIENT, 16): {
-        32: (Tile(16, 32, 1), Tile(32, 32, 1), Tile(64, 64, 4)),
-        64: (Tile(16, 64, 2), Tile(32, 128, 4), Tile(64, 32, 4), Tile(128, 32, 8)),
-        128: (Tile(16, 128, 4),),
-        256: (Tile(16, 32, 4),),
-    },
-    (FORWARD, 32): {
-        32: (Tile(16, 32, 2), Tile(32, 32, 2), Tile(64, 32, 4)),
-        64: (Tile(16, 16, 2), Tile(32, 16, 4), Tile(64, 16, 4)),
-        256: (Tile(16, 16, 4),),
-    },
-    (QUERY_GRADIENT, 32): {
-        32: (Tile(16, 32, 2), Tile(32, 32, 2), Tile(64, 16, 4)),
-        64: (Tile(16, 16, 2), Tile(32, 16, 4), Tile(64, 16, 4)),
-        256: (Tile(16, 16, 4),),
-    },
-    (KEY_VALUE_GRADIENT, 32): {
-        32: (Tile(16, 16, 2), Tile(32, 16, 2), Tile(64, 16, 4)),
-        64: (Tile(16, 16, 4), Tile(32, 16, 4)),
-        256: (Tile(16, 16, 8),),
-    },
-}
+# What tensors stand for that lie on no GPU: those of the interpreter, and those without data.
+DEFAULT_ARCHITECTURE = "sm_90"
+_architecture: ContextVar[str | None] = ContextVar("architecture", default=None)
+_forced: ContextVar[Mapping[str, Tile]] = ContextVar("forced", default={})  # noqa: B039 (never written to)
 
 
 def channel_block(head_dim: int) -> int:
@@ -77,15 +59,74 @@ def channel_block(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def choose(kernel: str, dtype: torch.dtype, head_dim: int, region_tokens: int) -> Tile:
-    """The tile for a problem: the smallest that holds a region, or the largest there is.
+def choose(kernel: str, dtype: torch.dtype, head_dim: int, region_tokens: int, device: torch.device) -> Tile:
+    """The tile for a problem.
 
     Args:
         kernel: `FORWARD`, `QUERY_GRADIENT` or `KEY_VALUE_GRADIENT`.
         dtype: float32, float16 or bfloat16.
         head_dim: the wider of a head's queries and values, at most 256.
         region_tokens: tokens in a region, `S`.
+        device: where the tensors lie; see `use_architecture` for those that lie on no GPU.
     """
-    by_head = TABLE[kernel, 8 * dtype.itemsize]
-    tiles = by_head[min(width for width in by_head if width >= head_dim)]
-    return next((tile for tile in tiles if tile.own >= region_tokens), tiles[-1])
+    if tile := _forced.get().get(kernel):
+        return tile
+    key = Key.of(kernel, 8 * dtype.itemsize, head_dim, region_tokens)
+    arch = _architecture.get()
+    if arch is None and device.type == "cuda":
+        return _of_card(torch.cuda.current_device() if device.index is None else device.index)[key]
+    return _of_architecture(arch or DEFAULT_ARCHITECTURE)[key]
+
+
+@contextmanager
+def use_architecture(arch: str) -> Iterator[None]:
+    """Within it, launches of this thread get the tiles that the package ships for `arch`.
+
+    For what runs on no GPU, and stands for one: a recording or the interpreter.
+
+    Raises:
+        ValueError: `arch` is no architecture's name.
+    """
+    nearest(arch, packaged_archs())
+    token = _architecture.set(arch)
+    try:
+        yield
+    finally:
+        _architecture.reset(token)
+
+
+@contextmanager
+def use_tiles(by_kernel: Mapping[str, Tile]) -> Iterator[None]:
+    """Within it, launches of this thread get these tiles; kernels not named get their own."""
+    token = _forced.set(by_kernel)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def architecture_of(device: torch.device) -> str:
+    """Architecture of a GPU: "sm_90", "gfx942"."""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def forget() -> None:
+    """Reads all tables anew at the next launch: for whoever has just written one."""
+    _of_card.cache_clear()
+    _of_architecture.cache_clear()
+    packaged.cache_clear()
+
+
+@cache
+def _of_card(index: int) -> dict[Key, Tile]:
+    device = torch.device("cuda", index)
+    measured = tile_cache.read(torch.cuda.get_device_name(device))
+    return _of_architecture(architecture_of(device)) | {key: e.tile for key, e in measured.items()}
+
+
+@cache
+def _of_architecture(arch: str) -> dict[Key, Tile]:
+    return {key: entry.tile for key, entry in packaged(arch).entries.items()}

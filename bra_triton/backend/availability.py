@@ -1,5 +1,6 @@
 """Whether a backend can serve, asked before it is imported: the same predicate chooses and explains."""
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -15,6 +16,9 @@ MAX_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)
 # One program of the routing kernel holds the logits of all regions in registers.
 MAX_N_WIN = 64
+# Triton 3.6 dies of a failed assertion where addresses of map and padding are selected, compiled for gfx942;
+# 3.8 compiles it. Versions between were not tried.
+AMD_PADDING_TRITON = (3, 8)
 
 
 def always(qkv: Tensor, spec: AttentionSpec) -> None:
@@ -31,6 +35,11 @@ def why_not_triton(qkv: Tensor, spec: AttentionSpec) -> str | None:
         return f"Triton kernels run on CUDA and ROCm devices, not on {qkv.device.type!r}"
     if qkv.device.type == "cuda" and not torch.version.hip and _capability(qkv.device) < MIN_CAPABILITY:
         return f"the kernels need compute capability 8.0 or later, {qkv.device} has {_capability(qkv.device)}"
+    if torch.version.hip and _triton_version() < AMD_PADDING_TRITON and _is_padded(qkv, spec):
+        return (
+            f"for AMD, Triton before 3.8 cannot compile padded maps: sides must be multiples of "
+            f"n_win={spec.n_win}, got {tuple(qkv.shape[1:3])}"
+        )
     if qkv.dtype not in TRITON_DTYPES:
         return f"dtype must be float32, float16 or bfloat16, got {qkv.dtype}"
     if max(spec.qk_head_dim, spec.v_head_dim) > MAX_HEAD_DIM:
@@ -43,6 +52,14 @@ def why_not_triton(qkv: Tensor, spec: AttentionSpec) -> str | None:
     if qkv.shape[1] * qkv.shape[2] >= 2**31:
         return f"a map must have fewer than 2**31 tokens, got shape {tuple(qkv.shape)}"
     return None
+
+
+def _is_padded(qkv: Tensor, spec: AttentionSpec) -> bool:
+    return bool(qkv.shape[1] % spec.n_win or qkv.shape[2] % spec.n_win)
+
+
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -195,7 +195,7 @@ def _tile(kernel: str, problem: RoutedAttention, crowded: bool = False) -> tiles
     head_dim = max(problem.qk_head_dim, problem.v_head_dim)
     if crowded:
         head_dim = min(2 * head_dim, 256)
-    return tiles.choose(kernel, problem.query.dtype, head_dim, grid.region_tokens)
+    return tiles.choose(kernel, problem.query.dtype, head_dim, grid.region_tokens, problem.query.device)
 
 
 def _grid(problem: RoutedAttention, tile: tiles.Tile, n_pieces: int | None = None) -> tuple[int]:
@@ -219,8 +219,7 @@ def _constants(problem: RoutedAttention, tile: tiles.Tile) -> dict[str, object]:
         "BLOCK_V": tiles.channel_block(problem.v_head_dim),
         "PRECISION": _dot_precision(problem.query.dtype),
         "num_warps": tile.num_warps,
-        # AMD's compute units have 64 KiB of shared memory, too little for a second stage of wide heads.
-        "num_stages": 1 if torch.version.hip else tile.num_stages,
+        "num_stages": tile.num_stages,
     }
 
 

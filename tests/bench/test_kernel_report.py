@@ -9,7 +9,7 @@ from bra_triton.bench import dense_floor, kernel_report
 from bra_triton.bench.analysis import analyse_all
 from bra_triton.bench.dense_floor import DenseTile
 from bra_triton.bench.presets import PRESETS
-from bra_triton.bench.static_analysis import KernelSpecimen, compile_for, inner_loop, main_loop_and_rest
+from bra_triton.bench.static_analysis import compile_for, inner_loop, main_loop_and_rest
 from bra_triton.kernels import tiles
 
 pytestmark = pytest.mark.compiled
@@ -78,7 +78,7 @@ def dkv_only(monkeypatch):
     monkeypatch.setattr(
         kernel_report,
         "shipped",
-        lambda preset, dtype: [s for s in shipped(preset, dtype) if s.name == "key_value_gradient"],
+        lambda *arguments: [s for s in shipped(*arguments) if s.name == "key_value_gradient"],
     )
 
 
@@ -126,9 +126,8 @@ def test_other_processes_compile_the_same_and_errors_come_back():
 
 
 def test_loop_and_rest_are_the_whole_kernel():
-    specimen: KernelSpecimen = next(
-        s for s in kernel_report.shipped(P3, kernel_report.DTYPES["float16"]) if s.name == "attention_forward"
-    )
+    launched = kernel_report.shipped(P3, kernel_report.DTYPES["float16"], "sm_80")
+    specimen = next(s for s in launched if s.name == "attention_forward")
     loop, rest = main_loop_and_rest(compile_for(specimen, "sm_80"))
     # The tail is peeled: the same products, masked; and the last maxima, sums and the logarithm.
     assert rest.counts["matrix"] == loop.counts["matrix"]

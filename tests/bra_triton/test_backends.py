@@ -61,6 +61,16 @@ def test_an_image_whose_tokens_pass_32_bits_is_refused():
     assert availability.why_not_triton(qkv[:, : 2**15], AttentionSpec(8, 4, 1, 2, 2)) is None
 
 
+def test_padded_maps_on_amd_under_an_older_triton_are_refused(monkeypatch):
+    """There the compiler dies of an assertion, and takes the process with it."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    spec = AttentionSpec(32, 32, 1, 3, 2)
+    for version, refused in ((("3", "6"), True), (("3", "8"), False)):
+        monkeypatch.setattr(availability, "_triton_version", lambda v=version: tuple(map(int, v)))
+        assert bool(availability.why_not_triton(_projection(), spec)) == refused
+        assert availability.why_not_triton(_projection(), SPEC) is None
+
+
 def test_a_machine_without_triton_still_serves(monkeypatch):
     monkeypatch.setattr(availability, "TRITON_IS_INSTALLED", False)
     assert registry.select("auto", _projection(), SPEC) == "torch"

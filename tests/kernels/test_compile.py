@@ -43,15 +43,15 @@ KERNELS = {
 
 
 def _for(arch, specimen):
-    """What a launch on that architecture would change: AMD has no TF32, and takes no second stage."""
+    """What a launch on that architecture would change besides its tiles: AMD has no TF32."""
     if not arch.startswith("gfx") or "PRECISION" not in specimen.constexprs:
         return specimen
-    constexprs = {**specimen.constexprs, "PRECISION": "ieee"}
-    return dataclasses.replace(specimen, constexprs=constexprs, num_stages=1)
+    return dataclasses.replace(specimen, constexprs={**specimen.constexprs, "PRECISION": "ieee"})
 
 
 def _check(setting, dtype, arch, expected=KERNELS):
-    specimens = record_attention(setting, dtype)
+    with tiles.use_architecture(arch):
+        specimens = record_attention(setting, dtype)
     assert {specimen.name for specimen in specimens} == expected
     for specimen in specimens:
         usage = resource_usage(compile_for(_for(arch, specimen), arch))
@@ -84,10 +84,10 @@ def test_wide_heads_in_half_precision_fit_and_do_not_spill(name, arch):
     _check(WIDE_HEADS[name], torch.float16, arch)
 
 
-def test_the_check_sees_a_spill(monkeypatch):
+def test_the_check_sees_a_spill():
     """The same check on a tile that cannot fit the registers: it must fail."""
-    monkeypatch.setattr(tiles, "choose", lambda *arguments: tiles.Tile(128, 128, 1, 1))
-    with pytest.raises(AssertionError, match="spill"):
+    too_large = dict.fromkeys(tiles.KERNELS, tiles.Tile(128, 128, 1, 1))
+    with tiles.use_tiles(too_large), pytest.raises(AssertionError, match="spill"):
         _check(YOLO_P3, torch.float16, "sm_80")
 
 

@@ -1,37 +1,143 @@
-"""The tile table and the choice from it."""
+"""The shipped tables of tiles, and the choice from them."""
+
+import json
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bra_triton.kernels import tiles
+from bra_triton.kernels import tile_table, tiles
+from bra_triton.kernels.tile_table import BITS, HEAD_DIMS, KERNELS, SIZES, Entry, Key, Table, Tile
 
-KERNELS = (tiles.FORWARD, tiles.QUERY_GRADIENT, tiles.KEY_VALUE_GRADIENT)
+CPU = torch.device("cpu")
+ARCHS = tile_table.packaged_archs()
+ALL_KEYS = [Key(k, b, h, s) for k in KERNELS for b in BITS for h in HEAD_DIMS for s in SIZES]
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
+def test_the_architectures_that_the_package_has_tables_of():
+    assert set(ARCHS) == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_table_is_whole_and_in_order(arch):
+    table = tile_table.packaged(arch)
+    assert list(table.entries) == ALL_KEYS
+    assert table.arch == arch
+    assert table.origin in {"predicted", "measured", "default"}
+    assert table.torch
+    assert table.triton
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @given(
-    kernel=st.sampled_from(KERNELS),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    head_dim=st.integers(1, 256),
-    region_tokens=st.integers(1, 6035),
+    kernel=st.sampled_from(KERNELS), dtype=DTYPES, head_dim=st.integers(1, 256), tokens=st.integers(1, 6035)
 )
-def test_every_problem_has_a_tile_that_wastes_less_than_half_of_it(kernel, dtype, head_dim, region_tokens):
-    tile = tiles.choose(kernel, dtype, head_dim, region_tokens)
-    rows = -(-region_tokens // tile.own) * tile.own
-    assert tile.own == 16 or rows < 2 * region_tokens
+def test_every_problem_has_a_tile_that_wastes_less_than_half_of_it(arch, kernel, dtype, head_dim, tokens):
+    with tiles.use_architecture(arch):
+        tile = tiles.choose(kernel, dtype, head_dim, tokens, CPU)
+    rows = -(-tokens // tile.own) * tile.own
+    assert tile.own == 16 or rows < 2 * tokens
 
 
-@pytest.mark.parametrize("key", tiles.TABLE)
-def test_the_table_is_sorted_and_made_of_powers_of_two(key):
-    assert list(tiles.TABLE[key]) == sorted(tiles.TABLE[key])
-    assert max(tiles.TABLE[key]) == 256
-    for row in tiles.TABLE[key].values():
-        assert [tile.own for tile in row] == sorted({tile.own for tile in row})
-        assert row[0].own == 16
-        for tile in row:
-            assert all(n & (n - 1) == 0 for n in (tile.own, tile.step, tile.num_warps))
-            assert min(tile.own, tile.step) >= 16
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("gfx")])
+def test_amd_gets_one_stage(arch):
+    # Its compute units have 64 KiB of shared memory, too little for a second stage of wide heads.
+    assert {entry.tile.num_stages for entry in tile_table.packaged(arch).entries.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"own": 48}, {"step": 8}, {"num_warps": 3}, {"num_stages": 0}, {"own": 64.0}]
+)
+def test_a_tile_is_made_of_powers_of_two(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        replace(Tile(64, 64, 4, 3), **wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"kernel": "sideways"}, {"bits": 8}, {"head_dim": 48}, {"size": 100}])
+def test_a_key_names_what_it_does_not_know(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be one of"):
+        replace(ALL_KEYS[0], **wrong)
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (6035, 128)])
+def test_size_classes(tokens, size):
+    assert Key.of(tiles.FORWARD, 16, 33, tokens) == Key(tiles.FORWARD, 16, 64, size)
+
+
+def test_a_head_too_wide_is_named():
+    with pytest.raises(ValueError, match="head_dim must be one of 16, 32, 64, 128, 256, got 257"):
+        tiles.choose(tiles.FORWARD, torch.float16, 257, 100, CPU)
+
+
+@pytest.mark.parametrize(
+    ("arch", "served_by"),
+    [
+        ("sm_80", "sm_80"),
+        ("sm_86", "sm_80"),
+        ("sm_89", "sm_80"),
+        ("sm_103", "sm_100"),
+        ("sm_121", "sm_120"),
+        ("sm_75", "sm_80"),
+        ("gfx90a", "gfx942"),
+    ],
+)
+def test_an_architecture_without_a_table_gets_its_nearest_elders(arch, served_by):
+    assert tile_table.nearest(arch, ARCHS) == served_by
+
+
+def test_only_architectures_have_tables():
+    with (
+        pytest.raises(ValueError, match="arch must be like sm_90 or gfx942, got 'H100'"),
+        tiles.use_architecture("H100"),
+    ):
+        pass
+
+
+def test_tensors_on_no_gpu_stand_for_the_architecture_asked_for(monkeypatch):
+    tables = {
+        arch: Table(arch, "predicted", "", "", dict.fromkeys(ALL_KEYS, Entry(Tile(16, 16, 1, stages))))
+        for stages, arch in enumerate(("sm_80", "sm_90"), 1)
+    }
+    monkeypatch.setattr(tiles, "packaged", lambda arch: tables[arch])
+    tiles._of_architecture.cache_clear()
+
+    def stages():
+        return tiles.choose(tiles.FORWARD, torch.float16, 32, 100, torch.device("meta")).num_stages
+
+    try:
+        assert stages() == 2
+        with tiles.use_architecture("sm_80"):
+            assert stages() == 1
+        assert stages() == 2
+    finally:
+        tiles._of_architecture.cache_clear()
+
+
+def test_forced_tiles_are_of_the_kernels_named_alone():
+    forced = Tile(16, 16, 1, 7)
+    with tiles.use_tiles({tiles.FORWARD: forced}):
+        assert tiles.choose(tiles.FORWARD, torch.float16, 32, 100, CPU) == forced
+        assert tiles.choose(tiles.QUERY_GRADIENT, torch.float16, 32, 100, CPU) != forced
+    assert tiles.choose(tiles.FORWARD, torch.float16, 32, 100, CPU) != forced
+
+
+def test_a_table_survives_its_file():
+    entries = {key: Entry(Tile(16, 32, 1, 2), 1.5, {"lepe": "fused"}) for key in ALL_KEYS[:3]}
+    table = Table("sm_90", "measured", "2.13.0", "3.8.0", entries)
+    text = tile_table.format_table(table)
+    assert tile_table.parse_table(text) == table
+    assert len([line for line in text.splitlines() if '"own"' in line]) == 3
+
+
+@pytest.mark.parametrize("missing", ["own", "kernel", "cost", "options"])
+def test_a_line_that_lacks_something_is_refused(missing):
+    row = tile_table.entry_row(ALL_KEYS[0], Entry(Tile(16, 32, 1, 2)))
+    del row[missing]
+    with pytest.raises(ValueError, match=missing):
+        tile_table.parse_entry(json.loads(json.dumps(row)))
 
 
 @pytest.mark.parametrize(("head_dim", "block"), [(1, 16), (5, 16), (16, 16), (24, 32), (33, 64), (256, 256)])

@@ -1,0 +1,219 @@
+"""`bra-autotune`: finds tile configurations, on the card at hand or, for the shipped tables, without one.
+
+On a GPU it times every configuration worth trying that computes the right result, and keeps the winners in
+the user's cache, where later launches find them:
+
+    bra-autotune                                        # the presets, forward and backward, float16
+    bra-autotune --preset yolo_p3 --dtype bfloat16
+    bra-autotune --shape 16x80x80x64 --num-heads 2 --n-win 8 --topk 4 --pass backward
+
+With `--arch` it needs no GPU: it compiles the configurations, predicts what they cost from the machine code
+and writes the shipped table of that architecture:
+
+    bra-autotune --arch sm_90 --head-dim 32 64
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import triton
+
+from bra_triton.bench import tile_prediction, tile_ranking, tile_timing
+from bra_triton.bench.hardware import HARDWARE
+from bra_triton.bench.launches import Setting
+from bra_triton.bench.presets import PRESETS
+from bra_triton.bench.tile_prediction import Job
+from bra_triton.kernels import tile_cache, tile_table, tiles
+from bra_triton.kernels.tile_table import Entry, Key, Table
+
+DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `bra-autotune`; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.arch:
+        for arch in args.arch:
+            predict(args, arch)
+        return 0
+    if not (torch.cuda.is_available() or args.dry_run):
+        parser.error(
+            "there is no GPU to time on; --arch predicts without one, --dry-run lists what it would try"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        settings = _settings(args)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.dry_run:
+        list_trials(args, settings, device)
+    else:
+        measure(args, settings, device)
+    return 0
+
+
+def predict(args: argparse.Namespace, arch: str) -> None:
+    """Compiles, ranks, and writes the table of one architecture."""
+    bits = {8 * DTYPES[name].itemsize for name in args.dtype}
+    keys = [
+        Key(kernel, each, head_dim, size)
+        for kernel in args.kernel
+        for each in sorted(bits)
+        for head_dim in args.head_dim
+        for size in tiles.SIZES
+    ]
+    jobs = _jobs(args, keys, arch)
+    if args.dry_run:
+        print(*(f"{arch} {job.key}" for job in jobs), sep="\n")
+        return
+    results = tile_prediction.compile_all(jobs, args.compiled, args.workers)
+    by_version = tile_ranking.results_by_version(results, args.compiled, arch)
+    table, without = tile_ranking.table(keys, arch, by_version)
+    if without and not (args.confirm or args.like):
+        more = tile_ranking.jobs_of(without, arch, tile_ranking.STAGES[1])
+        results |= tile_prediction.compile_all(more, args.compiled, args.workers)
+        by_version = tile_ranking.results_by_version(results, args.compiled, arch)
+        table, without = tile_ranking.table(keys, arch, by_version)
+    for key in keys:
+        for ranked in tile_ranking.rank(key, arch, by_version)[: args.show]:
+            slots = ", ".join(f"{value:.2f} (Triton {version})" for version, value in ranked.slots.items())
+            print(f"{arch} {key}: {ranked.tile}  {ranked.cost:.2f} a useful score; loop {slots}")
+    for key in without:
+        print(f"{arch} {key}: nothing fits without spills; the table keeps what it had")
+    if not args.confirm:
+        _write_table(table, args.output)
+
+
+def _jobs(args: argparse.Namespace, keys: Sequence[Key], arch: str) -> list[Job]:
+    """What to compile: the whole space, or the best of what other versions or another architecture know."""
+    if not (args.confirm or args.like):
+        return tile_ranking.jobs_of(keys, arch)
+    like = args.like or arch
+    known = {
+        version: tile_prediction.read_results(args.compiled, version, like)
+        for version in tile_prediction.versions(args.compiled, like)
+        if args.like or version != triton.__version__
+    }
+    best = tile_ranking.best_jobs(keys, like, known, args.confirm or 3)
+    return [replace(job, arch=arch) for job in best]
+
+
+def measure(
+    args: argparse.Namespace,
+    settings: Sequence[Setting],
+    device: torch.device,
+    timer: tile_timing.Timer = tile_timing.cuda_milliseconds,
+) -> None:
+    """Times on `device` and keeps the winners in the user's cache."""
+    entries: dict[Key, Entry] = {}
+    for name in args.dtype:
+        trials = tile_timing.trials(settings, DTYPES[name], _kernels(args), device)
+        results = tile_timing.time_all(trials, device, timer, tile_cache.folder() / "timings.jsonl")
+        for key, (tile, milliseconds) in tile_timing.winners(results).items():
+            entries[key] = Entry(tile, round(milliseconds, 4))
+            print(f"{name} {key}: {tile}  {milliseconds:.4f} ms")
+    tile_cache.update(tile_timing.card_name(device), entries)
+    tiles.forget()
+    print(f"kept in {tile_cache.path()}")
+    if args.save:
+        arch = tiles.architecture_of(device)
+        shipped = tile_table.packaged(arch)
+        versions = (torch.__version__, tile_cache.triton_version())
+        _write_table(Table(arch, "measured", *versions, {**shipped.entries, **entries}), args.output)
+
+
+def list_trials(args: argparse.Namespace, settings: Sequence[Setting], device: torch.device) -> None:
+    """Prints what `measure` would time."""
+    for name in args.dtype:
+        for trial in tile_timing.trials(settings, DTYPES[name], _kernels(args), device):
+            s = trial.setting
+            shape = (
+                f"{s.batch}x{s.height}x{s.width}x{s.dim} heads {s.num_heads} n_win {s.n_win} topk {s.topk}"
+            )
+            print(f"{shape} {name} {trial.kernel} {trial.tile}")
+
+
+def _write_table(table: Table, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tile_cache.write_whole(folder / f"{table.arch}.json", tile_table.format_table(table))
+    tiles.forget()
+
+
+def _kernels(args: argparse.Namespace) -> list[str]:
+    return [kernel for kernel in tile_timing.PASSES[args.passes] if kernel in args.kernel]
+
+
+def _settings(args: argparse.Namespace) -> list[Setting]:
+    if args.shape is None:
+        presets = [PRESETS[name] for name in args.preset]
+        return [
+            Setting(p.batch, p.height, p.width, p.n_win, p.topk, p.num_heads, p.head_dim, p.head_dim)
+            for p in presets
+        ]
+    missing = [f"--{n.replace('_', '-')}" for n in ("num_heads", "n_win", "topk") if not getattr(args, n)]
+    if missing:
+        raise ValueError(f"--shape needs {', '.join(missing)}")
+    batch, height, width, dim = args.shape
+    if dim % args.num_heads or args.topk > args.n_win**2:
+        raise ValueError(
+            f"--num-heads must divide {dim} channels, got {args.num_heads}, and --topk be at most "
+            f"{args.n_win**2} regions, got {args.topk}"
+        )
+    head_dim = dim // args.num_heads
+    return [Setting(batch, height, width, args.n_win, args.topk, args.num_heads, head_dim, head_dim)]
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sides = tuple(int(part) for part in text.lower().split("x"))
+    if len(sides) != 4 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"must be like 16x80x80x64 (NxHxWxDIM), got {text!r}")
+    return sides
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "bra-autotune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--dtype", nargs="+", choices=DTYPES, default=["float16"], help="float16 also serves bfloat16")
+    add("--kernel", nargs="+", choices=tiles.KERNELS, default=list(tiles.KERNELS))
+    add("--dry-run", action="store_true", help="list what would be tried, and stop")
+    shipped = Path(tile_table.__file__).parent / "tuned"
+    add("--output", type=Path, default=shipped, help="folder of the tables that --arch and --save write")
+
+    timed = parser.add_argument_group("on a GPU").add_argument
+    timed("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
+    timed("--shape", type=_shape, metavar="NxHxWxDIM", help="one map instead of presets, with:")
+    for name in ("--num-heads", "--n-win", "--topk"):
+        timed(name, type=int)
+    timed("--pass", dest="passes", choices=tile_timing.PASSES, default="both")
+    timed("--save", action="store_true", help="also write the shipped table of the card's architecture")
+
+    predicted = parser.add_argument_group("without a GPU").add_argument
+    predicted("--arch", nargs="+", choices=HARDWARE, help="predict for these instead of timing")
+    predicted("--head-dim", nargs="+", type=int, choices=tiles.HEAD_DIMS, default=list(tiles.HEAD_DIMS))
+    predicted("--workers", type=int, default=2, help="processes that compile")
+    predicted("--show", type=int, default=1, help="configurations to print of every entry")
+    predicted(
+        "--compiled",
+        type=Path,
+        default=tile_cache.folder() / "compiled",
+        help="folder that keeps compile results; those of other Triton versions in it count, too",
+    )
+    predicted("--like", choices=HARDWARE, help="compile only the best 3 of every entry of this architecture")
+    predicted(
+        "--confirm",
+        type=int,
+        metavar="N",
+        help="compile only the N best of every entry by the results of other Triton versions, write no table",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Which tile configurations an attention kernel may be given, and the problems that they are judged by.
+
+The space is pruned by what no good configuration breaks:
+
+- A thread holds 16 to 64 scores of a tile. With fewer it spends its time on addresses, with more no registers
+  are left for the accumulators. So a tile's area gives its warps within a factor of four.
+- NVIDIA's pipelines have three stages. With two the compiler copies keys and values ahead of their use, but
+  loads the token list that says where they lie on the spot, and every step waits for it; the third stage
+  costs half a KiB of shared memory and no instruction (forward, float16, head 32, 128 x 128, 8 warps, sm_90:
+  6.55 issue slots a score against 6.56). Two are tried where nothing with three fits.
+- The accumulators alone take at most 192 registers of a thread.
+- No program owns more rows than its size class: smaller regions would leave most of it empty.
+"""
+
+import itertools
+
+from bra_triton.bench.cost_model import ProblemSizes
+from bra_triton.bench.hardware import HARDWARE
+from bra_triton.kernels.tiles import KEY_VALUE_GRADIENT, SIZES, Tile
+
+STEPS = (16, 32, 64, 128)
+WARPS = (1, 2, 4, 8)
+# Shared memory that a thread block may ask for. Cards of compute capability 8.6 and 8.9, which have less than
+# an A100, use sm_80's table.
+SHARED_BYTES = {arch: card.block_shared_bytes for arch, card in HARDWARE.items()} | {"sm_80": 99 << 10}
+
+
+# Each size class's (regions a side, tokens of a region, topk): YOLO's maps at 640, BiFormer's stages at 224.
+PROBLEMS = {
+    16: ((7, 4, 16), (8, 9, 4), (7, 16, 4)),
+    32: ((8, 25, 4), (4, 25, 8)),
+    64: ((7, 49, 4), (7, 64, 1), (8, 64, 4)),
+    128: ((8, 100, 4), (8, 400, 4), (8, 1024, 4)),
+}
+
+
+def problems(size: int, head_dim: int, bits: int) -> list[ProblemSizes]:
+    """What the configurations of a size class are judged by."""
+    return [
+        ProblemSizes(8, n_win**2, tokens, topk, tokens, 2, head_dim, head_dim, bits // 8)
+        for n_win, tokens, topk in PROBLEMS[size]
+    ]
+
+
+def candidates(kernel: str, bits: int, head_dim: int, num_stages: int = 3) -> list[Tile]:
+    """Tiles worth trying for heads up to `head_dim`, of all size classes."""
+    tiles = (
+        Tile(own, step, num_warps, num_stages)
+        for own, step, num_warps in itertools.product(SIZES, STEPS, WARPS)
+    )
+    return [tile for tile in tiles if _is_worth_trying(tile, kernel, bits, head_dim)]
+
+
+def _is_worth_trying(tile: Tile, kernel: str, bits: int, head_dim: int) -> bool:
+    per_thread = tile.own * tile.step / (32 * tile.num_warps)
+    # What a thread holds besides scores grows with the head and the element: then fewer scores fit.
+    is_wide = bits == 32 or head_dim > 64
+    is_small = tile.own <= 32 or is_wide or kernel == KEY_VALUE_GRADIENT
+    rows_of_warp = tile.own / tile.num_warps
+    return (
+        (16 if is_small else 32) <= per_thread <= (32 if is_wide else 64)
+        and (tile.own == 16 or rows_of_warp >= 16)
+        and (tile.step >= 32 or is_wide)
+        and _accumulators(tile, kernel, head_dim) <= (128 if is_wide else 192)
+    )
+
+
+def serves(tile: Tile, size: int) -> bool:
+    """Whether timing a tile for a size class is worth it: it owns the class's rows, or half of them."""
+    return tile.own == size or 2 * tile.own == size
+
+
+def _accumulators(tile: Tile, kernel: str, head_dim: int) -> float:
+    """Registers of a thread that the accumulators take."""
+    return (2 if kernel == KEY_VALUE_GRADIENT else 1) * tile.own * head_dim / (32 * tile.num_warps)

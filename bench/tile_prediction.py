@@ -1,0 +1,189 @@
+"""What a tile configuration is predicted to cost, from machine code: no GPU needed.
+
+Configurations are compiled in processes of their own, every result is kept in a folder, and the cost model
+makes issue slots a useful score of it, a size class's problems together.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from bra_triton.bench.analysis import Analysis, analyse
+from bra_triton.bench.cost_model import predict
+from bra_triton.bench.hardware import HARDWARE
+from bra_triton.bench.launches import Setting, record_attention
+from bra_triton.bench.search_space import SHARED_BYTES, problems
+from bra_triton.bench.static_analysis import KernelSpecimen, LoopMix, Usage
+from bra_triton.kernels import tiles
+from bra_triton.kernels.tile_cache import source_digest
+from bra_triton.kernels.tiles import Tile
+
+KERNEL_NAMES = {
+    tiles.FORWARD: "attention_forward",
+    tiles.QUERY_GRADIENT: "query_gradient",
+    tiles.KEY_VALUE_GRADIENT: "key_value_gradient",
+}
+_DTYPES = {16: torch.float16, 32: torch.float32}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration to compile."""
+
+    arch: str
+    kernel: str
+    bits: int
+    head_dim: int
+    tile: Tile
+
+    @property
+    def key(self) -> str:
+        """Its name in the cache of compile results."""
+        return f"{self.kernel} fp{self.bits} head {self.head_dim} {self.tile}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What compiling one configuration came to.
+
+    Attributes:
+        code: the counted machine code; None if it did not compile, or has no loop of matrix instructions.
+        error: why there is none.
+    """
+
+    code: Analysis | None
+    error: str = ""
+
+    def runs_on(self, arch: str) -> bool:
+        """Whether it compiled, fits the card's shared memory and spills nothing."""
+        if self.code is None:
+            return False
+        usage = self.code.usage
+        return not usage.spills and not usage.stack_bytes and usage.shared_bytes <= SHARED_BYTES[arch]
+
+
+def cost(job: Job, code: Analysis, size: int) -> float:
+    """Issue slots a useful score: the geometric mean over the problems of a size class."""
+    hardware = HARDWARE[job.arch]
+    kernel = KERNEL_NAMES[job.kernel]
+    logs = [
+        math.log(predict(kernel, code, problem, hardware).slots_per_useful_score)
+        for problem in problems(size, job.head_dim, job.bits)
+    ]
+    return math.exp(sum(logs) / len(logs))
+
+
+def compile_all(jobs: Iterable[Job], folder: Path, workers: int = 2) -> dict[Job, Outcome]:
+    """Compiles what the folder does not hold yet, in processes of their own, and keeps every result.
+
+    Args:
+        jobs: of one architecture.
+        folder: results of earlier runs, `<Triton's version>-<arch>.jsonl`, which this run continues.
+        workers: processes; 1 compiles in this one.
+    """
+    jobs = list(dict.fromkeys(jobs))
+    results: dict[Job, Outcome] = {}
+    for arch in dict.fromkeys(job.arch for job in jobs):
+        known = read_results(folder, triton.__version__, arch)
+        results |= {job: known[job.key] for job in jobs if job.arch == arch and job.key in known}
+    missing = [job for job in jobs if job not in results]
+    folder.mkdir(parents=True, exist_ok=True)
+    for done, (job, outcome) in enumerate(_compiled(missing, workers), 1):
+        results[job] = outcome
+        row = {"source": source_digest(job.kernel), "key": job.key, **asdict(outcome)}
+        with results_path(folder, triton.__version__, job.arch).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"\r{done}/{len(missing)} {job.key:<60}", end="", file=sys.stderr, flush=True)
+    if missing:
+        print(file=sys.stderr)
+    return results
+
+
+def results_path(folder: Path, version: str, arch: str) -> Path:
+    """File of one Triton version's results for one architecture."""
+    return folder / f"{version}-{arch}.jsonl"
+
+
+def read_results(folder: Path, version: str, arch: str) -> dict[str, Outcome]:
+    """Results by `Job.key` that an earlier run kept, of the kernels as they are now."""
+    path, results = results_path(folder, version, arch), {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            if row["source"] == source_digest(row["key"].split()[0]):
+                results[row["key"]] = _outcome(row)
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a run that was stopped
+    return results
+
+
+def versions(folder: Path, arch: str) -> list[str]:
+    """Triton versions that the folder has results of."""
+    return [path.name.removesuffix(f"-{arch}.jsonl") for path in sorted(folder.glob(f"*-{arch}.jsonl"))]
+
+
+def specimen(job: Job) -> KernelSpecimen:
+    """The kernel as a launch would give it to the compiler, with the job's tile."""
+    base = _specimens(job.bits, job.head_dim)[KERNEL_NAMES[job.kernel]]
+    own, step = ("BLOCK_N", "BLOCK_M") if job.kernel == tiles.KEY_VALUE_GRADIENT else ("BLOCK_M", "BLOCK_N")
+    constexprs = {**base.constexprs, own: job.tile.own, step: job.tile.step}
+    return replace(base, constexprs=constexprs, num_warps=job.tile.num_warps, num_stages=job.tile.num_stages)
+
+
+@cache
+def _specimens(bits: int, head_dim: int) -> dict[str, KernelSpecimen]:
+    setting = Setting(2, 80, 80, 8, 4, 2, head_dim, head_dim)
+    return {s.name: s for s in record_attention(setting, _DTYPES[bits])}
+
+
+def compile_one(job: Job) -> Outcome:
+    """Compiles one configuration; the compiler's errors are results, too."""
+    try:
+        code = analyse(specimen(job), job.arch)
+    except Exception as error:  # Triton's compiler raises errors of many kinds
+        return Outcome(None, f"{type(error).__name__}: {error}"[:200])
+    return Outcome(code) if code.loop else Outcome(None, "no loop of matrix instructions")
+
+
+def _outcome(row: dict[str, Any]) -> Outcome:
+    code = row["code"]
+    if code is not None:
+        mixes = {name: LoopMix(**code[name]) for name in ("loop", "rest")}
+        code = Analysis(**(code | mixes | {"usage": Usage(**code["usage"])}))
+    return Outcome(code, row["error"])
+
+
+def _compiled(jobs: list[Job], workers: int) -> Iterable[tuple[Job, Outcome]]:
+    if workers == 1 or len(jobs) <= workers:
+        yield from ((job, compile_one(job)) for job in jobs)
+        return
+    # Spawned, not forked: PyTorch's threads do not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        waiting = iter(jobs)
+        running: dict[Future, Job] = {}
+        _submit(pool, compile_one, waiting, running, 2 * workers)
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+            _submit(pool, compile_one, waiting, running, 2 * workers)
+
+
+def _submit(
+    pool: ProcessPoolExecutor,
+    work: Callable[[Job], Outcome],
+    waiting: Iterator[Job],
+    running: dict[Future, Job],
+    at_most: int,
+) -> None:
+    while len(running) < at_most and (job := next(waiting, None)) is not None:
+        running[pool.submit(work, job)] = job

@@ -1,0 +1,142 @@
+"""The user's own cache of tile configurations: what `bra-autotune` measured on this machine's cards.
+
+One file for all cards and versions, `tuned.json`; an entry counts only on a card of its name, under its
+versions of PyTorch and Triton, and for the kernels it was measured with. Nothing that the file may hold stops
+a launch: what cannot be used is left out, with one warning.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .tile_table import Entry, Key, entry_row, format_rows, parse_entry
+
+logger = logging.getLogger(__name__)
+_FORMAT = 1
+_SHARED_SOURCE = ("addressing", "lepe", "matrix")
+_warned: set[str] = set()
+
+
+def folder() -> Path:
+    """`$BRA_TRITON_CACHE`, else `bra_triton` in the user's cache folder."""
+    if given := os.environ.get("BRA_TRITON_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bra_triton")
+
+
+def path() -> Path:
+    """Where the cache is."""
+    return folder() / "tuned.json"
+
+
+def circumstances(card: str, kernel: str) -> dict[str, str]:
+    """What an entry of a kernel must have been measured under to count here."""
+    versions = {"torch": torch.__version__, "triton": triton_version()}
+    return {"card": card, **versions, "source": source_digest(kernel)}
+
+
+def triton_version() -> str:
+    """Version of Triton; empty without it."""
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return triton.__version__
+
+
+@cache
+def source_digest(kernel: str) -> str:
+    """Stands for a kernel's source: what was found for another does not count."""
+    here = Path(__file__).parent
+    source = b"".join((here / f"{name}.py").read_bytes() for name in (*_SHARED_SOURCE, kernel))
+    return hashlib.sha256(source).hexdigest()[:12]
+
+
+def read(card: str) -> dict[Key, Entry]:
+    """What was measured on cards of this name, under these versions; empty where that is nothing."""
+    rows = _read_rows(path())
+    entries = {}
+    for row in rows:
+        key, entry = parse_entry(row)
+        if circumstances(card, key.kernel).items() <= row.items():
+            entries[key] = entry
+    if rows and not entries:
+        _warn(
+            f"{path()} holds nothing measured on {card} with torch {torch.__version__}, Triton "
+            f"{triton_version()} and these kernels; using the shipped tiles (bra-autotune measures anew)"
+        )
+    return entries
+
+
+def update(card: str, entries: Mapping[Key, Entry]) -> None:
+    """Adds entries, or replaces those of the same card, versions and key; other processes may do so, too.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path().parent.mkdir(parents=True, exist_ok=True)
+    with _lock():
+        rows = {_identity(row): row for row in _read_rows(path())}
+        for key, entry in entries.items():
+            row = circumstances(card, key.kernel) | entry_row(key, entry)
+            rows[_identity(row)] = row
+        write_whole(path(), format_rows({"format": _FORMAT}, list(rows.values())))
+
+
+def write_whole(target: Path, text: str) -> None:
+    """Replaces a file in one step: no reader sees half of it."""
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.replace(file.name, target)
+    except OSError:
+        os.unlink(file.name)
+        raise
+
+
+def _read_rows(source: Path) -> list[dict[str, Any]]:
+    """All entries of the file, checked; none if the file is missing or not wholly readable."""
+    try:
+        content = json.loads(source.read_text())
+        if content["format"] != _FORMAT:
+            raise ValueError(f"format {content['format']!r}, not {_FORMAT}")
+        for row in content["entries"]:
+            parse_entry(row)
+        return content["entries"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _warn(f"ignoring {source}, which is no readable cache of tiles ({type(error).__name__}: {error})")
+        return []
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    names = ("card", "torch", "triton", "source", "kernel", "bits", "head_dim", "size")
+    return tuple(row.get(name) for name in names)
+
+
+def _warn(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning(message)
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    # Only where GPUs are tuned, on Linux. The system drops the lock of a process that dies.
+    import fcntl
+
+    with open(path().with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

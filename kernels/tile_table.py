@@ -1,0 +1,209 @@
+"""Tables of tile configurations: what an entry says, and the files that hold them. Needs no Triton.
+
+A table is a JSON file, one line an entry, so that two versions of it compare line by line. The package ships
+one an architecture, `tuned/<arch>.json`; `bra-autotune` writes them.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT = "forward", "query_gradient", "key_value_gradient"
+KERNELS = (FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT)
+BITS = (16, 32)
+HEAD_DIMS = (16, 32, 64, 128, 256)
+SIZES = (16, 32, 64, 128)
+FALLBACK = "sm_80"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes and with how many threads.
+
+    Attributes:
+        own: rows that the program owns, a power of two of at least 16.
+        step: list positions in one step of its loop, a power of two of at least 16.
+        num_warps: warps of 32 threads, a power of two.
+        num_stages: depth of the software pipeline.
+
+    Raises:
+        ValueError: if a number is none of these; names it.
+    """
+
+    own: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("own", 16), ("step", 16), ("num_warps", 1), ("num_stages", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least or (name != "num_stages" and value & (value - 1)):
+                kind = "an int" if name == "num_stages" else "a power of two"
+                raise ValueError(f"{name} must be {kind} of at least {least}, got {value!r}")
+
+    def __str__(self) -> str:
+        return f"{self.own}x{self.step} {self.num_warps}w {self.num_stages}s"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What an entry of a table serves.
+
+    Attributes:
+        kernel: one of `KERNELS`.
+        bits: of an element, 16 or 32; float16 and bfloat16 share their tiles.
+        head_dim: widest head, one of `HEAD_DIMS`.
+        size: tokens of the largest region, one of `SIZES`; the last one also serves all larger ones.
+
+    Raises:
+        ValueError: if one is none of these; names it.
+    """
+
+    kernel: str
+    bits: int
+    head_dim: int
+    size: int
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("kernel", KERNELS),
+            ("bits", BITS),
+            ("head_dim", HEAD_DIMS),
+            ("size", SIZES),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(map(str, allowed))
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def of(cls, kernel: str, bits: int, head_dim: int, region_tokens: int) -> "Key":
+        """The entry that serves a problem; see `tiles.choose`."""
+        width = next((width for width in HEAD_DIMS if width >= head_dim), head_dim)
+        return cls(kernel, bits, width, next((size for size in SIZES if size >= region_tokens), SIZES[-1]))
+
+    def __str__(self) -> str:
+        return f"{self.kernel} fp{self.bits} head {self.head_dim} size {self.size}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One configuration and what is known of it.
+
+    Attributes:
+        tile: the configuration.
+        cost: issue slots a useful score where predicted, milliseconds where measured; None where unknown.
+        options: further choices of a kernel by name; none so far.
+    """
+
+    tile: Tile
+    cost: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """All configurations of one architecture.
+
+    Attributes:
+        arch: "sm_90", "gfx942", ...
+        origin: "predicted" (from machine code, without a GPU), "measured", or "default" (neither).
+        torch: version it was made with.
+        triton: version it was made with; where predictions were confirmed under further ones, all of them.
+        entries: by what they serve.
+    """
+
+    arch: str
+    origin: str
+    torch: str
+    triton: str
+    entries: Mapping[Key, Entry]
+
+
+def parse_entry(row: Mapping[str, Any]) -> tuple[Key, Entry]:
+    """Reads one line of a table.
+
+    Raises:
+        ValueError: it lacks something or holds something impossible.
+    """
+    try:
+        key = Key(*(row[name] for name in ("kernel", "bits", "head_dim", "size")))
+        tile = Tile(*(row[name] for name in ("own", "step", "num_warps", "num_stages")))
+        return key, Entry(tile, None if row["cost"] is None else float(row["cost"]), dict(row["options"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"an entry without {error}: {row}") from error
+
+
+def entry_row(key: Key, entry: Entry) -> dict[str, Any]:
+    """One line of a table."""
+    return {**asdict(key), **asdict(entry.tile), "cost": entry.cost, "options": dict(entry.options)}
+
+
+def parse_table(text: str) -> Table:
+    """Reads a table's file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    content = json.loads(text)
+    try:
+        entries = dict(parse_entry(row) for row in content["entries"])
+        return Table(
+            **{name: content[name] for name in ("arch", "origin", "torch", "triton")}, entries=entries
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no table of tiles: {error}") from error
+
+
+def format_table(table: Table) -> str:
+    """A table's file."""
+    head = {name: getattr(table, name) for name in ("arch", "origin", "torch", "triton")}
+    return format_rows(head, [entry_row(*item) for item in table.entries.items()])
+
+
+def format_rows(head: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    """JSON of `head` and, under "entries", the rows, each on its own line."""
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    opening = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in head.items())
+    return f'{{\n{opening} "entries": [\n{lines}\n ]\n}}\n'
+
+
+@cache
+def packaged(arch: str) -> Table:
+    """The table that the package ships for `arch`, or for the card it most resembles."""
+    return parse_table(_folder().joinpath(f"{nearest(arch, packaged_archs())}.json").read_text())
+
+
+@cache
+def packaged_archs() -> tuple[str, ...]:
+    """Architectures that the package has a table of."""
+    names = (file.name for file in _folder().iterdir())
+    return tuple(sorted(name.removesuffix(".json") for name in names if name.endswith(".json")))
+
+
+def nearest(arch: str, available: tuple[str, ...]) -> str:
+    """`arch` itself, else the newest NVIDIA architecture before it, else `FALLBACK`; AMD's among themselves.
+
+    Raises:
+        ValueError: `arch` is no architecture's name.
+    """
+    if not re.fullmatch(r"sm_\d+|gfx\w+", arch):
+        raise ValueError(f"arch must be like sm_90 or gfx942, got {arch!r}")
+    if arch in available:
+        return arch
+    if arch.startswith("gfx"):
+        return next((name for name in available if name.startswith("gfx")), FALLBACK)
+    older = [name for name in available if name.startswith("sm_") and _number(name) < _number(arch)]
+    return max(older, key=_number, default=FALLBACK)
+
+
+def _number(arch: str) -> int:
+    return int(arch.removeprefix("sm_"))
+
+
+def _folder() -> Any:
+    return resources.files(__package__).joinpath("tuned")

@@ -1,0 +1,272 @@
+"""The tuner: what it would try, what it predicts, and, with a timer of the test's own, how it measures."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bra_triton.bench import autotune, tile_prediction, tile_ranking, tile_timing
+from bra_triton.bench.hardware import HARDWARE
+from bra_triton.bench.search_space import candidates, problems, serves
+from bra_triton.bench.static_analysis import INSTRUCTION_CLASSES
+from bra_triton.bench.tile_prediction import Job, Outcome
+from bra_triton.kernels import tile_cache, tile_table, tiles
+from bra_triton.kernels.launches import attention
+from bra_triton.kernels.tile_table import BITS, HEAD_DIMS, KERNELS, SIZES, Key, Tile
+
+# One region of 2 x 2 tokens and few tiles: the interpreter takes its time for every program.
+TINY = ["--shape", "1x2x2x16", "--num-heads", "1", "--n-win", "1", "--topk", "1"]
+FORWARD_TINY = [*TINY, "--pass", "forward"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BRA_TRITON_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_entry_has_something_to_try(kernel, bits, head_dim):
+    space = candidates(kernel, bits, head_dim)
+    assert len(space) == len(set(space))
+    for size in SIZES:
+        assert any(serves(tile, size) for tile in space) or head_dim > 64
+
+
+def test_problems_are_of_their_size_class():
+    for size in SIZES:
+        for problem in problems(size, 32, 16):
+            assert Key.of(tiles.FORWARD, 16, 32, problem.region_tokens).size == size
+
+
+def test_a_dry_run_lists_and_writes_nothing(capsys, tmp_path):
+    assert autotune.main([*TINY, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(set(lines))
+    for kernel in KERNELS:
+        used = tiles.choose(kernel, torch.float16, 16, 4, torch.device("cpu"))
+        assert f"1x2x2x16 heads 1 n_win 1 topk 1 float16 {kernel} {used}" in lines
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_dry_run_of_a_prediction(capsys, tmp_path):
+    argv = ["--arch", "sm_90", "--kernel", "forward", "--head-dim", "32", "--dry-run"]
+    assert autotune.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"sm_90 forward fp16 head 32 {tile}" for tile in candidates("forward", 16, 32)]
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--shape", "1x4x4x16", "--dry-run"], "--shape needs --num-heads, --n-win, --topk"),
+        ([*TINY[:3], "3", *TINY[4:], "--dry-run"], "--num-heads must divide 16 channels, got 3"),
+        ([*TINY[:-1], "2", "--dry-run"], "--topk be at most 1 regions, got 2"),
+        (["--shape", "4x4x16", "--dry-run"], "NxHxWxDIM"),
+        (["--dtype", "float64"], "float64"),
+    ],
+)
+def test_wrong_arguments_are_named(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        autotune.main(argv)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit):
+        autotune.main(TINY)
+    assert "no GPU" in capsys.readouterr().err
+
+
+class Stopwatch:
+    """A timer that runs nothing twice: what the test says for a tile, else 1 ms."""
+
+    def __init__(self, milliseconds=None, stop_after=math.inf):
+        self.milliseconds, self.stop_after, self.timed = milliseconds or {}, stop_after, []
+
+    def __call__(self, run, n_sets):
+        if len(self.timed) == self.stop_after:
+            raise KeyboardInterrupt
+        run(n_sets - 1)
+        tile = next(iter(tiles._forced.get().values()))
+        self.timed.append(tile)
+        return self.milliseconds.get(tile, 1.0)
+
+
+def measure(argv, timer, device):
+    args = autotune._parser().parse_args(argv)
+    autotune.measure(args, autotune._settings(args), device, timer)
+
+
+@pytest.fixture
+def tried(monkeypatch, device):
+    """What a forward on the tiny shape tries, in order: what is used so far, then a space of three."""
+    space = [Tile(16, 16, 1, 2), Tile(16, 32, 2, 2), Tile(32, 16, 1, 2)]
+    monkeypatch.setattr(tile_timing, "candidates", lambda *args: space)
+    return [tiles.choose(tiles.FORWARD, torch.float16, 16, 4, device), *space[:2]]
+
+
+def test_the_fastest_is_kept_and_used(tried, device):
+    best = tried[1]
+    timer = Stopwatch({best: 0.5})
+    measure(FORWARD_TINY, timer, device)
+    assert timer.timed == tried
+    card = tile_timing.card_name(device)
+    assert {key: entry.tile for key, entry in tile_cache.read(card).items()} == {
+        Key(tiles.FORWARD, 16, 16, 16): best
+    }
+
+
+def test_a_backward_pass_times_both_its_kernels(device, monkeypatch):
+    monkeypatch.setattr(tile_timing, "candidates", lambda *args: [])
+    timer = Stopwatch()
+    measure([*TINY, "--pass", "backward", "--dtype", "bfloat16"], timer, device)
+    assert len(timer.timed) == 2  # what both use so far
+    assert {key.kernel for key in tile_cache.read(tile_timing.card_name(device))} == {
+        tiles.QUERY_GRADIENT,
+        tiles.KEY_VALUE_GRADIENT,
+    }
+
+
+def test_a_stopped_run_goes_on_where_it_was(tried, device):
+    first = Stopwatch({tried[0]: 0.5}, stop_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        measure(FORWARD_TINY, first, device)
+    with (tile_cache.folder() / "timings.jsonl").open("a") as file:
+        file.write('{"trial": "half a li')
+    second = Stopwatch()
+    measure(FORWARD_TINY, second, device)
+    assert first.timed + second.timed == tried
+    (entry,) = tile_cache.read(tile_timing.card_name(device)).values()
+    assert (entry.tile, entry.cost) == (tried[0], 0.5)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "nan", "error"])
+def test_what_computes_something_else_is_refused(fault, tried, device, monkeypatch):
+    good = attention.attention_forward
+    broken = tried[1]
+
+    def forward(problem, lepe):
+        out, share, lse = good(problem, lepe)
+        if tiles.choose(tiles.FORWARD, torch.float16, 16, 4, device) == broken:
+            if fault == "error":
+                raise RuntimeError("out of resource: shared memory")
+            out = out.roll(1, dims=1) if fault == "wrong" else out * math.nan
+        return out, share, lse
+
+    monkeypatch.setattr(attention, "attention_forward", forward)
+    timer = Stopwatch({broken: 0.1, tried[2]: 0.5})
+    measure(FORWARD_TINY, timer, device)
+    assert broken not in timer.timed
+    (entry,) = tile_cache.read(tile_timing.card_name(device)).values()
+    assert entry.tile == tried[2]
+    rows = [json.loads(line) for line in (tile_cache.folder() / "timings.jsonl").read_text().splitlines()]
+    assert [row["trial"].endswith(str(broken)) for row in rows if row["why"].startswith("refused")] == [True]
+
+
+def test_a_broken_context_ends_the_run(device, monkeypatch):
+    def forward(problem, lepe):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    args = autotune._parser().parse_args(FORWARD_TINY)
+    inputs = tile_timing._Inputs(autotune._settings(args)[0], torch.float16, device)
+    monkeypatch.setattr(tile_timing, "_Inputs", lambda *args: inputs)
+    monkeypatch.setattr(attention, "attention_forward", forward)
+    with pytest.raises(RuntimeError, match="broke the GPU's context"):
+        measure(FORWARD_TINY, Stopwatch(), device)
+    assert len((tile_cache.folder() / "timings.jsonl").read_text().splitlines()) == 1
+
+
+def test_winners_weigh_settings_alike():
+    """A tenth of a short setting's time is worth more than a twentieth of a long one's."""
+    args = autotune._parser().parse_args(TINY)
+    short = tile_timing.Trial(autotune._settings(args)[0], torch.float16, tiles.FORWARD, Tile(16, 32, 1, 3))
+    long = replace(short, setting=replace(short.setting, batch=100))
+    other = Tile(16, 64, 1, 3)
+    only_short = Tile(16, 64, 2, 3)
+    times = {
+        short: 0.9,
+        long: 100.0,
+        replace(short, tile=other): 1.0,
+        replace(long, tile=other): 95.0,
+        replace(short, tile=only_short): 0.1,
+        replace(long, tile=only_short): math.inf,
+    }
+    assert tile_timing.winners(times)[short.key][0] == short.tile
+
+
+def outcome(loop, spills=0, shared=1024, rest=100):
+    """What a compiler might have said."""
+    mix = dict.fromkeys(INSTRUCTION_CLASSES, 0) | {"matrix": 1, "exponentials": 1}
+    usage = tile_prediction.Usage(100, shared, 0, spills, 0)
+    mixes = [tile_prediction.LoopMix(mix | {"fp32": n - 2}, {}) for n in (loop, rest)]
+    return Outcome(tile_prediction.Analysis(128, 64, 4, usage, *mixes))
+
+
+class TestRanking:
+    KEY = Key(tiles.FORWARD, 16, 32, 128)
+    TILES = [tile for tile in candidates(tiles.FORWARD, 16, 32) if serves(tile, 128)][:3]
+
+    def name(self, tile):
+        return Job("sm_90", tiles.FORWARD, 16, 32, tile).key
+
+    def best(self, **by_version):
+        named = {
+            version: {self.name(self.TILES[index]): found for index, found in outcomes.items()}
+            for version, outcomes in by_version.items()
+        }
+        return [self.TILES.index(r.tile) for r in tile_ranking.rank(self.KEY, "sm_90", named)]
+
+    def test_cheapest_first(self):
+        assert self.best(new={0: outcome(900), 1: outcome(700), 2: outcome(800)}) == [1, 2, 0]
+
+    def test_among_ties_the_cheapest_loop(self):
+        assert self.best(new={0: outcome(900, rest=100), 1: outcome(890, rest=180)})[0] == 1
+
+    def test_what_spills_or_does_not_fit_or_compile_is_out(self):
+        too_much = HARDWARE["sm_90"].block_shared_bytes + 1
+        outcomes = {0: outcome(500, spills=1), 1: outcome(500, shared=too_much), 2: Outcome(None, "no")}
+        assert self.best(new=outcomes) == []
+
+    def test_the_dearest_version_counts(self):
+        assert self.best(new={0: outcome(500), 1: outcome(700)}, old={0: outcome(2000), 1: outcome(700)}) == [
+            1,
+            0,
+        ]
+
+    def test_a_spill_under_any_version_counts(self):
+        assert self.best(
+            new={0: outcome(500), 1: outcome(700)}, old={0: outcome(500, 3), 1: outcome(700)}
+        ) == [1]
+
+    def test_what_was_not_confirmed_is_left_out_where_something_was(self):
+        assert self.best(new={0: outcome(500), 1: outcome(700)}, old={1: outcome(700)}) == [1]
+        assert self.best(new={0: outcome(500), 1: outcome(700)}, old={}) == [0, 1]
+
+
+@pytest.mark.compiled
+def test_a_prediction_writes_a_table_and_keeps_what_it_compiled(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tile_ranking, "candidates", lambda *args: [Tile(64, 32, 2, 3), Tile(64, 64, 4, 3)])
+    argv = ["--arch", "sm_90", "--kernel", "forward", "--head-dim", "32", "--workers", "1"]
+    argv += ["--output", str(tmp_path)]
+    assert autotune.main(argv) == 0
+    table = tile_table.parse_table((tmp_path / "sm_90.json").read_text())
+    assert table.origin == "predicted"
+    shipped = tile_table.packaged("sm_90").entries
+    for key, entry in table.entries.items():
+        ranked = key.kernel == "forward" and (key.bits, key.head_dim) == (16, 32) and key.size in {64, 128}
+        if ranked:
+            assert entry.tile in {Tile(64, 32, 2, 3), Tile(64, 64, 4, 3)}
+            assert 5 < entry.cost < 40
+        else:
+            assert entry == shipped[key]
+    assert "nothing fits" in capsys.readouterr().out
+
+    monkeypatch.setattr(tile_prediction, "compile_one", lambda job: pytest.fail("compiled twice"))
+    assert autotune.main(argv) == 0
+    assert tile_table.parse_table((tmp_path / "sm_90.json").read_text()) == table
