@@ -2,8 +2,9 @@
 
 The space is pruned by what no good configuration breaks:
 
-- A thread holds 16 to 64 scores of a tile. With fewer it spends its time on addresses, with more no registers
-  are left for the accumulators. So a tile's area gives its warps within a factor of four.
+- A thread holds 16 to 64 scores of a tile, in the forward up to 128. With fewer it spends its time on
+  addresses, with more no registers are left for the accumulators. So a tile's area gives its warps within a
+  factor of eight.
 - NVIDIA's pipelines have three stages. With two the compiler copies keys and values ahead of their use, but
   loads the token list that says where they lie on the spot, and every step waits for it; the third stage
   costs half a KiB of shared memory and no instruction (forward, float16, head 32, 128 x 128, 8 warps, sm_90:
@@ -16,7 +17,7 @@ import itertools
 
 from bra_triton.bench.cost_model import ProblemSizes
 from bra_triton.bench.hardware import HARDWARE
-from bra_triton.kernels.tiles import KEY_VALUE_GRADIENT, SIZES, Tile
+from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, SIZES, Tile
 
 STEPS = (16, 32, 64, 128)
 WARPS = (1, 2, 4, 8)
@@ -58,7 +59,7 @@ def _is_worth_trying(tile: Tile, kernel: str, bits: int, head_dim: int) -> bool:
     is_small = tile.own <= 32 or is_wide or kernel == KEY_VALUE_GRADIENT
     rows_of_warp = tile.own / tile.num_warps
     return (
-        (16 if is_small else 32) <= per_thread <= (32 if is_wide else 64)
+        (16 if is_small else 32) <= per_thread <= (32 if is_wide else 128 if kernel == FORWARD else 64)
         and (tile.own == 16 or rows_of_warp >= 16)
         and (tile.step >= 32 or is_wide)
         and _accumulators(tile, kernel, head_dim) <= (128 if is_wide else 192)

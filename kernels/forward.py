@@ -132,6 +132,7 @@ def attention_forward(
     LEPE_KERNEL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
     BLOCK_QK: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -168,14 +169,15 @@ def attention_forward(
         acc, row_max, row_sum = _attend_tile(
             acc, row_max, row_sum, q, k, v, factor, None, logit_scale, PRECISION
         )
-    if full < list_length:
-        live = full + position < list_length
-        token = tl.load(place, mask=live, other=-1)
+    position = tl.arange(0, BLOCK_TAIL)
+    for start in tl.range(full, list_length, BLOCK_TAIL, num_stages=1):
+        live = start + position < list_length
+        token = tl.load(key_list + list_start + start + position, mask=live, other=-1)
         k = load_rows(key_base, key_padding, token, qk_channel, live, KEY_STRIDE, QK_HEAD_DIM)
         v = load_rows(value_base, value_padding, token, v_channel, live, VALUE_STRIDE, V_HEAD_DIM)
-        factor = (
-            None if factors is None else tl.load(factors + list_start + full + position, mask=live, other=1.0)
-        )
+        factor = None
+        if factors is not None:
+            factor = tl.load(factors + list_start + start + position, mask=live, other=1.0)
         acc, row_max, row_sum = _attend_tile(
             acc, row_max, row_sum, q, k, v, factor, live, logit_scale, PRECISION
         )

@@ -150,6 +150,7 @@ def key_value_gradient(
     QUERY_IS_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
     BLOCK_QK: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -199,18 +200,17 @@ def key_value_gradient(
         grad_k, grad_v = _key_value_gradient_tile(
             grad_k, grad_v, k, v, q, do, lse, delta, factor, logit_scale, PRECISION
         )
-    if full < list_length:
-        in_list = full + position < list_length
-        token = tl.load(place, mask=in_list, other=-1)
+    position = tl.arange(0, BLOCK_TAIL)
+    for start in tl.range(full, list_length, BLOCK_TAIL, num_stages=1):
+        in_list = start + position < list_length
+        token = tl.load(query_list + list_start + start + position, mask=in_list, other=-1)
         live = token >= 0
         q = load_rows(query_base, None, token, qk_channel, live, QUERY_STRIDE, QK_HEAD_DIM)
         do = load_rows(grad_out_base, None, token, v_channel, live, DIM, V_HEAD_DIM)
         lse, delta = _load_statistics(head_statistics, token, live)
-        factor = (
-            None
-            if factors is None
-            else tl.load(factors + list_start + full + position, mask=in_list, other=1.0)
-        )
+        factor = None
+        if factors is not None:
+            factor = tl.load(factors + list_start + start + position, mask=in_list, other=1.0)
         grad_k, grad_v = _key_value_gradient_tile(
             grad_k, grad_v, k, v, q, do, lse, delta, factor, logit_scale, PRECISION
         )

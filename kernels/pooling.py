@@ -54,7 +54,8 @@ def _load_tokens(
     """Channels of tokens of an image, (tokens, channels) in float32; `fill` past the map's edge."""
     if PADDED:
         live = live & (row < height) & (column < width)
-    rows = image + (row * width + column)[:, None] * TOKEN_STRIDE + channel[None, :]
+    token = (row * width + column).to(tl.int64)
+    rows = image + token[:, None] * TOKEN_STRIDE + channel[None, :]
     value = tl.load(rows, mask=live[:, None] & (channel < CHANNELS)[None, :], other=0.0).to(tl.float32)
     if PADDED:
         padding = tl.load(fill + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)
@@ -245,7 +246,8 @@ def pool_backward(
                     total += grad * tl.load(taps, mask=loaded, other=0.0)
 
         in_map = live & (map_row < height) & (map_column < width)
-        tokens = grad_x + (map_row * width + map_column)[:, None] * TOKEN_STRIDE + channel[None, :]
+        token = (map_row * width + map_column).to(tl.int64)
+        tokens = grad_x + token[:, None] * TOKEN_STRIDE + channel[None, :]
         tl.store(tokens, total.to(grad_x.dtype.element_ty), mask=in_map[:, None] & channel_live)
         if PADDED:
             fill_total += tl.where((live & ~in_map)[:, None], total, 0.0)

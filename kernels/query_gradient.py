@@ -91,6 +91,7 @@ def query_gradient(
     GRAD_QUERY_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
     BLOCK_QK: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
@@ -138,19 +139,20 @@ def query_gradient(
         )
         if grad_factor is not None:
             by_slot = _add_by_slot(by_slot, of_values, of_scores, scale, start + position, kv_region_tokens)
-    if full < list_length:
-        live = full + position < list_length
-        token = tl.load(place, mask=live, other=-1)
+    position = tl.arange(0, BLOCK_TAIL)
+    for start in tl.range(full, list_length, BLOCK_TAIL, num_stages=1):
+        live = start + position < list_length
+        token = tl.load(key_list + list_start + start + position, mask=live, other=-1)
         k = load_rows(key_base, key_padding, token, qk_channel, live, KEY_STRIDE, QK_HEAD_DIM)
         v = load_rows(value_base, value_padding, token, v_channel, live, VALUE_STRIDE, V_HEAD_DIM)
-        factor = (
-            None if factors is None else tl.load(factors + list_start + full + position, mask=live, other=1.0)
-        )
+        factor = None
+        if factors is not None:
+            factor = tl.load(factors + list_start + start + position, mask=live, other=1.0)
         grad, of_values, of_scores = _query_gradient_tile(
             grad, q, do, row_lse, delta, k, v, factor, live, logit_scale, PRECISION
         )
         if grad_factor is not None:
-            by_slot = _add_by_slot(by_slot, of_values, of_scores, scale, full + position, kv_region_tokens)
+            by_slot = _add_by_slot(by_slot, of_values, of_scores, scale, start + position, kv_region_tokens)
 
     grad_base = grad_query + image * map_tokens * GRAD_QUERY_STRIDE + head * QK_HEAD_DIM
     store_rows(grad_base, own, qk_channel, own >= 0, grad * scale, GRAD_QUERY_STRIDE, QK_HEAD_DIM)
