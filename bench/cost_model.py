@@ -40,6 +40,7 @@ class ProblemSizes:
         v_head_dim: channels of a value in one head.
         element_bytes: 2 or 4.
         kv_regions: key regions an image; None for `regions`.
+        masked: all queries meet all keys, under a mask.
     """
 
     batch: int
@@ -52,13 +53,16 @@ class ProblemSizes:
     v_head_dim: int
     element_bytes: int = 2
     kv_regions: int | None = None
+    masked: bool = False
 
     @classmethod
-    def of_preset(cls, preset: Preset, element_bytes: int = 2) -> "ProblemSizes":
+    def of_preset(cls, preset: Preset, element_bytes: int = 2, masked: bool = False) -> "ProblemSizes":
         """Sizes of a preset."""
         tokens = preset.region_tokens
         heads = (preset.num_heads, preset.head_dim, preset.head_dim)
-        return cls(preset.batch, preset.n_win**2, tokens, preset.topk, tokens, *heads, element_bytes)
+        return cls(
+            preset.batch, preset.n_win**2, tokens, preset.topk, tokens, *heads, element_bytes, None, masked
+        )
 
     @property
     def key_regions(self) -> int:
@@ -213,6 +217,11 @@ def walk_of(kernel: str, block_m: int, block_n: int, problem: ProblemSizes) -> W
     else:
         own, step, owned, regions = block_m, block_n, problem.region_tokens, problem.regions
         length = problem.topk * problem.kv_tokens
+    if problem.masked:
+        length = problem.regions * problem.region_tokens
+        owned, regions = owned * regions, 1
+        if kernel != "key_value_gradient":
+            length = problem.key_regions * problem.kv_tokens
     programs = problem.batch * problem.num_heads * regions * -(-owned // own)
     return Walk(programs, length // step, length % step > 0)
 
@@ -241,6 +250,11 @@ def bytes_requested(kernel: str, block_m: int, block_n: int, problem: ProblemSiz
     qk, v = (problem.element_bytes * dim for dim in (problem.qk_head_dim, problem.v_head_dim))
     queries, keys, _ = _token_heads(problem)
     moved = bytes_moved(kernel, problem)
+    if problem.masked:
+        owned, own = (keys, block_n) if kernel == "key_value_gradient" else (queries, block_m)
+        tiles = -(-owned // (problem.batch * problem.num_heads) // own)
+        again = (tiles - 1) * (queries if kernel == "key_value_gradient" else keys)
+        return moved + again * (qk + v + (8 if kernel == "key_value_gradient" else 0))
     pairs = problem.batch * problem.num_heads * problem.regions * problem.topk
     if kernel == "key_value_gradient":
         walked = pairs * -(-problem.kv_tokens // block_n) * problem.region_tokens

@@ -145,7 +145,8 @@ def _row(
     floor: dense_floor.Floor | None,
 ) -> Row:
     analysis = None if isinstance(result, Exception) else result
-    problem = ProblemSizes.of_preset(preset, DTYPES[dtype].itemsize)
+    masked = "query_marks" in specimen.signature
+    problem = ProblemSizes.of_preset(preset, DTYPES[dtype].itemsize, masked)
     cost = target = None
     if specimen.name in ATTENTION_KERNELS:
         passes = 3 if specimen.constexprs.get("PRECISION") == "tf32x3" else 1

@@ -151,7 +151,9 @@ def _problem(setting: Setting, dtype: torch.dtype) -> tuple[RoutedAttention, Ten
     padding = Padding(empty(widths[1]), empty(widths[2])) if kv_grid.is_padded else None
     scale = setting.qk_dim**-0.5
     return (
-        RoutedAttention(query, key, value, r_idx, grid, kv_grid, setting.num_heads, scale, factor, padding),
+        RoutedAttention(
+            query, key, value, r_idx, grid, kv_grid, setting.num_heads, scale, factor, padding, True
+        ),
         qkv,
         fill,
     )

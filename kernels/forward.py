@@ -4,6 +4,11 @@ One program computes BLOCK_M queries of one region and head against the listed k
 of FlashAttention-2. LePE, if there is any, is added on the way out: what the separate kernel would write and
 read again stays in registers.
 
+With marks, small regions share programs: the queries of all regions stand in one row, as if the map were one
+region, and so do the keys, in one `key_list` of shape (list_length,). A product of marks masks what was not
+chosen. It adds -2**30, not minus infinity, so that a step without a chosen key needs no guard: what such
+steps summed up is multiplied by exp2(-2**30 * logit_scale) = 0 at the first chosen key.
+
 | array | shape | meaning |
 |---|---|---|
 | query, key, value | (N, H, W, ...) | maps, or slices of one packed map; row strides QUERY_STRIDE, ... |
@@ -11,6 +16,7 @@ read again stays in registers.
 | key_list | (N, G, P, list_length) int32 | keys that each region attends to, -1 for padding |
 | key_padding, value_padding | (heads * head_dim,) | what padding holds; None where there is none |
 | factors | (N, G, P, list_length) fp32 | factor of each listed key and value; None for 1 |
+| query_regions, query_marks, key_marks | | the graph as a mask, see `lists.mark_choices`; or None |
 | out | (N, H, W, NUM_HEADS * V_HEAD_DIM) | attention output, plus LePE |
 | attention | as out | attention output alone, for the backward; None where nobody needs it |
 | lepe_value, lepe_fill, lepe_weight, lepe_bias | | values at full resolution, and the rest, as in `lepe` |
@@ -27,10 +33,23 @@ from .matrix import add_matmul, matmul
 
 @triton.jit
 def _attend_tile(
-    acc, row_max, row_sum, query, key, value, factor, live, logit_scale, PRECISION: tl.constexpr
+    acc,
+    row_max,
+    row_sum,
+    query,
+    key,
+    value,
+    factor,
+    own_marks,
+    marks,
+    live,
+    logit_scale,
+    PRECISION: tl.constexpr,
 ):
     """One step of the online softmax: BLOCK_M queries against BLOCK_N keys."""
     scores = matmul(query, tl.trans(key), PRECISION)
+    if own_marks is not None:
+        scores = add_matmul(scores, own_marks, tl.trans(marks), "ieee")
     if factor is not None:
         scores *= factor[None, :]
     if live is not None:
@@ -104,6 +123,9 @@ def attention_forward(
     key_padding,
     value_padding,
     factors,
+    query_regions,
+    query_marks,
+    key_marks,
     lepe_value,
     lepe_fill,
     lepe_weight,
@@ -135,14 +157,17 @@ def attention_forward(
     BLOCK_TAIL: tl.constexpr,
     BLOCK_QK: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_MARKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Output and lse of BLOCK_M queries of one region and head."""
     DIM: tl.constexpr = NUM_HEADS * V_HEAD_DIM
-    image, region, tile, head = locate_program(n_regions, tl.cdiv(region_tokens, BLOCK_M), NUM_HEADS)
+    image, region, tile, head = locate_program(
+        n_regions if query_marks is None else 1, tl.cdiv(region_tokens, BLOCK_M), NUM_HEADS
+    )
     qk_channel = tl.arange(0, BLOCK_QK)
     v_channel = tl.arange(0, BLOCK_V)
-    _, _, own = own_tokens(region_list, region, tile, region_tokens, BLOCK_M)
+    index, exists, own = own_tokens(region_list, region, tile, region_tokens, BLOCK_M)
     query_start = image * map_tokens * QUERY_STRIDE + head * QK_HEAD_DIM
     q = load_rows(query + query_start, None, own, qk_channel, own >= 0, QUERY_STRIDE, QK_HEAD_DIM)
 
@@ -151,7 +176,15 @@ def attention_forward(
     if key_padding is not None:
         key_padding += head * QK_HEAD_DIM
         value_padding += head * V_HEAD_DIM
-    list_start = (graph_of(image, head, N_GRAPHS) * n_regions + region) * list_length
+    first_row = graph_of(image, head, N_GRAPHS) * n_regions
+    list_start = 0
+    own_marks = None
+    mark = tl.arange(0, BLOCK_MARKS)
+    if query_marks is None:
+        list_start = (first_row + region) * list_length
+    else:
+        row = first_row + tl.load(query_regions + index, mask=exists, other=0)
+        own_marks = load_rows(query_marks, None, row, mark, exists, BLOCK_MARKS, BLOCK_MARKS)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -166,8 +199,11 @@ def attention_forward(
         k = load_rows(key_base, key_padding, token, qk_channel, None, KEY_STRIDE, QK_HEAD_DIM)
         v = load_rows(value_base, value_padding, token, v_channel, None, VALUE_STRIDE, V_HEAD_DIM)
         factor = None if factors is None else tl.load(factors + list_start + start + position)
+        marks = None
+        if query_marks is not None:
+            marks = load_rows(key_marks, None, start + position, mark, None, BLOCK_MARKS, BLOCK_MARKS)
         acc, row_max, row_sum = _attend_tile(
-            acc, row_max, row_sum, q, k, v, factor, None, logit_scale, PRECISION
+            acc, row_max, row_sum, q, k, v, factor, own_marks, marks, None, logit_scale, PRECISION
         )
     position = tl.arange(0, BLOCK_TAIL)
     for start in tl.range(full, list_length, BLOCK_TAIL, num_stages=1):
@@ -178,8 +214,11 @@ def attention_forward(
         factor = None
         if factors is not None:
             factor = tl.load(factors + list_start + start + position, mask=live, other=1.0)
+        marks = None
+        if query_marks is not None:
+            marks = load_rows(key_marks, None, start + position, mark, live, BLOCK_MARKS, BLOCK_MARKS)
         acc, row_max, row_sum = _attend_tile(
-            acc, row_max, row_sum, q, k, v, factor, live, logit_scale, PRECISION
+            acc, row_max, row_sum, q, k, v, factor, own_marks, marks, live, logit_scale, PRECISION
         )
 
     acc = acc / row_sum[:, None]

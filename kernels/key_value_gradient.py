@@ -10,6 +10,7 @@ graph, the queries that chose a region, may be cut into pieces; then each piece 
 | region_list | (P_kv, S_kv) int32 | tokens of every key region |
 | query_list | (N, G, P * TOPK * S) int32 | queries of the pairs, in the order of the inverse graph |
 | factors | as query_list, fp32 | factor of each listed query's pair; None for 1 |
+| query_regions, query_marks, key_marks | | as in `forward`; with marks there is one list and no work |
 | row_start, work | | the inverse graph and the pieces of its rows, see `lists` |
 | statistics | (N, NUM_HEADS, H * W, 2) fp32 | lse and delta, from `query_gradient` |
 | grad_out | (N, H, W, NUM_HEADS * V_HEAD_DIM) | gradient of the attention output |
@@ -52,6 +53,8 @@ def _key_value_gradient_tile(
     lse,
     delta,
     factor,
+    own_marks,
+    marks,
     logit_scale,
     PRECISION: tl.constexpr,
 ):
@@ -64,6 +67,8 @@ def _key_value_gradient_tile(
     """
     grad_probs = matmul(value, tl.trans(grad_out), PRECISION)
     scores = matmul(key, tl.trans(query), PRECISION)
+    if own_marks is not None:
+        scores = add_matmul(scores, own_marks, tl.trans(marks), "ieee")
     if factor is not None:
         scores *= factor[None, :]
     probs = tl.exp2(scores * logit_scale - lse[None, :])
@@ -121,6 +126,9 @@ def key_value_gradient(
     key_padding,
     value_padding,
     factors,
+    query_regions,
+    query_marks,
+    key_marks,
     statistics,
     grad_out,
     grad_key,
@@ -153,6 +161,7 @@ def key_value_gradient(
     BLOCK_TAIL: tl.constexpr,
     BLOCK_QK: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_MARKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dK and dV of BLOCK_N tokens of one region and head, from one piece of the queries that chose it."""
@@ -160,12 +169,19 @@ def key_value_gradient(
     tiles = tl.cdiv(region_tokens, BLOCK_N)
     image, piece, tile, head = locate_program(n_pieces, tiles, NUM_HEADS)
     graph = graph_of(image, head, N_GRAPHS)
-    piece_work = work + (graph * n_pieces + piece) * 4
-    region = tl.load(piece_work)
-    if region < 0:
-        return
-    first = tl.load(piece_work + 1)
-    last = tl.load(piece_work + 2)
+    if query_marks is None:
+        piece_work = work + (graph * n_pieces + piece) * 4
+        region = tl.load(piece_work)
+        if region < 0:
+            return
+        first = tl.load(piece_work + 1)
+        last = tl.load(piece_work + 2)
+        list_start = (graph * n_pairs + first) * query_region_tokens
+        list_length = (last - first) * query_region_tokens
+    else:
+        region = piece
+        list_start = 0
+        list_length = query_region_tokens
 
     qk_channel = tl.arange(0, BLOCK_QK)
     v_channel = tl.arange(0, BLOCK_V)
@@ -181,13 +197,16 @@ def key_value_gradient(
     query_base = query + image * map_tokens * QUERY_STRIDE + head * QK_HEAD_DIM
     grad_out_base = grad_out + image * map_tokens * DIM + head * V_HEAD_DIM
     head_statistics = statistics + (image * NUM_HEADS + head) * map_tokens * 2
-    list_start = (graph * n_pairs + first) * query_region_tokens
     grad_k = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    mark = tl.arange(0, BLOCK_MARKS)
+    own_marks = None
+    if query_marks is not None:
+        query_marks += graph * n_pairs * BLOCK_MARKS
+        own_marks = load_rows(key_marks, None, index, mark, exists, BLOCK_MARKS, BLOCK_MARKS)
 
     position = tl.arange(0, BLOCK_M)
     place = query_list + list_start + position
-    list_length = (last - first) * query_region_tokens
     full = list_length - list_length % BLOCK_M
     for start in tl.range(0, full, BLOCK_M):
         token = tl.load(place)
@@ -197,8 +216,12 @@ def key_value_gradient(
         do = load_rows(grad_out_base, None, token, v_channel, live, DIM, V_HEAD_DIM)
         lse, delta = _load_statistics(head_statistics, token, live)
         factor = None if factors is None else tl.load(factors + list_start + start + position)
+        marks = None
+        if query_marks is not None:
+            query_region = tl.load(query_regions + start + position)
+            marks = load_rows(query_marks, None, query_region, mark, None, BLOCK_MARKS, BLOCK_MARKS)
         grad_k, grad_v = _key_value_gradient_tile(
-            grad_k, grad_v, k, v, q, do, lse, delta, factor, logit_scale, PRECISION
+            grad_k, grad_v, k, v, q, do, lse, delta, factor, own_marks, marks, logit_scale, PRECISION
         )
     position = tl.arange(0, BLOCK_TAIL)
     for start in tl.range(full, list_length, BLOCK_TAIL, num_stages=1):
@@ -211,12 +234,16 @@ def key_value_gradient(
         factor = None
         if factors is not None:
             factor = tl.load(factors + list_start + start + position, mask=in_list, other=1.0)
+        marks = None
+        if query_marks is not None:
+            query_region = tl.load(query_regions + start + position, mask=in_list, other=0)
+            marks = load_rows(query_marks, None, query_region, mark, in_list, BLOCK_MARKS, BLOCK_MARKS)
         grad_k, grad_v = _key_value_gradient_tile(
-            grad_k, grad_v, k, v, q, do, lse, delta, factor, logit_scale, PRECISION
+            grad_k, grad_v, k, v, q, do, lse, delta, factor, own_marks, marks, logit_scale, PRECISION
         )
 
     grad_k *= scale
-    partial = tl.load(piece_work + 3)
+    partial = -1 if query_marks is not None else tl.load(piece_work + 3)
     if partial >= 0:
         row = ((image * NUM_HEADS + head) * n_partials + partial) * region_tokens
         store_rows(

@@ -9,6 +9,9 @@ A "graph" is one image's, or one head's of an image (`G` an image). A "pair" is 
 | tokens | (entries, S) int32 | tokens of the listed regions; -1 is padding |
 | region_list | (regions, S) int32 | tokens of all regions in order |
 | factors | (entries, S) fp32 | factor of each listed token's region |
+| query_marks | (N, G, P, BLOCK_MARKS) fp16 | masked attention: 0 at chosen key regions, else -2**15 |
+| key_marks | (P_kv * S_kv, BLOCK_MARKS) fp16 | 2**15 at the region of every key of `region_list`, else 0 |
+| query_regions | (P * S,) int32 | the region of every query of `region_list` |
 | row_start | (N, G, P_kv + 1) int32 | where each key region's row starts in `pairs` |
 | pairs | (N, G, P * TOPK) int32 | the inverse graph: pairs by key region, ascending in each row |
 | work | (N, G, P_kv + extras, 4) int32 | pieces of rows: region (-1: none), first and last pair, partial |
@@ -73,6 +76,39 @@ def list_tokens(
         at = other_region[:, None] * region_tokens + index
         is_other = ~listed & (other_region < n_regions)
         tl.store(region_list + at, token, mask=is_other[:, None] & in_region)
+
+
+@triton.jit(do_not_specialize=["n_rows", "topk", "n_queries", "region_tokens", "n_keys", "kv_region_tokens"])
+def mark_choices(
+    r_idx,
+    query_marks,
+    query_regions,
+    key_marks,
+    n_rows,
+    topk,
+    n_queries,
+    region_tokens,
+    n_keys,
+    kv_region_tokens,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_MARKS: tl.constexpr,
+):
+    """Tables for masked attention; each program writes BLOCK_ROWS rows of all three.
+
+    The product of a query's and a key's marks is 0 where the query's region chose the key's, else -2**30,
+    exact in half precision: a mask that the matrix unit adds to the scores, at no instruction a score.
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    region = tl.arange(0, BLOCK_MARKS)[None, :]
+    marks = tl.full([BLOCK_ROWS, BLOCK_MARKS], -32768.0, tl.float16)
+    for slot in tl.range(0, topk):
+        choice = tl.load(r_idx + row.to(tl.int64) * topk + slot, mask=row < n_rows, other=-1)
+        marks = tl.where(choice[:, None] == region, 0.0, marks).to(tl.float16)
+    at = row.to(tl.int64)[:, None] * BLOCK_MARKS + region
+    tl.store(query_marks + at, marks, mask=(row < n_rows)[:, None])
+    tl.store(query_regions + row, row // region_tokens, mask=row < n_queries)
+    own = tl.where((row // kv_region_tokens)[:, None] == region, 32768.0, 0.0).to(tl.float16)
+    tl.store(key_marks + at, own, mask=(row < n_keys)[:, None])
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_regions"])

@@ -39,6 +39,7 @@ class RoutedAttention:
         factor: `(N, G, P, topk)` float32, contiguous: what keys and values of a chosen region are multiplied
             by; None for nothing. Positive.
         padding: what keys and values past the edge hold; None where `kv_grid` is not padded.
+        distinct: no region chose another one twice, as routing never does. Otherwise that one counts twice.
     """
 
     query: Tensor
@@ -51,6 +52,7 @@ class RoutedAttention:
     scale: float
     factor: Tensor | None = None
     padding: Padding | None = None
+    distinct: bool = False
 
     @property
     def batch(self) -> int:

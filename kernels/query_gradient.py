@@ -8,6 +8,7 @@ region's queries and the chosen region's keys.
 | array | shape | meaning |
 |---|---|---|
 | query, key, value, region_list, key_list, key_padding, value_padding, factors | | as in `forward` |
+| query_regions, query_marks, key_marks | | as in `forward` |
 | out, grad_out | (N, H, W, NUM_HEADS * V_HEAD_DIM) | attention output and its gradient |
 | lse | (N, NUM_HEADS, H * W) fp32 | from the forward |
 | statistics | (N, NUM_HEADS, H * W, 2) fp32 | lse and delta, side by side, for dK/dV |
@@ -24,13 +25,27 @@ from .matrix import add_matmul, matmul
 
 @triton.jit
 def _query_gradient_tile(
-    grad_query, query, grad_out, lse, delta, key, value, factor, live, logit_scale, PRECISION: tl.constexpr
+    grad_query,
+    query,
+    grad_out,
+    lse,
+    delta,
+    key,
+    value,
+    factor,
+    own_marks,
+    marks,
+    live,
+    logit_scale,
+    PRECISION: tl.constexpr,
 ):
     """Adds what BLOCK_N keys contribute to the (unscaled) gradient of BLOCK_M queries.
 
     Also returns, for the factor's gradient, the tiles P * dP and dS * (Q K^T).
     """
     products = matmul(query, tl.trans(key), PRECISION)
+    if own_marks is not None:
+        products = add_matmul(products, own_marks, tl.trans(marks), "ieee")
     scores = products if factor is None else products * factor[None, :]
     probs = tl.exp2(scores * logit_scale - lse[:, None])
     if live is not None:
@@ -67,6 +82,9 @@ def query_gradient(
     key_padding,
     value_padding,
     factors,
+    query_regions,
+    query_marks,
+    key_marks,
     out,
     lse,
     grad_out,
@@ -94,16 +112,17 @@ def query_gradient(
     BLOCK_TAIL: tl.constexpr,
     BLOCK_QK: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_MARKS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dQ of BLOCK_M queries of one region and head; walks the keys as the forward does."""
     DIM: tl.constexpr = NUM_HEADS * V_HEAD_DIM
     tiles = tl.cdiv(region_tokens, BLOCK_M)
-    image, region, tile, head = locate_program(n_regions, tiles, NUM_HEADS)
+    image, region, tile, head = locate_program(n_regions if query_marks is None else 1, tiles, NUM_HEADS)
     qk_channel = tl.arange(0, BLOCK_QK)
     v_channel = tl.arange(0, BLOCK_V)
-    _, _, own = own_tokens(region_list, region, tile, region_tokens, BLOCK_M)
+    index, exists, own = own_tokens(region_list, region, tile, region_tokens, BLOCK_M)
     query_start = image * map_tokens * QUERY_STRIDE + head * QK_HEAD_DIM
     q = load_rows(query + query_start, None, own, qk_channel, own >= 0, QUERY_STRIDE, QK_HEAD_DIM)
     out_start = image * map_tokens * DIM + head * V_HEAD_DIM
@@ -121,7 +140,15 @@ def query_gradient(
     if key_padding is not None:
         key_padding += head * QK_HEAD_DIM
         value_padding += head * V_HEAD_DIM
-    list_start = (graph_of(image, head, N_GRAPHS) * n_regions + region) * list_length
+    first_row = graph_of(image, head, N_GRAPHS) * n_regions
+    list_start = 0
+    own_marks = None
+    mark = tl.arange(0, BLOCK_MARKS)
+    if query_marks is None:
+        list_start = (first_row + region) * list_length
+    else:
+        row = first_row + tl.load(query_regions + index, mask=exists, other=0)
+        own_marks = load_rows(query_marks, None, row, mark, exists, BLOCK_MARKS, BLOCK_MARKS)
     grad = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
     by_slot = tl.zeros([BLOCK_SLOTS], tl.float32)
 
@@ -134,8 +161,11 @@ def query_gradient(
         k = load_rows(key_base, key_padding, token, qk_channel, None, KEY_STRIDE, QK_HEAD_DIM)
         v = load_rows(value_base, value_padding, token, v_channel, None, VALUE_STRIDE, V_HEAD_DIM)
         factor = None if factors is None else tl.load(factors + list_start + start + position)
+        marks = None
+        if query_marks is not None:
+            marks = load_rows(key_marks, None, start + position, mark, None, BLOCK_MARKS, BLOCK_MARKS)
         grad, of_values, of_scores = _query_gradient_tile(
-            grad, q, do, row_lse, delta, k, v, factor, None, logit_scale, PRECISION
+            grad, q, do, row_lse, delta, k, v, factor, own_marks, marks, None, logit_scale, PRECISION
         )
         if grad_factor is not None:
             by_slot = _add_by_slot(by_slot, of_values, of_scores, scale, start + position, kv_region_tokens)
@@ -148,8 +178,11 @@ def query_gradient(
         factor = None
         if factors is not None:
             factor = tl.load(factors + list_start + start + position, mask=live, other=1.0)
+        marks = None
+        if query_marks is not None:
+            marks = load_rows(key_marks, None, start + position, mark, live, BLOCK_MARKS, BLOCK_MARKS)
         grad, of_values, of_scores = _query_gradient_tile(
-            grad, q, do, row_lse, delta, k, v, factor, live, logit_scale, PRECISION
+            grad, q, do, row_lse, delta, k, v, factor, own_marks, marks, live, logit_scale, PRECISION
         )
         if grad_factor is not None:
             by_slot = _add_by_slot(by_slot, of_values, of_scores, scale, start + position, kv_region_tokens)

@@ -53,6 +53,13 @@ DEFAULT_ARCHITECTURE = "sm_90"
 _architecture: ContextVar[str | None] = ContextVar("architecture", default=None)
 _forced: ContextVar[Mapping[str, Tile]] = ContextVar("forced", default={})  # noqa: B039 (never written to)
 
+# Masked attention over the whole map, half precision, heads of at most 32.
+MASKED = {
+    FORWARD: Tile(128, 64, 4, 2),
+    QUERY_GRADIENT: Tile(128, 32, 4, 2),
+    KEY_VALUE_GRADIENT: Tile(128, 32, 4, 2),
+}
+
 
 def channel_block(head_dim: int) -> int:
     """Channels that a tile holds for a head of `head_dim`: a power of two that a matrix unit can take."""

@@ -238,7 +238,9 @@ def _problem(
         # Every region chose all: dense attention, whose queries and keys need not be told apart by region.
         # BiFormer's last stage is such, with regions of one token, each a tile of its own otherwise.
         grid, kv_grid, r_idx = grid.merged, kv_grid.merged, torch.zeros_like(r_idx[:, :, :1, :1])
-    return RoutedAttention(query, key, value, r_idx, grid, kv_grid, num_heads, scale, factor, kv_padding)
+    return RoutedAttention(
+        query, key, value, r_idx, grid, kv_grid, num_heads, scale, factor, kv_padding, True
+    )
 
 
 def _lepe(

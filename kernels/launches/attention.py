@@ -6,9 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import forward, key_value_gradient, query_gradient, tiles
+from .. import forward, key_value_gradient, masking, query_gradient, tiles
 from ..problem import Gradients, Lepe, Padding, RoutedAttention, SmallGradients
-from .lists import KeyLists, list_keys, list_queries
+from ..region_grid import RegionGrid
+from .lists import KeyLists, QueryLists, list_keys, list_queries
 
 LOG2_E = math.log2(math.e)
 # The end of a list is walked in narrower steps: of 400 keys in steps of 128 one as wide would waste 112. It
@@ -37,14 +38,16 @@ def attention_forward(
         problem.batch, problem.num_heads, *problem.query.shape[1:3], dtype=torch.float32
     )
     if problem.batch:
-        lists = list_keys(problem)
-        tile = _tile(tiles.FORWARD, problem)
+        masked = masking.is_cheaper(problem)
+        lists = list_keys(problem, masked)
+        tile = _tile(tiles.FORWARD, problem, masked)
         grid = problem.query_grid
         bottom, right = grid.padding
         with torch.cuda.device_of(out):
-            forward.attention_forward[_grid(problem, tile)](
+            forward.attention_forward[_grid(problem, tile, masked)](
                 *(problem.query, problem.key, problem.value),
                 *(lists.region_list, lists.key_list, *_padding(problem), lists.factors),
+                *_marks(lists),
                 *((None,) * 4 if lepe is None else (lepe.value, lepe.fill, lepe.weight, lepe.bias)),
                 *(out, attention, lse, problem.scale * LOG2_E),
                 *_query_side_sizes(problem, lists),
@@ -53,7 +56,7 @@ def attention_forward(
                 LEPE_KERNEL=0 if lepe is None else lepe.kernel_size,
                 BLOCK_M=tile.own,
                 BLOCK_N=tile.step,
-                **_constants(problem, tile),
+                **_constants(problem, tile, lists),
             )
     return out, attention, lse
 
@@ -105,8 +108,9 @@ def _query_gradient(
     needs_factor: bool,
 ) -> Tensor | None:
     """dQ into `gradients`, (lse, delta) into `statistics`; returns the factor's gradient if asked for."""
-    lists = list_keys(problem)
-    tile = _tile(tiles.QUERY_GRADIENT, problem, crowded=needs_factor)
+    masked = not needs_factor and masking.is_cheaper(problem)
+    lists = list_keys(problem, masked)
+    tile = _tile(tiles.QUERY_GRADIENT, problem, masked, crowded=needs_factor)
     shares = None
     if needs_factor:
         n_tiles = triton.cdiv(problem.query_grid.region_tokens, tile.own)
@@ -114,9 +118,10 @@ def _query_gradient(
             problem.batch, problem.num_heads, problem.query_grid.n_regions, n_tiles, problem.topk
         )
     with torch.cuda.device_of(grad_out):
-        query_gradient.query_gradient[_grid(problem, tile)](
+        query_gradient.query_gradient[_grid(problem, tile, masked)](
             *(problem.query, problem.key, problem.value),
             *(lists.region_list, lists.key_list, *_padding(problem), lists.factors),
+            *_marks(lists),
             *(out, lse, grad_out, statistics, gradients.query, shares),
             *(problem.scale * LOG2_E, problem.scale),
             *_query_side_sizes(problem, lists),
@@ -125,7 +130,7 @@ def _query_gradient(
             BLOCK_M=tile.own,
             BLOCK_N=tile.step,
             BLOCK_SLOTS=triton.next_power_of_2(problem.topk),
-            **_constants(problem, tile),
+            **_constants(problem, tile, lists),
         )
     if shares is None:
         return None
@@ -137,48 +142,55 @@ def _key_value_gradient(
     grad_out: Tensor, problem: RoutedAttention, statistics: Tensor, gradients: Gradients
 ) -> Padding | None:
     """dK and dV into `gradients`; returns the padding's gradient where there is padding."""
-    lists = list_queries(problem)
-    tile = _tile(tiles.KEY_VALUE_GRADIENT, problem)
+    masked = masking.is_cheaper(problem)
+    lists = list_queries(problem, masked)
+    tile = _tile(tiles.KEY_VALUE_GRADIENT, problem, masked)
+    n_regions, region_tokens = _owned(problem.kv_grid, masked)
     shares = None
     if problem.padding is not None:
-        n_tiles = triton.cdiv(problem.kv_grid.region_tokens, tile.own)
+        n_tiles = triton.cdiv(region_tokens, tile.own)
         head_dims = problem.qk_head_dim + problem.v_head_dim
-        shares = statistics.new_empty(
-            problem.batch, problem.num_heads, problem.kv_grid.n_regions, n_tiles, head_dims
-        )
+        shares = statistics.new_empty(problem.batch, problem.num_heads, n_regions, n_tiles, head_dims)
     partial_key, partial_value = (
-        statistics.new_empty(
-            problem.batch, problem.num_heads, lists.n_partials, problem.kv_grid.region_tokens, head_dim
-        )
+        statistics.new_empty(problem.batch, problem.num_heads, lists.n_partials, region_tokens, head_dim)
         for head_dim in (problem.qk_head_dim, problem.v_head_dim)
     )
-    n_pieces = lists.work.shape[2]
-    constants = _constants(problem, tile) | {
+    n_pieces = 1 if lists.work is None else lists.work.shape[2]
+    constants = _constants(problem, tile, lists) | {
         "GRAD_KEY_STRIDE": _row_stride(gradients.key),
         "GRAD_VALUE_STRIDE": _row_stride(gradients.value),
         "BLOCK_N": tile.own,
     }
-    kv_tokens, region_tokens = _tokens(problem.key), problem.kv_grid.region_tokens
+    kv_tokens = _tokens(problem.key)
+    _, query_region_tokens = _owned(problem.query_grid, masked)
+    programs = problem.batch * triton.cdiv(region_tokens, tile.own) * problem.num_heads
     with torch.cuda.device_of(grad_out):
-        key_value_gradient.key_value_gradient[_grid(problem, tile, n_pieces)](
+        key_value_gradient.key_value_gradient[(n_pieces * programs,)](
             *(problem.query, problem.key, problem.value),
             *(lists.region_list, lists.query_list, lists.work, *_padding(problem), lists.factors),
+            *_marks(lists),
             *(statistics, grad_out, gradients.key, gradients.value, partial_key, partial_value, shares),
             *(problem.scale * LOG2_E, problem.scale, _tokens(problem.query), kv_tokens),
-            problem.query_grid.n_regions * problem.topk,
-            *(problem.kv_grid.n_regions, n_pieces, lists.n_partials),
-            *(region_tokens, problem.query_grid.region_tokens),
+            problem.query_grid.n_regions * (1 if masked else problem.topk),
+            *(n_regions, n_pieces, lists.n_partials, region_tokens, query_region_tokens),
             QUERY_IS_PADDED=problem.query_grid.is_padded,
             BLOCK_M=tile.step,
             **constants,
         )
         if lists.n_partials:
-            for name in ("QUERY_STRIDE", "KEY_STRIDE", "VALUE_STRIDE", "BLOCK_TAIL", "PRECISION"):
+            for name in (
+                "QUERY_STRIDE",
+                "KEY_STRIDE",
+                "VALUE_STRIDE",
+                "BLOCK_TAIL",
+                "BLOCK_MARKS",
+                "PRECISION",
+            ):
                 del constants[name]
-            key_value_gradient.sum_pieces[_grid(problem, tile, problem.kv_grid.n_regions)](
+            key_value_gradient.sum_pieces[(n_regions * programs,)](
                 *(lists.row_start, lists.work, lists.region_list, partial_key, partial_value),
                 *(gradients.key, gradients.value, shares),
-                *(kv_tokens, problem.kv_grid.n_regions, n_pieces, lists.n_partials, region_tokens),
+                *(kv_tokens, n_regions, n_pieces, lists.n_partials, region_tokens),
                 lists.longest,
                 **constants,
             )
@@ -188,12 +200,14 @@ def _key_value_gradient(
     return Padding(key.flatten(), value.flatten())
 
 
-def _tile(kernel: str, problem: RoutedAttention, crowded: bool = False) -> tiles.Tile:
+def _tile(kernel: str, problem: RoutedAttention, masked: bool, crowded: bool = False) -> tiles.Tile:
     """The tile for a problem; `crowded` for a kernel that needs more registers than its plain form.
 
     Such a kernel takes the tile of heads twice as wide: with its own it spills (the factor's gradient beside
     dQ, head 32, 128 x 64 by 4 warps, sm_80: 97 instructions).
     """
+    if masked:
+        return tiles.MASKED[kernel]
     grid = problem.kv_grid if kernel == tiles.KEY_VALUE_GRADIENT else problem.query_grid
     head_dim = max(problem.qk_head_dim, problem.v_head_dim)
     if crowded:
@@ -201,14 +215,23 @@ def _tile(kernel: str, problem: RoutedAttention, crowded: bool = False) -> tiles
     return tiles.choose(kernel, problem.query.dtype, head_dim, grid.region_tokens, problem.query.device)
 
 
-def _grid(problem: RoutedAttention, tile: tiles.Tile, n_pieces: int | None = None) -> tuple[int]:
-    """Programs of a kernel that owns queries, or (`n_pieces` given) keys."""
-    owned = problem.query_grid if n_pieces is None else problem.kv_grid
-    rows = owned.n_regions if n_pieces is None else n_pieces
-    return (problem.batch * rows * triton.cdiv(owned.region_tokens, tile.own) * problem.num_heads,)
+def _owned(grid: RegionGrid, masked: bool) -> tuple[int, int]:
+    """Regions whose tokens programs own, and tokens of each; in masked attention one holds the whole map."""
+    return (1, grid.n_regions * grid.region_tokens) if masked else (grid.n_regions, grid.region_tokens)
 
 
-def _constants(problem: RoutedAttention, tile: tiles.Tile) -> dict[str, object]:
+def _grid(problem: RoutedAttention, tile: tiles.Tile, masked: bool) -> tuple[int]:
+    """Programs of a kernel that owns queries."""
+    rows, region_tokens = _owned(problem.query_grid, masked)
+    return (problem.batch * rows * triton.cdiv(region_tokens, tile.own) * problem.num_heads,)
+
+
+def _marks(lists: KeyLists | QueryLists) -> tuple[Tensor | None, ...]:
+    marks = lists.marks
+    return (None,) * 3 if marks is None else (marks.query_regions, marks.query_marks, marks.key_marks)
+
+
+def _constants(problem: RoutedAttention, tile: tiles.Tile, lists: KeyLists | QueryLists) -> dict[str, object]:
     """Compile-time arguments that the attention kernels share; none depends on the map's size."""
     return {
         "NUM_HEADS": problem.num_heads,
@@ -221,6 +244,7 @@ def _constants(problem: RoutedAttention, tile: tiles.Tile) -> dict[str, object]:
         "BLOCK_QK": tiles.channel_block(problem.qk_head_dim),
         "BLOCK_V": tiles.channel_block(problem.v_head_dim),
         "BLOCK_TAIL": min(tile.step, TAIL_STEP),
+        "BLOCK_MARKS": 16 if lists.marks is None else lists.marks.key_marks.shape[-1],
         "PRECISION": _dot_precision(problem.query.dtype),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
@@ -233,7 +257,7 @@ def _query_side_sizes(problem: RoutedAttention, lists: KeyLists) -> tuple[int, .
         _tokens(problem.query),
         _tokens(problem.key),
         problem.query_grid.n_regions,
-        problem.query_grid.region_tokens,
+        _owned(problem.query_grid, lists.marks is not None)[1],
         lists.key_list.shape[-1],
     )
 

@@ -18,6 +18,21 @@ _BLOCK_ENTRIES, _BLOCK_TOKENS = 8, 32
 
 
 @dataclass(frozen=True)
+class Marks:
+    """What masked attention knows of the graph; see `kernels.lists`.
+
+    Attributes:
+        query_regions: `(P * S,)` int32, region of every query in the order of the regions.
+        query_marks: `(N, G, P, block)` float16, 0 at the regions that each chose, else -2**15.
+        key_marks: `(P_kv * S_kv, block)` float16, 2**15 at the region of every key, else 0.
+    """
+
+    query_regions: Tensor
+    query_marks: Tensor
+    key_marks: Tensor
+
+
+@dataclass(frozen=True)
 class KeyLists:
     """What the kernels that own queries walk.
 
@@ -25,11 +40,13 @@ class KeyLists:
         region_list: `(P, S)` int32, tokens of the query regions.
         key_list: `(N, G, P, topk * S_kv)` int32, keys of every region; -1 is padding.
         factors: `(N, G, P, topk * S_kv)` float32, or None.
+        marks: None; or what masked attention needs, whose one `key_list` is `(P_kv * S_kv,)`.
     """
 
     region_list: Tensor
     key_list: Tensor
     factors: Tensor | None
+    marks: Marks | None = None
 
 
 @dataclass(frozen=True)
@@ -44,19 +61,25 @@ class QueryLists:
         work: `(N, G, P_kv + extras, 4)` int32, see `kernels.lists`.
         longest: pairs in the longest piece of a row.
         n_partials: partial sums that pieces of one graph write, at most.
+        marks: None; or what masked attention needs, whose one `query_list` is `(P * S,)`; it has no inverse
+            graph and no pieces.
     """
 
     region_list: Tensor
     query_list: Tensor
     factors: Tensor | None
-    row_start: Tensor
-    work: Tensor
+    row_start: Tensor | None
+    work: Tensor | None
     longest: int
     n_partials: int
+    marks: Marks | None = None
 
 
-def list_keys(problem: RoutedAttention) -> KeyLists:
-    """Tokens of the query regions, and keys that each of them attends to."""
+def list_keys(problem: RoutedAttention, masked: bool = False) -> KeyLists:
+    """Tokens of the query regions, and keys that each of them attends to; masked: all, and marks of those."""
+    if masked:
+        query_regions, key_regions = _list_regions(problem)
+        return KeyLists(query_regions, key_regions.view(-1), None, mark_choices(problem))
     shape = (*problem.r_idx.shape[:3], problem.topk * problem.kv_grid.region_tokens)
     keys, key_regions, factors = _list_tokens(problem.r_idx, problem.kv_grid, problem)
     if problem.query_grid == problem.kv_grid:
@@ -66,8 +89,11 @@ def list_keys(problem: RoutedAttention) -> KeyLists:
     return KeyLists(query_regions, keys.view(shape), None if factors is None else factors.view(shape))
 
 
-def list_queries(problem: RoutedAttention) -> QueryLists:
-    """Tokens of the key regions, and queries that attend to each of them."""
+def list_queries(problem: RoutedAttention, masked: bool = False) -> QueryLists:
+    """Tokens of the key regions, and queries that attend to each of them; masked: all, and marks of those."""
+    if masked:
+        query_regions, key_regions = _list_regions(problem)
+        return QueryLists(key_regions, query_regions.view(-1), None, None, None, 0, 0, mark_choices(problem))
     row_start, pairs = inverse_graph(problem.r_idx, problem.kv_grid.n_regions)
     work, longest, n_partials = cut_rows(row_start, pairs.shape[-1])
     queries, query_regions, factors = _list_tokens(pairs, problem.query_grid, problem, from_pairs=True)
@@ -85,6 +111,30 @@ def list_queries(problem: RoutedAttention) -> QueryLists:
         longest,
         n_partials,
     )
+
+
+def mark_choices(problem: RoutedAttention) -> Marks:
+    """Writes the tables of masked attention; at most 64 key regions."""
+    r_idx, block = problem.r_idx, max(16, triton.next_power_of_2(problem.kv_grid.n_regions))
+    n_queries, n_keys = (
+        grid.n_regions * grid.region_tokens for grid in (problem.query_grid, problem.kv_grid)
+    )
+    n_rows = r_idx.shape[0] * r_idx.shape[1] * r_idx.shape[2]
+    marks = Marks(
+        r_idx.new_empty(n_queries),
+        r_idx.new_empty(*r_idx.shape[:3], block, dtype=torch.float16),
+        r_idx.new_empty(n_keys, block, dtype=torch.float16),
+    )
+    with torch.cuda.device_of(r_idx):
+        lists.mark_choices[(triton.cdiv(max(n_rows, n_queries, n_keys), _BLOCK_ENTRIES),)](
+            *(r_idx, marks.query_marks, marks.query_regions, marks.key_marks),
+            *(n_rows, problem.topk, n_queries, problem.query_grid.region_tokens),
+            *(n_keys, problem.kv_grid.region_tokens),
+            BLOCK_ROWS=_BLOCK_ENTRIES,
+            BLOCK_MARKS=block,
+            num_warps=1,
+        )
+    return marks
 
 
 def inverse_graph(r_idx: Tensor, n_regions: int) -> tuple[Tensor, Tensor]:
@@ -139,6 +189,14 @@ def cut_rows(row_start: Tensor, n_pairs: int) -> tuple[Tensor, int, int]:
                 num_warps=4,
             )
     return work, longest, 2 * n_extras
+
+
+def _list_regions(problem: RoutedAttention) -> tuple[Tensor, Tensor]:
+    """Tokens of all query regions, and of all key regions."""
+    keys = queries = _list_tokens(None, problem.kv_grid, problem)[1]
+    if problem.query_grid != problem.kv_grid:
+        queries = _list_tokens(None, problem.query_grid, problem)[1]
+    return queries, keys
 
 
 def _list_tokens(

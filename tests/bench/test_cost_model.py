@@ -49,6 +49,13 @@ def test_walks():
     assert (rows.programs, rows.whole_tiles, rows.tail) == (49 * 2, 16, False)
     # Half as many key regions: rows twice as long.
     assert walk_of("key_value_gradient", 64, 16, replace(pooled, kv_regions=98)).whole_tiles == 8
+    # Under a mask, 49 x 64 queries meet 49 x 25 keys.
+    masked = replace(pooled, masked=True)
+    forward = walk_of("attention_forward", 128, 64, masked)
+    assert (forward.programs, forward.whole_tiles, forward.tail) == (25, 19, True)
+    rows = walk_of("key_value_gradient", 64, 128, masked)
+    assert (rows.programs, rows.whole_tiles, rows.tail) == (10, 49, False)
+    assert masked.useful_scores == pooled.useful_scores
 
 
 def test_slots_count_the_prologue_the_tail_and_the_padding():
@@ -129,6 +136,12 @@ def test_bytes_of_one_image_by_hand():
     assert extra == (4 * 20 - 40) * 96
     extra = bytes_requested("attention_forward", 8, 16, tiny) - bytes_moved("attention_forward", tiny)
     assert extra == (2 * 4 * 20 - 40) * 96
+    # Under a mask, three tiles of queries read all 40 keys each, as do three tiles of keys the queries.
+    masked = replace(tiny, masked=True)
+    extra = bytes_requested("attention_forward", 16, 16, masked) - bytes_moved("attention_forward", masked)
+    assert extra == (3 - 1) * 40 * 96
+    extra = bytes_requested("key_value_gradient", 16, 16, masked) - bytes_moved("key_value_gradient", masked)
+    assert extra == (3 - 1) * 40 * (96 + 8)
 
 
 def test_bytes_of_the_small_kernels():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from problems import relative_error, worst
 
 from bra_triton.backend import registry
+from bra_triton.kernels import masking
 from bra_triton.kernels.launches import lists
 from bra_triton.kernels.problem import Padding, RoutedAttention
 from bra_triton.kernels.region_grid import RegionGrid
@@ -34,6 +35,7 @@ class Part:
     needs_factor: bool = False
     all_choose: int | None = None
     batch: int = 1
+    masked: bool = False
 
 
 def windows(height, width, n_win):
@@ -74,6 +76,29 @@ PARTS = {
         all_choose=24,
         factor=True,
         needs_factor=True,
+    ),
+    "masked": Part("small regions, all in one tile, two images", windows(6, 6, 3), batch=2, masked=True),
+    "masked_padding": Part(
+        "queries and keys of padding, regions that are nothing else; 36 key regions, so wide marks",
+        windows(11, 8, 6),
+        masked=True,
+    ),
+    "masked_far_keys": Part(
+        "the one chosen region's keys lie in the last tile: the tiles before it have none",
+        windows(12, 12, 6),
+        num_heads=1,
+        topk=1,
+        all_choose=35,
+        masked=True,
+    ),
+    "masked_kv_grid": Part(
+        "keys on another grid, heads of other widths, a graph for every head",
+        RegionGrid.of_region_size(7, 9, (3, 4)),
+        RegionGrid.of_region_size(5, 6, (2, 2)),
+        head_dims=(5, 20),
+        head_graphs=True,
+        batch=2,
+        masked=True,
     ),
     "unequal_heads": Part(
         "heads of 5 and 20: tiles of 16 and 32 channels", windows(4, 6, 2), head_dims=(5, 20)
@@ -119,8 +144,9 @@ def _compare(backend, problem, needs_factor):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", PARTS)
-def test_output_and_all_gradients(name, backend, device):
+def test_output_and_all_gradients(name, backend, device, monkeypatch):
     part = PARTS[name]
+    monkeypatch.setattr(masking, "is_cheaper", lambda problem: part.masked)
     errors = _compare(backend, make(part, device), part.needs_factor)
     assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
 
@@ -137,12 +163,13 @@ def test_long_rows_are_cut_and_the_others_are_not(device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["padding", "long_padded_row"])
-def test_gradients_are_bitwise_equal(name, backend, device):
-    problem = make(PARTS[name], device)
+@pytest.mark.parametrize("name", ["padding", "long_padded_row", "masked_padding"])
+def test_gradients_are_bitwise_equal(name, backend, device, monkeypatch):
+    problem, masked = make(PARTS[name], device), PARTS[name].masked
+    monkeypatch.setattr(masking, "is_cheaper", lambda problem: masked)
     grad_out = torch.randn(*problem.query.shape[:3], problem.value.shape[-1], device=device)
     first, second = (
-        attention_oracle.run_backend(registry.load(backend), problem, grad_out, True) for _ in range(2)
+        attention_oracle.run_backend(registry.load(backend), problem, grad_out, not masked) for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -166,6 +193,48 @@ def test_half_precision_in_the_modes_parts(dtype, backend, device):
     part = PARTS["long_padded_row"]
     errors = _compare(backend, make(part, device, dtype), part.needs_factor)
     assert worst(errors.values()) < 4 * torch.finfo(dtype).eps, errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_under_the_mask(dtype, device, monkeypatch):
+    """As above, in tiles that the launch does take in half precision, by its own rule."""
+    problem = replace(make(PARTS["masked_padding"], device, dtype), distinct=True)
+    assert masking.is_cheaper(problem)
+    errors = _compare("triton", problem, False)
+    assert worst(errors.values()) < 4 * torch.finfo(dtype).eps, errors
+
+
+MAPS = {
+    # height and width, n_win, topk: whether masked attention is predicted to be cheaper
+    "biformer_stage3": (14, 7, 16, True),
+    "three_regions_of_four_tokens": (14, 7, 3, True),
+    "one_token_a_region": (7, 7, 16, True),
+    "yolo_p5": (20, 8, 4, False),
+    "regions_of_16": (28, 7, 4, False),
+    "regions_of_25": (20, 4, 4, False),
+    "too_many_regions": (18, 9, 60, False),
+}
+
+
+def _of_map(name):
+    side, n_win, topk, _ = MAPS[name]
+    torch.manual_seed(0)
+    part = Part("", windows(side, side, n_win), num_heads=1, topk=topk)
+    return replace(make(part, torch.device("cpu"), torch.float16), distinct=True)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_when_attention_is_masked(name):
+    assert masking.is_cheaper(_of_map(name)) == MAPS[name][-1]
+
+
+def test_what_forbids_the_mask():
+    problem = _of_map("biformer_stage3")
+    wide = replace(problem, **{name: torch.zeros(1, 14, 14, 64).half() for name in ("query", "key", "value")})
+    single = replace(problem, query=problem.query.float())
+    factor = replace(problem, factor=torch.ones(problem.r_idx.shape))
+    for other in (wide, single, factor, replace(problem, distinct=False)):
+        assert not masking.is_cheaper(other)
 
 
 sizes = st.integers(1, 9)
