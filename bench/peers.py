@@ -138,9 +138,10 @@ def fused_attention(
     qkv: Tensor, r_idx: Tensor, padding: Tensor | None, spec: AttentionSpec, backend: str
 ) -> Tensor:
     """This package's attention to the regions given."""
+    trains = torch.is_grad_enabled() and qkv.requires_grad
     return attention_operators.routed_attention(
         *(qkv, None, padding, r_idx.int(), None, None, None),
-        *(spec.qk_dim, spec.num_heads, spec.n_win, spec.scale, "none", backend),
+        *(spec.qk_dim, spec.num_heads, spec.n_win, spec.scale, "none", trains, backend),
     )[0]
 
 
