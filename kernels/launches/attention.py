@@ -110,7 +110,7 @@ def _query_gradient(
     """dQ into `gradients`, (lse, delta) into `statistics`; returns the factor's gradient if asked for."""
     masked = not needs_factor and masking.is_cheaper(problem)
     lists = list_keys(problem, masked)
-    tile = _tile(tiles.QUERY_GRADIENT, problem, masked, crowded=needs_factor)
+    tile = _tile(tiles.QUERY_GRADIENT, problem, masked, needs_factor)
     shares = None
     if needs_factor:
         n_tiles = triton.cdiv(problem.query_grid.region_tokens, tile.own)
@@ -200,19 +200,32 @@ def _key_value_gradient(
     return Padding(key.flatten(), value.flatten())
 
 
-def _tile(kernel: str, problem: RoutedAttention, masked: bool, crowded: bool = False) -> tiles.Tile:
-    """The tile for a problem; `crowded` for a kernel that needs more registers than its plain form.
+def _tile(kernel: str, problem: RoutedAttention, masked: bool, needs_factor: bool = False) -> tiles.Tile:
+    """The tile for a problem; a crowded kernel takes that of heads twice as wide.
 
-    Such a kernel takes the tile of heads twice as wide: with its own it spills (the factor's gradient beside
-    dQ, head 32, 128 x 64 by 4 warps, sm_80: 97 instructions).
+    The widest tiles fill the registers in the plain form, which the tables are made for, and spill with any
+    of the others' pointers and tiles (forward, head 32, 128 x 128 by 4 warps, sm_90: 9 instructions with
+    padding, 12 with heads of 24, 232 with padding and factor).
     """
     if masked:
         return tiles.MASKED[kernel]
     grid = problem.kv_grid if kernel == tiles.KEY_VALUE_GRADIENT else problem.query_grid
     head_dim = max(problem.qk_head_dim, problem.v_head_dim)
-    if crowded:
+    if problem.query.dtype.itemsize == 2 and _is_crowded(problem, needs_factor):
         head_dim = min(2 * head_dim, 256)
     return tiles.choose(kernel, problem.query.dtype, head_dim, grid.region_tokens, problem.query.device)
+
+
+def _is_crowded(problem: RoutedAttention, needs_factor: bool) -> bool:
+    """Whether the kernels hold more than in their plain form."""
+    heads = (problem.qk_head_dim, problem.v_head_dim)
+    return (
+        needs_factor
+        or problem.factor is not None
+        or problem.padding is not None
+        or problem.n_graphs > 1
+        or any(tiles.channel_block(head_dim) != head_dim for head_dim in heads)
+    )
 
 
 def _owned(grid: RegionGrid, masked: bool) -> tuple[int, int]:
