@@ -287,9 +287,8 @@ def find_floors(
     for (key, tile, _), analysis in zip(jobs, analyses, strict=True):
         if isinstance(analysis, Exception) or analysis.usage.spills or analysis.loop is None:
             continue
-        if (
-            analysis.serialised
-        ):  # few instructions, but every product waits for the one before: no one would ship it
+        # Few instructions, but every product waits for the one before: no one would ship that.
+        if analysis.serialised:
             continue
         slots = analysis.slots_per_score
         if key not in floors or slots < floors[key].slots_per_score:

@@ -62,15 +62,29 @@ def _check(setting, dtype, arch, expected=KERNELS):
             assert usage.spills == 0, (specimen.name, usage)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    # bfloat16 differs from float16 in the names of some instructions alone.
+    [
+        (arch, dtype)
+        for arch in ARCHITECTURES
+        for dtype in DTYPES
+        if dtype != torch.bfloat16 or arch == "sm_90"
+    ],
+)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_kernels_compile_fit_and_do_not_spill(name, dtype, arch):
     _check(SETTINGS[name], dtype, arch)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        *((name, arch) for name in MODES for arch in SPILL_FREE),
+        ("padded_soft", "gfx942"),
+        ("pooled", "gfx942"),
+    ],
+)
 def test_every_mode_compiles_fits_and_does_not_spill(name, arch):
     expected = set(KERNELS)
     if name == "masked":  # small regions: no inverse graph, no pieces of its rows
@@ -99,7 +113,7 @@ SIZES = {
     *("height", "width", "region_height", "region_width", "columns", "n_regions", "map_tokens", "kv_tokens"),
     *("region_tokens", "kv_region_tokens", "query_region_tokens", "list_length", "n_entries", "n_pairs"),
     *("n_pieces", "n_partials", "n_extras", "longest", "padded_height", "padded_width", "topk"),
-    *("reach_height", "reach_width"),
+    *("reach_height", "reach_width", "n_rows", "n_queries", "n_keys"),
 }
 
 
