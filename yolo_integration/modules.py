@@ -65,7 +65,6 @@ def set_backend(model: nn.Module, backend: str) -> None:
 
     Raises:
         ValueError: if there is no such backend.
-        NotImplementedError: if it does not compute a layer's mode.
     """
     registry.check_name(backend)
     for module in model.modules():
