@@ -57,11 +57,6 @@ class Preset:
         sizes = (self.batch, self.height, self.width, self.n_win, self.topk, self.num_heads)
         return Setting(*sizes, self.head_dim, self.head_dim)
 
-    @property
-    def scale(self) -> float:
-        """Factor of the logits, BiFormer's default."""
-        return self.dim**-0.5
-
 
 PRESETS = {
     preset.name: preset
