@@ -13,8 +13,8 @@ from bra_triton.bench.static_analysis import (
     Usage,
     compile_for,
     issue_slots_per_score,
-    main_loop_and_rest,
     resource_usage,
+    sections,
 )
 
 
@@ -25,17 +25,25 @@ class Analysis:
     Attributes:
         block_m: BLOCK_M of an attention kernel, else 0.
         block_n: BLOCK_N of an attention kernel, else 0.
+        block_tail: list positions in a step of the tail's loop, 0 without one.
+        n_taps: taps of a convolution in the epilogue, 0 without one.
         num_warps: warps of a thread block.
         usage: registers, shared memory, spills.
         loop: the loop over whole tiles, None without a matrix loop.
+        tail: the loop over the rest of the list, None where none was found.
+        taps: the loop over the convolution's taps, None where none was found.
         rest: all other code.
     """
 
     block_m: int
     block_n: int
+    block_tail: int
+    n_taps: int
     num_warps: int
     usage: Usage
     loop: LoopMix | None
+    tail: LoopMix | None
+    taps: LoopMix | None
     rest: LoopMix
 
     @property
@@ -95,15 +103,17 @@ def analyse_all(jobs: Sequence[tuple[KernelSpecimen, str]], workers: int = 1) ->
 def _try_to_analyse(specimen: KernelSpecimen, arch: str) -> "Analysis | Exception":
     try:
         compiled = compile_for(specimen, arch)
-        loop, rest = main_loop_and_rest(compiled)
+        parts = sections(compiled)
         usage = resource_usage(compiled)
     except Exception as error:  # Triton's compiler raises errors of many kinds
         return error
-    block_m, block_n = (_block(specimen, name) for name in ("BLOCK_M", "BLOCK_N"))
-    return Analysis(block_m, block_n, specimen.num_warps, usage, loop, rest)
+    block_m, block_n, block_tail = (_number(specimen, n) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_TAIL"))
+    n_taps = max(_number(specimen, name) for name in ("LEPE_KERNEL", "KERNEL")) ** 2
+    sizes = (block_m, block_n, block_tail, n_taps, specimen.num_warps)
+    return Analysis(*sizes, usage, parts.loop, parts.tail, parts.taps if n_taps else None, parts.rest)
 
 
-def _block(specimen: KernelSpecimen, name: str) -> int:
+def _number(specimen: KernelSpecimen, name: str) -> int:
     value = specimen.constexprs.get(name, 0)
     return value if isinstance(value, int) else 0
 

@@ -26,7 +26,7 @@ from bra_triton.bench import tile_prediction, tile_ranking, tile_timing
 from bra_triton.bench.hardware import HARDWARE
 from bra_triton.bench.launches import Setting
 from bra_triton.bench.presets import PRESETS
-from bra_triton.bench.tile_prediction import Job
+from bra_triton.bench.tile_prediction import Job, Outcome
 from bra_triton.kernels import tile_cache, tile_table, tiles
 from bra_triton.kernels.tile_table import Entry, Key, Table
 
@@ -61,30 +61,39 @@ def predict(args: argparse.Namespace, arch: str) -> None:
     """Compiles, ranks, and writes the table of one architecture."""
     bits = {8 * DTYPES[name].itemsize for name in args.dtype}
     keys = [
-        Key(kernel, each, head_dim, size)
+        Key(kernel, each, head_dim, size, form)
         for kernel in args.kernel
         for each in sorted(bits)
         for head_dim in args.head_dim
         for size in tiles.SIZES
+        for form in tiles.FORMS
     ]
-    jobs = _jobs(args, keys, arch)
+    plain = [key for key in keys if key.form == tiles.PLAIN]
+    jobs = _jobs(args, plain, arch)
     if args.dry_run:
         print(*(f"{arch} {job.key}" for job in jobs), sep="\n")
         return
-    results = tile_prediction.compile_all(jobs, args.compiled, args.workers)
-    by_version = tile_ranking.results_by_version(results, args.compiled, arch)
-    table, without = tile_ranking.table(keys, arch, by_version)
+    results: dict[Job, Outcome] = {}
+
+    def compile_more(jobs: Sequence[Job]) -> tile_ranking.ByVersion:
+        results.update(tile_prediction.compile_all(jobs, args.compiled, args.workers))
+        return tile_ranking.results_by_version(results, args.compiled, arch)
+
+    by_version = compile_more(jobs)
+    without = [key for key in plain if not tile_ranking.rank(key, arch, by_version)]
     if without and not (args.confirm or args.like):
-        more = tile_ranking.jobs_of(without, arch, tile_ranking.STAGES[1])
-        results |= tile_prediction.compile_all(more, args.compiled, args.workers)
-        by_version = tile_ranking.results_by_version(results, args.compiled, arch)
-        table, without = tile_ranking.table(keys, arch, by_version)
+        by_version = compile_more(tile_ranking.jobs_of(without, arch, tile_ranking.STAGES[1:]))
+    while more := tile_ranking.jobs_of_forms(keys, arch, by_version):
+        by_version = compile_more(more)
+    by_version = compile_more(tile_ranking.jobs_of_lepe(keys, arch, by_version))
+    table, spilling = tile_ranking.table(keys, arch, by_version)
     for key in keys:
         for ranked in tile_ranking.rank(key, arch, by_version)[: args.show]:
             slots = ", ".join(f"{value:.2f} (Triton {version})" for version, value in ranked.slots.items())
             print(f"{arch} {key}: {ranked.tile}  {ranked.cost:.2f} a useful score; loop {slots}")
-    for key in without:
-        print(f"{arch} {key}: nothing fits without spills; the table keeps what it had")
+        print(f"{arch} {key}: takes {table.entries[key].tile}")
+    for key in spilling:
+        print(f"{arch} {key}: nothing fits without spills; takes the cheapest that spills")
     if not args.confirm:
         _write_table(table, args.output)
 
@@ -92,7 +101,7 @@ def predict(args: argparse.Namespace, arch: str) -> None:
 def _jobs(args: argparse.Namespace, keys: Sequence[Key], arch: str) -> list[Job]:
     """What to compile: the whole space, or the best of what other versions or another architecture know."""
     if not (args.confirm or args.like):
-        return tile_ranking.jobs_of(keys, arch)
+        return tile_ranking.jobs_of(keys, arch, tile_ranking.STAGES[:1])
     like = args.like or arch
     known = {
         version: tile_prediction.read_results(args.compiled, version, like)

@@ -1,24 +1,24 @@
 """From instruction counts to predicted time: pure arithmetic on what the compiler produced.
 
-A program (thread block) is taken to execute its straight-line code once and its loop once for every whole
-tile of its list:
+A program (thread block) is taken to execute its straight-line code once, and its loops as often as the
+problem says:
 
-    warp instructions = rest + whole tiles x loop        (without a tail: rest - tail + whole tiles x loop)
+    warp instructions = rest + whole tiles x loop + tail steps x tail + taps x (one tap of LePE)
 
-`rest` is everything outside the loop over whole tiles, each instruction once: prologue, the peeled masked
-tail, epilogue. When a list has no tail, the tail's share is estimated by the loop's own length. Loops in
-`rest` count once, predicated instructions count as executed, and rows of dK/dV have the mean length. Bounds
-suppose that nothing but the unit in question costs time, at documented peak rates; latency and caches are
-left out.
+Predicated instructions count as executed, and rows of dK/dV have the mean length. Bounds suppose that nothing
+but the unit in question costs time, at documented peak rates; latency and caches are left out.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bra_triton.bench.analysis import Analysis, analyse
 from bra_triton.bench.hardware import HARDWARE, Hardware
 from bra_triton.bench.presets import Preset
-from bra_triton.bench.static_analysis import KernelSpecimen
+from bra_triton.bench.static_analysis import KernelSpecimen, LoopMix
+from bra_triton.kernels.launches.lepe import BLOCK_M as LEPE_BLOCK_M
+from bra_triton.kernels.launches.lepe import BLOCK_V as LEPE_BLOCK_V
 
 ATTENTION_KERNELS = ("attention_forward", "query_gradient", "key_value_gradient")
 # Multiply-adds of the matrix products for one score, in query/key and value channels.
@@ -82,18 +82,15 @@ class Walk:
 
     Attributes:
         programs: thread blocks of the launch.
-        whole_tiles: steps of a program without a mask.
-        tail: whether a masked step follows.
+        whole_tiles: steps of a program over whole tiles.
+        tail_steps: narrower steps that follow, masked.
+        scores: that a program computes, masked ones and those past the region's end included.
     """
 
     programs: int
     whole_tiles: int
-    tail: bool
-
-    @property
-    def steps(self) -> int:
-        """Steps of a program, the masked one included."""
-        return self.whole_tiles + self.tail
+    tail_steps: int
+    scores: int
 
 
 @dataclass(frozen=True)
@@ -179,19 +176,18 @@ def predict(
         raise ValueError(f"kernel is {kernel!r}; the cost model knows {', '.join(ATTENTION_KERNELS)}")
     if code.loop is None:
         raise ValueError(f"{kernel} has no loop with matrix instructions: not an attention kernel's code")
-    walk = walk_of(kernel, code.block_m, code.block_n, problem)
+    walk = walk_of(kernel, code.block_m, code.block_n, code.block_tail, problem)
     # The last SM to finish decides, so work counts in whole programs an SM.
     rounds = -(-walk.programs // hardware.sms)
-    per_program = _slots_per_program(code, walk)
-    loop, rest = (mix.counts["exponentials"] for mix in (code.loop, code.rest))
-    exponentials = 32 * code.num_warps * (walk.whole_tiles * loop + _straight(code, walk, rest, loop))
-    tile_fma = code.block_m * code.block_n * matrix_passes * fma_per_score(kernel, problem, padded=True)
+    per_program = 32 * code.num_warps * _executed(code, walk, lambda mix: mix.total)
+    exponentials = 32 * code.num_warps * _executed(code, walk, lambda mix: mix.counts["exponentials"])
+    fma = walk.scores * matrix_passes * fma_per_score(kernel, problem, padded=True)
     rate = hardware.half_fma if problem.element_bytes == 2 else hardware.tf32_fma
     moved = bytes_moved(kernel, problem)
     bounds = {
         "issue": rounds * per_program / hardware.issue_slots / hardware.clock,
         "exponential": rounds * exponentials / hardware.exponentials / hardware.clock,
-        "matrix": rounds * walk.steps * tile_fma / rate / hardware.clock,
+        "matrix": rounds * fma / rate / hardware.clock,
         "memory": moved / hardware.bandwidth,
     }
     useful = problem.useful_scores
@@ -209,8 +205,34 @@ def predict(
     )
 
 
-def walk_of(kernel: str, block_m: int, block_n: int, problem: ProblemSizes) -> Walk:
-    """Programs and steps of an attention kernel with such tiles."""
+def lepe_apart_over_fused(
+    fused: Analysis, bare: Analysis, lepe: Analysis, problem: ProblemSizes, hardware: Hardware
+) -> float:
+    """Predicted time of attention and LePE in two launches over that in one, of a forward for training.
+
+    Args:
+        fused: the forward with LePE.
+        bare: the forward without.
+        lepe: the convolution's own kernel, which adds the attention's output.
+        problem: sizes.
+        hardware: rates.
+    """
+    passes = 3 if problem.element_bytes == 4 else 1
+    one, first = (predict("attention_forward", code, problem, hardware, passes) for code in (fused, bare))
+    tokens = problem.batch * problem.regions * problem.region_tokens
+    dim = problem.num_heads * problem.v_head_dim
+    map_seconds = tokens * dim * problem.element_bytes / hardware.bandwidth
+    programs = -(-tokens // LEPE_BLOCK_M) * -(-dim // LEPE_BLOCK_V)
+    executed = lepe.rest.total + (lepe.n_taps * lepe.taps.total if lepe.taps else 0)
+    slots = 32 * lepe.num_warps * executed * -(-programs // hardware.sms)
+    second = max(slots / hardware.issue_slots / hardware.clock, 3 * map_seconds)
+    # The backward needs the attention's own output, which the fused kernel writes beside the sum.
+    together = max(one.seconds, one.bounds["memory"] + map_seconds)
+    return (first.seconds + second) / together
+
+
+def walk_of(kernel: str, block_m: int, block_n: int, block_tail: int, problem: ProblemSizes) -> Walk:
+    """Programs and steps of an attention kernel with such tiles; a tail of 0 is as wide as a whole step."""
     if kernel == "key_value_gradient":
         own, step, owned, regions = block_n, block_m, problem.kv_tokens, problem.key_regions
         length = round(problem.regions * problem.topk / regions * problem.region_tokens)
@@ -223,7 +245,9 @@ def walk_of(kernel: str, block_m: int, block_n: int, problem: ProblemSizes) -> W
         if kernel != "key_value_gradient":
             length = problem.key_regions * problem.kv_tokens
     programs = problem.batch * problem.num_heads * regions * -(-owned // own)
-    return Walk(programs, length // step, length % step > 0)
+    tail = block_tail or step
+    whole, tail_steps = length // step, -(-(length % step) // tail)
+    return Walk(programs, whole, tail_steps, own * (whole * step + tail_steps * tail))
 
 
 def fma_per_score(kernel: str, problem: ProblemSizes, padded: bool) -> int:
@@ -291,17 +315,15 @@ def _token_heads(problem: ProblemSizes) -> tuple[int, int, int]:
     )
 
 
-def _slots_per_program(code: Analysis, walk: Walk) -> int:
-    assert code.loop is not None
-    straight = _straight(code, walk, code.rest.total, code.loop.total)
-    return 32 * code.num_warps * (straight + walk.whole_tiles * code.loop.total)
-
-
-def _straight(code: Analysis, walk: Walk, rest: int, loop: int) -> int:
-    """Of `rest` instructions outside the loop those that run: without the peeled tail where there is none."""
-    assert code.loop is not None
-    peeled = code.rest.counts["matrix"] >= code.loop.counts["matrix"]
-    return rest if walk.tail or not peeled else max(0, rest - loop)
+def _executed(code: Analysis, walk: Walk, count: Callable[[LoopMix], int]) -> int:
+    """Instructions of some kind that a warp executes."""
+    times = (
+        (code.rest, 1),
+        (code.loop, walk.whole_tiles),
+        (code.tail, walk.tail_steps),
+        (code.taps, code.n_taps),
+    )
+    return sum(count(mix) * number for mix, number in times if mix is not None)
 
 
 def _channel_block(head_dim: int) -> int:

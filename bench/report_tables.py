@@ -18,7 +18,7 @@ Compiled and counted, or predicted from the counts; nothing is measured. Issue s
 slots/score: of the loop over whole tiles. dense: the best spill-free dense loop of this run, slots and tile.
 ratio: slots/score over dense. A star: ptxas has serialised the matrix instructions of the loop (each waits).
 slots/useful: whole kernel, padding of tiles, list tail, prologue and epilogue included, over the scores that
-count: straight-line code once plus the loop for every whole tile; loops outside it count once.
+count; every loop as often as the problem runs it.
 Bounds are microseconds a launch at peak rates, each as if nothing else took time; ps/score: the largest, over
 the useful scores. ideal: what the useful scores alone would take on exponential unit, matrix unit or memory
 with the whole GPU busy, as a share of that."""

@@ -161,22 +161,43 @@ def inner_loops(compiled: Compiled) -> list[LoopMix]:
     return [_mix([program[i][1] for i in body]) for body in bodies]
 
 
-def main_loop_and_rest(compiled: Compiled) -> tuple[LoopMix | None, LoopMix]:
-    """The loop over whole tiles, and all other code of the kernel.
+@dataclass(frozen=True)
+class Sections:
+    """The code of a kernel, every instruction that can be reached in one of them.
 
-    The loop over whole tiles is, of the loops with the most matrix instructions, the shortest: loops over
-    masked tiles are longer. Without matrix instructions there is none. The other code is everything else that
-    can be reached, each instruction once: prologue, peeled tail, epilogue, and other loops' bodies.
+    Attributes:
+        loop: of the innermost loops with the most matrix instructions, the shortest: over whole tiles, where
+            others mask. None without matrix instructions.
+        tail: the largest other innermost loop with matrix instructions; None where there is none.
+        taps: the largest innermost loop that loads and has no matrix instructions: over the taps of a
+            convolution, if there is one. None where there is none.
+        rest: everything else, each instruction once.
     """
+
+    loop: LoopMix | None
+    tail: LoopMix | None
+    taps: LoopMix | None
+    rest: LoopMix
+
+
+def sections(compiled: Compiled) -> Sections:
+    """Takes a kernel's code apart. Raises ``ValueError`` for an AMD architecture."""
     program, labels = _instructions(compiled.sass)
-    bodies = _inner_bodies(program, labels)
-    mixes = [_mix([program[i][1] for i in body]) for body in bodies]
-    with_matrix = [index for index, mix in enumerate(mixes) if mix.counts["matrix"]]
-    main = max(with_matrix, key=lambda i: (mixes[i].counts["matrix"], -mixes[i].total), default=None)
-    inside = set() if main is None else bodies[main]
-    reached = _reachable(_successors(program, labels), _entries(labels), barred=-1)
-    rest = _mix([program[i][1] for i in sorted(reached - inside - {-1, len(program)})])
-    return (None if main is None else mixes[main]), rest
+    successors = _successors(program, labels)
+    loops = _natural_loops(successors, _entries(labels))
+    mixes = {header: _mix([program[i][1] for i in sorted(body)]) for header, body in loops.items()}
+    with_matrix = _innermost({h: loops[h] for h in loops if mixes[h].counts["matrix"]})
+    inside = set().union(*(loops[header] for header in with_matrix))
+    loading = _innermost({h: loops[h] for h in loops.keys() - inside if mixes[h].counts["global_loads"]})
+    main = max(with_matrix, key=lambda h: (mixes[h].counts["matrix"], -mixes[h].total), default=None)
+    others = (
+        max(found, key=lambda h: mixes[h].total, default=None) for found in (with_matrix - {main}, loading)
+    )
+    chosen = (main, *others)
+    reached = _reachable(successors, _entries(labels), barred=-1) - {-1, len(program)}
+    rest = reached.difference(*(loops[header] for header in chosen if header is not None))
+    loop, tail, taps = (None if header is None else mixes[header] for header in chosen)
+    return Sections(loop, tail, taps, _mix([program[i][1] for i in sorted(rest)]))
 
 
 def inner_loop(compiled: Compiled) -> LoopMix:
@@ -282,10 +303,15 @@ def _entries(labels: dict[str, int]) -> list[int]:
 def _inner_bodies(program: list[_Instruction], labels: dict[str, int]) -> list[set[int]]:
     """Bodies of the loops that :func:`inner_loops` tells of, in its order."""
     bodies = _natural_loops(_successors(program, labels), _entries(labels))
-    with_matrix = {h for h, body in bodies.items() if any(re.match(_MATRIX, program[i][1]) for i in body)}
-    innermost = [bodies[header] for header in with_matrix if bodies[header] & with_matrix == {header}]
+    with_matrix = {h: b for h, b in bodies.items() if any(re.match(_MATRIX, program[i][1]) for i in b)}
+    innermost = [bodies[header] for header in _innermost(with_matrix)]
     by_size = sorted(innermost or bodies.values(), key=len, reverse=True)
     return by_size if innermost else by_size[:1]
+
+
+def _innermost(loops: Mapping[int, set[int]]) -> set[int]:
+    """Headers of the loops that hold no other of them."""
+    return {header for header, body in loops.items() if body & loops.keys() == {header}}
 
 
 def _successors(program: list[_Instruction], labels: dict[str, int]) -> list[list[int]]:

@@ -9,8 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 import triton
 
 from bra_triton.bench.analysis import Analysis, analyse
-from bra_triton.bench.cost_model import predict
+from bra_triton.bench.cost_model import lepe_apart_over_fused, predict
 from bra_triton.bench.hardware import HARDWARE
 from bra_triton.bench.launches import Setting, record_attention
 from bra_triton.bench.search_space import SHARED_BYTES, problems
@@ -28,7 +27,9 @@ from bra_triton.kernels import tiles
 from bra_triton.kernels.tile_cache import source_digest
 from bra_triton.kernels.tiles import Tile
 
+LEPE = "lepe"  # the convolution in a launch of its own: of a forward whose tile does not fuse it
 KERNEL_NAMES = {
+    LEPE: "lepe_forward",
     tiles.FORWARD: "attention_forward",
     tiles.QUERY_GRADIENT: "query_gradient",
     tiles.KEY_VALUE_GRADIENT: "key_value_gradient",
@@ -38,18 +39,29 @@ _DTYPES = {16: torch.float16, 32: torch.float32}
 
 @dataclass(frozen=True)
 class Job:
-    """One configuration to compile."""
+    """One configuration to compile.
+
+    Attributes:
+        arch: architecture.
+        kernel: a key of `KERNEL_NAMES`.
+        bits: of an element.
+        head_dim: channels of a head.
+        tile: the configuration.
+        form: one of `tiles.FORMS`.
+    """
 
     arch: str
     kernel: str
     bits: int
     head_dim: int
     tile: Tile
+    form: str = tiles.PLAIN
 
     @property
     def key(self) -> str:
         """Its name in the cache of compile results."""
-        return f"{self.kernel} fp{self.bits} head {self.head_dim} {self.tile}"
+        form = "" if self.form == tiles.PLAIN else f" {self.form}"
+        return f"{self.kernel} fp{self.bits} head {self.head_dim} {self.tile}{form}"
 
 
 @dataclass(frozen=True)
@@ -64,22 +76,35 @@ class Outcome:
     code: Analysis | None
     error: str = ""
 
-    def runs_on(self, arch: str) -> bool:
-        """Whether it compiled, fits the card's shared memory and spills nothing."""
+    def runs_on(self, arch: str, spilling: bool = False) -> bool:
+        """Whether it compiled, fits the card's shared memory and, unless `spilling`, spills nothing."""
         if self.code is None:
             return False
         usage = self.code.usage
-        return not usage.spills and not usage.stack_bytes and usage.shared_bytes <= SHARED_BYTES[arch]
+        keeps = spilling or not (usage.spills or usage.stack_bytes)
+        return keeps and usage.shared_bytes <= SHARED_BYTES[arch]
 
 
 def cost(job: Job, code: Analysis, size: int) -> float:
     """Issue slots a useful score: the geometric mean over the problems of a size class."""
     hardware = HARDWARE[job.arch]
     kernel = KERNEL_NAMES[job.kernel]
-    logs = [
-        math.log(predict(kernel, code, problem, hardware).slots_per_useful_score)
+    return _geometric_mean(
+        predict(kernel, code, problem, hardware).slots_per_useful_score
         for problem in problems(size, job.head_dim, job.bits)
-    ]
+    )
+
+
+def time_apart(job: Job, fused: Analysis, bare: Analysis, lepe: Analysis, size: int) -> float:
+    """Predicted time of a forward and LePE in two launches over that in one: the mean as in `cost`."""
+    return _geometric_mean(
+        lepe_apart_over_fused(fused, bare, lepe, problem, HARDWARE[job.arch])
+        for problem in problems(size, job.head_dim, job.bits)
+    )
+
+
+def _geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))
 
 
@@ -133,17 +158,15 @@ def versions(folder: Path, arch: str) -> list[str]:
 
 
 def specimen(job: Job) -> KernelSpecimen:
-    """The kernel as a launch would give it to the compiler, with the job's tile."""
-    base = _specimens(job.bits, job.head_dim)[KERNEL_NAMES[job.kernel]]
-    own, step = ("BLOCK_N", "BLOCK_M") if job.kernel == tiles.KEY_VALUE_GRADIENT else ("BLOCK_M", "BLOCK_N")
-    constexprs = {**base.constexprs, own: job.tile.own, step: job.tile.step}
-    return replace(base, constexprs=constexprs, num_warps=job.tile.num_warps, num_stages=job.tile.num_stages)
-
-
-@cache
-def _specimens(bits: int, head_dim: int) -> dict[str, KernelSpecimen]:
-    setting = Setting(2, 80, 80, 8, 4, 2, head_dim, head_dim)
-    return {s.name: s for s in record_attention(setting, _DTYPES[bits])}
+    """The kernel as a launch would give it to the compiler: the job's tile, and all that its form adds."""
+    forced = tiles.FORWARD if job.kernel == LEPE else job.kernel
+    side = 80 if job.form == tiles.PLAIN else 79
+    routing_weight = "soft" if job.form == tiles.WEIGHTED else "none"
+    heads = (job.head_dim, job.head_dim)
+    setting = Setting(2, side, side, 8, 4, 2, *heads, routing_weight=routing_weight)
+    with tiles.use_tiles({forced: job.tile}):
+        launched = record_attention(setting, _DTYPES[job.bits])
+    return next(s for s in launched if s.name == KERNEL_NAMES[job.kernel])
 
 
 def compile_one(job: Job) -> Outcome:
@@ -152,13 +175,15 @@ def compile_one(job: Job) -> Outcome:
         code = analyse(specimen(job), job.arch)
     except Exception as error:  # Triton's compiler raises errors of many kinds
         return Outcome(None, f"{type(error).__name__}: {error}"[:200])
-    return Outcome(code) if code.loop else Outcome(None, "no loop of matrix instructions")
+    if code.loop is None and job.kernel != LEPE:
+        return Outcome(None, "no loop of matrix instructions")
+    return Outcome(code)
 
 
 def _outcome(row: dict[str, Any]) -> Outcome:
     code = row["code"]
     if code is not None:
-        mixes = {name: LoopMix(**code[name]) for name in ("loop", "rest")}
+        mixes = {name: code[name] and LoopMix(**code[name]) for name in ("loop", "tail", "taps", "rest")}
         code = Analysis(**(code | mixes | {"usage": Usage(**code["usage"])}))
     return Outcome(code, row["error"])
 

@@ -1,22 +1,27 @@
 """Which of the compiled tile configurations becomes a table's entry, and the table made of them."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import triton
 
 from bra_triton.bench.search_space import candidates, serves
-from bra_triton.bench.tile_prediction import Job, Outcome, cost, read_results, versions
-from bra_triton.kernels.tile_table import Entry, Key, Table, Tile, packaged
+from bra_triton.bench.tile_prediction import LEPE, Job, Outcome, cost, read_results, time_apart, versions
+from bra_triton.kernels.tile_table import FORWARD, PLAIN, Entry, Key, Table, Tile, packaged
+
+# Outcomes by Triton version and `Job.key`.
+ByVersion = Mapping[str, Mapping[str, Outcome]]
 
 # The model is no closer than this. Among costs within it the cheapest loop wins: it alone decides for lists
 # longer than those of the problems that the costs are of.
 TIED = 1.05
 # Depths of the pipeline that are tried, the second one where nothing of the first fits.
 STAGES = (3, 2)
+# Of the forms that are not plain so many spill-free configurations are compared, in batches of so many.
+FORM_ENOUGH, FORM_BATCH = 2, 3
 
 
 @dataclass(frozen=True)
@@ -43,23 +48,26 @@ def results_by_version(
     return {version: found for version, found in (known | {triton.__version__: here}).items() if found}
 
 
-def rank(key: Key, arch: str, by_version: Mapping[str, Mapping[str, Outcome]]) -> list[Ranked]:
+def rank(key: Key, arch: str, by_version: ByVersion, spilling: bool = False) -> list[Ranked]:
     """Configurations that may serve `key`, cheapest first; none that spills under any Triton version.
 
     Where any of them was compiled with every version, those that were not are left out.
+
+    Args:
+        key: the entry.
+        arch: architecture.
+        by_version: what is known.
+        spilling: take those that spill, too; a spill costs its instructions.
     """
     ranked = []
-    for job in _jobs([key], arch, STAGES):
-        tile = job.tile
-        if tile.own > key.size:
-            continue
-        outcomes = {v: found[job.key] for v, found in by_version.items() if job.key in found}
+    for job in jobs_of([key], arch):
+        outcomes = _outcomes(job, by_version)
         codes = {version: outcome.code for version, outcome in outcomes.items() if outcome.code}
-        if not outcomes or not all(outcome.runs_on(arch) for outcome in outcomes.values()):
+        if not outcomes or not all(outcome.runs_on(arch, spilling) for outcome in outcomes.values()):
             continue
         slots = {version: code.slots_per_score for version, code in codes.items()}
         dearest = max(cost(job, code, key.size) for code in codes.values())
-        ranked.append(Ranked(tile, dearest, slots))
+        ranked.append(Ranked(job.tile, dearest, slots))
     # Smaller tiles read the other side more often than the costs tell; of the widest heads no others fit.
     ranked = [r for r in ranked if serves(r.tile, key.size)] or ranked
     confirmed = [r for r in ranked if len(r.slots) == len(by_version)]
@@ -69,44 +77,94 @@ def rank(key: Key, arch: str, by_version: Mapping[str, Mapping[str, Outcome]]) -
     return tied + by_cost[len(tied) :]
 
 
-def jobs_of(keys: Iterable[Key], arch: str, num_stages: int = STAGES[0]) -> list[Job]:
+def best(key: Key, arch: str, by_version: ByVersion) -> Ranked | None:
+    """What becomes the entry; the cheapest that spills where everything does, None where nothing compiled."""
+    ranked = rank(key, arch, by_version) or rank(key, arch, by_version, spilling=True)
+    if not ranked:
+        return None
+    first = ranked[0]
+    if key.kernel != FORWARD or _fuses_lepe(key, arch, first.tile, by_version):
+        return first
+    return replace(first, tile=replace(first.tile, fuses_lepe=False))
+
+
+def jobs_of(keys: Iterable[Key], arch: str, stages: Sequence[int] = STAGES) -> list[Job]:
     """All configurations worth compiling for these entries, each once."""
-    return list(dict.fromkeys(_jobs(keys, arch, (num_stages,))))
-
-
-def best_jobs(
-    keys: Iterable[Key], arch: str, by_version: Mapping[str, Mapping[str, Outcome]], count: int
-) -> list[Job]:
-    """The `count` best of every entry: what another Triton version has to confirm."""
     return list(
         dict.fromkeys(
-            Job(arch, key.kernel, key.bits, key.head_dim, ranked.tile)
+            _job(key, arch, tile)
             for key in keys
-            for ranked in rank(key, arch, by_version)[:count]
+            for num_stages in stages
+            for tile in candidates(key.kernel, key.bits, key.head_dim, num_stages)
+            if tile.own <= key.size
         )
     )
 
 
-def table(
-    keys: Sequence[Key], arch: str, by_version: Mapping[str, Mapping[str, Outcome]]
-) -> tuple[Table, list[Key]]:
-    """The table of `arch` with the best configuration of every entry, and the entries that have none.
+def jobs_of_forms(keys: Iterable[Key], arch: str, by_version: ByVersion) -> list[Job]:
+    """What to compile next for the entries that are not plain: the best plain ones, a few at a time."""
+    jobs = []
+    for key in keys:
+        if key.form == PLAIN or len(rank(key, arch, by_version)) >= FORM_ENOUGH:
+            continue
+        plain = replace(key, form=PLAIN)
+        ranked = rank(plain, arch, by_version) or rank(plain, arch, by_version, spilling=True)
+        forms = [_job(key, arch, each.tile) for each in ranked]
+        jobs += [job for job in forms if not _outcomes(job, by_version)][:FORM_BATCH]
+    return list(dict.fromkeys(jobs))
 
-    Those, and entries not asked for, stay as the shipped table has them.
+
+def jobs_of_lepe(keys: Iterable[Key], arch: str, by_version: ByVersion) -> list[Job]:
+    """What to compile to know whether LePE is better fused into the forward."""
+    found = ((key, best(key, arch, by_version)) for key in keys if key.kernel == FORWARD)
+    pairs = (_apart(key, arch, ranked.tile) for key, ranked in found if ranked)
+    return list(dict.fromkeys(job for pair in pairs for job in pair))
+
+
+def best_jobs(keys: Iterable[Key], arch: str, by_version: ByVersion, count: int) -> list[Job]:
+    """The `count` best of every entry: what another Triton version has to confirm."""
+    return list(
+        dict.fromkeys(
+            _job(key, arch, ranked.tile) for key in keys for ranked in rank(key, arch, by_version)[:count]
+        )
+    )
+
+
+def table(keys: Sequence[Key], arch: str, by_version: ByVersion) -> tuple[Table, list[Key]]:
+    """The table of `arch` with the best configuration of every entry, and the entries that all spill.
+
+    Entries of which nothing compiles, and those not asked for, stay as the shipped table has them.
     """
-    found = {key: rank(key, arch, by_version) for key in keys}
     entries = dict(packaged(arch).entries)
-    for key, ranked in found.items():
-        if ranked:
-            entries[key] = Entry(ranked[0].tile, round(ranked[0].cost, 2))
+    for key in keys:
+        if ranked := best(key, arch, by_version):
+            entries[key] = Entry(ranked.tile, round(ranked.cost, 2))
     versions = ", ".join(sorted(by_version))
     torch_version = re.sub(r"\+.*", "", torch.__version__)
     made = Table(arch, "predicted", torch_version, versions, entries)
-    return made, [key for key, ranked in found.items() if not ranked]
+    return made, [key for key in keys if not rank(key, arch, by_version)]
 
 
-def _jobs(keys: Iterable[Key], arch: str, stages: tuple[int, ...]) -> Iterator[Job]:
-    for key in keys:
-        for num_stages in stages:
-            for tile in candidates(key.kernel, key.bits, key.head_dim, num_stages):
-                yield Job(arch, key.kernel, key.bits, key.head_dim, tile)
+def _job(key: Key, arch: str, tile: Tile) -> Job:
+    return Job(arch, key.kernel, key.bits, key.head_dim, tile, key.form)
+
+
+def _outcomes(job: Job, by_version: ByVersion) -> dict[str, Outcome]:
+    return {version: found[job.key] for version, found in by_version.items() if job.key in found}
+
+
+def _apart(key: Key, arch: str, tile: Tile) -> tuple[Job, Job]:
+    """The forward without LePE, and LePE in a launch of its own, whose tile no table has."""
+    bare = _job(key, arch, replace(tile, fuses_lepe=False))
+    return bare, replace(bare, kernel=LEPE, tile=Tile(64, 32, 4, 2, fuses_lepe=False))
+
+
+def _fuses_lepe(key: Key, arch: str, tile: Tile, by_version: ByVersion) -> bool:
+    """Whether LePE is better fused; so wherever two launches are not clearly predicted to be faster."""
+    jobs = (_job(key, arch, tile), *_apart(key, arch, tile))
+    ratios = []
+    for found in by_version.values():
+        codes = [found[job.key].code for job in jobs if job.key in found]
+        if len(codes) == len(jobs) and all(codes):
+            ratios.append(time_apart(jobs[0], *codes, key.size))
+    return not ratios or max(ratios) * TIED > 1

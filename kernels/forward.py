@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from .addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
+from .exponential import exp2
 from .lepe import convolve_tile
 from .matrix import add_matmul, matmul
 
@@ -44,6 +45,7 @@ def _attend_tile(
     marks,
     live,
     logit_scale,
+    EXP_SHARE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One step of the online softmax: BLOCK_M queries against BLOCK_N keys."""
@@ -57,7 +59,7 @@ def _attend_tile(
     # The scale is positive, so it may be applied to the maximum and inside the exponent: one
     # multiply-add a score instead of a multiplication and a subtraction.
     new_max = tl.maximum(row_max, tl.max(scores, axis=1) * logit_scale)
-    probs = tl.exp2(scores * logit_scale - new_max[:, None])
+    probs = exp2(scores * logit_scale - new_max[:, None], EXP_SHARE)
     rescale = tl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(probs, axis=1)
     if factor is not None:
@@ -158,6 +160,7 @@ def attention_forward(
     BLOCK_QK: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_MARKS: tl.constexpr,
+    EXP_SHARE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Output and lse of BLOCK_M queries of one region and head."""
@@ -203,7 +206,7 @@ def attention_forward(
         if query_marks is not None:
             marks = load_rows(key_marks, None, start + position, mark, None, BLOCK_MARKS, BLOCK_MARKS)
         acc, row_max, row_sum = _attend_tile(
-            acc, row_max, row_sum, q, k, v, factor, own_marks, marks, None, logit_scale, PRECISION
+            acc, row_max, row_sum, q, k, v, factor, own_marks, marks, None, logit_scale, EXP_SHARE, PRECISION
         )
     position = tl.arange(0, BLOCK_TAIL)
     for start in tl.range(full, list_length, BLOCK_TAIL, num_stages=1):
@@ -218,7 +221,7 @@ def attention_forward(
         if query_marks is not None:
             marks = load_rows(key_marks, None, start + position, mark, live, BLOCK_MARKS, BLOCK_MARKS)
         acc, row_max, row_sum = _attend_tile(
-            acc, row_max, row_sum, q, k, v, factor, own_marks, marks, live, logit_scale, PRECISION
+            acc, row_max, row_sum, q, k, v, factor, own_marks, marks, live, logit_scale, 0, PRECISION
         )
 
     acc = acc / row_sum[:, None]

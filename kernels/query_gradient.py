@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
+from .exponential import exp2
 from .matrix import add_matmul, matmul
 
 
@@ -37,6 +38,7 @@ def _query_gradient_tile(
     marks,
     live,
     logit_scale,
+    EXP_SHARE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds what BLOCK_N keys contribute to the (unscaled) gradient of BLOCK_M queries.
@@ -47,7 +49,7 @@ def _query_gradient_tile(
     if own_marks is not None:
         products = add_matmul(products, own_marks, tl.trans(marks), "ieee")
     scores = products if factor is None else products * factor[None, :]
-    probs = tl.exp2(scores * logit_scale - lse[:, None])
+    probs = exp2(scores * logit_scale - lse[:, None], EXP_SHARE)
     if live is not None:
         # A dead key's row is 0, but so is its score, and exp2(0 - lse) may overflow where lse is far below 0.
         probs = tl.where(live[None, :], probs, 0.0)
@@ -114,6 +116,7 @@ def query_gradient(
     BLOCK_V: tl.constexpr,
     BLOCK_MARKS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
+    EXP_SHARE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dQ of BLOCK_M queries of one region and head; walks the keys as the forward does."""
@@ -165,7 +168,20 @@ def query_gradient(
         if query_marks is not None:
             marks = load_rows(key_marks, None, start + position, mark, None, BLOCK_MARKS, BLOCK_MARKS)
         grad, of_values, of_scores = _query_gradient_tile(
-            grad, q, do, row_lse, delta, k, v, factor, own_marks, marks, None, logit_scale, PRECISION
+            grad,
+            q,
+            do,
+            row_lse,
+            delta,
+            k,
+            v,
+            factor,
+            own_marks,
+            marks,
+            None,
+            logit_scale,
+            EXP_SHARE,
+            PRECISION,
         )
         if grad_factor is not None:
             by_slot = _add_by_slot(by_slot, of_values, of_scores, scale, start + position, kv_region_tokens)
@@ -182,7 +198,7 @@ def query_gradient(
         if query_marks is not None:
             marks = load_rows(key_marks, None, start + position, mark, live, BLOCK_MARKS, BLOCK_MARKS)
         grad, of_values, of_scores = _query_gradient_tile(
-            grad, q, do, row_lse, delta, k, v, factor, own_marks, marks, live, logit_scale, PRECISION
+            grad, q, do, row_lse, delta, k, v, factor, own_marks, marks, live, logit_scale, 0, PRECISION
         )
         if grad_factor is not None:
             by_slot = _add_by_slot(by_slot, of_values, of_scores, scale, start + position, kv_region_tokens)

@@ -21,8 +21,8 @@ import torch
 from .tile_table import Entry, Key, entry_row, format_rows, parse_entry
 
 logger = logging.getLogger(__name__)
-_FORMAT = 1
-_SHARED_SOURCE = ("addressing", "lepe", "matrix")
+_FORMAT = 2
+_SHARED_SOURCE = ("addressing", "exponential", "lepe", "matrix")
 _warned: set[str] = set()
 
 
@@ -122,7 +122,7 @@ def _read_rows(source: Path) -> list[dict[str, Any]]:
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    names = ("card", "torch", "triton", "source", "kernel", "bits", "head_dim", "size")
+    names = ("card", "torch", "triton", "source", "kernel", "bits", "head_dim", "size", "form")
     return tuple(row.get(name) for name in names)
 
 

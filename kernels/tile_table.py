@@ -7,7 +7,7 @@ one an architecture, `tuned/<arch>.json`; `bra-autotune` writes them.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -17,7 +17,9 @@ KERNELS = (FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT)
 BITS = (16, 32)
 HEAD_DIMS = (16, 32, 64, 128, 256)
 SIZES = (16, 32, 64, 128)
+PLAIN, PADDED, WEIGHTED = FORMS = ("plain", "padded", "weighted")
 FALLBACK = "sm_80"
+_SHAPE = ("own", "step", "num_warps", "num_stages")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class Tile:
         step: list positions in one step of its loop, a power of two of at least 16.
         num_warps: warps of 32 threads, a power of two.
         num_stages: depth of the software pipeline.
+        exp_share: one in so many exponentials is evaluated by multiply-adds, a power of two; 0 for none.
+            Forward and dQ, half precision.
+        fuses_lepe: add LePE in the forward's epilogue, not in a launch of its own. Forward.
 
     Raises:
         ValueError: if a number is none of these; names it.
@@ -38,16 +43,29 @@ class Tile:
     step: int
     num_warps: int
     num_stages: int
+    exp_share: int = 0
+    fuses_lepe: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("own", 16), ("step", 16), ("num_warps", 1), ("num_stages", 1)):
+        for name, least in (("own", 16), ("step", 16), ("num_warps", 1), ("num_stages", 1), ("exp_share", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least or (name != "num_stages" and value & (value - 1)):
                 kind = "an int" if name == "num_stages" else "a power of two"
                 raise ValueError(f"{name} must be {kind} of at least {least}, got {value!r}")
+        if self.exp_share == 1 or 8 * self.exp_share > self.step:
+            raise ValueError(
+                f"exp_share must be 0, or 2 to step / 8 = {self.step // 8}, got {self.exp_share}"
+            )
+        if type(self.fuses_lepe) is not bool:
+            raise ValueError(f"fuses_lepe must be a bool, got {self.fuses_lepe!r}")
 
     def __str__(self) -> str:
-        return f"{self.own}x{self.step} {self.num_warps}w {self.num_stages}s"
+        exponentials = f" 1/{self.exp_share} exp" if self.exp_share else ""
+        lepe = "" if self.fuses_lepe else " lepe apart"
+        return f"{self.own}x{self.step} {self.num_warps}w {self.num_stages}s{exponentials}{lepe}"
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Tile)}
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,9 @@ class Key:
         bits: of an element, 16 or 32; float16 and bfloat16 share their tiles.
         head_dim: widest head, one of `HEAD_DIMS`.
         size: tokens of the largest region, one of `SIZES`; the last one also serves all larger ones.
+        form: what a kernel holds in registers besides, one of `FORMS`: nothing; padding of the map or of
+            heads to a power of two, or a graph for every head; routing weights or their gradient. The widest
+            tiles fill the registers in the plain form and spill in the others.
 
     Raises:
         ValueError: if one is none of these; names it.
@@ -68,6 +89,7 @@ class Key:
     bits: int
     head_dim: int
     size: int
+    form: str = PLAIN
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -75,19 +97,22 @@ class Key:
             ("bits", BITS),
             ("head_dim", HEAD_DIMS),
             ("size", SIZES),
+            ("form", FORMS),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(map(str, allowed))
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
 
     @classmethod
-    def of(cls, kernel: str, bits: int, head_dim: int, region_tokens: int) -> "Key":
+    def of(cls, kernel: str, bits: int, head_dim: int, region_tokens: int, form: str = PLAIN) -> "Key":
         """The entry that serves a problem; see `tiles.choose`."""
         width = next((width for width in HEAD_DIMS if width >= head_dim), head_dim)
-        return cls(kernel, bits, width, next((size for size in SIZES if size >= region_tokens), SIZES[-1]))
+        size = next((size for size in SIZES if size >= region_tokens), SIZES[-1])
+        return cls(kernel, bits, width, size, form)
 
     def __str__(self) -> str:
-        return f"{self.kernel} fp{self.bits} head {self.head_dim} size {self.size}"
+        form = "" if self.form == PLAIN else f" {self.form}"
+        return f"{self.kernel} fp{self.bits} head {self.head_dim} size {self.size}{form}"
 
 
 @dataclass(frozen=True)
@@ -97,12 +122,10 @@ class Entry:
     Attributes:
         tile: the configuration.
         cost: issue slots a useful score where predicted, milliseconds where measured; None where unknown.
-        options: further choices of a kernel by name; none so far.
     """
 
     tile: Tile
     cost: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,16 +154,21 @@ def parse_entry(row: Mapping[str, Any]) -> tuple[Key, Entry]:
         ValueError: it lacks something or holds something impossible.
     """
     try:
-        key = Key(*(row[name] for name in ("kernel", "bits", "head_dim", "size")))
-        tile = Tile(*(row[name] for name in ("own", "step", "num_warps", "num_stages")))
-        return key, Entry(tile, None if row["cost"] is None else float(row["cost"]), dict(row["options"]))
+        key = Key(*(row[name] for name in ("kernel", "bits", "head_dim", "size", "form")))
+        tile = Tile(*(row[name] for name in _SHAPE), **row["options"])
+        if tile.exp_share and key.bits == 32:
+            raise ValueError(f"exp_share is too inexact for float32: {row}")
+        return key, Entry(tile, None if row["cost"] is None else float(row["cost"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"an entry without {error}: {row}") from error
 
 
 def entry_row(key: Key, entry: Entry) -> dict[str, Any]:
-    """One line of a table."""
-    return {**asdict(key), **asdict(entry.tile), "cost": entry.cost, "options": dict(entry.options)}
+    """One line of a table; "options" holds what differs from a tile's defaults."""
+    tile = asdict(entry.tile)
+    shape = {name: tile.pop(name) for name in _SHAPE}
+    options = {name: value for name, value in tile.items() if value != _DEFAULTS[name]}
+    return {**asdict(key), **shape, "cost": entry.cost, "options": options}
 
 
 def parse_table(text: str) -> Table:

@@ -17,12 +17,16 @@ import torch
 from . import tile_cache
 from .tile_table import (
     BITS,
+    FORMS,
     FORWARD,
     HEAD_DIMS,
     KERNELS,
     KEY_VALUE_GRADIENT,
+    PADDED,
+    PLAIN,
     QUERY_GRADIENT,
     SIZES,
+    WEIGHTED,
     Key,
     Tile,
     nearest,
@@ -32,12 +36,16 @@ from .tile_table import (
 
 __all__ = [
     "BITS",
+    "FORMS",
     "FORWARD",
     "HEAD_DIMS",
     "KERNELS",
     "KEY_VALUE_GRADIENT",
+    "PADDED",
+    "PLAIN",
     "QUERY_GRADIENT",
     "SIZES",
+    "WEIGHTED",
     "Key",
     "Tile",
     "architecture_of",
@@ -66,7 +74,14 @@ def channel_block(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def choose(kernel: str, dtype: torch.dtype, head_dim: int, region_tokens: int, device: torch.device) -> Tile:
+def choose(
+    kernel: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    region_tokens: int,
+    device: torch.device,
+    form: str = PLAIN,
+) -> Tile:
     """The tile for a problem.
 
     Args:
@@ -75,10 +90,11 @@ def choose(kernel: str, dtype: torch.dtype, head_dim: int, region_tokens: int, d
         head_dim: the wider of a head's queries and values, at most 256.
         region_tokens: tokens in a region, `S`.
         device: where the tensors lie; see `use_architecture` for those that lie on no GPU.
+        form: see `Key`.
     """
     if tile := _forced.get().get(kernel):
         return tile
-    key = Key.of(kernel, 8 * dtype.itemsize, head_dim, region_tokens)
+    key = Key.of(kernel, 8 * dtype.itemsize, head_dim, region_tokens, form)
     arch = _architecture.get()
     if arch is None and device.type == "cuda":
         return _of_card(torch.cuda.current_device() if device.index is None else device.index)[key]

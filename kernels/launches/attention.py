@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import forward, key_value_gradient, masking, query_gradient, tiles
 from ..problem import Gradients, Lepe, Padding, RoutedAttention, SmallGradients
 from ..region_grid import RegionGrid
+from .lepe import lepe_forward
 from .lists import KeyLists, QueryLists, list_keys, list_queries
 
 LOG2_E = math.log2(math.e)
@@ -32,33 +33,48 @@ def attention_forward(
         without LePE and where it is not kept; and `lse` `(N, num_heads, H, W)` float32, the base-2 logarithm
         of the softmax's denominator for logits times `log2(e)`.
     """
+    masked = masking.is_cheaper(problem)
+    tile = _tile(tiles.FORWARD, problem, masked)
+    fused = lepe if tile.fuses_lepe else None
     out = problem.query.new_empty(*problem.query.shape[:3], problem.value.shape[-1])
-    attention = torch.empty_like(out) if lepe is not None and keep_attention else None
+    attention = torch.empty_like(out) if fused is not None and keep_attention else None
     lse = problem.query.new_empty(
         problem.batch, problem.num_heads, *problem.query.shape[1:3], dtype=torch.float32
     )
     if problem.batch:
-        masked = masking.is_cheaper(problem)
-        lists = list_keys(problem, masked)
-        tile = _tile(tiles.FORWARD, problem, masked)
-        grid = problem.query_grid
-        bottom, right = grid.padding
-        with torch.cuda.device_of(out):
-            forward.attention_forward[_grid(problem, tile, masked)](
-                *(problem.query, problem.key, problem.value),
-                *(lists.region_list, lists.key_list, *_padding(problem), lists.factors),
-                *_marks(lists),
-                *((None,) * 4 if lepe is None else (lepe.value, lepe.fill, lepe.weight, lepe.bias)),
-                *(out, attention, lse, problem.scale * LOG2_E),
-                *_query_side_sizes(problem, lists),
-                *(grid.height, grid.width, grid.height + bottom, grid.width + right),
-                LEPE_STRIDE=0 if lepe is None else _row_stride(lepe.value),
-                LEPE_KERNEL=0 if lepe is None else lepe.kernel_size,
-                BLOCK_M=tile.own,
-                BLOCK_N=tile.step,
-                **_constants(problem, tile, lists),
-            )
+        _forward(problem, fused, tile, masked, (out, attention, lse))
+    if lepe is not None and fused is None:
+        return lepe_forward(out, lepe), out if keep_attention else None, lse
     return out, attention, lse
+
+
+def _forward(
+    problem: RoutedAttention,
+    lepe: Lepe | None,
+    tile: tiles.Tile,
+    masked: bool,
+    results: tuple[Tensor, Tensor | None, Tensor],
+) -> None:
+    """Writes what `attention_forward` returns, with a LePE that is fused."""
+    lists = list_keys(problem, masked)
+    grid = problem.query_grid
+    bottom, right = grid.padding
+    with torch.cuda.device_of(problem.query):
+        forward.attention_forward[_grid(problem, tile, masked)](
+            *(problem.query, problem.key, problem.value),
+            *(lists.region_list, lists.key_list, *_padding(problem), lists.factors),
+            *_marks(lists),
+            *((None,) * 4 if lepe is None else (lepe.value, lepe.fill, lepe.weight, lepe.bias)),
+            *(*results, problem.scale * LOG2_E),
+            *_query_side_sizes(problem, lists),
+            *(grid.height, grid.width, grid.height + bottom, grid.width + right),
+            LEPE_STRIDE=0 if lepe is None else _row_stride(lepe.value),
+            LEPE_KERNEL=0 if lepe is None else lepe.kernel_size,
+            BLOCK_M=tile.own,
+            BLOCK_N=tile.step,
+            EXP_SHARE=tile.exp_share,
+            **_constants(problem, tile, lists),
+        )
 
 
 def attention_backward(
@@ -130,6 +146,7 @@ def _query_gradient(
             BLOCK_M=tile.own,
             BLOCK_N=tile.step,
             BLOCK_SLOTS=triton.next_power_of_2(problem.topk),
+            EXP_SHARE=tile.exp_share,
             **_constants(problem, tile, lists),
         )
     if shares is None:
@@ -201,31 +218,16 @@ def _key_value_gradient(
 
 
 def _tile(kernel: str, problem: RoutedAttention, masked: bool, needs_factor: bool = False) -> tiles.Tile:
-    """The tile for a problem; a crowded kernel takes that of heads twice as wide.
-
-    The widest tiles fill the registers in the plain form, which the tables are made for, and spill with any
-    of the others' pointers and tiles (forward, head 32, 128 x 128 by 4 warps, sm_90: 9 instructions with
-    padding, 12 with heads of 24, 232 with padding and factor).
-    """
     if masked:
         return tiles.MASKED[kernel]
     grid = problem.kv_grid if kernel == tiles.KEY_VALUE_GRADIENT else problem.query_grid
-    head_dim = max(problem.qk_head_dim, problem.v_head_dim)
-    if problem.query.dtype.itemsize == 2 and _is_crowded(problem, needs_factor):
-        head_dim = min(2 * head_dim, 256)
-    return tiles.choose(kernel, problem.query.dtype, head_dim, grid.region_tokens, problem.query.device)
-
-
-def _is_crowded(problem: RoutedAttention, needs_factor: bool) -> bool:
-    """Whether the kernels hold more than in their plain form."""
     heads = (problem.qk_head_dim, problem.v_head_dim)
-    return (
-        needs_factor
-        or problem.factor is not None
-        or problem.padding is not None
-        or problem.n_graphs > 1
-        or any(tiles.channel_block(head_dim) != head_dim for head_dim in heads)
-    )
+    is_padded = problem.padding is not None or any(tiles.channel_block(width) != width for width in heads)
+    form = tiles.PADDED if is_padded or problem.n_graphs > 1 else tiles.PLAIN
+    if needs_factor or problem.factor is not None:
+        form = tiles.WEIGHTED
+    dtype, device = problem.query.dtype, problem.query.device
+    return tiles.choose(kernel, dtype, max(heads), grid.region_tokens, device, form)
 
 
 def _owned(grid: RegionGrid, masked: bool) -> tuple[int, int]:
