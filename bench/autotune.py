@@ -122,7 +122,9 @@ def measure(
     entries: dict[Key, Entry] = {}
     for name in args.dtype:
         trials = tile_timing.trials(settings, DTYPES[name], _kernels(args), device)
-        results = tile_timing.time_all(trials, device, timer, tile_cache.folder() / "timings.jsonl")
+        kept = tile_cache.folder() / "timings.jsonl"
+        results = tile_timing.time_all(trials, device, timer, kept)
+        results |= tile_timing.time_all(tile_timing.refinements(results), device, timer, kept)
         for key, (tile, milliseconds) in tile_timing.winners(results).items():
             entries[key] = Entry(tile, round(milliseconds, 4))
             print(f"{name} {key}: {tile}  {milliseconds:.4f} ms")
@@ -145,6 +147,7 @@ def list_trials(args: argparse.Namespace, settings: Sequence[Setting], device: t
                 f"{s.batch}x{s.height}x{s.width}x{s.dim} heads {s.num_heads} n_win {s.n_win} topk {s.topk}"
             )
             print(f"{shape} {name} {trial.kernel} {trial.tile}")
+    print("then the fastest of each, forward and dQ: 1/8 of the exponentials by multiply-adds, LePE apart")
 
 
 def _write_table(table: Table, folder: Path) -> None:

@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from bra_triton.bench.hardware import HARDWARE
 from bra_triton.bench.launches import record_attention
 from bra_triton.bench.presets import PRESETS, Preset
 from bra_triton.bench.static_analysis import KernelSpecimen
+from bra_triton.bench.tile_timing import EXP_SHARE
 from bra_triton.kernels import tiles as tile_tables
 
 # Issue slots per score of the shipped loop over those of the dense floor, at most: float16, regions of
@@ -35,6 +36,15 @@ TARGET_REGION_TOKENS = 100
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+Problem = tuple[Preset, str, KernelSpecimen]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A kernel with a share of its exponentials evaluated by multiply-adds."""
+
+    analysis: Analysis
+    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class Row:
         cost: prediction, for attention kernels.
         floor: the dense loop beside it, for attention kernels; None when all spill.
         target: largest ratio to the floor; None where none is set.
+        shared: the same with a share of its exponentials by multiply-adds, where the exponential unit
+            binds the launch; else None.
     """
 
     preset: str
@@ -64,6 +76,7 @@ class Row:
     cost: Cost | None
     floor: dense_floor.Floor | None
     target: float | None
+    shared: Shared | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -126,10 +139,30 @@ def collect(
     analyses = analyse_all([(specimen, arch) for _, arch, specimen in jobs], workers)
     wanted = [(s.name, preset.head_dim, arch) for preset, arch, s in jobs if s.name in ATTENTION_KERNELS]
     floors = dense_floor.find_floors(wanted, _TRITON_DTYPES[dtype], tiles, workers)
-    return [
+    rows = [
         _row(preset, arch, specimen, result, dtype, floors.get((specimen.name, preset.head_dim, arch)))
         for (preset, arch, specimen), result in zip(jobs, analyses, strict=True)
     ]
+    return _with_shared(rows, jobs, dtype, workers)
+
+
+def _with_shared(rows: Sequence[Row], jobs: Sequence[Problem], dtype: str, workers: int) -> list[Row]:
+    """The rows, with `Row.shared` where the exponential unit binds."""
+    bound = [
+        (row, preset, replace(specimen, constexprs={**specimen.constexprs, "EXP_SHARE": EXP_SHARE}))
+        for row, (preset, _, specimen) in zip(rows, jobs, strict=True)
+        if row.cost and row.cost.binding == "exponential" and specimen.constexprs.get("EXP_SHARE") == 0
+    ]
+    if DTYPES[dtype].itemsize != 2:
+        return list(rows)
+    analyses = analyse_all([(specimen, row.arch) for row, _, specimen in bound], workers)
+    found = {}
+    for (row, preset, specimen), analysis in zip(bound, analyses, strict=True):
+        if isinstance(analysis, Analysis):
+            problem = ProblemSizes.of_preset(preset, 2, "query_marks" in specimen.signature)
+            cost = predict(row.kernel, analysis, problem, HARDWARE[row.arch])
+            found[id(row)] = replace(row, shared=Shared(analysis, cost))
+    return [found.get(id(row), row) for row in rows]
 
 
 def _is_checked(arch: str, dtype: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bra_triton.bench.hardware import HARDWARE
+from bra_triton.bench.tile_timing import EXP_SHARE
 
 if TYPE_CHECKING:
     from bra_triton.bench.kernel_report import Row
@@ -21,7 +22,8 @@ slots/useful: whole kernel, padding of tiles, list tail, prologue and epilogue i
 count; every loop as often as the problem runs it.
 Bounds are microseconds a launch at peak rates, each as if nothing else took time; ps/score: the largest, over
 the useful scores. ideal: what the useful scores alone would take on exponential unit, matrix unit or memory
-with the whole GPU busy, as a share of that."""
+with the whole GPU busy, as a share of that. exp slots/score: issue slots that pass while the exponential unit
+evaluates the loop's exponentials; it and the issue slots bind as if nothing else took time."""
 
 
 def render(rows: Sequence[Row], markdown: bool = False) -> str:
@@ -41,6 +43,11 @@ def render(rows: Sequence[Row], markdown: bool = False) -> str:
             _titled(f"{name}: attention kernels, loops", [_loop_cells(row) for row in attention], markdown),
             _titled(
                 f"{name}: attention kernels, launches", [_launch_cells(row) for row in attention], markdown
+            ),
+            _titled(
+                f"{name}: where the exponential unit binds, 1/{EXP_SHARE} of its work by multiply-adds",
+                [_shared_cells(row) for row in attention if row.shared],
+                markdown,
             ),
             _titled(f"{name}: other kernels", [_small_cells(row) for row in small], markdown),
         ]
@@ -96,6 +103,31 @@ def _launch_cells(row: Row) -> dict[str, str]:
         "binds": cost.binding,
         "ps/score": f"{1e12 * cost.seconds_per_useful_score:.4f}",
         "ideal": f"{cost.share_of_ideal:.0%}",
+    }
+
+
+def _shared_cells(row: Row) -> dict[str, str]:
+    assert row.analysis is not None
+    assert row.cost is not None
+    assert row.shared is not None
+    hardware = HARDWARE[row.arch]
+    cells = {"preset": row.preset, "kernel": row.kernel, "spills": str(row.shared.analysis.usage.spills)}
+    for title, analysis, cost in (
+        ("", row.analysis, row.cost),
+        (" shared", row.shared.analysis, row.shared.cost),
+    ):
+        assert analysis.loop is not None
+        share = analysis.loop.counts["exponentials"] / analysis.loop.total
+        busy = analysis.slots_per_score * share * hardware.issue_slots / hardware.exponentials
+        cells |= {
+            f"slots/score{title}": f"{analysis.slots_per_score:.2f}",
+            f"exp slots/score{title}": f"{busy:.2f}",
+            f"launch us{title}": f"{1e6 * cost.seconds:.2f}",
+        }
+    return {
+        **cells,
+        "binds then": row.shared.cost.binding,
+        "gain": f"{row.cost.seconds / row.shared.cost.seconds:.3f}",
     }
 
 

@@ -33,6 +33,10 @@ TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Inputs are drawn in so many sets that they do not all stay in a cache.
 _SETS, _SET_BYTES = (2, 8), 256 << 20
 
+# One exponential in so many goes to the multiply-add units: that makes issue slots and exponential unit about
+# even in a loop at heads of 32 (forward, sm_90: 6.9 slots and 7.3 clocks a score; without it 6.0 and 8.3).
+EXP_SHARE = 8
+
 # Milliseconds of `run(i)`, with `i` the number of an input set.
 Timer = Callable[[Callable[[int], object], int], float]
 
@@ -51,8 +55,9 @@ class Trial:
         """The entry that it competes for."""
         s = self.setting
         grid = s.kv_grid if self.kernel == KEY_VALUE_GRADIENT else s.grid
-        head_dim = max(s.qk_head_dim, s.v_head_dim)
-        return Key.of(self.kernel, 8 * self.dtype.itemsize, head_dim, grid.region_tokens)
+        heads = (s.qk_head_dim, s.v_head_dim)
+        form = tiles.form_of(heads, s.grid.is_padded, 1, is_weighted=False)
+        return Key.of(self.kernel, 8 * self.dtype.itemsize, max(heads), grid.region_tokens, form)
 
     def __str__(self) -> str:
         return f"{self.setting} {self.dtype} {self.kernel} {self.tile}"
@@ -68,7 +73,7 @@ def trials(
             so_far = Trial(setting, dtype, kernel, Tile(16, 16, 1, 1))  # the key does not depend on the tile
             key = so_far.key
             head_dim = max(setting.qk_head_dim, setting.v_head_dim)
-            used = tiles.choose(kernel, dtype, head_dim, key.size, device)
+            used = tiles.choose(kernel, dtype, head_dim, key.size, device, key.form)
             stages = (1,) if torch.version.hip else (3, 2)
             space = [t for n in stages for t in candidates(kernel, key.bits, key.head_dim, n)]
             fitting = [tile for tile in space if serves(tile, key.size)]
@@ -76,6 +81,28 @@ def trials(
             tried = dict.fromkeys([used, *(fitting or space)])
             found += [replace(so_far, tile=tile) for tile in tried]
     return found
+
+
+def refinements(results: Mapping[Trial, float]) -> list[Trial]:
+    """What to time next: the fastest tile of every entry with what else a kernel leaves to the table."""
+    best = winners(results)
+    return [
+        refined
+        for trial in results
+        if trial.key in best and trial.tile == best[trial.key][0]
+        for tile in variants(trial.kernel, 8 * trial.dtype.itemsize, trial.tile)
+        if (refined := replace(trial, tile=tile)) not in results
+    ]
+
+
+def variants(kernel: str, bits: int, tile: Tile) -> list[Tile]:
+    """A tile with a share of its exponentials evaluated by multiply-adds, and with LePE the other way."""
+    found = [tile]
+    if bits == 16 and kernel != KEY_VALUE_GRADIENT and tile.step >= 8 * EXP_SHARE:
+        found.append(replace(tile, exp_share=0 if tile.exp_share else EXP_SHARE))
+    if kernel == FORWARD:
+        found += [replace(each, fuses_lepe=not each.fuses_lepe) for each in found]
+    return found[1:]
 
 
 def time_all(todo: Sequence[Trial], device: torch.device, timer: Timer, kept: Path) -> dict[Trial, float]:

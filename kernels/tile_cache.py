@@ -21,7 +21,7 @@ import torch
 from .tile_table import Entry, Key, entry_row, format_rows, parse_entry
 
 logger = logging.getLogger(__name__)
-_FORMAT = 2
+_FORMAT = 1
 _SHARED_SOURCE = ("addressing", "exponential", "lepe", "matrix")
 _warned: set[str] = set()
 

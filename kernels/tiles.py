@@ -52,6 +52,7 @@ __all__ = [
     "channel_block",
     "choose",
     "forget",
+    "form_of",
     "use_architecture",
     "use_tiles",
 ]
@@ -99,6 +100,21 @@ def choose(
     if arch is None and device.type == "cuda":
         return _of_card(torch.cuda.current_device() if device.index is None else device.index)[key]
     return _of_architecture(arch or DEFAULT_ARCHITECTURE)[key]
+
+
+def form_of(heads: tuple[int, int], is_padded: bool, n_graphs: int, is_weighted: bool) -> str:
+    """The form of a kernel, see `Key`.
+
+    Args:
+        heads: channels of a query and of a value in one head.
+        is_padded: whether keys and values have padding.
+        n_graphs: graphs an image.
+        is_weighted: whether there is a factor, or its gradient is asked for.
+    """
+    if is_weighted:
+        return WEIGHTED
+    narrow = any(channel_block(head_dim) != head_dim for head_dim in heads)
+    return PADDED if is_padded or narrow or n_graphs > 1 else PLAIN
 
 
 @contextmanager

@@ -222,10 +222,8 @@ def _tile(kernel: str, problem: RoutedAttention, masked: bool, needs_factor: boo
         return tiles.MASKED[kernel]
     grid = problem.kv_grid if kernel == tiles.KEY_VALUE_GRADIENT else problem.query_grid
     heads = (problem.qk_head_dim, problem.v_head_dim)
-    is_padded = problem.padding is not None or any(tiles.channel_block(width) != width for width in heads)
-    form = tiles.PADDED if is_padded or problem.n_graphs > 1 else tiles.PLAIN
-    if needs_factor or problem.factor is not None:
-        form = tiles.WEIGHTED
+    is_weighted = needs_factor or problem.factor is not None
+    form = tiles.form_of(heads, problem.padding is not None, problem.n_graphs, is_weighted)
     dtype, device = problem.query.dtype, problem.query.device
     return tiles.choose(kernel, dtype, max(heads), grid.region_tokens, device, form)
 

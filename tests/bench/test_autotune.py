@@ -44,8 +44,9 @@ def test_problems_are_of_their_size_class():
 
 def test_a_dry_run_lists_and_writes_nothing(capsys, tmp_path):
     assert autotune.main([*TINY, "--dry-run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, then = capsys.readouterr().out.splitlines()
     assert len(lines) == len(set(lines))
+    assert then.startswith("then the fastest of each")
     for kernel in KERNELS:
         used = tiles.choose(kernel, torch.float16, 16, 4, torch.device("cpu"))
         assert f"1x2x2x16 heads 1 n_win 1 topk 1 float16 {kernel} {used}" in lines
@@ -108,6 +109,7 @@ def tried(monkeypatch, device):
     """What a forward on the tiny shape tries, in order: what is used so far, then a space of three."""
     space = [Tile(16, 16, 1, 2), Tile(16, 32, 2, 2), Tile(32, 16, 1, 2)]
     monkeypatch.setattr(tile_timing, "candidates", lambda *args: space)
+    monkeypatch.setattr(tile_timing, "variants", lambda *args: [])
     return [tiles.choose(tiles.FORWARD, torch.float16, 16, 4, device), *space[:2]]
 
 
@@ -120,6 +122,35 @@ def test_the_fastest_is_kept_and_used(tried, device):
     assert {key: entry.tile for key, entry in tile_cache.read(card).items()} == {
         Key(tiles.FORWARD, 16, 16, 16): best
     }
+
+
+def test_the_fastest_is_timed_again_with_what_else_the_table_decides(device, monkeypatch):
+    monkeypatch.setattr(tile_timing, "candidates", lambda *args: [Tile(16, 64, 1, 2)])
+    monkeypatch.setattr(tile_timing, "serves", lambda *args: True)
+    fastest = Tile(16, 64, 1, 2, exp_share=8, fuses_lepe=False)
+    timer = Stopwatch({Tile(16, 64, 1, 2): 0.5, fastest: 0.25})
+    measure(FORWARD_TINY, timer, device)
+    plain = Tile(16, 64, 1, 2)
+    assert timer.timed[2:] == [replace(plain, exp_share=8), replace(plain, fuses_lepe=False), fastest]
+    (entry,) = tile_cache.read(tile_timing.card_name(device)).values()
+    assert entry.tile == fastest
+
+
+def test_what_else_a_tile_can_be():
+    assert len(tile_timing.variants(tiles.FORWARD, 16, Tile(64, 64, 4, 2))) == 3
+    assert tile_timing.variants(tiles.FORWARD, 32, Tile(64, 64, 4, 2)) == [
+        Tile(64, 64, 4, 2, fuses_lepe=False)
+    ]
+    assert tile_timing.variants(tiles.QUERY_GRADIENT, 16, Tile(64, 32, 4, 2)) == []
+    assert tile_timing.variants(tiles.KEY_VALUE_GRADIENT, 16, Tile(64, 64, 4, 2)) == []
+
+
+@pytest.mark.parametrize(("side", "dim", "form"), [(8, 16, "plain"), (7, 16, "padded"), (8, 12, "padded")])
+def test_trials_compete_for_the_entry_that_launches_take(side, dim, form):
+    argv = ["--shape", f"1x{side}x{side}x{dim}", "--num-heads", "1", "--n-win", "2", "--topk", "1"]
+    args = autotune._parser().parse_args(argv)
+    trial = tile_timing.Trial(autotune._settings(args)[0], torch.float16, tiles.FORWARD, Tile(16, 16, 1, 1))
+    assert trial.key.form == form
 
 
 def test_a_backward_pass_times_both_its_kernels(device, monkeypatch):
@@ -204,8 +235,8 @@ def outcome(loop, spills=0, shared=1024, rest=100):
     """What a compiler might have said."""
     mix = dict.fromkeys(INSTRUCTION_CLASSES, 0) | {"matrix": 1, "exponentials": 1}
     usage = tile_prediction.Usage(100, shared, 0, spills, 0)
-    mixes = [tile_prediction.LoopMix(mix | {"fp32": n - 2}, {}) for n in (loop, rest)]
-    return Outcome(tile_prediction.Analysis(128, 64, 4, usage, *mixes))
+    loop, rest = (tile_prediction.LoopMix(mix | {"fp32": n - 2}, {}) for n in (loop, rest))
+    return Outcome(tile_prediction.Analysis(128, 64, 32, 0, 4, usage, loop, None, None, rest))
 
 
 class TestRanking:

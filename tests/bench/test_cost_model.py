@@ -13,6 +13,7 @@ from bra_triton.bench.cost_model import (
     bytes_moved,
     bytes_requested,
     fma_per_score,
+    lepe_apart_over_fused,
     predict,
     small_kernel_bytes,
     walk_of,
@@ -31,64 +32,100 @@ def mix(**counts):
     return LoopMix({**dict.fromkeys(INSTRUCTION_CLASSES, 0), **counts}, {})
 
 
-def code(block_m=128, block_n=128, num_warps=8, loop=None, rest=None, registers=128, shared=0):
-    usage = Usage(registers, shared, 0, 0, 0)
-    loop = loop or mix(exponentials=64, matrix=10, fp32=126)
-    rest = rest or mix(exponentials=66, matrix=12, fp32=322)
-    return Analysis(block_m, block_n, num_warps, usage, loop, rest)
+def code(registers=128, shared=0, taps=None, n_taps=0):
+    """128 x 128 by 8 warps: 200 instructions in the loop, 90 in the tail's (of 32 keys), 310 beside."""
+    return Analysis(
+        *(128, 128, 32, n_taps, 8),
+        Usage(registers, shared, 0, 0, 0),
+        mix(exponentials=64, matrix=10, fp32=126),
+        mix(exponentials=16, matrix=4, fp32=70),
+        taps,
+        mix(exponentials=2, fp32=308),
+    )
+
+
+def walk(kernel, block_m, block_n, problem, block_tail=32):
+    found = walk_of(kernel, block_m, block_n, block_tail, problem)
+    own = block_n if kernel == "key_value_gradient" else block_m
+    step = block_m if kernel == "key_value_gradient" else block_n
+    assert found.scores == own * (step * found.whole_tiles + (block_tail or step) * found.tail_steps)
+    return found.programs, found.whole_tiles, found.tail_steps
 
 
 def test_walks():
-    forward = walk_of("attention_forward", 128, 128, P3)
-    assert (forward.programs, forward.whole_tiles, forward.tail, forward.steps) == (2 * 2 * 64, 3, True, 4)
-    split = walk_of("query_gradient", 64, 80, P3)
-    assert (split.programs, split.whole_tiles, split.tail) == (2 * 2 * 64 * 2, 5, False)
+    assert walk("attention_forward", 128, 128, P3) == (2 * 2 * 64, 3, 1)
+    assert walk("query_gradient", 64, 80, P3) == (2 * 2 * 64 * 2, 5, 0)
+    # A tail of 400 - 2 * 160 keys in steps of 32, or in one as wide as the others.
+    assert walk("attention_forward", 128, 160, P3) == (2 * 2 * 64, 2, 3)
+    assert walk("attention_forward", 128, 160, P3, block_tail=0) == (2 * 2 * 64, 2, 1)
     # dK/dV owns keys and walks queries: 16 of 49 regions choose each of 7 x 7 regions of 25 keys.
     pooled = ProblemSizes(1, 49, 64, 16, 25, 1, 32, 32)
-    rows = walk_of("key_value_gradient", 64, 16, pooled)
-    assert (rows.programs, rows.whole_tiles, rows.tail) == (49 * 2, 16, False)
+    assert walk("key_value_gradient", 64, 16, pooled) == (49 * 2, 16, 0)
     # Half as many key regions: rows twice as long.
-    assert walk_of("key_value_gradient", 64, 16, replace(pooled, kv_regions=98)).whole_tiles == 8
+    assert walk("key_value_gradient", 64, 16, replace(pooled, kv_regions=98)) == (98 * 2, 8, 0)
     # Under a mask, 49 x 64 queries meet 49 x 25 keys.
     masked = replace(pooled, masked=True)
-    forward = walk_of("attention_forward", 128, 64, masked)
-    assert (forward.programs, forward.whole_tiles, forward.tail) == (25, 19, True)
-    rows = walk_of("key_value_gradient", 64, 128, masked)
-    assert (rows.programs, rows.whole_tiles, rows.tail) == (10, 49, False)
+    assert walk("attention_forward", 128, 64, masked) == (25, 19, 1)
+    assert walk("key_value_gradient", 64, 128, masked) == (10, 49, 0)
     assert masked.useful_scores == pooled.useful_scores
 
 
-def test_slots_count_the_prologue_the_tail_and_the_padding():
+def test_slots_count_every_section_as_often_as_it_runs():
     cost = predict("attention_forward", code(), P3, UNIT)
-    # 400 instructions outside the loop and 3 x 200 in it, by 8 warps, for 100 x 400 scores.
-    assert cost.slots_per_useful_score == pytest.approx((400 + 600) * 8 * 32 / (100 * 400))
+    # 310 instructions once, 3 x 200 and 90 in the loops, by 8 warps, for 100 x 400 scores.
+    assert cost.slots_per_useful_score == pytest.approx((310 + 600 + 90) * 8 * 32 / (100 * 400))
     without_tail = predict("attention_forward", code(), replace(P3, topk=32), UNIT)
-    assert without_tail.slots_per_useful_score == pytest.approx((400 - 200 + 25 * 200) * 256 / (100 * 3200))
-    # Code that peels no tail has none to leave out.
-    bare = code(rest=mix(fp32=400))
-    cost = predict("attention_forward", bare, replace(P3, topk=32), UNIT)
-    assert cost.slots_per_useful_score == pytest.approx((400 + 25 * 200) * 256 / (100 * 3200))
+    assert without_tail.slots_per_useful_score == pytest.approx((310 + 25 * 200) * 256 / (100 * 3200))
+    convolving = predict("attention_forward", code(taps=mix(fp32=40), n_taps=9), P3, UNIT)
+    assert convolving.slots_per_useful_score == pytest.approx((1000 + 9 * 40) * 256 / (100 * 400))
+    # Code without a loop for the tail has it in the rest.
+    bare = predict("attention_forward", replace(code(), tail=None), P3, UNIT)
+    assert bare.slots_per_useful_score == pytest.approx((310 + 600) * 256 / (100 * 400))
 
 
 def test_bounds():
     cost = predict("attention_forward", code(), P3, UNIT)
     programs = 2 * 2 * 64
+    scores = 128 * (3 * 128 + 32)
     assert cost.bounds == pytest.approx(
         {
             "issue": programs * 1000 * 256 / 128,
-            "exponential": programs * (3 * 64 + 66) * 256 / 16,
-            "matrix": programs * 4 * 128 * 128 * (32 + 32) / 64,
+            "exponential": programs * (3 * 64 + 16 + 2) * 256 / 16,
+            "matrix": programs * scores * (32 + 32) / 64,
             "memory": cost.bytes_moved,
         }
     )
     assert cost.binding == "matrix"
     assert cost.seconds == cost.bounds["matrix"]
-    assert cost.seconds_per_useful_score == pytest.approx(4 * 128 * 128 / (100 * 400))
-    # 100 x 400 of 128 x 512 scores count.
-    assert cost.share_of_ideal == pytest.approx(100 * 400 / (4 * 128 * 128))
+    assert cost.seconds_per_useful_score == pytest.approx(scores / (100 * 400))
+    assert cost.share_of_ideal == pytest.approx(100 * 400 / scores)
     assert predict("attention_forward", code(), P3, UNIT, matrix_passes=3).bounds["matrix"] == pytest.approx(
         3 * cost.bounds["matrix"]
     )
+
+
+def test_lepe_apart_over_fused():
+    """Fused, its taps are slots of a launch that they bind; apart, they cost memory and a prologue."""
+    taps = mix(fp32=80)
+    fused, bare, apart = (
+        code(taps=taps, n_taps=25),
+        code(),
+        replace(code(), loop=None, tail=None, taps=taps, n_taps=25),
+    )
+    fast = replace(UNIT, half_fma=10**6, exponentials=10**6)  # so that issue binds
+    map_bytes = 2 * 6400 * 64 * 2
+    programs, lepe_programs = 2 * 2 * 64, 2 * 6400 / 128 * 64 / 32
+    for bandwidth in (1e9, 1e-3):
+        hardware = replace(fast, bandwidth=bandwidth)
+        one = max(
+            programs * (1000 + 2000) * 256 / 128,
+            (bytes_moved("attention_forward", P3) + map_bytes) / bandwidth,
+        )
+        first = max(programs * 1000 * 256 / 128, bytes_moved("attention_forward", P3) / bandwidth)
+        second = max(lepe_programs * (310 + 2000) * 256 / 128, 3 * map_bytes / bandwidth)
+        ratio = lepe_apart_over_fused(fused, bare, apart, P3, hardware)
+        assert ratio == pytest.approx((first + second) / one)
+        assert (ratio > 1) == (bandwidth < 1)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +198,8 @@ def test_bytes_of_the_small_kernels():
 def test_walks_cover_every_score(kernel, sizes, block_m, block_n):
     batch, regions, tokens, topk, kv_tokens = sizes
     problem = ProblemSizes(batch, regions, tokens, min(topk, regions), kv_tokens, 2, 32, 32)
-    walk = walk_of(kernel, block_m, block_n, problem)
-    scores = walk.programs * walk.steps * block_m * block_n
-    assert scores >= problem.useful_scores
+    walk = walk_of(kernel, block_m, block_n, 16, problem)
+    assert walk.programs * walk.scores >= problem.useful_scores
     assert bytes_requested(kernel, block_m, block_n, problem) >= bytes_moved(kernel, problem)
 
 

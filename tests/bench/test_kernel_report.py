@@ -9,7 +9,7 @@ from bra_triton.bench import dense_floor, kernel_report
 from bra_triton.bench.analysis import analyse_all
 from bra_triton.bench.dense_floor import DenseTile
 from bra_triton.bench.presets import PRESETS
-from bra_triton.bench.static_analysis import compile_for, inner_loop, main_loop_and_rest
+from bra_triton.bench.static_analysis import compile_for, inner_loop, sections
 from bra_triton.kernels import tiles
 
 pytestmark = pytest.mark.compiled
@@ -136,13 +136,15 @@ def test_other_processes_compile_the_same_and_errors_come_back():
     assert first.loop == inner_loop(compile_for(good, "sm_80"))
 
 
-def test_loop_and_rest_are_the_whole_kernel():
+def test_the_sections_of_a_shipped_kernel():
     launched = kernel_report.shipped(P3, kernel_report.DTYPES["float16"], "sm_80")
     specimen = next(s for s in launched if s.name == "attention_forward")
-    loop, rest = main_loop_and_rest(compile_for(specimen, "sm_80"))
-    # The tail is a loop of its own, in narrower steps of the same products; then come the last maxima, sums
-    # and the logarithm.
-    assert 0 < rest.counts["matrix"] <= loop.counts["matrix"]
-    assert rest.total > loop.total
-    assert rest.counts["global_stores"] > 0
-    assert loop.counts["global_stores"] == 0
+    found = sections(compile_for(specimen, "sm_80"))
+    # The tail takes the same products in narrower steps, a tap of LePE none.
+    assert 0 < found.tail.counts["matrix"] < found.loop.counts["matrix"]
+    assert found.taps.counts["matrix"] == 0 < found.taps.counts["global_loads"]
+    assert found.taps.counts["fp32"] >= 32 * 128 // (
+        32 * specimen.num_warps
+    )  # a head's channels of 128 tokens
+    assert found.rest.counts["matrix"] == 0 < found.rest.counts["global_stores"]
+    assert found.loop.counts["global_stores"] == 0

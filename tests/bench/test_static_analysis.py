@@ -16,8 +16,8 @@ from bra_triton.bench.static_analysis import (
     inner_loop,
     inner_loops,
     issue_slots_per_score,
-    main_loop_and_rest,
     resource_usage,
+    sections,
 )
 
 pytestmark = pytest.mark.compiled
@@ -197,20 +197,29 @@ def test_a_wait_moved_out_of_line_belongs_to_its_loop_and_is_no_second_one():
     assert [loop.total for loop in loops] == [7]
 
 
-def test_the_main_loop_is_the_unmasked_one_and_the_rest_is_what_can_be_reached():
-    main = [".L_x_0:", "HMMA.16816.F32 R4", "FADD R1", "@P0 BRA `(.L_x_0)"]
-    masked = [".L_x_1:", "HMMA.16816.F32 R4", "FSEL R1", "FADD R1", "@P0 BRA `(.L_x_1)"]
+def test_sections_of_a_kernel():
+    main = [".L_x_0:", "HMMA.16816.F32 R4", "FADD R1", "SYNCS P1, [UR4]", "@P0 BRA `(.L_x_0)"]
+    masked = [".L_x_1:", "HMMA.16816.F32 R4", "FSEL R1", "FADD R1", "FADD R1", "@P0 BRA `(.L_x_1)"]
+    taps = [".L_x_3:", "LDG.E R1", "FFMA R1", "@P0 BRA `(.L_x_3)"]
+    wait = [".L_x_4:", "SYNCS P1, [UR4]", "@!P1 BRA `(.L_x_4)"]
     end = ["STG.E [R2], R4", "EXIT", ".L_x_2:", "BRA `(.L_x_2)", "NOP"]
-    loop, rest = main_loop_and_rest(from_listing("MOV R4, RZ", *main, *masked, *end))
-    assert (loop.total, loop.counts["fp32"]) == (3, 1)
-    # MOV, the masked loop once, the store and EXIT; neither the assembler's closing trap nor its padding.
-    assert (rest.total, rest.counts["matrix"], rest.counts["moves"]) == (7, 1, 1)
+    found = sections(from_listing("MOV R4, RZ", *main, *masked, *taps, *wait, *end))
+    assert (found.loop.total, found.loop.counts["fp32"]) == (4, 1)
+    assert (found.tail.total, found.tail.counts["matrix"]) == (5, 1)
+    assert (found.taps.total, found.taps.counts["global_loads"]) == (3, 1)
+    # MOV, the wait, the store and EXIT; neither the assembler's closing trap nor its padding.
+    assert (found.rest.total, found.rest.counts["matrix"], found.rest.counts["moves"]) == (5, 0, 1)
 
 
-def test_without_matrix_instructions_all_code_is_rest():
-    loop, rest = main_loop_and_rest(from_listing(".L_x_0:", "FADD R1", "@P0 BRA `(.L_x_0)", "EXIT"))
-    assert loop is None
-    assert rest.total == 3
+def test_a_loop_that_waits_inside_is_still_the_innermost():
+    body = [".L_x_0:", "HGMMA.64x64x16.F32 R4, R8", ".L_x_1:", "SYNCS P1, [UR4]", "@!P1 BRA `(.L_x_1)"]
+    found = sections(from_listing(*body, "LDG.E R1", "@P0 BRA `(.L_x_0)", "EXIT"))
+    assert (found.loop.total, found.tail, found.taps, found.rest.total) == (5, None, None, 1)
+
+
+def test_without_matrix_instructions_there_are_no_walks():
+    found = sections(from_listing(".L_x_0:", "FADD R1", "@P0 BRA `(.L_x_0)", "EXIT"))
+    assert (found.loop, found.tail, found.taps, found.rest.total) == (None, None, None, 3)
 
 
 def test_waits_for_every_matrix_instruction_show():

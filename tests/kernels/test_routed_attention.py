@@ -8,11 +8,13 @@ import torch
 from attention_parts import PARTS, Part, compare, make, windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import worst
+from problems import relative_error, worst
 
 from bra_triton.backend import registry
-from bra_triton.kernels import masking
-from bra_triton.kernels.launches import lists
+from bra_triton.kernels import masking, tiles
+from bra_triton.kernels.launches import attention, lists
+from bra_triton.kernels.launches import lepe as lepe_launches
+from bra_triton.kernels.problem import Lepe
 from bra_triton.kernels.region_grid import RegionGrid
 
 BACKENDS = ("torch", "triton")
@@ -158,3 +160,25 @@ def _check_drawn(backend, part, dtype):
     tolerance = FLOAT32_TOLERANCE if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
     significant = {name: e for name, e in errors.items() if name in ("out", "value", "padding.value")}
     assert worst(significant.values()) < tolerance, errors
+
+
+@pytest.mark.parametrize("keep_attention", [True, False])
+@pytest.mark.parametrize("name", ["packed", "padding"])
+def test_lepe_in_a_launch_of_its_own_gives_the_same(name, keep_attention, device, monkeypatch):
+    """The table decides which; both against the torch backend."""
+    problem = make(PARTS[name], device)
+    dim = problem.value.shape[-1]
+    weight, bias = torch.randn(dim, 1, 3, 3, device=device), torch.randn(dim, device=device)
+    lepe = Lepe(problem.value, weight, bias, problem.kv_grid, problem.padding and problem.padding.value)
+    expected = registry.load("torch").attention_forward(problem, lepe, keep_attention=True)
+    calls = []
+    monkeypatch.setattr(
+        attention, "lepe_forward", lambda *args: calls.append(args) or lepe_launches.lepe_forward(*args)
+    )
+    for fuses_lepe in (True, False):
+        with tiles.use_tiles({tiles.FORWARD: tiles.Tile(16, 32, 1, 1, fuses_lepe=fuses_lepe)}):
+            out, share, _ = attention.attention_forward(problem, lepe, keep_attention)
+        assert relative_error(out, expected[0].double()) < FLOAT32_TOLERANCE
+        assert (share is not None) == keep_attention
+        assert share is None or relative_error(share, expected[1].double()) < FLOAT32_TOLERANCE
+    assert len(calls) == 1

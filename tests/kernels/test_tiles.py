@@ -1,5 +1,6 @@
 """The shipped tables of tiles, and the choice from them."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -9,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bra_triton.kernels import tile_table, tiles
-from bra_triton.kernels.tile_table import BITS, HEAD_DIMS, KERNELS, SIZES, Entry, Key, Table, Tile
+from bra_triton.kernels.tile_table import BITS, FORMS, HEAD_DIMS, KERNELS, SIZES, Entry, Key, Table, Tile
 
 CPU = torch.device("cpu")
 ARCHS = tile_table.packaged_archs()
-ALL_KEYS = [Key(k, b, h, s) for k in KERNELS for b in BITS for h in HEAD_DIMS for s in SIZES]
+ALL_KEYS = [Key(*parts) for parts in itertools.product(KERNELS, BITS, HEAD_DIMS, SIZES, FORMS)]
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
@@ -33,11 +34,17 @@ def test_every_table_is_whole_and_in_order(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @given(
-    kernel=st.sampled_from(KERNELS), dtype=DTYPES, head_dim=st.integers(1, 256), tokens=st.integers(1, 6035)
+    kernel=st.sampled_from(KERNELS),
+    dtype=DTYPES,
+    head_dim=st.integers(1, 256),
+    tokens=st.integers(1, 6035),
+    form=st.sampled_from(FORMS),
 )
-def test_every_problem_has_a_tile_that_wastes_less_than_half_of_it(arch, kernel, dtype, head_dim, tokens):
+def test_every_problem_has_a_tile_that_wastes_less_than_half_of_it(
+    arch, kernel, dtype, head_dim, tokens, form
+):
     with tiles.use_architecture(arch):
-        tile = tiles.choose(kernel, dtype, head_dim, tokens, CPU)
+        tile = tiles.choose(kernel, dtype, head_dim, tokens, CPU, form)
     rows = -(-tokens // tile.own) * tile.own
     assert tile.own == 16 or rows < 2 * tokens
 
@@ -49,14 +56,20 @@ def test_amd_gets_one_stage(arch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"own": 48}, {"step": 8}, {"num_warps": 3}, {"num_stages": 0}, {"own": 64.0}]
+    "wrong",
+    [
+        *({"own": 48}, {"step": 8}, {"num_warps": 3}, {"num_stages": 0}, {"own": 64.0}),
+        *({"exp_share": 1}, {"exp_share": 3}, {"exp_share": 16}, {"fuses_lepe": 1}),
+    ],
 )
 def test_a_tile_is_made_of_powers_of_two(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(Tile(64, 64, 4, 3), **wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"kernel": "sideways"}, {"bits": 8}, {"head_dim": 48}, {"size": 100}])
+@pytest.mark.parametrize(
+    "wrong", [{"kernel": "sideways"}, {"bits": 8}, {"head_dim": 48}, {"size": 100}, {"form": "round"}]
+)
 def test_a_key_names_what_it_does_not_know(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be one of"):
         replace(ALL_KEYS[0], **wrong)
@@ -125,14 +138,31 @@ def test_forced_tiles_are_of_the_kernels_named_alone():
 
 
 def test_a_table_survives_its_file():
-    entries = {key: Entry(Tile(16, 32, 1, 2), 1.5, {"lepe": "fused"}) for key in ALL_KEYS[:3]}
+    plain, special = Tile(16, 32, 1, 2), Tile(16, 32, 1, 2, exp_share=4, fuses_lepe=False)
+    entries = dict(zip(ALL_KEYS, (Entry(plain, 1.5), Entry(special, 1.5), Entry(plain)), strict=False))
     table = Table("sm_90", "measured", "2.13.0", "3.8.0", entries)
     text = tile_table.format_table(table)
     assert tile_table.parse_table(text) == table
-    assert len([line for line in text.splitlines() if '"own"' in line]) == 3
+    rows = [line for line in text.splitlines() if '"own"' in line]
+    assert len(rows) == 3
+    assert '"options": {}' in rows[0]
+    assert '"options": {"exp_share": 4, "fuses_lepe": false}' in rows[1]
 
 
-@pytest.mark.parametrize("missing", ["own", "kernel", "cost", "options"])
+def test_float32_takes_no_inexact_exponentials():
+    row = tile_table.entry_row(Key(tiles.FORWARD, 32, 32, 128), Entry(Tile(64, 64, 4, 2, exp_share=8)))
+    with pytest.raises(ValueError, match="exp_share is too inexact for float32"):
+        tile_table.parse_entry(row)
+
+
+@pytest.mark.parametrize("option", [{"exp_share": 5}, {"colour": 1}])
+def test_an_impossible_option_is_refused(option):
+    row = tile_table.entry_row(ALL_KEYS[0], Entry(Tile(16, 32, 1, 2)))
+    with pytest.raises(ValueError, match=next(iter(option))):
+        tile_table.parse_entry(row | {"options": option})
+
+
+@pytest.mark.parametrize("missing", ["own", "kernel", "cost", "form", "options"])
 def test_a_line_that_lacks_something_is_refused(missing):
     row = tile_table.entry_row(ALL_KEYS[0], Entry(Tile(16, 32, 1, 2)))
     del row[missing]
