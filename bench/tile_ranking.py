@@ -20,8 +20,8 @@ ByVersion = Mapping[str, Mapping[str, Outcome]]
 TIED = 1.05
 # Depths of the pipeline that are tried, the second one where nothing of the first fits.
 STAGES = (3, 2)
-# Of the forms that are not plain so many spill-free configurations are compared, in batches of so many.
-FORM_ENOUGH, FORM_BATCH = 2, 3
+# Of the forms that are not plain so many spill-free configurations are enough, looked for in such batches.
+FORM_ENOUGH, FORM_BATCH = 1, 2
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,8 @@ def attention_forward(
             acc, row_max, row_sum, q, k, v, factor, own_marks, marks, live, logit_scale, 0, PRECISION
         )
 
-    acc = acc / row_sum[:, None]
+    # One division a row: for each number the compiler would guard against quotients out of range.
+    acc *= (1 / row_sum)[:, None]
     head_start = image * map_tokens * DIM + head * V_HEAD_DIM
     if attention is not None:
         store_rows(attention + head_start, own, v_channel, own >= 0, acc, DIM, V_HEAD_DIM)
