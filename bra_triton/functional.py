@@ -114,7 +114,7 @@ def region_routing(
         grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
         padded = reference.pad_map(qkv, grid, padding) if grid.is_padded else qkv
         return reference.route(padded, spec, parts.emb)
-    r_weight, r_idx = _route(qkv.contiguous(), spec, parts.in_dtype(qkv.dtype), name)
+    r_weight, r_idx = _route(_dense(qkv), spec, parts.for_kernels(qkv.dtype), name)
     return r_weight, r_idx.long()
 
 
@@ -137,11 +137,11 @@ class Parts:
         with torch.autocast(means.device.type, enabled=False):
             return F.linear(means, self.router_weight.to(means.dtype), bias)
 
-    def in_dtype(self, dtype: torch.dtype) -> "Parts":
-        """With LePE and padding in the projection's dtype: under autocast their sources are wider."""
+    def for_kernels(self, dtype: torch.dtype) -> "Parts":
+        """With LePE and padding contiguous and in the projection's dtype: under autocast theirs are wider."""
 
         def cast(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(dtype)
+            return None if x is None else x.to(dtype).contiguous()
 
         return Parts(
             *(cast(self.lepe_weight), cast(self.lepe_bias), cast(self.padding)),
@@ -174,7 +174,7 @@ def attend(qkv: Tensor, spec: AttentionSpec, parts: Parts | None = None, *, back
     """`bi_level_routing_attention` of a specification that is at hand."""
     parts = parts or Parts()
     parts.check(qkv, spec)
-    parts = parts.in_dtype(qkv.dtype)
+    parts = parts.for_kernels(qkv.dtype)
     name = registry.select(backend, qkv, spec)
     if name == "reference" or being_exported():
         plain: Callable[..., Tensor] = reference.attend if name == "reference" else traced.attend
@@ -187,7 +187,16 @@ def attend(qkv: Tensor, spec: AttentionSpec, parts: Parts | None = None, *, back
             emb=parts.emb,
             kv_down=parts.kv_downsampling,
         )
-    return _attend_fused(qkv.contiguous(), spec, parts, name)
+    return _attend_fused(_dense(qkv), spec, parts, name)
+
+
+def _dense(qkv: Tensor) -> Tensor:
+    """Contiguous, and with the strides that its shape says.
+
+    PyTorch calls a map of one row or column contiguous whatever the stride is there, but kernels step by it.
+    """
+    qkv = qkv.contiguous()
+    return qkv.flatten().view(qkv.shape) if 1 in qkv.shape[1:3] else qkv
 
 
 def _attend_fused(qkv: Tensor, spec: AttentionSpec, parts: Parts, backend: str) -> Tensor:
