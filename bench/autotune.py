@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 import triton
 
-from bra_triton.bench import tile_prediction, tile_ranking, tile_timing
-from bra_triton.bench.hardware import HARDWARE
-from bra_triton.bench.launches import Setting
+from bra_triton.bench.machine_code.hardware import HARDWARE
+from bra_triton.bench.machine_code.launches import Setting
 from bra_triton.bench.presets import PRESETS
-from bra_triton.bench.tile_prediction import Job, Outcome
+from bra_triton.bench.tuning import prediction, ranking, timing
+from bra_triton.bench.tuning.prediction import Job, Outcome
 from bra_triton.kernels import tile_cache, tile_table, tiles
 from bra_triton.kernels.tile_table import Entry, Key, Table
 
@@ -75,20 +75,20 @@ def predict(args: argparse.Namespace, arch: str) -> None:
         return
     results: dict[Job, Outcome] = {}
 
-    def compile_more(jobs: Sequence[Job]) -> tile_ranking.ByVersion:
-        results.update(tile_prediction.compile_all(jobs, args.compiled, args.workers))
-        return tile_ranking.results_by_version(results, args.compiled, arch)
+    def compile_more(jobs: Sequence[Job]) -> ranking.ByVersion:
+        results.update(prediction.compile_all(jobs, args.compiled, args.workers))
+        return ranking.results_by_version(results, args.compiled, arch)
 
     by_version = compile_more(jobs)
-    without = [key for key in plain if not tile_ranking.rank(key, arch, by_version)]
+    without = [key for key in plain if not ranking.rank(key, arch, by_version)]
     if without and not (args.confirm or args.like):
-        by_version = compile_more(tile_ranking.jobs_of(without, arch, tile_ranking.STAGES[1:]))
-    while more := tile_ranking.jobs_of_forms(keys, arch, by_version):
+        by_version = compile_more(ranking.jobs_of(without, arch, ranking.STAGES[1:]))
+    while more := ranking.jobs_of_forms(keys, arch, by_version):
         by_version = compile_more(more)
-    by_version = compile_more(tile_ranking.jobs_of_lepe(keys, arch, by_version))
-    table, spilling = tile_ranking.table(keys, arch, by_version)
+    by_version = compile_more(ranking.jobs_of_lepe(keys, arch, by_version))
+    table, spilling = ranking.table(keys, arch, by_version)
     for key in keys:
-        for ranked in tile_ranking.rank(key, arch, by_version)[: args.show]:
+        for ranked in ranking.rank(key, arch, by_version)[: args.show]:
             slots = ", ".join(f"{value:.2f} (Triton {version})" for version, value in ranked.slots.items())
             print(f"{arch} {key}: {ranked.tile}  {ranked.cost:.2f} a useful score; loop {slots}")
         print(f"{arch} {key}: takes {table.entries[key].tile}")
@@ -101,14 +101,14 @@ def predict(args: argparse.Namespace, arch: str) -> None:
 def _jobs(args: argparse.Namespace, keys: Sequence[Key], arch: str) -> list[Job]:
     """What to compile: the whole space, or the best of what other versions or another architecture know."""
     if not (args.confirm or args.like):
-        return tile_ranking.jobs_of(keys, arch, tile_ranking.STAGES[:1])
+        return ranking.jobs_of(keys, arch, ranking.STAGES[:1])
     like = args.like or arch
     known = {
-        version: tile_prediction.read_results(args.compiled, version, like)
-        for version in tile_prediction.versions(args.compiled, like)
+        version: prediction.read_results(args.compiled, version, like)
+        for version in prediction.versions(args.compiled, like)
         if args.like or version != triton.__version__
     }
-    best = tile_ranking.best_jobs(keys, like, known, args.confirm or 3)
+    best = ranking.best_jobs(keys, like, known, args.confirm or 3)
     return [replace(job, arch=arch) for job in best]
 
 
@@ -116,19 +116,19 @@ def measure(
     args: argparse.Namespace,
     settings: Sequence[Setting],
     device: torch.device,
-    timer: tile_timing.Timer = tile_timing.cuda_milliseconds,
+    timer: timing.Timer = timing.cuda_milliseconds,
 ) -> None:
     """Times on `device` and keeps the winners in the user's cache."""
     entries: dict[Key, Entry] = {}
     for name in args.dtype:
-        trials = tile_timing.trials(settings, DTYPES[name], _kernels(args), device)
+        trials = timing.trials(settings, DTYPES[name], _kernels(args), device)
         kept = tile_cache.folder() / "timings.jsonl"
-        results = tile_timing.time_all(trials, device, timer, kept)
-        results |= tile_timing.time_all(tile_timing.refinements(results), device, timer, kept)
-        for key, (tile, milliseconds) in tile_timing.winners(results).items():
+        results = timing.time_all(trials, device, timer, kept)
+        results |= timing.time_all(timing.refinements(results), device, timer, kept)
+        for key, (tile, milliseconds) in timing.winners(results).items():
             entries[key] = Entry(tile, round(milliseconds, 4))
             print(f"{name} {key}: {tile}  {milliseconds:.4f} ms")
-    tile_cache.update(tile_timing.card_name(device), entries)
+    tile_cache.update(timing.card_name(device), entries)
     tiles.forget()
     print(f"kept in {tile_cache.path()}")
     if args.save:
@@ -141,7 +141,7 @@ def measure(
 def list_trials(args: argparse.Namespace, settings: Sequence[Setting], device: torch.device) -> None:
     """Prints what `measure` would time."""
     for name in args.dtype:
-        for trial in tile_timing.trials(settings, DTYPES[name], _kernels(args), device):
+        for trial in timing.trials(settings, DTYPES[name], _kernels(args), device):
             s = trial.setting
             shape = (
                 f"{s.batch}x{s.height}x{s.width}x{s.dim} heads {s.num_heads} n_win {s.n_win} topk {s.topk}"
@@ -157,7 +157,7 @@ def _write_table(table: Table, folder: Path) -> None:
 
 
 def _kernels(args: argparse.Namespace) -> list[str]:
-    return [kernel for kernel in tile_timing.PASSES[args.passes] if kernel in args.kernel]
+    return [kernel for kernel in timing.PASSES[args.passes] if kernel in args.kernel]
 
 
 def _settings(args: argparse.Namespace) -> list[Setting]:
@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     timed("--shape", type=_shape, metavar="NxHxWxDIM", help="one map instead of presets, with:")
     for name in ("--num-heads", "--n-win", "--topk"):
         timed(name, type=int)
-    timed("--pass", dest="passes", choices=tile_timing.PASSES, default="both")
+    timed("--pass", dest="passes", choices=timing.PASSES, default="both")
     timed("--save", action="store_true", help="also write the shipped table of the card's architecture")
 
     predicted = parser.add_argument_group("without a GPU").add_argument

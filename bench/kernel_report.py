@@ -3,7 +3,7 @@
     python -m bra_triton.bench.kernel_report [--arch sm_90 ...] [--dtype float16] [--preset yolo_p3 ...]
                                              [--all-tiles] [--json FILE] [--markdown] [--workers 2]
 
-All of it is compiled and counted, or predicted from those counts (`bench/cost_model.py`); nothing is
+All of it is compiled and counted, or predicted from those counts (`machine_code/cost_model.py`); nothing is
 measured. The exit status is 1 when a target is missed, when a shipped configuration does not compile, or when
 one spills in float16 on sm_80 or sm_90.
 """
@@ -17,14 +17,20 @@ from pathlib import Path
 
 import torch
 
-from bra_triton.bench import dense_floor, report_tables
-from bra_triton.bench.analysis import Analysis, analyse_all
-from bra_triton.bench.cost_model import ATTENTION_KERNELS, Cost, ProblemSizes, predict, small_kernel_bytes
-from bra_triton.bench.hardware import HARDWARE
-from bra_triton.bench.launches import record_attention
+from bra_triton.bench import report_tables
+from bra_triton.bench.machine_code import dense_floor
+from bra_triton.bench.machine_code.analysis import Analysis, analyse_all
+from bra_triton.bench.machine_code.cost_model import (
+    ATTENTION_KERNELS,
+    Cost,
+    predict,
+    small_kernel_bytes,
+)
+from bra_triton.bench.machine_code.hardware import HARDWARE
+from bra_triton.bench.machine_code.launches import record_attention
+from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
 from bra_triton.bench.presets import PRESETS, Preset
-from bra_triton.bench.static_analysis import KernelSpecimen
-from bra_triton.bench.tile_timing import EXP_SHARE
+from bra_triton.bench.tuning.search_space import EXP_SHARE
 from bra_triton.kernels import tiles as tile_tables
 
 # Issue slots per score of the shipped loop over those of the dense floor, at most: float16, regions of
@@ -159,7 +165,7 @@ def _with_shared(rows: Sequence[Row], jobs: Sequence[Problem], dtype: str, worke
     found = {}
     for (row, preset, specimen), analysis in zip(bound, analyses, strict=True):
         if isinstance(analysis, Analysis):
-            problem = ProblemSizes.of_preset(preset, 2, "query_marks" in specimen.signature)
+            problem = preset.sizes(2, "query_marks" in specimen.signature)
             cost = predict(row.kernel, analysis, problem, HARDWARE[row.arch])
             found[id(row)] = replace(row, shared=Shared(analysis, cost))
     return [found.get(id(row), row) for row in rows]
@@ -179,7 +185,7 @@ def _row(
 ) -> Row:
     analysis = None if isinstance(result, Exception) else result
     masked = "query_marks" in specimen.signature
-    problem = ProblemSizes.of_preset(preset, DTYPES[dtype].itemsize, masked)
+    problem = preset.sizes(DTYPES[dtype].itemsize, masked)
     cost = target = None
     if specimen.name in ATTENTION_KERNELS:
         passes = 3 if specimen.constexprs.get("PRECISION") == "tf32x3" else 1

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from bra_triton.bench.launches import Setting
+from bra_triton.bench.machine_code.cost_model import ProblemSizes
+from bra_triton.bench.machine_code.launches import Setting
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class Preset:
         """What a launch needs to know of it."""
         sizes = (self.batch, self.height, self.width, self.n_win, self.topk, self.num_heads)
         return Setting(*sizes, self.head_dim, self.head_dim)
+
+    def sizes(self, element_bytes: int = 2, masked: bool = False) -> ProblemSizes:
+        """What the cost of its attention depends on."""
+        tokens, heads = self.region_tokens, (self.num_heads, self.head_dim, self.head_dim)
+        problem = (self.batch, self.n_win**2, tokens, self.topk, tokens, *heads)
+        return ProblemSizes(*problem, element_bytes, masked=masked)
 
 
 PRESETS = {

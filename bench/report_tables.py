@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bra_triton.bench.hardware import HARDWARE
-from bra_triton.bench.tile_timing import EXP_SHARE
+from bra_triton.bench.machine_code.hardware import HARDWARE
+from bra_triton.bench.tuning.search_space import EXP_SHARE
 
 if TYPE_CHECKING:
     from bra_triton.bench.kernel_report import Row

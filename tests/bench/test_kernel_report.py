@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from bra_triton.bench import dense_floor, kernel_report
-from bra_triton.bench.analysis import analyse_all
-from bra_triton.bench.dense_floor import DenseTile
+from bra_triton.bench import kernel_report
+from bra_triton.bench.machine_code import dense_floor
+from bra_triton.bench.machine_code.analysis import analyse_all
+from bra_triton.bench.machine_code.dense_floor import DenseTile
+from bra_triton.bench.machine_code.static_analysis import compile_for, inner_loop, sections
 from bra_triton.bench.presets import PRESETS
-from bra_triton.bench.static_analysis import compile_for, inner_loop, sections
 from bra_triton.kernels import tiles
 
 pytestmark = pytest.mark.compiled

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from bra_triton.bench.launches import Setting, record_attention
-from bra_triton.bench.static_analysis import compile_for, resource_usage
+from bra_triton.bench.machine_code.launches import Setting, record_attention
+from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
 from bra_triton.kernels import tiles
 
 pytestmark = pytest.mark.compiled

@@ -14,8 +14,8 @@ from problems import relative_error
 from torch import Tensor
 
 from bra_triton.backend import torch_lepe
-from bra_triton.bench.launches import record
-from bra_triton.bench.static_analysis import compile_for, resource_usage
+from bra_triton.bench.machine_code.launches import record
+from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
 from bra_triton.kernels.launches import lepe as triton_lepe
 from bra_triton.kernels.lepe import convolve_tile
 from bra_triton.kernels.problem import Lepe

@@ -10,8 +10,8 @@ from problems import relative_error
 
 from bra_triton import downsampling
 from bra_triton.backend import torch_pooling
-from bra_triton.bench.launches import record
-from bra_triton.bench.static_analysis import compile_for, inner_loops, resource_usage
+from bra_triton.bench.machine_code.launches import record
+from bra_triton.bench.machine_code.static_analysis import compile_for, inner_loops, resource_usage
 from bra_triton.kernels.launches import pooling as launches
 from bra_triton.kernels.pooling_problem import MAX, RegionPooling
 from bra_triton.kernels.region_grid import RegionGrid

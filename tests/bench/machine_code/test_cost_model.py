@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bra_triton.bench.analysis import Analysis
-from bra_triton.bench.cost_model import (
+from bra_triton.bench.machine_code.analysis import Analysis
+from bra_triton.bench.machine_code.cost_model import (
     ATTENTION_KERNELS,
     ProblemSizes,
     bytes_moved,
@@ -18,9 +18,9 @@ from bra_triton.bench.cost_model import (
     small_kernel_bytes,
     walk_of,
 )
-from bra_triton.bench.hardware import HARDWARE, Hardware
+from bra_triton.bench.machine_code.hardware import HARDWARE, Hardware
+from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES, LoopMix, Usage
 from bra_triton.bench.presets import PRESETS
-from bra_triton.bench.static_analysis import INSTRUCTION_CLASSES, LoopMix, Usage
 
 # One SM of round rates, a clock a second.
 UNIT = Hardware("made up", 1, 1.0, 1.0, 64, 32, 64, 32, 200 << 10, 100 << 10)
@@ -228,6 +228,6 @@ def test_presets_are_what_the_models_run():
     for preset in PRESETS.values():
         assert preset.topk <= preset.n_win**2
         assert preset.dim % preset.num_heads == 0
-    p5 = ProblemSizes.of_preset(PRESETS["yolo_p5"])
+    p5 = PRESETS["yolo_p5"].sizes()
     assert (p5.region_tokens, p5.regions, p5.useful_scores) == (9, 64, 16 * 8 * 64 * 9 * 36)
     assert PRESETS["biformer_stage4"].region_tokens == 1

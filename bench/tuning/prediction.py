@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import triton
 
-from bra_triton.bench.analysis import Analysis, analyse
-from bra_triton.bench.cost_model import lepe_apart_over_fused, predict
-from bra_triton.bench.hardware import HARDWARE
-from bra_triton.bench.launches import Setting, record_attention
-from bra_triton.bench.search_space import SHARED_BYTES, problems
-from bra_triton.bench.static_analysis import KernelSpecimen, LoopMix, Usage
+from bra_triton.bench.machine_code.analysis import Analysis, analyse
+from bra_triton.bench.machine_code.cost_model import lepe_apart_over_fused, predict
+from bra_triton.bench.machine_code.hardware import HARDWARE
+from bra_triton.bench.machine_code.launches import Setting, record_attention
+from bra_triton.bench.machine_code.static_analysis import KernelSpecimen, LoopMix, Usage
+from bra_triton.bench.tuning.search_space import SHARED_BYTES, problems
 from bra_triton.kernels import tiles
 from bra_triton.kernels.tile_cache import source_digest
 from bra_triton.kernels.tiles import Tile

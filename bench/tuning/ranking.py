@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import triton
 
-from bra_triton.bench.search_space import candidates, serves
-from bra_triton.bench.tile_prediction import LEPE, Job, Outcome, cost, read_results, time_apart, versions
+from bra_triton.bench.tuning.prediction import LEPE, Job, Outcome, cost, read_results, time_apart, versions
+from bra_triton.bench.tuning.search_space import candidates, serves
 from bra_triton.kernels.tile_table import FORWARD, PLAIN, Entry, Key, Table, Tile, packaged
 
 # Outcomes by Triton version and `Job.key`.

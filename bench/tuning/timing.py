@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bra_triton.backend import torch_backend
-from bra_triton.bench.launches import Setting
-from bra_triton.bench.search_space import candidates, serves
+from bra_triton.bench.machine_code.launches import Setting
+from bra_triton.bench.tuning.search_space import EXP_SHARE, candidates, serves
 from bra_triton.kernels import tile_cache, tiles
 from bra_triton.kernels.launches import attention
 from bra_triton.kernels.problem import Gradients, Lepe, Padding, RoutedAttention
@@ -32,10 +32,6 @@ PASSES = {
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Inputs are drawn in so many sets that they do not all stay in a cache.
 _SETS, _SET_BYTES = (2, 8), 256 << 20
-
-# One exponential in so many goes to the multiply-add units: that makes issue slots and exponential unit about
-# even in a loop at heads of 32 (forward, sm_90: 6.9 slots and 7.3 clocks a score; without it 6.0 and 8.3).
-EXP_SHARE = 8
 
 # Milliseconds of `run(i)`, with `i` the number of an input set.
 Timer = Callable[[Callable[[int], object], int], float]

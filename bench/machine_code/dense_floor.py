@@ -23,8 +23,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from bra_triton.bench.analysis import Analysis, analyse_all
-from bra_triton.bench.static_analysis import KernelSpecimen
+from bra_triton.bench.machine_code.analysis import Analysis, analyse_all
+from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
 from bra_triton.kernels.matrix import add_matmul, matmul
 
 

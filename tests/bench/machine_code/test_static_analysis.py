@@ -6,7 +6,7 @@ import pytest
 import triton
 import triton.language as tl
 
-from bra_triton.bench.static_analysis import (
+from bra_triton.bench.machine_code.static_analysis import (
     INSTRUCTION_CLASSES,
     TARGETS,
     Compiled,

@@ -7,9 +7,9 @@ import pytest
 import torch
 import triton
 
-from bra_triton.bench import dense_floor
-from bra_triton.bench.analysis import analyse
-from bra_triton.bench.dense_floor import DenseTile, find_floors, may_fit_registers, specimen
+from bra_triton.bench.machine_code import dense_floor
+from bra_triton.bench.machine_code.analysis import analyse
+from bra_triton.bench.machine_code.dense_floor import DenseTile, find_floors, may_fit_registers, specimen
 
 LENGTH, SEQUENCES, QK_HEAD_DIM, V_HEAD_DIM = 64, 2, 16, 32
 TINY = DenseTile(64, 64, 4, 2, False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
-from bra_triton.bench.static_analysis import (
+from bra_triton.bench.machine_code.static_analysis import (
     KernelSpecimen,
     LoopMix,
     Usage,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from bra_triton.bench.static_analysis import KernelSpecimen
+from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
 from bra_triton.kernels.launches import attention, routing
 from bra_triton.kernels.launches import lepe as lepe_launches
 from bra_triton.kernels.problem import Gradients, Lepe, Padding, RoutedAttention

@@ -13,10 +13,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bra_triton.bench.analysis import Analysis, analyse
-from bra_triton.bench.hardware import HARDWARE, Hardware
-from bra_triton.bench.presets import Preset
-from bra_triton.bench.static_analysis import KernelSpecimen, LoopMix
+from bra_triton.bench.machine_code.analysis import Analysis, analyse
+from bra_triton.bench.machine_code.hardware import HARDWARE, Hardware
+from bra_triton.bench.machine_code.static_analysis import KernelSpecimen, LoopMix
 from bra_triton.kernels.launches.lepe import BLOCK_M as LEPE_BLOCK_M
 from bra_triton.kernels.launches.lepe import BLOCK_V as LEPE_BLOCK_V
 
@@ -54,15 +53,6 @@ class ProblemSizes:
     element_bytes: int = 2
     kv_regions: int | None = None
     masked: bool = False
-
-    @classmethod
-    def of_preset(cls, preset: Preset, element_bytes: int = 2, masked: bool = False) -> "ProblemSizes":
-        """Sizes of a preset."""
-        tokens = preset.region_tokens
-        heads = (preset.num_heads, preset.head_dim, preset.head_dim)
-        return cls(
-            preset.batch, preset.n_win**2, tokens, preset.topk, tokens, *heads, element_bytes, None, masked
-        )
 
     @property
     def key_regions(self) -> int:

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bra_triton.bench import autotune, tile_prediction, tile_ranking, tile_timing
-from bra_triton.bench.hardware import HARDWARE
-from bra_triton.bench.search_space import candidates, problems, serves
-from bra_triton.bench.static_analysis import INSTRUCTION_CLASSES
-from bra_triton.bench.tile_prediction import Job, Outcome
+from bra_triton.bench import autotune
+from bra_triton.bench.machine_code.hardware import HARDWARE
+from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES
+from bra_triton.bench.tuning import prediction, ranking, timing
+from bra_triton.bench.tuning.prediction import Job, Outcome
+from bra_triton.bench.tuning.search_space import candidates, problems, serves
 from bra_triton.kernels import tile_cache, tile_table, tiles
 from bra_triton.kernels.launches import attention
 from bra_triton.kernels.tile_table import BITS, HEAD_DIMS, KERNELS, SIZES, Key, Tile
@@ -108,8 +109,8 @@ def measure(argv, timer, device):
 def tried(monkeypatch, device):
     """What a forward on the tiny shape tries, in order: what is used so far, then a space of three."""
     space = [Tile(16, 16, 1, 2), Tile(16, 32, 2, 2), Tile(32, 16, 1, 2)]
-    monkeypatch.setattr(tile_timing, "candidates", lambda *args: space)
-    monkeypatch.setattr(tile_timing, "variants", lambda *args: [])
+    monkeypatch.setattr(timing, "candidates", lambda *args: space)
+    monkeypatch.setattr(timing, "variants", lambda *args: [])
     return [tiles.choose(tiles.FORWARD, torch.float16, 16, 4, device), *space[:2]]
 
 
@@ -118,47 +119,45 @@ def test_the_fastest_is_kept_and_used(tried, device):
     timer = Stopwatch({best: 0.5})
     measure(FORWARD_TINY, timer, device)
     assert timer.timed == tried
-    card = tile_timing.card_name(device)
+    card = timing.card_name(device)
     assert {key: entry.tile for key, entry in tile_cache.read(card).items()} == {
         Key(tiles.FORWARD, 16, 16, 16): best
     }
 
 
 def test_the_fastest_is_timed_again_with_what_else_the_table_decides(device, monkeypatch):
-    monkeypatch.setattr(tile_timing, "candidates", lambda *args: [Tile(16, 64, 1, 2)])
-    monkeypatch.setattr(tile_timing, "serves", lambda *args: True)
+    monkeypatch.setattr(timing, "candidates", lambda *args: [Tile(16, 64, 1, 2)])
+    monkeypatch.setattr(timing, "serves", lambda *args: True)
     fastest = Tile(16, 64, 1, 2, exp_share=8, fuses_lepe=False)
     timer = Stopwatch({Tile(16, 64, 1, 2): 0.5, fastest: 0.25})
     measure(FORWARD_TINY, timer, device)
     plain = Tile(16, 64, 1, 2)
     assert timer.timed[2:] == [replace(plain, exp_share=8), replace(plain, fuses_lepe=False), fastest]
-    (entry,) = tile_cache.read(tile_timing.card_name(device)).values()
+    (entry,) = tile_cache.read(timing.card_name(device)).values()
     assert entry.tile == fastest
 
 
 def test_what_else_a_tile_can_be():
-    assert len(tile_timing.variants(tiles.FORWARD, 16, Tile(64, 64, 4, 2))) == 3
-    assert tile_timing.variants(tiles.FORWARD, 32, Tile(64, 64, 4, 2)) == [
-        Tile(64, 64, 4, 2, fuses_lepe=False)
-    ]
-    assert tile_timing.variants(tiles.QUERY_GRADIENT, 16, Tile(64, 32, 4, 2)) == []
-    assert tile_timing.variants(tiles.KEY_VALUE_GRADIENT, 16, Tile(64, 64, 4, 2)) == []
+    assert len(timing.variants(tiles.FORWARD, 16, Tile(64, 64, 4, 2))) == 3
+    assert timing.variants(tiles.FORWARD, 32, Tile(64, 64, 4, 2)) == [Tile(64, 64, 4, 2, fuses_lepe=False)]
+    assert timing.variants(tiles.QUERY_GRADIENT, 16, Tile(64, 32, 4, 2)) == []
+    assert timing.variants(tiles.KEY_VALUE_GRADIENT, 16, Tile(64, 64, 4, 2)) == []
 
 
 @pytest.mark.parametrize(("side", "dim", "form"), [(8, 16, "plain"), (7, 16, "padded"), (8, 12, "padded")])
 def test_trials_compete_for_the_entry_that_launches_take(side, dim, form):
     argv = ["--shape", f"1x{side}x{side}x{dim}", "--num-heads", "1", "--n-win", "2", "--topk", "1"]
     args = autotune._parser().parse_args(argv)
-    trial = tile_timing.Trial(autotune._settings(args)[0], torch.float16, tiles.FORWARD, Tile(16, 16, 1, 1))
+    trial = timing.Trial(autotune._settings(args)[0], torch.float16, tiles.FORWARD, Tile(16, 16, 1, 1))
     assert trial.key.form == form
 
 
 def test_a_backward_pass_times_both_its_kernels(device, monkeypatch):
-    monkeypatch.setattr(tile_timing, "candidates", lambda *args: [])
+    monkeypatch.setattr(timing, "candidates", lambda *args: [])
     timer = Stopwatch()
     measure([*TINY, "--pass", "backward", "--dtype", "bfloat16"], timer, device)
     assert len(timer.timed) == 2  # what both use so far
-    assert {key.kernel for key in tile_cache.read(tile_timing.card_name(device))} == {
+    assert {key.kernel for key in tile_cache.read(timing.card_name(device))} == {
         tiles.QUERY_GRADIENT,
         tiles.KEY_VALUE_GRADIENT,
     }
@@ -173,7 +172,7 @@ def test_a_stopped_run_goes_on_where_it_was(tried, device):
     second = Stopwatch()
     measure(FORWARD_TINY, second, device)
     assert first.timed + second.timed == tried
-    (entry,) = tile_cache.read(tile_timing.card_name(device)).values()
+    (entry,) = tile_cache.read(timing.card_name(device)).values()
     assert (entry.tile, entry.cost) == (tried[0], 0.5)
 
 
@@ -194,7 +193,7 @@ def test_what_computes_something_else_is_refused(fault, tried, device, monkeypat
     timer = Stopwatch({broken: 0.1, tried[2]: 0.5})
     measure(FORWARD_TINY, timer, device)
     assert broken not in timer.timed
-    (entry,) = tile_cache.read(tile_timing.card_name(device)).values()
+    (entry,) = tile_cache.read(timing.card_name(device)).values()
     assert entry.tile == tried[2]
     rows = [json.loads(line) for line in (tile_cache.folder() / "timings.jsonl").read_text().splitlines()]
     assert [row["trial"].endswith(str(broken)) for row in rows if row["why"].startswith("refused")] == [True]
@@ -205,8 +204,8 @@ def test_a_broken_context_ends_the_run(device, monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     args = autotune._parser().parse_args(FORWARD_TINY)
-    inputs = tile_timing._Inputs(autotune._settings(args)[0], torch.float16, device)
-    monkeypatch.setattr(tile_timing, "_Inputs", lambda *args: inputs)
+    inputs = timing._Inputs(autotune._settings(args)[0], torch.float16, device)
+    monkeypatch.setattr(timing, "_Inputs", lambda *args: inputs)
     monkeypatch.setattr(attention, "attention_forward", forward)
     with pytest.raises(RuntimeError, match="broke the GPU's context"):
         measure(FORWARD_TINY, Stopwatch(), device)
@@ -216,7 +215,7 @@ def test_a_broken_context_ends_the_run(device, monkeypatch):
 def test_winners_weigh_settings_alike():
     """A tenth of a short setting's time is worth more than a twentieth of a long one's."""
     args = autotune._parser().parse_args(TINY)
-    short = tile_timing.Trial(autotune._settings(args)[0], torch.float16, tiles.FORWARD, Tile(16, 32, 1, 3))
+    short = timing.Trial(autotune._settings(args)[0], torch.float16, tiles.FORWARD, Tile(16, 32, 1, 3))
     long = replace(short, setting=replace(short.setting, batch=100))
     other = Tile(16, 64, 1, 3)
     only_short = Tile(16, 64, 2, 3)
@@ -228,15 +227,15 @@ def test_winners_weigh_settings_alike():
         replace(short, tile=only_short): 0.1,
         replace(long, tile=only_short): math.inf,
     }
-    assert tile_timing.winners(times)[short.key][0] == short.tile
+    assert timing.winners(times)[short.key][0] == short.tile
 
 
 def outcome(loop, spills=0, shared=1024, rest=100):
     """What a compiler might have said."""
     mix = dict.fromkeys(INSTRUCTION_CLASSES, 0) | {"matrix": 1, "exponentials": 1}
-    usage = tile_prediction.Usage(100, shared, 0, spills, 0)
-    loop, rest = (tile_prediction.LoopMix(mix | {"fp32": n - 2}, {}) for n in (loop, rest))
-    return Outcome(tile_prediction.Analysis(128, 64, 32, 0, 4, usage, loop, None, None, rest))
+    usage = prediction.Usage(100, shared, 0, spills, 0)
+    loop, rest = (prediction.LoopMix(mix | {"fp32": n - 2}, {}) for n in (loop, rest))
+    return Outcome(prediction.Analysis(128, 64, 32, 0, 4, usage, loop, None, None, rest))
 
 
 class TestRanking:
@@ -251,7 +250,7 @@ class TestRanking:
             version: {self.name(self.TILES[index]): found for index, found in outcomes.items()}
             for version, outcomes in by_version.items()
         }
-        return [self.TILES.index(r.tile) for r in tile_ranking.rank(self.KEY, "sm_90", named)]
+        return [self.TILES.index(r.tile) for r in ranking.rank(self.KEY, "sm_90", named)]
 
     def test_cheapest_first(self):
         assert self.best(new={0: outcome(900), 1: outcome(700), 2: outcome(800)}) == [1, 2, 0]
@@ -282,7 +281,7 @@ class TestRanking:
 
 @pytest.mark.compiled
 def test_a_prediction_writes_a_table_and_keeps_what_it_compiled(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(tile_ranking, "candidates", lambda *args: [Tile(64, 32, 2, 3), Tile(64, 64, 4, 3)])
+    monkeypatch.setattr(ranking, "candidates", lambda *args: [Tile(64, 32, 2, 3), Tile(64, 64, 4, 3)])
     argv = ["--arch", "sm_90", "--kernel", "forward", "--head-dim", "32", "--workers", "1"]
     argv += ["--output", str(tmp_path)]
     assert autotune.main(argv) == 0
@@ -298,6 +297,6 @@ def test_a_prediction_writes_a_table_and_keeps_what_it_compiled(monkeypatch, tmp
             assert entry == shipped[key]
     assert "nothing fits" in capsys.readouterr().out
 
-    monkeypatch.setattr(tile_prediction, "compile_one", lambda job: pytest.fail("compiled twice"))
+    monkeypatch.setattr(prediction, "compile_one", lambda job: pytest.fail("compiled twice"))
     assert autotune.main(argv) == 0
     assert tile_table.parse_table((tmp_path / "sm_90.json").read_text()) == table

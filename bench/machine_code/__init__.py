@@ -1,0 +1,1 @@
+"""What kernels cost, read from their machine code: no GPU needed."""
