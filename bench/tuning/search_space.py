@@ -25,8 +25,8 @@ WARPS = (1, 2, 4, 8)
 # an A100, use sm_80's table.
 SHARED_BYTES = {arch: card.block_shared_bytes for arch, card in HARDWARE.items()} | {"sm_80": 99 << 10}
 
-# One exponential in so many goes to the multiply-add units, which about evens out a loop at heads of 32: in the
-# forward on sm_90, 6.9 issue slots a score, in which the exponential unit needs 7.3 (without it 6.0 and 8.3).
+# One exponential in so many goes to the multiply-add units, which about evens out a loop at heads of 32: in
+# the forward on sm_90, 6.9 issue slots a score while the exponential unit takes 7.3 (without it 6.0 and 8.3).
 EXP_SHARE = 8
 
 
