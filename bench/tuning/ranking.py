@@ -15,8 +15,9 @@ from bra_triton.kernels.tile_table import FORWARD, PLAIN, Entry, Key, Table, Til
 # Outcomes by Triton version and `Job.key`.
 ByVersion = Mapping[str, Mapping[str, Outcome]]
 
-# The model is no closer than this. Among costs within it the cheapest loop wins: it alone decides for lists
-# longer than those of the problems that the costs are of.
+# The model is no closer than this. Among costs within it a loop whose matrix instructions ptxas has not
+# serialised wins, which the counts do not tell, then the cheapest loop: it alone decides for lists longer than
+# those of the problems that the costs are of.
 TIED = 1.05
 # Depths of the pipeline that are tried, the second one where nothing of the first fits.
 STAGES = (3, 2)
@@ -32,11 +33,13 @@ class Ranked:
         tile: the configuration.
         cost: predicted issue slots a useful score, the dearest of all Triton versions it was compiled with.
         slots: issue slots of the loop for one score of a whole step, by Triton version.
+        serialised: whether under any version every matrix instruction of the loop waits for the one before.
     """
 
     tile: Tile
     cost: float
     slots: Mapping[str, float]
+    serialised: bool
 
 
 def results_by_version(
@@ -67,13 +70,13 @@ def rank(key: Key, arch: str, by_version: ByVersion, spilling: bool = False) -> 
             continue
         slots = {version: code.slots_per_score for version, code in codes.items()}
         dearest = max(cost(job, code, key.size) for code in codes.values())
-        ranked.append(Ranked(job.tile, dearest, slots))
+        ranked.append(Ranked(job.tile, dearest, slots, any(code.serialised for code in codes.values())))
     # Smaller tiles read the other side more often than the costs tell; of the widest heads no others fit.
     ranked = [r for r in ranked if serves(r.tile, key.size)] or ranked
     confirmed = [r for r in ranked if len(r.slots) == len(by_version)]
     by_cost = sorted(confirmed or ranked, key=lambda r: (r.cost, r.tile.num_warps))
     tied = [r for r in by_cost if r.cost <= TIED * by_cost[0].cost]
-    tied.sort(key=lambda r: max(r.slots.values()))
+    tied.sort(key=lambda r: (r.serialised, max(r.slots.values())))
     return tied + by_cost[len(tied) :]
 
 

@@ -230,11 +230,11 @@ def test_winners_weigh_settings_alike():
     assert timing.winners(times)[short.key][0] == short.tile
 
 
-def outcome(loop, spills=0, shared=1024, rest=100):
+def outcome(loop, spills=0, shared=1024, rest=100, waits=0):
     """What a compiler might have said."""
     mix = dict.fromkeys(INSTRUCTION_CLASSES, 0) | {"matrix": 1, "exponentials": 1}
     usage = prediction.Usage(100, shared, 0, spills, 0)
-    loop, rest = (prediction.LoopMix(mix | {"fp32": n - 2}, {}) for n in (loop, rest))
+    loop, rest = (prediction.LoopMix(mix | {"fp32": n - 2}, {}, waits) for n in (loop, rest))
     return Outcome(prediction.Analysis(128, 64, 32, 0, 4, usage, loop, None, None, rest))
 
 
@@ -257,6 +257,10 @@ class TestRanking:
 
     def test_among_ties_the_cheapest_loop(self):
         assert self.best(new={0: outcome(900, rest=100), 1: outcome(890, rest=180)})[0] == 1
+
+    def test_among_ties_a_loop_that_does_not_wait_for_every_product(self):
+        assert self.best(new={0: outcome(890, waits=1), 1: outcome(900)}) == [1, 0]
+        assert self.best(new={0: outcome(800, waits=1), 1: outcome(900)}) == [0, 1]
 
     def test_what_spills_or_does_not_fit_or_compile_is_out(self):
         too_much = HARDWARE["sm_90"].block_shared_bytes + 1
