@@ -15,10 +15,12 @@ from bra_triton.kernels.tile_table import FORWARD, PLAIN, Entry, Key, Table, Til
 # Outcomes by Triton version and `Job.key`.
 ByVersion = Mapping[str, Mapping[str, Outcome]]
 
-# The model is no closer than this. Among costs within it a loop whose matrix instructions ptxas has not
-# serialised wins, which the counts do not tell, then the cheapest loop: it alone decides for lists longer than
-# those of the problems that the costs are of.
+# The model is no closer than this. Among costs within it the cheapest loop wins: it alone decides for lists
+# longer than those of the problems that the costs are of.
 TIED = 1.05
+# Where ptxas has serialised a loop, every matrix instruction waits for the one before: of that the counts tell
+# nothing, so that such a loop must be cheaper by this. A margin, not a measurement.
+SERIALISED = 1.1
 # Depths of the pipeline that are tried, the second one where nothing of the first fits.
 STAGES = (3, 2)
 # Of the forms that are not plain so many spill-free configurations are enough, looked for in such batches.
@@ -33,13 +35,18 @@ class Ranked:
         tile: the configuration.
         cost: predicted issue slots a useful score, the dearest of all Triton versions it was compiled with.
         slots: issue slots of the loop for one score of a whole step, by Triton version.
-        serialised: whether under any version every matrix instruction of the loop waits for the one before.
+        serialised: whether the loop is, under any version.
     """
 
     tile: Tile
     cost: float
     slots: Mapping[str, float]
     serialised: bool
+
+    @property
+    def handicapped_cost(self) -> float:
+        """What it competes with."""
+        return self.cost * (SERIALISED if self.serialised else 1)
 
 
 def results_by_version(
@@ -74,8 +81,8 @@ def rank(key: Key, arch: str, by_version: ByVersion, spilling: bool = False) -> 
     # Smaller tiles read the other side more often than the costs tell; of the widest heads no others fit.
     ranked = [r for r in ranked if serves(r.tile, key.size)] or ranked
     confirmed = [r for r in ranked if len(r.slots) == len(by_version)]
-    by_cost = sorted(confirmed or ranked, key=lambda r: (r.cost, r.tile.num_warps))
-    tied = [r for r in by_cost if r.cost <= TIED * by_cost[0].cost]
+    by_cost = sorted(confirmed or ranked, key=lambda r: (r.handicapped_cost, r.tile.num_warps))
+    tied = [r for r in by_cost if r.handicapped_cost <= TIED * by_cost[0].handicapped_cost]
     tied.sort(key=lambda r: (r.serialised, max(r.slots.values())))
     return tied + by_cost[len(tied) :]
 

@@ -258,9 +258,9 @@ class TestRanking:
     def test_among_ties_the_cheapest_loop(self):
         assert self.best(new={0: outcome(900, rest=100), 1: outcome(890, rest=180)})[0] == 1
 
-    def test_among_ties_a_loop_that_does_not_wait_for_every_product(self):
-        assert self.best(new={0: outcome(890, waits=1), 1: outcome(900)}) == [1, 0]
-        assert self.best(new={0: outcome(800, waits=1), 1: outcome(900)}) == [0, 1]
+    def test_a_loop_that_waits_for_every_product_must_be_cheaper_by_a_margin(self):
+        assert self.best(new={0: outcome(850, waits=1), 1: outcome(900)}) == [1, 0]
+        assert self.best(new={0: outcome(700, waits=1), 1: outcome(900)}) == [0, 1]
 
     def test_what_spills_or_does_not_fit_or_compile_is_out(self):
         too_much = HARDWARE["sm_90"].block_shared_bytes + 1
