@@ -18,8 +18,8 @@ ByVersion = Mapping[str, Mapping[str, Outcome]]
 # The model is no closer than this. Among costs within it the cheapest loop wins: it alone decides for lists
 # longer than those of the problems that the costs are of.
 TIED = 1.05
-# Where ptxas has serialised a loop, every matrix instruction waits for the one before: of that the counts tell
-# nothing, so that such a loop must be cheaper by this. A margin, not a measurement.
+# Where ptxas has serialised a loop, every matrix instruction waits for the one before. The counts tell
+# nothing of it, so that such a loop must be cheaper by this: a margin, not a measurement.
 SERIALISED = 1.1
 # Depths of the pipeline that are tried, the second one where nothing of the first fits.
 STAGES = (3, 2)
