@@ -25,6 +25,7 @@ from ultralytics import YOLO
 from bra_triton import BiLevelRoutingAttention
 from bra_triton.backend import registry
 from bra_triton.bench import cost
+from bra_triton.kernels.region_grid import RegionGrid
 from bra_triton.yolo_integration import set_backend
 from bra_triton.yolo_integration.photo_dataset import write_photo_dataset
 
@@ -281,8 +282,8 @@ def _settings(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def _resolved_backend(attention: BiLevelRoutingAttention) -> str:
-    projection = torch.empty(1, 7, 7, attention.spec.packed_dim, device=_device())
-    return registry.select(attention.backend, projection, attention.spec)
+    spec, grid = attention.spec, RegionGrid.of_windows(7, 7, attention.spec.n_win)
+    return registry.select(attention.backend, torch.empty(0, device=_device()), spec.head_dims, [grid])
 
 
 def _distances(steps: dict[str, dict[str, Any]], name: str) -> list[float]:

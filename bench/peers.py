@@ -129,7 +129,8 @@ def peers_for(
 
 def fused_routing(qkv: Tensor, padding: Tensor | None, spec: AttentionSpec, backend: str) -> Tensor:
     """The launches by which this package routes; returns `r_idx`, int32."""
-    means = routing_operators.region_means(qkv.detach(), padding, spec.qk_dim, spec.n_win, backend)
+    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
+    means = routing_operators.region_means(qkv.detach(), padding, spec.qk_dim, grid.numbers, backend)
     query, key = means.split(spec.qk_dim, dim=-1)
     return routing_operators.route(query, key, spec.topk, spec.scale, backend)[1]
 
@@ -139,9 +140,10 @@ def fused_attention(
 ) -> Tensor:
     """This package's attention to the regions given."""
     trains = torch.is_grad_enabled() and qkv.requires_grad
+    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
     return attention_operators.routed_attention(
         *(qkv, None, padding, r_idx.int(), None, None, None),
-        *(spec.qk_dim, spec.num_heads, spec.n_win, spec.scale, "none", trains, backend),
+        *(spec.qk_dim, spec.num_heads, grid.numbers, spec.scale, "none", trains, backend),
     )[0]
 
 

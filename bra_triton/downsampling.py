@@ -117,9 +117,8 @@ class KVDownsampling(nn.Module):
         """
         row_cells, column_cells = cells or self.cells(grid.region_height, grid.region_width, qkv.device)
         weight, bias = self.packed_parameters()
-        numbers = [*(grid.height, grid.width, grid.region_height, grid.region_width, grid.rows, grid.columns)]
         pooled, _ = operators.pool_regions(
-            qkv, fill, row_cells, column_cells, weight, bias, self.qk_dim, numbers, self.mode, backend
+            qkv, fill, row_cells, column_cells, weight, bias, self.qk_dim, grid.numbers, self.mode, backend
         )
         return pooled
 

@@ -109,12 +109,12 @@ def region_routing(
     spec = _spec_of(qkv, qk_dim, None, n_win, topk, scale, False, diff_routing)
     parts = Parts(padding=padding, router_weight=router_weight, router_bias=router_bias)
     parts.check(qkv, spec)
-    name = registry.select(backend, qkv, spec)
+    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
+    name = registry.select(backend, qkv, spec.head_dims, [grid])
     if name == "reference":
-        grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
         padded = reference.pad_map(qkv, grid, padding) if grid.is_padded else qkv
         return reference.route(padded, spec, parts.emb)
-    r_weight, r_idx = _route(_dense(qkv), spec, parts.for_kernels(qkv.dtype), name)
+    r_weight, r_idx = _route(dense(qkv), spec, parts.for_kernels(qkv.dtype), grid, name)
     return r_weight, r_idx.long()
 
 
@@ -175,7 +175,8 @@ def attend(qkv: Tensor, spec: AttentionSpec, parts: Parts | None = None, *, back
     parts = parts or Parts()
     parts.check(qkv, spec)
     parts = parts.for_kernels(qkv.dtype)
-    name = registry.select(backend, qkv, spec)
+    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
+    name = registry.select(backend, qkv, spec.head_dims, [grid])
     if name == "reference" or being_exported():
         plain: Callable[..., Tensor] = reference.attend if name == "reference" else traced.attend
         return plain(
@@ -187,39 +188,48 @@ def attend(qkv: Tensor, spec: AttentionSpec, parts: Parts | None = None, *, back
             emb=parts.emb,
             kv_down=parts.kv_downsampling,
         )
-    return _attend_fused(_dense(qkv), spec, parts, name)
+    qkv = dense(qkv)
+    r_weight, r_idx = _route(qkv, spec, parts, grid, name)
+    return attend_to_chosen(qkv, r_weight, r_idx, spec, parts, grid, name)
 
 
-def _dense(qkv: Tensor) -> Tensor:
+def dense(qkv: Tensor) -> Tensor:
     """Contiguous, and with the strides that its shape says.
 
     PyTorch calls a map of one row or column contiguous whatever the stride is there, but kernels step by it.
     """
-    qkv = qkv.contiguous()
-    return qkv.flatten().view(qkv.shape) if 1 in qkv.shape[1:3] else qkv
+    return qkv.contiguous().view(qkv.shape)
 
 
-def _attend_fused(qkv: Tensor, spec: AttentionSpec, parts: Parts, backend: str) -> Tensor:
-    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
+def attend_to_chosen(
+    qkv: Tensor,
+    r_weight: Tensor,
+    r_idx: Tensor,
+    spec: AttentionSpec,
+    parts: Parts,
+    grid: RegionGrid,
+    backend: str,
+) -> Tensor:
+    """Attention to chosen regions and LePE on a fused backend; `qkv` as `dense` makes it, `r_idx` int32."""
     padding = parts.padding if grid.is_padded else None
-    r_weight, r_idx = _route(qkv, spec, parts, backend)
     kv = None
     if parts.kv_downsampling is not None:
         kv = parts.kv_downsampling.pool(qkv, grid, padding, backend=backend)
     factor = None if spec.routing_weight == "none" else r_weight
     tensors = (qkv, kv, padding, r_idx, factor, parts.lepe_weight, parts.lepe_bias)
     trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    numbers = (spec.qk_dim, spec.num_heads, spec.n_win, spec.scale, spec.routing_weight)
+    numbers = (spec.qk_dim, spec.num_heads, grid.numbers, spec.scale, spec.routing_weight)
     return attention_operators.routed_attention(*tensors, *numbers, trains, backend)[0]
 
 
-def _route(qkv: Tensor, spec: AttentionSpec, parts: Parts, backend: str) -> tuple[Tensor, Tensor]:
+def _route(
+    qkv: Tensor, spec: AttentionSpec, parts: Parts, grid: RegionGrid, backend: str
+) -> tuple[Tensor, Tensor]:
     """Routing weights and, int32, the chosen regions."""
-    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
     padding = parts.padding if grid.is_padded else None
     if not spec.diff_routing:
         qkv, padding = qkv.detach(), None if padding is None else padding.detach()
-    means = routing_operators.region_means(qkv, padding, spec.qk_dim, spec.n_win, backend)
+    means = routing_operators.region_means(qkv, padding, spec.qk_dim, grid.numbers, backend)
     query, key = means.split(spec.qk_dim, dim=-1)
     return routing_operators.route(parts.emb(query), parts.emb(key), spec.topk, spec.scale, backend)
 

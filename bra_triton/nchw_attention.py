@@ -2,14 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import nchw_reference, regional
+from . import functional, nchw_reference
 from .backend import registry
 from .export import being_exported
-from .kernels.region_grid import RegionGrid
-from .routing import select_topk
+from .operators import routing as operators
 
 ATTENTION_BACKENDS = ("torch", "triton")
 
@@ -77,63 +75,29 @@ class NCHWBiLevelRoutingAttention(nchw_reference.NCHWBiLevelRoutingAttention):
             `(N, dim, H, W)` in channels-last memory; with `ret_attn_mask` also `attn_weight`
             `(N, num_heads, P, S, topk*S)`.
         """
-        if ret_attn_mask or self.backend == "reference":
+        if ret_attn_mask or self.backend == "reference" or being_exported():
             return super().forward(x, ret_attn_mask)
-        grid = self.grid(x)
-        qkv = self.qkv_linear(x.contiguous(memory_format=torch.channels_last))
-        query, key, value = qkv.chunk(3, dim=1)
-        r_idx = route(query, key, grid, self._topk(grid))
-        out = regional.regional_routing_attention(
-            query,
-            key,
-            value,
-            self.spec.scale,
-            r_idx[:, None].expand(-1, self.spec.num_heads, -1, -1),
-            (grid.region_height, grid.region_width),
-            backend=self.backend,
-        )
-        if self.lepe is not None:
-            out = out + self.lepe(value)
-        return self.output_linear(out)
+        spec, grid = self.spec, self.grid(x)
+        qkv = functional.dense(_project(self.qkv_linear, x.permute(0, 2, 3, 1)))
+        backend = registry.select(self.backend, qkv, spec.head_dims, [grid])
+        # Tokens past the edge are left out of the means, but are zeros to the attention, and take part.
+        means = operators.region_means(qkv.detach(), None, spec.qk_dim, grid.numbers, backend)
+        r_weight, r_idx = operators.route(*means.split(spec.qk_dim, -1), self._topk(grid), 1.0, backend)
+        padding = torch.zeros(spec.packed_dim, device=qkv.device) if grid.is_padded else None
+        weight, bias = (None, None) if self.lepe is None else (self.lepe.weight, self.lepe.bias)
+        parts = functional.Parts(weight, bias, padding).for_kernels(qkv.dtype)
+        out = functional.attend_to_chosen(qkv, r_weight, r_idx, spec, parts, grid, backend)
+        return _project(self.output_linear, out).permute(0, 3, 1, 2)
+
+
+def _project(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer, a 1x1 convolution, on an NHWC map."""
+    if torch.compiler.is_compiling() and type(layer) is nn.Conv2d:
+        # Beside a convolution Inductor wants the maps kept for the backward, these views, in a layout of its
+        # own: it copies them, and where sizes are symbols it fails to sort their strides (PyTorch 2.14).
+        return F.linear(x, layer.weight.flatten(1), layer.bias)
+    channels_last = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return layer(channels_last).permute(0, 2, 3, 1)
 
 
 nchwBRA = NCHWBiLevelRoutingAttention  # noqa: N816  the original's name
-
-
-def route(query: Tensor, key: Tensor, grid: RegionGrid, topk: int) -> Tensor:
-    """`nchw_reference.route`, in float32 at least: half precision would choose other regions."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    query_means, key_means = (_region_means(x.detach(), grid, dtype).flatten(2) for x in (query, key))
-    with torch.autocast(query.device.type, enabled=False):
-        return select_topk(query_means.transpose(1, 2) @ key_means, topk)[1]
-
-
-def _region_means(x: Tensor, grid: RegionGrid, dtype: torch.dtype) -> Tensor:
-    """Means over the tokens of every region, padding left out: `(N, C, H, W)` to `(N, C, rows, columns)`."""
-    if being_exported():
-        return _sums_with_padding(x, grid, dtype) / _sums_with_padding(
-            torch.ones_like(x[:1, :1]), grid, dtype
-        )
-    return _means_of_runs(_means_of_runs(x, 3, grid.region_width, dtype), 2, grid.region_height, dtype)
-
-
-def _means_of_runs(x: Tensor, dim: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Means over every `length` entries along `dim`, and over the rest, if any. Makes no copy of `x`."""
-    whole = x.shape[dim] // length * length
-    means = x.narrow(dim, 0, whole).unflatten(dim, (-1, length)).mean(dim + 1, dtype=dtype)
-    if whole == x.shape[dim]:
-        return means
-    rest = x.narrow(dim, whole, x.shape[dim] - whole).mean(dim, keepdim=True, dtype=dtype)
-    return torch.cat((means, rest), dim)
-
-
-def _sums_with_padding(x: Tensor, grid: RegionGrid, dtype: torch.dtype) -> Tensor:
-    """Sums over the tokens of every region, by one path for all sizes, since exported graphs serve others."""
-    bottom, right = grid.padding
-    tokens = rearrange(
-        F.pad(x, (0, right, 0, bottom)),
-        "n c (j h) (i w) -> n c j h i w",
-        h=grid.region_height,
-        w=grid.region_width,
-    )
-    return tokens.sum((3, 5), dtype=dtype)

@@ -82,7 +82,10 @@ class NCHWBiLevelRoutingAttention(nn.Module):
         region_size = (grid.region_height, grid.region_width)
         out, attn_weight = regional_routing_attention(query, key, value, self.spec.scale, graph, region_size)
         if self.lepe is not None:
-            out = out + self.lepe(value)
+            # Its module is not called, as the fused backends do not: hooks see the same everywhere.
+            out = out + F.conv2d(
+                value, self.lepe.weight, self.lepe.bias, padding=self.lepe.padding, groups=self.lepe.groups
+            )
         out = self.output_linear(out)
         return (out, attn_weight) if ret_attn_mask else out
 
@@ -109,6 +112,9 @@ class NCHWBiLevelRoutingAttention(nn.Module):
 def route(query: Tensor, key: Tensor, grid: RegionGrid, topk: int) -> Tensor:
     """Routes by the regions' mean queries and keys, padding left out of the means; detached.
 
+    In float32 at least, since half precision would choose other regions, and in the same steps for all sizes,
+    since exported graphs serve others.
+
     Args:
         query: `(N, C, H, W)`.
         key: as `query`.
@@ -118,11 +124,13 @@ def route(query: Tensor, key: Tensor, grid: RegionGrid, topk: int) -> Tensor:
     Returns:
         `r_idx` `(N, P, topk)`, int64.
     """
-    region_size = (grid.region_height, grid.region_width)
-    query, key = (
-        F.avg_pool2d(x.detach(), region_size, ceil_mode=True, count_include_pad=False) for x in (query, key)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key, count = (
+        _split_regions(x, grid, 1).sum((1, 3), dtype=dtype)
+        for x in (query.detach(), key.detach(), torch.ones_like(query[:1, :1]))
     )
-    logits = rearrange(query, "n c j i -> n (j i) c") @ rearrange(key, "n c j i -> n c (j i)")
+    with torch.autocast(query.device.type, enabled=False):
+        logits = (query / count) @ rearrange(key / count, "n r c -> n c r")
     return select_topk(logits, topk)[1]
 
 

@@ -5,9 +5,7 @@ from torch import Tensor
 from . import nchw_reference
 from .backend import registry
 from .export import being_exported
-from .kernels.region_grid import RegionGrid
 from .operators import regional as operators
-from .spec import AttentionSpec
 
 
 def regional_routing_attention(
@@ -55,29 +53,17 @@ def regional_routing_attention(
     if being_exported():  # with plain PyTorch, whatever the backend
         name = "reference"
     else:
-        name = _select_backend(backend, query, value, num_heads, region_graph.shape[-1], grids)
+        head_dims = query.shape[1] // num_heads, value.shape[1] // num_heads
+        name = registry.select(backend, query, head_dims, grids, routes=False)
     if name == "reference":
         return nchw_reference.regional_routing_attention(*arguments)[0]
     graph = region_graph[:, :1] if region_graph.stride(1) == 0 else region_graph
     out, _ = operators.regional_attention(
         *(operators.with_dense_tokens(x.permute(0, 2, 3, 1)) for x in (query, key, value)),
         graph.int().contiguous(),
-        *((grid.region_height, grid.region_width) for grid in grids),
+        *(grid.numbers for grid in grids),
         num_heads,
         scale,
         name,
     )
     return out.permute(0, 3, 1, 2)
-
-
-def _select_backend(
-    name: str,
-    query: Tensor,
-    value: Tensor,
-    num_heads: int,
-    topk: int,
-    grids: tuple[RegionGrid, RegionGrid],
-) -> str:
-    n_win = max(max(grid.rows, grid.columns) for grid in grids)
-    spec = AttentionSpec(value.shape[1], query.shape[1], num_heads, n_win, topk)
-    return registry.select(name, query.permute(0, 2, 3, 1), spec)

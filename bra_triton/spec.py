@@ -64,14 +64,9 @@ class AttentionSpec:
         return "soft" if self.soft_routing else "hard" if self.diff_routing else "none"
 
     @property
-    def qk_head_dim(self) -> int:
-        """Channels of a query or key in one head."""
-        return self.qk_dim // self.num_heads
-
-    @property
-    def v_head_dim(self) -> int:
-        """Channels of a value in one head."""
-        return self.dim // self.num_heads
+    def head_dims(self) -> tuple[int, int]:
+        """Channels of a query or key, and of a value, in one head."""
+        return self.qk_dim // self.num_heads, self.dim // self.num_heads
 
     @property
     def packed_dim(self) -> int:

@@ -148,26 +148,28 @@ def cut_rows(row_start, work, n_regions, n_extras, longest, BLOCK: tl.constexpr)
     piece has partial -1, the pieces of a longer one number the partial sums that they write.
     """
     graph = tl.program_id(0).to(tl.int64)
-    region = tl.arange(0, BLOCK)
-    exists = region < n_regions
-    starts = row_start + graph * (n_regions + 1) + region
-    first = tl.load(starts, mask=exists, other=0)
-    last = tl.load(starts + 1, mask=exists, other=0)
-    pieces = tl.maximum((last - first + longest - 1) // longest, 1)
-    partials = tl.where(pieces > 1, pieces, 0)
-    partial = tl.where(pieces > 1, tl.cumsum(partials, axis=0) - partials, -1)
-    extra = n_regions + tl.cumsum(pieces - 1, axis=0) - pieces
-
     graph_work = work + graph * (n_regions + n_extras) * 4
-    for piece in tl.range(0, tl.max(pieces, axis=0)):
-        start = first + piece * longest
-        at = graph_work + tl.where(piece == 0, region, extra + piece) * 4
-        live = exists & (piece < pieces)
-        tl.store(at, region, mask=live)
-        tl.store(at + 1, start, mask=live)
-        tl.store(at + 2, tl.minimum(start + longest, last), mask=live)
-        tl.store(at + 3, tl.where(partial < 0, -1, partial + piece), mask=live)
-    used = tl.sum(tl.where(exists, pieces - 1, 0), axis=0)
-    for unused in tl.range(used, n_extras, BLOCK):
-        index = unused + region
+    used_extras, used_partials = 0, 0
+    for block in tl.range(0, n_regions, BLOCK):
+        region = block + tl.arange(0, BLOCK)
+        exists = region < n_regions
+        starts = row_start + graph * (n_regions + 1) + region
+        first = tl.load(starts, mask=exists, other=0)
+        last = tl.load(starts + 1, mask=exists, other=0)
+        pieces = tl.maximum((last - first + longest - 1) // longest, 1)
+        partials = tl.where(pieces > 1, pieces, 0)
+        partial = tl.where(pieces > 1, used_partials + tl.cumsum(partials, axis=0) - partials, -1)
+        extra = n_regions + used_extras + tl.cumsum(pieces - 1, axis=0) - pieces
+        for piece in tl.range(0, tl.max(pieces, axis=0)):
+            start = first + piece * longest
+            at = graph_work + tl.where(piece == 0, region, extra + piece) * 4
+            live = exists & (piece < pieces)
+            tl.store(at, region, mask=live)
+            tl.store(at + 1, start, mask=live)
+            tl.store(at + 2, tl.minimum(start + longest, last), mask=live)
+            tl.store(at + 3, tl.where(partial < 0, -1, partial + piece), mask=live)
+        used_extras += tl.sum(pieces - 1, axis=0)
+        used_partials += tl.sum(partials, axis=0)
+    for unused in tl.range(used_extras, n_extras, BLOCK):
+        index = unused + tl.arange(0, BLOCK)
         tl.store(graph_work + (n_regions + index) * 4, -1, mask=index < n_extras)

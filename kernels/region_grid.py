@@ -80,6 +80,11 @@ class RegionGrid:
         return cls(height, width, region_height, region_width, rows, columns)
 
     @property
+    def numbers(self) -> tuple[int, int, int, int, int, int]:
+        """The attributes in their order: how operators, which take no objects, are told the grid."""
+        return self.height, self.width, self.region_height, self.region_width, self.rows, self.columns
+
+    @property
     def n_regions(self) -> int:
         """Regions in the map, `P`."""
         return self.rows * self.columns

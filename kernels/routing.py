@@ -3,7 +3,7 @@
 | array | shape | meaning |
 |---|---|---|
 | qkv | (N, H, W, PACKED) | packed projection |
-| padding | (PACKED,) | what tokens past the map's edge hold; None where there are none |
+| padding | (PACKED,) | what tokens past the map's edge hold; None to leave them out |
 | means | (N, P, MEAN_DIM) fp32 | region queries, then region keys |
 | query, key | (N, P, DIM) fp32 | region queries and keys, rows ROW_STRIDE apart |
 | r_weight | (N, P, TOPK) fp32 | softmax over the chosen logits, descending |
@@ -42,15 +42,19 @@ def region_means(
     base = qkv + image * height * width * PACKED + channel[None, :]
 
     total = tl.zeros([BLOCK_TOKENS, BLOCK_C], tl.float32)
+    n_counted = tl.zeros([BLOCK_TOKENS], tl.int32)
     for start in tl.range(0, region_tokens, BLOCK_TOKENS):
         index = start + tl.arange(0, BLOCK_TOKENS)
         token = token_of(region, index, region_height, region_width, columns, height, width)
         rows = base + token.to(tl.int64)[:, None] * PACKED
-        if padding is not None:
+        counted = index < region_tokens
+        if padding is None:
+            counted = counted & (token >= 0)
+        else:
             rows = tl.where((token >= 0)[:, None], rows, padding + channel[None, :])
-        live = (index < region_tokens)[:, None] & channel_live[None, :]
-        total += tl.load(rows, mask=live, other=0.0).to(tl.float32)
-    mean = tl.sum(total, axis=0) / region_tokens
+        total += tl.load(rows, mask=counted[:, None] & channel_live[None, :], other=0.0).to(tl.float32)
+        n_counted += counted.to(tl.int32)
+    mean = tl.sum(total, axis=0) / tl.sum(n_counted, axis=0)
     tl.store(means + (image * n_regions + region) * MEAN_DIM + channel, mean, mask=channel_live)
 
 

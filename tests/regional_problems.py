@@ -78,6 +78,13 @@ REGIONAL_CASES = [
     RegionalCase("value_wider", "values wider than keys", (4, 4), (2, 2), value_head_dim=12),
     RegionalCase("all_regions", "every region is chosen: dense attention", (4, 6), (2, 2), topk=6),
     RegionalCase("one_token", "regions of one token, one head", (3, 4), (1, 1), num_heads=1, topk=5),
+    RegionalCase(
+        "many_regions",
+        "66 regions a side, more than n_win may be: only the router's kernel has a limit",
+        (66, 2),
+        (1, 1),
+        num_heads=1,
+    ),
     RegionalCase("one_region", "a region larger than the map", (3, 4), (5, 6), topk=1),
     RegionalCase(
         "head_5", "heads of 5, rows not aligned to 16 bytes", (4, 4), (2, 2), num_heads=3, head_dim=5

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.kernels.region_grid import RegionGrid
-from bra_triton.spec import AttentionSpec
 
 
 def register_rule() -> None:
@@ -34,12 +33,11 @@ def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> 
     batch, height, width, _ = inputs[0].shape
     _refuse_small_map(height, width, module.spec.n_win)
     grid = RegionGrid.of_windows(height, width, module.spec.n_win)
-    lepe = 0 if module.lepe is None else grid.n_regions * grid.region_tokens * module.lepe.weight.numel()
-    module.total_ops += batch * (_products(grid, module.spec) + lepe)
+    module.total_ops += batch * _products(grid, module)
 
 
 def count_nchw_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """`count_attention` for the NCHW form, whose LePE is a convolution that counts itself.
+    """`count_attention` for the NCHW form.
 
     Args:
         module: the attention.
@@ -51,7 +49,7 @@ def count_nchw_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor
     """
     batch, _, height, width = inputs[0].shape
     _refuse_small_map(height, width, module.spec.n_win)
-    module.total_ops += batch * _products(module.grid(inputs[0]), module.spec)
+    module.total_ops += batch * _products(module.grid(inputs[0]), module)
 
 
 def _refuse_small_map(height: int, width: int, n_win: int) -> None:
@@ -59,8 +57,10 @@ def _refuse_small_map(height: int, width: int, n_win: int) -> None:
         raise ValueError(f"no count for a map of {height} x {width}, smaller than n_win={n_win} a side")
 
 
-def _products(grid: RegionGrid, spec: AttentionSpec) -> int:
-    """Multiply-adds of routing and attention in an image."""
+def _products(grid: RegionGrid, module: Any) -> int:
+    """Multiply-adds of routing, attention and LePE in an image, padding included."""
+    spec, tokens = module.spec, grid.n_regions * grid.region_tokens
     routing = grid.n_regions**2 * spec.qk_dim
-    pairs = grid.n_regions * grid.region_tokens * spec.topk * grid.region_tokens
-    return routing + pairs * (spec.qk_dim + spec.dim)
+    attention = tokens * spec.topk * grid.region_tokens * (spec.qk_dim + spec.dim)
+    lepe = 0 if module.lepe is None else tokens * module.lepe.weight.numel()
+    return routing + attention + lepe

@@ -3,11 +3,12 @@
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..spec import AttentionSpec
+from ..kernels.region_grid import RegionGrid
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -15,47 +16,46 @@ MAX_HEAD_DIM = 256
 # Compiled for 7.5 every attention kernel spills hundreds of registers.
 MIN_CAPABILITY = (8, 0)
 # One program of the routing kernel holds the logits of all regions in registers.
-MAX_N_WIN = 64
+MAX_ROUTED_REGIONS = 64 * 64
 # Triton 3.6 dies of a failed assertion where addresses of map and padding are selected, compiled for gfx942;
 # 3.8 compiles it. Versions between were not tried.
 AMD_PADDING_TRITON = (3, 8)
 
 
-def always(qkv: Tensor, spec: AttentionSpec) -> None:
+def always(x: Tensor, head_dims: tuple[int, int], grids: Sequence[RegionGrid], routes: bool) -> None:
     """Serves everything."""
 
 
-def why_not_triton(qkv: Tensor, spec: AttentionSpec) -> str | None:
-    """Why the Triton kernels cannot serve, or None."""
+def why_not_triton(
+    x: Tensor, head_dims: tuple[int, int], grids: Sequence[RegionGrid], routes: bool
+) -> str | None:
+    """Why the Triton kernels cannot serve, or None; see `registry.select` for the arguments."""
     if not TRITON_IS_INSTALLED:
         return "Triton is not installed (pip install triton; Linux only)"
-    if qkv.device.type == "cpu" and not _interpreted():
+    if x.device.type == "cpu" and not _interpreted():
         return "tensors on the CPU need TRITON_INTERPRET=1 (for tests; slow)"
-    if qkv.device.type not in ("cpu", "cuda"):
-        return f"Triton kernels run on CUDA and ROCm devices, not on {qkv.device.type!r}"
-    if qkv.device.type == "cuda" and not torch.version.hip and _capability(qkv.device) < MIN_CAPABILITY:
-        return f"the kernels need compute capability 8.0 or later, {qkv.device} has {_capability(qkv.device)}"
-    if torch.version.hip and _triton_version() < AMD_PADDING_TRITON and _is_padded(qkv, spec):
+    if x.device.type not in ("cpu", "cuda"):
+        return f"Triton kernels run on CUDA and ROCm devices, not on {x.device.type!r}"
+    if x.device.type == "cuda" and not torch.version.hip and _capability(x.device) < MIN_CAPABILITY:
+        return f"the kernels need compute capability 8.0 or later, {x.device} has {_capability(x.device)}"
+    if torch.version.hip and _triton_version() < AMD_PADDING_TRITON and any(g.is_padded for g in grids):
+        return f"for AMD, Triton before 3.8 cannot compile padded maps, got {_sizes(grids)}"
+    if x.dtype not in TRITON_DTYPES:
+        return f"dtype must be float32, float16 or bfloat16, got {x.dtype}"
+    if max(head_dims) > MAX_HEAD_DIM:
         return (
-            f"for AMD, Triton before 3.8 cannot compile padded maps: sides must be multiples of "
-            f"n_win={spec.n_win}, got {tuple(qkv.shape[1:3])}"
+            f"heads must be at most {MAX_HEAD_DIM} wide, got {head_dims[0]} (queries and keys) and "
+            f"{head_dims[1]} (values); raise num_heads"
         )
-    if qkv.dtype not in TRITON_DTYPES:
-        return f"dtype must be float32, float16 or bfloat16, got {qkv.dtype}"
-    if max(spec.qk_head_dim, spec.v_head_dim) > MAX_HEAD_DIM:
-        return (
-            f"heads must be at most {MAX_HEAD_DIM} wide, got {spec.qk_head_dim} (queries and keys) and "
-            f"{spec.v_head_dim} (values); raise num_heads"
-        )
-    if spec.n_win > MAX_N_WIN:
-        return f"n_win must be at most {MAX_N_WIN}, got {spec.n_win}"
-    if qkv.shape[1] * qkv.shape[2] >= 2**31:
-        return f"a map must have fewer than 2**31 tokens, got shape {tuple(qkv.shape)}"
+    if routes and max(grid.n_regions for grid in grids) > MAX_ROUTED_REGIONS:
+        return f"the router takes at most {MAX_ROUTED_REGIONS} regions, got {_sizes(grids)}; lower n_win"
+    if max(grid.height * grid.width for grid in grids) >= 2**31:
+        return f"a map must have fewer than 2**31 tokens, got {_sizes(grids)}"
     return None
 
 
-def _is_padded(qkv: Tensor, spec: AttentionSpec) -> bool:
-    return bool(qkv.shape[1] % spec.n_win or qkv.shape[2] % spec.n_win)
+def _sizes(grids: Sequence[RegionGrid]) -> str:
+    return " and ".join(f"{g.height} x {g.width} tokens in {g.rows} x {g.columns} regions" for g in grids)
 
 
 def _triton_version() -> tuple[int, ...]:

@@ -51,6 +51,25 @@ def pad_map(x: Tensor, grid: RegionGrid, padding: Tensor | None = None) -> Tenso
     return torch.cat([torch.cat([x, below], 1), beside], 2)
 
 
+def counted_tokens(grid: RegionGrid, padding: Tensor | None, device: torch.device) -> Tensor | int:
+    """How many tokens the mean of a region is over: `(P, 1)`, or all of them, where padding is given."""
+    if padding is not None or not grid.is_padded:
+        return grid.region_tokens
+    return tokens_inside(grid, device).view(-1, 1)
+
+
+def tokens_inside(grid: RegionGrid, device: torch.device) -> Tensor:
+    """How many of each region's tokens are no padding, `(rows, columns)`; counted on the device."""
+    inside = []
+    for count, region_side, side in (
+        (grid.rows, grid.region_height, grid.height),
+        (grid.columns, grid.region_width, grid.width),
+    ):
+        first = torch.arange(count, device=device) * region_side
+        inside.append((side - first).clamp(0, region_side))
+    return inside[0][:, None] * inside[1]
+
+
 def sum_over_padding(regions: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Tensor:
     """Sum over images and padding tokens of `(N*G*P, S, C)`: `(G*C,)`."""
     x = rearrange(

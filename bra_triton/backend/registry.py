@@ -6,14 +6,14 @@ before it could not; a backend asked for by name that cannot serve raises and sa
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..spec import AttentionSpec
+from ..kernels.region_grid import RegionGrid
 from . import availability
 
 logger = logging.getLogger("bra_triton")
@@ -25,13 +25,13 @@ class Backend:
 
     Attributes:
         name: what users ask for.
-        why_not: the reason why it cannot serve a packed projection and specification, or None.
+        why_not: the reason why it cannot serve what `select` is given but for the name, or None.
         module: imported when first used; see `torch_backend` for the functions it must have. The empty name
             marks the reference, which is plain differentiable PyTorch and needs no operators.
     """
 
     name: str
-    why_not: Callable[[Tensor, AttentionSpec], str | None]
+    why_not: Callable[[Tensor, tuple[int, int], Sequence[RegionGrid], bool], str | None]
     module: str
 
 
@@ -54,25 +54,29 @@ def check_name(name: str) -> str:
     return name
 
 
-def select(name: str, qkv: Tensor, spec: AttentionSpec) -> str:
+def select(
+    name: str, x: Tensor, head_dims: tuple[int, int], grids: Sequence[RegionGrid], routes: bool = True
+) -> str:
     """Name of the backend that serves.
 
     Args:
         name: `"auto"` or a backend's name.
-        qkv: packed projection `(N, H, W, 2*qk_dim + dim)`.
-        spec: what is computed.
+        x: a tensor of the device and dtype in question.
+        head_dims: channels of a query or key, and of a value, in one head.
+        grids: the maps and their regions.
+        routes: whether regions are chosen, not given.
 
     Raises:
         ValueError: for an unknown name.
         RuntimeError: if the named backend cannot serve; says why.
     """
     if check_name(name) != AUTO:
-        reason = BACKENDS[name].why_not(qkv, spec)
+        reason = BACKENDS[name].why_not(x, head_dims, grids, routes)
         if reason:
             raise RuntimeError(f"backend={name!r} cannot serve: {reason}; backend='auto' picks one that can")
         return name
     for backend in BACKENDS.values():
-        reason = backend.why_not(qkv, spec)
+        reason = backend.why_not(x, head_dims, grids, routes)
         if reason is None:
             return backend.name
         _log_once(f"backend {backend.name!r} is passed over: {reason}")

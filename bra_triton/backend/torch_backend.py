@@ -16,7 +16,7 @@ from ..kernels.problem import Gradients, Lepe, Padding, RoutedAttention, SmallGr
 from ..kernels.region_grid import RegionGrid
 from ..routing import select_topk
 from . import chunk_attention
-from .region_layout import from_regions, sum_over_padding, to_regions
+from .region_layout import counted_tokens, from_regions, pad_map, sum_over_padding, to_regions
 from .torch_lepe import lepe_backward, lepe_forward
 from .torch_pooling import pool_backward, pool_forward
 
@@ -37,25 +37,24 @@ CHUNK_ELEMENTS = 1 << 19
 
 
 def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels: int) -> Tensor:
-    """Means over every region's tokens, padding included.
+    """Means over every region's tokens.
 
     Args:
         qkv: `(N, H, W, packed_dim)`.
-        padding: `(packed_dim,)`, what tokens past the map's edge hold; None where the grid has none.
-        grid: the regions.
+        padding: `(packed_dim,)`, what tokens past the map's edge hold; None to leave them out.
+        grid: the regions; without `padding` each has a token of the map.
         channels: how many of the first channels to take.
 
     Returns:
         `(N, P, channels)`: float32; float64 for float64.
     """
-    dtype = _statistic_dtype(qkv.dtype)
     x = qkv[..., :channels]
-    if not grid.is_padded:
-        tokens = rearrange(x, "n (j h) (i w) c -> n j h i w c", j=grid.rows, i=grid.columns)
-        # Columns first: each of the two sums then runs along memory that the other left dense.
-        return tokens.mean(4, dtype=dtype).mean(2).flatten(1, 2)
-    regions = to_regions(x, grid, padding=None if padding is None else padding[:channels])
-    return regions.mean(1, dtype=dtype).view(qkv.shape[0], grid.n_regions, channels)
+    if grid.is_padded:
+        x = pad_map(x, grid, None if padding is None else padding[:channels])
+    tokens = rearrange(x, "n (j h) (i w) c -> n j h i w c", j=grid.rows, i=grid.columns)
+    # Columns first: each of the two sums then runs along memory that the other left dense.
+    sums = tokens.sum(4, dtype=_statistic_dtype(qkv.dtype)).sum(2).flatten(1, 2)
+    return sums / counted_tokens(grid, padding, qkv.device)
 
 
 def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:

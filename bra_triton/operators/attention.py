@@ -6,12 +6,16 @@
 | `bra_triton::routed_attention_backward` | none |
 
 The operators trust their callers (`functional`): arguments are checked, `qkv`, `kv` and `r_idx` contiguous.
+`grid` is a `RegionGrid`'s numbers.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..backend import registry
+from ..kernels.pooling_problem import pooled_grid
 from ..kernels.problem import Gradients, Lepe, Padding, RoutedAttention
 from ..kernels.region_grid import RegionGrid
 from ._shared import or_empty, statistic_dtype, without_autocast
@@ -32,7 +36,7 @@ def routed_attention(
     lepe_bias: Tensor | None,
     qk_dim: int,
     num_heads: int,
-    n_win: int,
+    grid: Sequence[int],
     scale: float,
     routing_weight: str,
     keep_attention: bool,
@@ -50,7 +54,7 @@ def routed_attention(
         lepe_bias: `(dim,)`.
         qk_dim: channels of queries and keys.
         num_heads: attention heads.
-        n_win: regions a side.
+        grid: regions of the map.
         scale: factor of the logits.
         routing_weight: one of `ROUTING_WEIGHTS`.
         keep_attention: whether a backward will follow.
@@ -60,7 +64,7 @@ def routed_attention(
         The output `(N, H, W, dim)`; the attention's share of it for the backward, empty if not kept, or if
         there is no LePE and the output is just that; the backend's softmax statistic `(N, num_heads, H, W)`.
     """
-    problem = _problem(qkv, kv, padding, r_idx, factor, qk_dim, num_heads, n_win, scale, routing_weight)
+    problem = _problem(qkv, kv, padding, r_idx, factor, qk_dim, num_heads, grid, scale, routing_weight)
     lepe = _lepe(problem, qkv, padding, lepe_weight, lepe_bias)
     with without_autocast(qkv):
         out, attention, lse = registry.load(backend).attention_forward(problem, lepe, keep_attention)
@@ -78,7 +82,7 @@ def _(
     lepe_bias,
     qk_dim,
     num_heads,
-    n_win,
+    grid,
     scale,
     routing_weight,
     keep_attention,
@@ -107,13 +111,13 @@ def routed_attention_backward(
     needs_lepe: bool,
     qk_dim: int,
     num_heads: int,
-    n_win: int,
+    grid: Sequence[int],
     scale: float,
     routing_weight: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the tensors that `routed_attention` takes, in its order; empty where there are none."""
-    problem = _problem(qkv, kv, padding, r_idx, factor, qk_dim, num_heads, n_win, scale, routing_weight)
+    problem = _problem(qkv, kv, padding, r_idx, factor, qk_dim, num_heads, grid, scale, routing_weight)
     lepe = _lepe(problem, qkv, padding, lepe_weight, lepe_bias)
     grad_out = grad_out.contiguous()
     grad_qkv = torch.empty_like(qkv)
@@ -215,17 +219,18 @@ def _problem(
     factor: Tensor | None,
     qk_dim: int,
     num_heads: int,
-    n_win: int,
+    grid: Sequence[int],
     scale: float,
     routing_weight: str,
 ) -> RoutedAttention:
     """What a backend takes, of the arguments of `routed_attention`."""
     query, key, value = qkv.split(_widths(qkv, qk_dim), dim=-1)
-    grid = kv_grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], n_win)
+    query_grid = kv_grid = RegionGrid(*grid)
     kv_padding = None
     if kv is not None:
         key, value = kv.split(_widths(qkv, qk_dim)[1:], dim=-1)
-        kv_grid = RegionGrid.of_windows(kv.shape[1], kv.shape[2], n_win)
+        cells = (kv.shape[1] // query_grid.rows, kv.shape[2] // query_grid.columns)
+        kv_grid = pooled_grid(query_grid, *cells)
     elif padding is not None:
         kv_padding = Padding(*(x.contiguous() for x in padding.split(_widths(qkv, qk_dim))[1:]))
     if routing_weight == "soft":
@@ -237,9 +242,10 @@ def _problem(
     if routing_weight == "none" and r_idx.shape[-1] == kv_grid.n_regions:
         # Every region chose all: dense attention, whose queries and keys need not be told apart by region.
         # BiFormer's last stage is such, with regions of one token, each a tile of its own otherwise.
-        grid, kv_grid, r_idx = grid.merged, kv_grid.merged, torch.zeros_like(r_idx[:, :, :1, :1])
+        query_grid, kv_grid = query_grid.merged, kv_grid.merged
+        r_idx = torch.zeros_like(r_idx[:, :, :1, :1])
     return RoutedAttention(
-        query, key, value, r_idx, grid, kv_grid, num_heads, scale, factor, kv_padding, True
+        query, key, value, r_idx, query_grid, kv_grid, num_heads, scale, factor, kv_padding, True
     )
 
 

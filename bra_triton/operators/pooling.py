@@ -1,6 +1,6 @@
 """Down-sampling of keys and values per region, as PyTorch sees it; see `operators.attention` for the style.
 
-Callers (`downsampling`) have checked the arguments. `grid` is a `RegionGrid`'s six numbers in its order.
+Callers (`downsampling`) have checked the arguments. `grid` is a `RegionGrid`'s numbers.
 
 | operator | gradient |
 |---|---|

@@ -1,6 +1,7 @@
 """Attention to the regions that a given graph names: schema, fake implementation and autograd for PyTorch.
 
-The operators trust their callers (`regional`): arguments are checked. Maps are NHWC.
+The operators trust their callers (`regional`): arguments are checked. Maps are NHWC, grids are the numbers of
+a `RegionGrid`.
 
 | operator | gradient |
 |---|---|
@@ -25,8 +26,8 @@ def regional_attention(
     key: Tensor,
     value: Tensor,
     r_idx: Tensor,
-    region_size: Sequence[int],
-    kv_region_size: Sequence[int],
+    query_grid: Sequence[int],
+    kv_grid: Sequence[int],
     num_heads: int,
     scale: float,
     backend: str,
@@ -38,8 +39,8 @@ def regional_attention(
         key: `(N, H_kv, W_kv, num_heads * qk_head_dim)`.
         value: `(N, H_kv, W_kv, num_heads * v_head_dim)`.
         r_idx: `(N, G, P, topk)` int32, `G` 1 or `num_heads`.
-        region_size: tokens a column and a row of a query region.
-        kv_region_size: the same of a key region.
+        query_grid: regions of `query`.
+        kv_grid: regions of `key` and `value`.
         num_heads: attention heads.
         scale: factor of the logits.
         backend: a backend's name.
@@ -48,14 +49,14 @@ def regional_attention(
         The output `(N, H, W, num_heads * v_head_dim)`, contiguous, and the backend's softmax statistic
         `(N, num_heads, H, W)`.
     """
-    problem = problem_of(query, key, value, r_idx, region_size, kv_region_size, num_heads, scale)
+    problem = problem_of(query, key, value, r_idx, query_grid, kv_grid, num_heads, scale)
     with without_autocast(query):
         out, _, lse = registry.load(backend).attention_forward(problem)
     return out, lse
 
 
 @regional_attention.register_fake
-def _(query, key, value, r_idx, region_size, kv_region_size, num_heads, scale, backend):
+def _(query, key, value, r_idx, query_grid, kv_grid, num_heads, scale, backend):
     batch, height, width, _ = query.shape
     lse = query.new_empty(batch, num_heads, height, width, dtype=statistic_dtype(query))
     return query.new_empty(batch, height, width, value.shape[-1]), lse
@@ -70,14 +71,14 @@ def regional_attention_backward(
     r_idx: Tensor,
     out: Tensor,
     lse: Tensor,
-    region_size: Sequence[int],
-    kv_region_size: Sequence[int],
+    query_grid: Sequence[int],
+    kv_grid: Sequence[int],
     num_heads: int,
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `query`, `key` and `value`, contiguous."""
-    problem = problem_of(query, key, value, r_idx, region_size, kv_region_size, num_heads, scale)
+    problem = problem_of(query, key, value, r_idx, query_grid, kv_grid, num_heads, scale)
     gradients = Gradients(*(x.new_empty(x.shape) for x in (query, key, value)))
     with without_autocast(query):
         registry.load(backend).attention_backward(grad_out.contiguous(), problem, out, lse, gradients)
@@ -111,22 +112,19 @@ def problem_of(
     key: Tensor,
     value: Tensor,
     r_idx: Tensor,
-    region_size: Sequence[int],
-    kv_region_size: Sequence[int],
+    query_grid: Sequence[int],
+    kv_grid: Sequence[int],
     num_heads: int,
     scale: float,
 ) -> RoutedAttention:
     """What a backend takes, of the arguments of `regional_attention`."""
     # A compiler may hand an operator maps in a layout of its own choice.
     query, key, value = (with_dense_tokens(x) for x in (query, key, value))
-    query_grid, kv_grid = (
-        RegionGrid.of_region_size(x.shape[1], x.shape[2], (size[0], size[1]))
-        for x, size in ((query, region_size), (key, kv_region_size))
-    )
+    grids = RegionGrid(*query_grid), RegionGrid(*kv_grid)
     padding = None
-    if kv_grid.is_padded:
+    if grids[1].is_padded:
         padding = Padding(key.new_zeros(key.shape[-1]), value.new_zeros(value.shape[-1]))
-    return RoutedAttention(query, key, value, r_idx, query_grid, kv_grid, num_heads, scale, padding=padding)
+    return RoutedAttention(query, key, value, r_idx, *grids, num_heads, scale, padding=padding)
 
 
 def with_dense_tokens(x: Tensor) -> Tensor:

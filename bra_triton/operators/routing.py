@@ -7,77 +7,72 @@
 | `bra_triton::route` | for `query`, `key` |
 | `bra_triton::route_backward` | none |
 
-The operators trust their callers (`functional`): arguments are checked.
+The operators trust their callers (`functional`, `nchw_attention`): arguments are checked. `grid` is a
+`RegionGrid`'s numbers.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import registry
+from ..backend.region_layout import counted_tokens, tokens_inside
 from ..kernels.region_grid import RegionGrid
 from ._shared import or_empty, statistic_dtype, without_autocast
 
 
 @torch.library.custom_op("bra_triton::region_means", mutates_args=())
-def region_means(qkv: Tensor, padding: Tensor | None, qk_dim: int, n_win: int, backend: str) -> Tensor:
-    """Mean query and key of every region, padding included: `(N, P, 2*qk_dim)`, float32 or float64.
+def region_means(
+    qkv: Tensor, padding: Tensor | None, qk_dim: int, grid: Sequence[int], backend: str
+) -> Tensor:
+    """Mean query and key of every region: `(N, P, 2*qk_dim)`, float32 or float64.
 
     `qkv` `(N, H, W, 2*qk_dim + dim)` is contiguous; `padding` `(2*qk_dim + dim,)` is what tokens past the
-    map's edge hold.
+    map's edge hold. Without it they are left out of the means.
     """
-    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], n_win)
     with without_autocast(qkv):
-        return registry.load(backend).region_means(qkv, padding, grid, 2 * qk_dim)
+        return registry.load(backend).region_means(qkv, padding, RegionGrid(*grid), 2 * qk_dim)
 
 
 @region_means.register_fake
-def _(qkv, padding, qk_dim, n_win, backend):
-    return qkv.new_empty(qkv.shape[0], n_win**2, 2 * qk_dim, dtype=statistic_dtype(qkv))
+def _(qkv, padding, qk_dim, grid, backend):
+    n_regions = RegionGrid(*grid).n_regions
+    return qkv.new_empty(qkv.shape[0], n_regions, 2 * qk_dim, dtype=statistic_dtype(qkv))
 
 
 @torch.library.custom_op("bra_triton::region_means_backward", mutates_args=())
 def region_means_backward(
-    grad: Tensor, qkv: Tensor, padding: Tensor | None, n_win: int
+    grad: Tensor, qkv: Tensor, padding: Tensor | None, grid: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the packed projection (zero in the values) and of the padding (empty without it)."""
-    _, height, width, packed_dim = qkv.shape
-    grid = RegionGrid.of_windows(height, width, n_win)
-    per_token = (grad / grid.region_tokens).unflatten(1, (grid.rows, grid.columns))
-    rows = per_token.repeat_interleave(grid.region_height, dim=1)[:, :height]
-    tokens = rows.to(qkv.dtype).repeat_interleave(grid.region_width, dim=2)[:, :, :width]
-    grad_qkv = F.pad(tokens, (0, packed_dim - grad.shape[-1]))
+    regions, of_values = RegionGrid(*grid), qkv.shape[-1] - grad.shape[-1]
+    per_token = grad / counted_tokens(regions, padding, grad.device)
+    per_token = per_token.unflatten(1, (regions.rows, regions.columns))
+    rows = per_token.repeat_interleave(regions.region_height, dim=1)[:, : regions.height]
+    tokens = rows.to(qkv.dtype).repeat_interleave(regions.region_width, dim=2)[:, :, : regions.width]
+    grad_qkv = F.pad(tokens, (0, of_values))
     if padding is None:
         return grad_qkv, or_empty(None, qkv)
-    of_padding = (per_token * _padded_tokens(grid, qkv)[..., None]).sum(dim=(0, 1, 2))
-    return grad_qkv, F.pad(of_padding, (0, packed_dim - grad.shape[-1])).to(padding.dtype)
-
-
-def _padded_tokens(grid: RegionGrid, like: Tensor) -> Tensor:
-    """How many of each region's tokens are padding, `(rows, columns)`; counted on the device."""
-    inside = []
-    for count, region_side, side in (
-        (grid.rows, grid.region_height, grid.height),
-        (grid.columns, grid.region_width, grid.width),
-    ):
-        first = torch.arange(count, device=like.device) * region_side
-        inside.append((side - first).clamp(0, region_side))
-    return grid.region_tokens - inside[0][:, None] * inside[1]
+    n_padded = regions.region_tokens - tokens_inside(regions, grad.device)
+    of_padding = (per_token * n_padded[..., None]).sum(dim=(0, 1, 2))
+    return grad_qkv, F.pad(of_padding, (0, of_values)).to(padding.dtype)
 
 
 @region_means_backward.register_fake
-def _(grad, qkv, padding, n_win):
+def _(grad, qkv, padding, grid):
     return torch.empty_like(qkv), or_empty(None if padding is None else torch.empty_like(padding), qkv)
 
 
 def _save_means(ctx, inputs, output):
-    qkv, padding, _, ctx.n_win, _ = inputs
+    qkv, padding, _, ctx.grid, _ = inputs
     ctx.save_for_backward(qkv, padding)
 
 
 def _means_backward(ctx, grad):
     qkv, padding = ctx.saved_tensors
-    grad_qkv, grad_padding = region_means_backward(grad, qkv, padding, ctx.n_win)
+    grad_qkv, grad_padding = region_means_backward(grad, qkv, padding, ctx.grid)
     return grad_qkv, None if padding is None else grad_padding, None, None, None
 
 

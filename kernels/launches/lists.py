@@ -185,7 +185,7 @@ def cut_rows(row_start: Tensor, n_pairs: int) -> tuple[Tensor, int, int]:
                 n_regions,
                 n_extras,
                 longest,
-                BLOCK=triton.next_power_of_2(n_regions),
+                BLOCK=256,
                 num_warps=4,
             )
     return work, longest, 2 * n_extras

@@ -10,12 +10,12 @@ from .lists import inverse_graph
 
 
 def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels: int) -> Tensor:
-    """Means over every region's tokens, padding included.
+    """Means over every region's tokens.
 
     Args:
         qkv: contiguous `(N, H, W, packed_dim)`; float32, float16 or bfloat16.
-        padding: `(packed_dim,)`, what tokens past the map's edge hold; None where the grid has none.
-        grid: the regions.
+        padding: `(packed_dim,)`, what tokens past the map's edge hold; None to leave them out.
+        grid: the regions; without `padding` each has a token of the map.
         channels: how many of the first channels to take.
 
     Returns:

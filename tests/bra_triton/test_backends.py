@@ -7,9 +7,9 @@ import torch
 
 from bra_triton import functional
 from bra_triton.backend import availability, registry
-from bra_triton.spec import AttentionSpec
+from bra_triton.kernels.region_grid import RegionGrid
 
-SPEC = AttentionSpec(32, 32, 1, 2, 2)
+HEADS, GRIDS = (32, 32), [RegionGrid.of_windows(4, 4, 2)]
 
 
 def _projection(dtype=torch.float32, channels=96, device="cpu"):
@@ -17,13 +17,13 @@ def _projection(dtype=torch.float32, channels=96, device="cpu"):
 
 
 def test_auto_takes_triton_where_it_can(device):
-    assert registry.select("auto", _projection(device=device), SPEC) == "triton"
+    assert registry.select("auto", _projection(device=device), HEADS, GRIDS) == "triton"
 
 
 def test_auto_takes_torch_for_float64_and_says_why(device, caplog):
     registry._logged.clear()
     with caplog.at_level(logging.INFO, logger="bra_triton"):
-        assert registry.select("auto", _projection(torch.float64, device=device), SPEC) == "torch"
+        assert registry.select("auto", _projection(torch.float64, device=device), HEADS, GRIDS) == "torch"
     assert (
         "'triton' is passed over: dtype must be float32, float16 or bfloat16, got torch.float64"
         in caplog.text
@@ -32,57 +32,63 @@ def test_auto_takes_torch_for_float64_and_says_why(device, caplog):
 
 def test_cpu_tensors_without_the_interpreter_take_torch(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert registry.select("auto", _projection(), SPEC) == "torch"
+    assert registry.select("auto", _projection(), HEADS, GRIDS) == "torch"
     with pytest.raises(
         RuntimeError, match=r"backend='triton' cannot serve: tensors on the CPU need TRITON_INTERPRET=1"
     ):
-        registry.select("triton", _projection(), SPEC)
+        registry.select("triton", _projection(), HEADS, GRIDS)
 
 
 @pytest.mark.parametrize(
-    ("qkv", "spec", "reason"),
+    ("qkv", "heads", "grid", "reason"),
     [
-        (_projection(torch.float64), SPEC, "got torch.float64"),
-        (_projection(device="meta"), SPEC, "not on 'meta'"),
-        (_projection(), AttentionSpec(257, 257, 1, 2, 2), "at most 256 wide, got 257"),
-        (_projection(), AttentionSpec(32, 32, 1, 65, 2), "n_win must be at most 64, got 65"),
+        (_projection(torch.float64), HEADS, GRIDS[0], "got torch.float64"),
+        (_projection(device="meta"), HEADS, GRIDS[0], "not on 'meta'"),
+        (_projection(), (257, 257), GRIDS[0], "at most 256 wide, got 257"),
+        (
+            *(_projection(), HEADS, RegionGrid.of_windows(130, 65, 65)),
+            "at most 4096 regions, got 130 x 65 tokens in 65 x 65 regions; lower n_win",
+        ),
+        (
+            *(_projection(), HEADS, RegionGrid.of_windows(2**16, 2**15, 2)),
+            r"fewer than 2\*\*31 tokens, got 65536 x 32768",
+        ),
     ],
 )
-def test_what_the_kernels_cannot_serve_is_named(qkv, spec, reason):
+def test_what_the_kernels_cannot_serve_is_named(qkv, heads, grid, reason):
     with pytest.raises(RuntimeError, match=reason):
-        registry.select("triton", qkv, spec)
+        registry.select("triton", qkv, heads, [grid])
 
 
-def test_an_image_whose_tokens_pass_32_bits_is_refused():
-    qkv = torch.zeros(1, 1, 1, 1).expand(1, 2**16, 2**15, 16)
-    reason = availability.why_not_triton(qkv, AttentionSpec(8, 4, 1, 2, 2))
-    assert reason is not None
-    assert "fewer than 2**31 tokens" in reason
-    assert availability.why_not_triton(qkv[:, : 2**15], AttentionSpec(8, 4, 1, 2, 2)) is None
+def test_what_the_kernels_can_just_serve(device):
+    for grid in (RegionGrid.of_windows(64, 64, 64), RegionGrid.of_windows(2**15, 2**15, 2)):
+        assert registry.select("triton", _projection(device=device), HEADS, [grid]) == "triton"
+    many = [RegionGrid.of_windows(65, 65, 65)] * 2  # of a graph that is given
+    assert registry.select("triton", _projection(device=device), HEADS, many, routes=False) == "triton"
 
 
 def test_padded_maps_on_amd_under_an_older_triton_are_refused(monkeypatch):
     """There the compiler dies of an assertion, and takes the process with it."""
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    spec = AttentionSpec(32, 32, 1, 3, 2)
+    padded = [RegionGrid.of_windows(4, 4, 3)]
     for version, refused in ((("3", "6"), True), (("3", "8"), False)):
         monkeypatch.setattr(availability, "_triton_version", lambda v=version: tuple(map(int, v)))
-        assert bool(availability.why_not_triton(_projection(), spec)) == refused
-        assert availability.why_not_triton(_projection(), SPEC) is None
+        assert bool(availability.why_not_triton(_projection(), HEADS, padded, True)) == refused
+        assert availability.why_not_triton(_projection(), HEADS, GRIDS, True) is None
 
 
 def test_a_machine_without_triton_still_serves(monkeypatch):
     monkeypatch.setattr(availability, "TRITON_IS_INSTALLED", False)
-    assert registry.select("auto", _projection(), SPEC) == "torch"
+    assert registry.select("auto", _projection(), HEADS, GRIDS) == "torch"
     with pytest.raises(RuntimeError, match="Triton is not installed"):
-        registry.select("triton", _projection(), SPEC)
+        registry.select("triton", _projection(), HEADS, GRIDS)
 
 
 def test_unknown_name():
     with pytest.raises(
         ValueError, match=r"backend must be one of \('auto', 'triton', 'torch', 'reference'\), got 'x'"
     ):
-        registry.select("x", _projection(), SPEC)
+        registry.select("x", _projection(), HEADS, GRIDS)
 
 
 class TestFunctionalErrors:

@@ -223,10 +223,10 @@ class TestOperator:
         """Schema, fake implementation, autograd registration and AOT dispatch with dynamic shapes."""
         case = REGIONAL_CASES_BY_NAME[name]
         maps = [x.permute(0, 2, 3, 1).float().contiguous().to(device).requires_grad_() for x in case.maps()]
-        sizes = (case.region_size, case.kv_region_size or case.region_size)
+        grids = (case.query_grid.numbers, case.kv_grid.numbers)
         torch.library.opcheck(
             operators.regional_attention,
-            (*maps, case.graph().int().to(device), *sizes, case.num_heads, case.scale, backend),
+            (*maps, case.graph().int().to(device), *grids, case.num_heads, case.scale, backend),
         )
 
     @every_backend

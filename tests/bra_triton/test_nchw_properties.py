@@ -20,9 +20,10 @@ from properties import (
     run,
 )
 
-from bra_triton import NCHWBiLevelRoutingAttention, nchw_attention, nchw_reference
+from bra_triton import NCHWBiLevelRoutingAttention, functional, nchw_reference
 from bra_triton.functional import regional_routing_attention
 from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.operators import routing as operators
 
 EVERY_DIM = (0, 1, 2, 3)
 HEAD_DIMS = st.sampled_from((12, *range(1, 21)))
@@ -209,9 +210,10 @@ def _module_errors(drawn, backend):
     # From here on with the rounded projection, whose routes are not those of the exact one.
     grid = module.grid(x)
     topk = min(module.spec.topk, grid.n_regions)
-    query, key, _ = projected.chunk(3, 1)
-    r_idx = nchw_attention.route(query, key, grid, topk)
-    query, key = query.double(), key.double()
+    packed, dim = functional.dense(projected.permute(0, 2, 3, 1)), module.spec.dim
+    routed_by = operators.region_means(packed, None, dim, grid.numbers, backend).split(dim, dim=-1)
+    r_idx = operators.route(*routed_by, topk, 1.0, backend)[1].long()
+    query, key, _ = projected.double().chunk(3, 1)
     means = (
         F.avg_pool2d(x, (grid.region_height, grid.region_width), ceil_mode=True, count_include_pad=False)
         for x in (query, key)

@@ -9,7 +9,13 @@ import torch._dynamo.testing
 from problems import Case, random_map, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bra_triton import BiLevelRoutingAttention, downsampling, functional, reference
+from bra_triton import (
+    BiLevelRoutingAttention,
+    NCHWBiLevelRoutingAttention,
+    downsampling,
+    functional,
+    reference,
+)
 from bra_triton.backend import registry
 from bra_triton.kernels.region_grid import RegionGrid
 from bra_triton.operators import attention as operators
@@ -33,11 +39,12 @@ def _operator_arguments(device, backend, lepe=True, mode="none"):
     r_weight, r_idx = functional.region_routing(
         qkv, n_win=spec.n_win, topk=spec.topk, qk_dim=spec.qk_dim, padding=padding, backend=backend
     )
+    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
     return (
         *(qkv.requires_grad_(), kv, padding, r_idx.int()),
         None if plain else r_weight.detach().requires_grad_(),
         *((random(spec.dim, 1, 3, 3), random(spec.dim)) if lepe else (None, None)),
-        *(spec.qk_dim, spec.num_heads, spec.n_win, spec.scale, mode, True, backend),
+        *(spec.qk_dim, spec.num_heads, grid.numbers, spec.scale, mode, True, backend),
     )
 
 
@@ -100,20 +107,22 @@ MAP_CASE = Case("map", "", 12, 15, 16, 1, 3, 3)
 ALLOWED = {
     *("bra_triton::region_means", "bra_triton::routed_attention", "bra_triton::routed_attention_backward"),
     *("aten::addmm", "aten::mm", "aten::sum", "aten::mul", "aten::ones_like"),  # projections, loss
+    *("aten::convolution", "aten::convolution_backward"),  # projections of NCHW maps
     *("aten::view", "aten::_unsafe_view", "aten::t", "aten::detach", "aten::expand"),  # no memory moves
-    "aten::sym_size",
+    *("aten::permute", "aten::sym_size"),
 }
 
 
 @pytest.mark.parametrize("size", [(12, 15), (11, 13)], ids=["divisible", "padded"])
-def test_forward_and_backward_of_the_module_touch_the_map_only_by_allowed_operators(size, device):
-    """Padding a map must not copy it either."""
+@pytest.mark.parametrize("kind", [BiLevelRoutingAttention, NCHWBiLevelRoutingAttention])
+def test_forward_and_backward_of_the_module_touch_the_map_only_by_allowed_operators(kind, size, device):
+    """Padding a map must not copy it either, nor need the one gradient of an NCHW map's projection."""
     case = MAP_CASE
-    module = BiLevelRoutingAttention(
-        case.dim, case.num_heads, case.n_win, topk=case.topk, auto_pad=True, backend="triton"
-    )
+    module = kind(case.dim, case.num_heads, case.n_win, topk=case.topk, auto_pad=True, backend="triton")
     module.to(device)
-    x = torch.randn(1, *size, case.dim, device=device, requires_grad=True)
+    x = torch.randn(1, *size, case.dim, device=device)
+    x = x.permute(0, 3, 1, 2) if kind is NCHWBiLevelRoutingAttention else x
+    x.requires_grad_()
     with _Log(x.numel()) as log:
         module(x).sum().backward()
     assert "bra_triton::routed_attention_backward" in log.names
@@ -126,8 +135,8 @@ def test_inside_the_operators_nothing_but_allocations_touches_the_map(device):
     spec, qkv = case.spec, random_map(case, device).float()
     weight = torch.randn(case.dim, 1, 3, 3, device=device)
     grad_out = torch.randn(*qkv.shape[:3], case.dim, device=device)
-    numbers = (spec.qk_dim, spec.num_heads, spec.n_win, spec.scale, "none")
     grid = RegionGrid.of_windows(case.height, case.width, case.n_win)
+    numbers = (spec.qk_dim, spec.num_heads, grid.numbers, spec.scale, "none")
     with _Log(grad_out.numel()) as log:
         means = registry.load("triton").region_means(qkv, None, grid, 2 * spec.qk_dim)
         _, r_idx = registry.load("triton").route(*means.split(spec.qk_dim, -1), spec.topk, spec.scale)

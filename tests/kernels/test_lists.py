@@ -123,6 +123,15 @@ rows_of_pairs = st.lists(st.sampled_from([0, 1, 2, 3, 7, 8, 9, 30]), min_size=1,
 @given(lengths=rows_of_pairs)
 def test_pieces_cover_every_row_once_and_none_is_long(lengths):
     """However uneven the rows: the longest piece is at most a constant times the mean row."""
+    _check_pieces(lengths)
+
+
+def test_pieces_of_more_rows_than_the_kernel_takes_at_once():
+    """Rows of 0, 1 and, among the last of a block and the first of the next, 30 pairs."""
+    _check_pieces([30 if region % 17 == 0 else region % 2 for region in range(600)])
+
+
+def _check_pieces(lengths):
     n_pairs, n_regions = sum(lengths), len(lengths)
     if n_pairs == 0:
         return

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from problems import CASES, CASES_BY_NAME, random_map, relative_error
 
 from bra_triton import functional, reference
@@ -35,6 +38,28 @@ def test_padding_takes_part_in_the_means(backend, device):
     actual = functional.region_routing(qkv, padding=padding, **arguments)
     assert torch.equal(actual[1], expected[1])
     assert torch.allclose(actual[0], expected[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=20, deadline=None)
+@given(
+    sides=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    region=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+)
+def test_without_padding_tokens_past_the_edge_are_left_out_of_the_means(backend, device, sides, region):
+    """Means and gradient against average pooling, which has a count of its own for the last regions."""
+    region = tuple(min(pair) for pair in zip(sides, region, strict=True))
+    grid = RegionGrid.of_region_size(*sides, region)
+    qkv = torch.randn(2, *sides, 9, device=device, requires_grad=True)
+    twin = qkv.detach().double().requires_grad_()
+    pooled = F.avg_pool2d(twin[..., :6].permute(0, 3, 1, 2), region, ceil_mode=True, count_include_pad=False)
+    expected = pooled.flatten(2).transpose(1, 2)
+    actual = operators.region_means(qkv, None, 3, grid.numbers, backend)
+    assert torch.allclose(actual.double(), expected, atol=1e-6)
+    grad = torch.randn_like(actual)
+    actual.backward(grad)
+    expected.backward(grad.double())
+    assert torch.allclose(qkv.grad.double(), twin.grad, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -80,7 +105,9 @@ def test_gradient_of_the_weights_reaches_projection_padding_and_router(name, bac
 def test_routing_operators_meet_pytorchs_own_checks(backend, device):
     qkv = torch.randn(2, 5, 6, 24, device=device, requires_grad=True)
     padding = torch.randn(24, device=device, requires_grad=True)
-    torch.library.opcheck(operators.region_means, (qkv, padding, 8, 3, backend))
+    grid = RegionGrid.of_windows(5, 6, 3).numbers
+    for fill in (padding, None):
+        torch.library.opcheck(operators.region_means, (qkv, fill, 8, grid, backend))
     query, key = (torch.randn(2, 9, 8, device=device, requires_grad=True) for _ in range(2))
     torch.library.opcheck(operators.route, (query, key, 3, 0.5, backend))
 

@@ -182,17 +182,18 @@ def test_flops_of_the_nchw_form_are_those_of_the_products() -> None:
     attention.total_ops = 0
     x = torch.randn(5, 8, 4, 5)  # regions of 2 x 2, padded to 4 x 6: 6 regions of 4 tokens
     flops.count_nchw_attention(attention, (x,), x)
-    routing, logits, values = 6 * 6 * 8, 24 * 3 * 4 * 8, 24 * 3 * 4 * 8
-    assert attention.total_ops == 5 * (routing + logits + values)
+    routing, logits, values, lepe = 6 * 6 * 8, 24 * 3 * 4 * 8, 24 * 3 * 4 * 8, 24 * 9 * 8
+    assert attention.total_ops == 5 * (routing + logits + values + lepe)
     with pytest.raises(ValueError, match="1 x 5, smaller than n_win=2"):
         flops.count_nchw_attention(attention, (x[:, :, :1],), x)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("name", ["attention", "nchw"])
-def test_profiler_counts_the_projections_and_lepe_once(name: str) -> None:
+def test_profiler_counts_the_projections_and_lepe_once(name: str, backend: str) -> None:
     thop = pytest.importorskip("thop")
     model = nn.Sequential(BLOCKS[name]())
-    model[0].attn.backend = "reference"
+    model[0].attn.backend = backend
     total, _ = thop.profile(model, inputs=(torch.randn(1, 32, 8, 8),), verbose=False)
     projections, lepe = 64 * 32 * (96 + 32), 64 * 9 * 32
     routing, attention = 16 * 16 * 32, 64 * (2 * 4) * 64
