@@ -11,6 +11,7 @@ from ..problem import Gradients, Lepe, Padding, RoutedAttention, SmallGradients
 from ..region_grid import RegionGrid
 from .lepe import lepe_forward
 from .lists import KeyLists, QueryLists, list_keys, list_queries
+from .maps import image_tokens, row_stride
 
 LOG2_E = math.log2(math.e)
 # The end of a list is walked in narrower steps: of 400 keys in steps of 128 one as wide would waste 112. It
@@ -68,7 +69,7 @@ def _forward(
             *(*results, problem.scale * LOG2_E),
             *_query_side_sizes(problem, lists),
             *(grid.height, grid.width, grid.height + bottom, grid.width + right),
-            LEPE_STRIDE=0 if lepe is None else _row_stride(lepe.value),
+            LEPE_STRIDE=0 if lepe is None else row_stride(lepe.value),
             LEPE_KERNEL=0 if lepe is None else lepe.kernel_size,
             BLOCK_M=tile.own,
             BLOCK_N=tile.step,
@@ -142,7 +143,7 @@ def _query_gradient(
             *(problem.scale * LOG2_E, problem.scale),
             *_query_side_sizes(problem, lists),
             problem.kv_grid.region_tokens,
-            GRAD_QUERY_STRIDE=_row_stride(gradients.query),
+            GRAD_QUERY_STRIDE=row_stride(gradients.query),
             BLOCK_M=tile.own,
             BLOCK_N=tile.step,
             BLOCK_SLOTS=triton.next_power_of_2(problem.topk),
@@ -174,11 +175,11 @@ def _key_value_gradient(
     )
     n_pieces = 1 if lists.work is None else lists.work.shape[2]
     constants = _constants(problem, tile, lists) | {
-        "GRAD_KEY_STRIDE": _row_stride(gradients.key),
-        "GRAD_VALUE_STRIDE": _row_stride(gradients.value),
+        "GRAD_KEY_STRIDE": row_stride(gradients.key),
+        "GRAD_VALUE_STRIDE": row_stride(gradients.value),
         "BLOCK_N": tile.own,
     }
-    kv_tokens = _tokens(problem.key)
+    kv_tokens = image_tokens(problem.key)
     _, query_region_tokens = _owned(problem.query_grid, masked)
     programs = problem.batch * triton.cdiv(region_tokens, tile.own) * problem.num_heads
     with torch.cuda.device_of(grad_out):
@@ -187,7 +188,7 @@ def _key_value_gradient(
             *(lists.region_list, lists.query_list, lists.work, *_padding(problem), lists.factors),
             *_marks(lists),
             *(statistics, grad_out, gradients.key, gradients.value, partial_key, partial_value, shares),
-            *(problem.scale * LOG2_E, problem.scale, _tokens(problem.query), kv_tokens),
+            *(problem.scale * LOG2_E, problem.scale, image_tokens(problem.query), kv_tokens),
             problem.query_grid.n_regions * (1 if masked else problem.topk),
             *(n_regions, n_pieces, lists.n_partials, region_tokens, query_region_tokens),
             QUERY_IS_PADDED=problem.query_grid.is_padded,
@@ -251,9 +252,9 @@ def _constants(problem: RoutedAttention, tile: tiles.Tile, lists: KeyLists | Que
         "N_GRAPHS": problem.n_graphs,
         "QK_HEAD_DIM": problem.qk_head_dim,
         "V_HEAD_DIM": problem.v_head_dim,
-        "QUERY_STRIDE": _row_stride(problem.query),
-        "KEY_STRIDE": _row_stride(problem.key),
-        "VALUE_STRIDE": _row_stride(problem.value),
+        "QUERY_STRIDE": row_stride(problem.query),
+        "KEY_STRIDE": row_stride(problem.key),
+        "VALUE_STRIDE": row_stride(problem.value),
         "BLOCK_QK": tiles.channel_block(problem.qk_head_dim),
         "BLOCK_V": tiles.channel_block(problem.v_head_dim),
         "BLOCK_TAIL": min(tile.step, TAIL_STEP),
@@ -267,8 +268,8 @@ def _constants(problem: RoutedAttention, tile: tiles.Tile, lists: KeyLists | Que
 def _query_side_sizes(problem: RoutedAttention, lists: KeyLists) -> tuple[int, ...]:
     """Sizes that the kernels that own queries take, in their order."""
     return (
-        _tokens(problem.query),
-        _tokens(problem.key),
+        image_tokens(problem.query),
+        image_tokens(problem.key),
         problem.query_grid.n_regions,
         _owned(problem.query_grid, lists.marks is not None)[1],
         lists.key_list.shape[-1],
@@ -277,21 +278,6 @@ def _query_side_sizes(problem: RoutedAttention, lists: KeyLists) -> tuple[int, .
 
 def _padding(problem: RoutedAttention) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if problem.padding is None else (problem.padding.key, problem.padding.value)
-
-
-def _tokens(x: Tensor) -> int:
-    """Tokens in one image of a map."""
-    return x.shape[1] * x.shape[2]
-
-
-def _row_stride(x: Tensor) -> int:
-    """Elements from one token of a map to the next; the map is dense but for its channels."""
-    # A map of a single column may carry any stride there.
-    stride = x.stride(2) if x.shape[2] > 1 else x.stride(1) if x.shape[1] > 1 else x.stride(0)
-    assert x.stride(3) == 1 or x.shape[3] == 1
-    assert x.shape[1] == 1 or x.stride(1) == x.shape[2] * stride
-    assert x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.shape[2] * stride
-    return stride
 
 
 def _dot_precision(dtype: torch.dtype) -> str:

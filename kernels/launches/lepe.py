@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import lepe as kernels
 from ..problem import Lepe, LepeGradients
+from .maps import row_stride
 
 # A tile of either kernel. More tokens would mean fewer partial sums in the backward, but spilled registers.
 BLOCK_M = 128
@@ -79,7 +80,7 @@ def lepe_backward(
                 grid.width,
                 reach_height,
                 reach_width,
-                GRAD_STRIDE=grad_value.stride(2),
+                GRAD_STRIDE=row_stride(grad_value),
                 NEEDS_WEIGHT_GRAD=needs_weight_grad,
                 ROWS=rows,
                 **constants,
@@ -97,7 +98,7 @@ def _tiling(lepe: Lepe, image_tokens: int) -> tuple[tuple[int, int], dict]:
     batch, dim = lepe.value.shape[0], lepe.value.shape[-1]
     return (batch * triton.cdiv(image_tokens, BLOCK_M), triton.cdiv(dim, BLOCK_V)), {
         "DIM": dim,
-        "VALUE_STRIDE": lepe.value.stride(2),
+        "VALUE_STRIDE": row_stride(lepe.value),
         "KERNEL": lepe.kernel_size,
         "HAS_FILL": lepe.grid.is_padded,
         "BLOCK_M": BLOCK_M,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import pooling as kernels
 from ..pooling_problem import MAX, PoolingGradients, RegionPooling
+from .maps import row_stride
 
 # Two 16-byte loads in flight a thread. Predicted, not measured; with twice as much float32 spills.
 TILE_BYTES = 4096
@@ -160,7 +161,7 @@ def _constants(x: Tensor, pooling: RegionPooling, weight: Tensor | None) -> dict
     return {
         "KERNEL_WIDTH": 1 if weight is None else weight.shape[-1],
         "PADDED": pooling.grid.is_padded,
-        "TOKEN_STRIDE": x.stride(2),
+        "TOKEN_STRIDE": row_stride(x),
         "CHANNELS": channels,
         "BLOCK_T": TILE_BYTES // (x.element_size() * block_c),
         "BLOCK_C": block_c,

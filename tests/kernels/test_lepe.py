@@ -368,3 +368,21 @@ def test_sizes_do_not_compile_anew():
         sizes = [p for p in small.kernel.params if small.signature.get(p.name) == "i32"]
         assert len(sizes) == 4
         assert all(size.do_not_specialize for size in sizes), small.name
+
+
+def test_a_column_of_any_stride(device):
+    """PyTorch calls a map of one column contiguous whatever its stride is there; kernels step by it."""
+    case = Case("column", "", 3, 16, RegionGrid.of_windows(8, 1, 1))
+    column = torch.randn(1, 1, 8, 16, device=device).transpose(1, 2)
+    assert column.is_contiguous()
+    assert column.stride(2) != column.shape[3]
+    weight, bias = torch.randn(16, 1, 3, 3, device=device), torch.randn(16, device=device)
+    results = []
+    for value in (column, column.clone(memory_format=torch.contiguous_format).view(1, 8, 1, 16)):
+        lepe = Lepe(value, weight, bias, case.grid)
+        grad_value = torch.zeros(1, 1, 8, 16, device=device).transpose(1, 2)
+        out = triton_lepe.lepe_forward(torch.zeros(1, 8, 1, 16, device=device), lepe)
+        gradients = triton_lepe.lepe_backward(torch.ones_like(out), grad_value, lepe)
+        results.append((out, grad_value, gradients.weight))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][0].abs().sum() > 0
