@@ -137,8 +137,10 @@ def test_other_processes_compile_the_same_and_errors_come_back():
     assert first.loop == inner_loop(compile_for(good, "sm_80"))
 
 
-def test_the_sections_of_a_shipped_kernel():
-    launched = kernel_report.shipped(P3, kernel_report.DTYPES["float16"], "sm_80")
+def test_the_sections_of_a_kernel_as_launched():
+    """With a tile whose tap loop the compiler keeps; with others it unrolls the taps into the rest."""
+    with tiles.use_tiles({tiles.FORWARD: tiles.Tile(128, 64, 4, 3)}):
+        launched = kernel_report.shipped(P3, kernel_report.DTYPES["float16"], "sm_80")
     specimen = next(s for s in launched if s.name == "attention_forward")
     found = sections(compile_for(specimen, "sm_80"))
     # The tail takes the same products in narrower steps, a tap of LePE none.
