@@ -1,7 +1,8 @@
 """`bra-autotune`: finds tile configurations, on the card at hand or, for the shipped tables, without one.
 
 On a GPU it times every configuration worth trying that computes the right result, and keeps the winners in
-the user's cache, where later launches find them:
+the user's cache, where later launches find them. Problems are of the presets' kind, without routing weights:
+soft and differentiable routing keep the shipped tiles, as does padding but for a padded preset or `--shape`.
 
     bra-autotune                                        # the presets, forward and backward, float16
     bra-autotune --preset yolo_p3 --dtype bfloat16
@@ -69,7 +70,7 @@ def predict(args: argparse.Namespace, arch: str) -> None:
         for form in tiles.FORMS
     ]
     plain = [key for key in keys if key.form == tiles.PLAIN]
-    jobs = _jobs(args, plain, arch)
+    jobs = _jobs(args, keys if args.confirm else plain, arch)
     if args.dry_run:
         print(*(f"{arch} {job.key}" for job in jobs), sep="\n")
         return
@@ -147,7 +148,10 @@ def list_trials(args: argparse.Namespace, settings: Sequence[Setting], device: t
                 f"{s.batch}x{s.height}x{s.width}x{s.dim} heads {s.num_heads} n_win {s.n_win} topk {s.topk}"
             )
             print(f"{shape} {name} {trial.kernel} {trial.tile}")
-    print("then the fastest of each, forward and dQ: 1/8 of the exponentials by multiply-adds, LePE apart")
+    print(
+        "then the fastest of each: forward with LePE apart; forward and dQ, half precision, with 1/8 of the "
+        "exponentials by multiply-adds"
+    )
 
 
 def _write_table(table: Table, folder: Path) -> None:

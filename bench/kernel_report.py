@@ -157,7 +157,8 @@ def _with_shared(rows: Sequence[Row], jobs: Sequence[Problem], dtype: str, worke
     bound = [
         (row, preset, replace(specimen, constexprs={**specimen.constexprs, "EXP_SHARE": EXP_SHARE}))
         for row, (preset, _, specimen) in zip(rows, jobs, strict=True)
-        if row.cost and row.cost.binding == "exponential" and specimen.constexprs.get("EXP_SHARE") == 0
+        if row.cost and row.cost.binding == "exponential"
+        if specimen.constexprs.get("EXP_SHARE") == 0 and specimen.constexprs["BLOCK_N"] >= 8 * EXP_SHARE
     ]
     if DTYPES[dtype].itemsize != 2:
         return list(rows)

@@ -1,8 +1,10 @@
 """What the tests on drawn problems share: strategies for memory layouts, and how results are compared."""
 
 import math
+import os
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import Phase, assume, settings
 from hypothesis import strategies as st
@@ -18,6 +20,9 @@ TOLERANCES = {
     torch.bfloat16: 8 * torch.finfo(torch.bfloat16).eps,
 }
 HALF = (torch.float16, torch.bfloat16)
+needs_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="drawn tensors are on the CPU"
+)
 DTYPES = {"torch": (torch.float32, torch.float64, *HALF), "triton": (torch.float32, *HALF)}
 # Differences of terms about as large as the values' gradient, whose scores' gradients add up to 0 in a row.
 CANCELLING = ("query", "key", "router", "kv_down.key")

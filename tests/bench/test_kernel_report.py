@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from bra_triton.bench import kernel_report
+from bra_triton.bench import kernel_report, report_tables
 from bra_triton.bench.machine_code import dense_floor
 from bra_triton.bench.machine_code.analysis import analyse_all
 from bra_triton.bench.machine_code.dense_floor import DenseTile
@@ -72,6 +72,25 @@ def test_shipped_configurations_meet_their_targets_and_do_not_spill(arch, capsys
     monkeypatch.setattr(dense_floor, "TILES", ALL_FLOORS)
     arguments = ["--arch", arch, "--preset", "yolo_p3", "yolo_p3_head64", "--workers", "1"]
     assert kernel_report.main(arguments) == 0, capsys.readouterr().out
+
+
+def test_where_the_exponential_unit_binds_a_share_of_it_is_tried(monkeypatch):
+    """dQ of large maps on sm_90; not dK/dV, nor where something else binds."""
+    shipped = kernel_report.shipped
+    monkeypatch.setattr(
+        kernel_report,
+        "shipped",
+        lambda preset, dtype, arch: [s for s in shipped(preset, dtype, arch) if s.name == "query_gradient"],
+    )
+    monkeypatch.setattr(dense_floor, "find_floors", lambda *arguments: {})
+    presets = [PRESETS["high_resolution"], PRESETS["yolo_p4"]]
+    large, small = kernel_report.collect(presets, ["sm_90"])
+    assert large.cost.binding == "exponential" != small.cost.binding
+    assert small.shared is None
+    before, after = (code.loop.counts["exponentials"] for code in (large.analysis, large.shared.analysis))
+    assert after == before - before // kernel_report.EXP_SHARE
+    assert large.shared.analysis.slots_per_score > large.analysis.slots_per_score
+    assert "by multiply-adds" in report_tables.render([large, small])
 
 
 def test_a_missed_target_fails_the_report_and_a_met_one_does_not(monkeypatch, capsys):

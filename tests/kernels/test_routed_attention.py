@@ -182,3 +182,35 @@ def test_lepe_in_a_launch_of_its_own_gives_the_same(name, keep_attention, device
         assert (share is not None) == keep_attention
         assert share is None or relative_error(share, expected[1].double()) < FLOAT32_TOLERANCE
     assert len(calls) == 1
+
+
+FORMS = {  # of forward, dQ and dK/dV
+    "packed": ("plain", "plain", "plain"),
+    "padding": ("padded", "padded", "padded"),
+    "head_graphs": ("weighted", "weighted", "weighted"),
+    "unequal_heads": ("padded", "padded", "padded"),
+    "soft": ("weighted", "weighted", "weighted"),
+    "hard": ("plain", "weighted", "plain"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_launches_ask_for_the_tile_of_their_form(name, device, monkeypatch):
+    """The forms that a launch asks the tables for are those that the tuner spills none of."""
+    asked = {}
+
+    def choose(kernel, dtype, head_dim, region_tokens, device, form):
+        asked[kernel] = form
+        return tiles.Tile(16, 32, 1, 1)
+
+    monkeypatch.setattr(tiles, "choose", choose)
+    problem = make(PARTS[name], device)
+    grad_out = torch.zeros(*problem.query.shape[:3], problem.value.shape[-1], device=device)
+    attention_oracle.run_backend(registry.load("triton"), problem, grad_out, PARTS[name].needs_factor)
+    assert asked == dict(zip(tiles.KERNELS, FORMS[name], strict=True))
+
+
+def test_a_graph_for_every_head_is_a_form_of_its_own():
+    heads = {"heads": (32, 32), "is_padded": False, "is_weighted": False}
+    assert tiles.form_of(**heads, n_graphs=1) == tiles.PLAIN
+    assert tiles.form_of(**heads, n_graphs=4) == tiles.PADDED

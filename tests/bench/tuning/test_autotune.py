@@ -154,6 +154,7 @@ def test_trials_compete_for_the_entry_that_launches_take(side, dim, form):
 
 def test_a_backward_pass_times_both_its_kernels(device, monkeypatch):
     monkeypatch.setattr(timing, "candidates", lambda *args: [])
+    monkeypatch.setattr(timing, "variants", lambda *args: [])
     timer = Stopwatch()
     measure([*TINY, "--pass", "backward", "--dtype", "bfloat16"], timer, device)
     assert len(timer.timed) == 2  # what both use so far
