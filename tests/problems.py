@@ -87,10 +87,10 @@ CASES = [
         32,
     ),
     Case("qk_wide", "qk_dim > dim", 12, 12, 24, 3, 3, 4, 48),
-    Case("batch_2", "two images: neither may see the other", 14, 14, 32, 1, 7, 4, batch=2),
+    Case("batch_2", "two images: neither may see the other", 6, 6, 32, 1, 3, 4, batch=2),
     Case("head_200", "heads up to 256: 200 in a tile of 256", 4, 6, 200, 1, 2, 2),
     Case("one_region", "n_win 1: everything is one region", 6, 7, 32, 1, 1, 1),
-    Case("one_token", "regions of a single token", 7, 7, 32, 1, 7, 5),
+    Case("one_token", "regions of a single token", 5, 5, 32, 1, 5, 5),
 ]
 # Their 49 and 64 regions take the interpreter half a minute each; the smaller cases cover the same code.
 SLOW_INTERPRETED = {"biformer_stage1", "biformer_stage2", "padded"}

@@ -81,7 +81,7 @@ REGIONAL_CASES = [
     RegionalCase(
         "many_regions",
         "66 regions a side, more than n_win may be: only the router's kernel has a limit",
-        (66, 2),
+        (66, 1),
         (1, 1),
         num_heads=1,
     ),

@@ -259,7 +259,8 @@ class TestDeterminism:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_gradients_are_bitwise_equal(self, backend, device):
         """One region that all choose: here atomics would add in a changing order."""
-        case = CASES_BY_NAME["biformer_stage2"]
+        interpreted = backend == "triton" and device.type == "cpu"
+        case = CASES_BY_NAME["tokens_5x5" if interpreted else "biformer_stage2"]
         qkv = random_map(case, device).float()
         qkv[..., : case.dim] = qkv[..., : case.dim].abs()
         qkv[:, :4, :4, case.dim : 2 * case.dim] += 5  # region 0's keys
