@@ -138,7 +138,7 @@ def test_the_drop_in_is_the_reference_on_the_torch_backend(mode):
 
 
 @needs_interpreter
-@profile(3)
+@profile(2)
 @given(drawn("triton"))
 def test_the_drop_in_is_the_reference_on_the_interpreter(drawn):
     judge(_module_errors(drawn, "triton"), drawn)
