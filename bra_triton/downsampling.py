@@ -4,6 +4,7 @@
 on regions cut apart, for the reference and for export. What both share is where a region's cells lie.
 """
 
+from abc import ABC, abstractmethod
 from fractions import Fraction
 from typing import TypeVar
 
@@ -55,7 +56,7 @@ def build(
     return nn.Identity()
 
 
-class KVDownsampling(nn.Module):
+class KVDownsampling(nn.Module, ABC):
     """What the modes have in common.
 
     Args:
@@ -70,21 +71,17 @@ class KVDownsampling(nn.Module):
         self.dim = dim
         self.mode = mode
 
+    @abstractmethod
     def count(self, side: int) -> int:
         """Cells along a side of a region of `side` tokens; raises ValueError where there can be none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cells(self, height: int, width: int, device: torch.device) -> Cells:
         """Where the cells of a region of `height` x `width` tokens lie; for `"fracpool"` drawn anew.
 
         Returns:
             `(h', 2)` and `(w', 2)` int32: start and end of each cell, along the rows and along the columns.
         """
-        rows = self._along(height, device)
-        return rows, rows if width == height else self._along(width, device)
-
-    def _along(self, side: int, device: torch.device) -> Tensor:
-        raise NotImplementedError
 
     def kv_grid(self, grid: RegionGrid) -> RegionGrid:
         """Regions of the reduced map of keys and values, those of the map being `grid`."""
@@ -122,6 +119,7 @@ class KVDownsampling(nn.Module):
         )
         return pooled
 
+    @abstractmethod
     def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
         """Reduces regions that are cut apart, in plain differentiable PyTorch.
 
@@ -132,10 +130,22 @@ class KVDownsampling(nn.Module):
         Returns:
             `(B, qk_dim + dim, h', w')`.
         """
-        raise NotImplementedError
 
 
-class AdaptivePooling(KVDownsampling):
+class FixedCells(KVDownsampling):
+    """Modes whose cells depend on the side of the region alone."""
+
+    def cells(self, height: int, width: int, device: torch.device) -> Cells:
+        """See `KVDownsampling.cells`."""
+        rows = self._along(height, device)
+        return rows, rows if width == height else self._along(width, device)
+
+    @abstractmethod
+    def _along(self, side: int, device: torch.device) -> Tensor:
+        """Start and end of each cell along a side, `(cells, 2)` int32."""
+
+
+class AdaptivePooling(FixedCells):
     """`"ada_avgpool"`, `"ada_maxpool"`: `kv_per_win` cells a side, as equal as can be, which may overlap."""
 
     def __init__(self, qk_dim: int, dim: int, mode: str, kv_per_win: int) -> None:
@@ -174,7 +184,7 @@ class AdaptivePooling(KVDownsampling):
         return f"{self.mode}, kv_per_win={self.kv_per_win}"
 
 
-class WindowPooling(KVDownsampling):
+class WindowPooling(FixedCells):
     """`"avgpool"`, `"maxpool"`: windows of `ratio` x `ratio` tokens side by side; a remainder is dropped."""
 
     def __init__(self, qk_dim: int, dim: int, mode: str, ratio: int) -> None:
@@ -255,7 +265,7 @@ class FractionalMaxPooling(KVDownsampling):
         return f"ratio={self.ratio}, kernel={self.kernel}"
 
 
-class DepthwiseConvolution(KVDownsampling):
+class DepthwiseConvolution(FixedCells):
     """`"conv"`: depthwise convolutions of keys and of values, with stride `ratio`, inside each region."""
 
     def __init__(self, qk_dim: int, dim: int, ratio: int, kernel: int | None) -> None:

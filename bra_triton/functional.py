@@ -114,7 +114,7 @@ def region_routing(
     if name == "reference":
         padded = reference.pad_map(qkv, grid, padding) if grid.is_padded else qkv
         return reference.route(padded, spec, parts.emb)
-    r_weight, r_idx = _route(dense(qkv), spec, parts.for_kernels(qkv.dtype), grid, name)
+    r_weight, r_idx = _route(qkv.contiguous(), spec, parts.for_kernels(qkv.dtype), grid, name)
     return r_weight, r_idx.long()
 
 
@@ -188,17 +188,9 @@ def attend(qkv: Tensor, spec: AttentionSpec, parts: Parts | None = None, *, back
             emb=parts.emb,
             kv_down=parts.kv_downsampling,
         )
-    qkv = dense(qkv)
+    qkv = qkv.contiguous()
     r_weight, r_idx = _route(qkv, spec, parts, grid, name)
     return attend_to_chosen(qkv, r_weight, r_idx, spec, parts, grid, name)
-
-
-def dense(qkv: Tensor) -> Tensor:
-    """Contiguous, and with the strides that its shape says.
-
-    PyTorch calls a map of one row or column contiguous whatever the stride is there, but kernels step by it.
-    """
-    return qkv.contiguous().view(qkv.shape)
 
 
 def attend_to_chosen(

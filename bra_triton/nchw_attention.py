@@ -78,7 +78,7 @@ class NCHWBiLevelRoutingAttention(nchw_reference.NCHWBiLevelRoutingAttention):
         if ret_attn_mask or self.backend == "reference" or being_exported():
             return super().forward(x, ret_attn_mask)
         spec, grid = self.spec, self.grid(x)
-        qkv = functional.dense(_project(self.qkv_linear, x.permute(0, 2, 3, 1)))
+        qkv = _project(self.qkv_linear, x.permute(0, 2, 3, 1)).contiguous()
         backend = registry.select(self.backend, qkv, spec.head_dims, [grid])
         # Tokens past the edge are left out of the means, but are zeros to the attention, and take part.
         means = operators.region_means(qkv.detach(), None, spec.qk_dim, grid.numbers, backend)

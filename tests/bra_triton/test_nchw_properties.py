@@ -21,7 +21,7 @@ from properties import (
     run,
 )
 
-from bra_triton import NCHWBiLevelRoutingAttention, functional, nchw_reference
+from bra_triton import NCHWBiLevelRoutingAttention, nchw_reference
 from bra_triton.functional import regional_routing_attention
 from bra_triton.kernels.region_grid import RegionGrid
 from bra_triton.operators import routing as operators
@@ -215,7 +215,7 @@ def _module_errors(drawn, backend):
     # From here on with the rounded projection, whose routes are not those of the exact one.
     grid = module.grid(x)
     topk = min(module.spec.topk, grid.n_regions)
-    packed, dim = functional.dense(projected.permute(0, 2, 3, 1)), module.spec.dim
+    packed, dim = projected.permute(0, 2, 3, 1).contiguous(), module.spec.dim
     routed_by = operators.region_means(packed, None, dim, grid.numbers, backend).split(dim, dim=-1)
     r_idx = operators.route(*routed_by, topk, 1.0, backend)[1].long()
     query, key, _ = projected.double().chunk(3, 1)
