@@ -28,6 +28,7 @@ from bra_triton.bench.machine_code.launches import Setting
 from bra_triton.bench.presets import PRESETS
 from bra_triton.bench.tuning import prediction, ranking, timing
 from bra_triton.bench.tuning.prediction import Job, Outcome
+from bra_triton.bench.tuning.search_space import EXP_SHARE
 from bra_triton.kernels import tile_cache, tile_table, tiles
 from bra_triton.kernels.tile_table import Entry, Key, Table
 
@@ -149,8 +150,8 @@ def list_trials(args: argparse.Namespace, settings: Sequence[Setting], device: t
             )
             print(f"{shape} {name} {trial.kernel} {trial.tile}")
     print(
-        "then the fastest of each: forward with LePE apart; forward and dQ, half precision, with 1/8 of the "
-        "exponentials by multiply-adds"
+        "then the fastest of each: forward with LePE apart; forward and dQ, half precision, with "
+        f"1/{EXP_SHARE} of the exponentials by multiply-adds"
     )
 
 

@@ -152,24 +152,22 @@ def collect(
     return _with_shared(rows, jobs, dtype, workers)
 
 
-def _with_shared(rows: Sequence[Row], jobs: Sequence[Problem], dtype: str, workers: int) -> list[Row]:
+def _with_shared(rows: list[Row], jobs: Sequence[Problem], dtype: str, workers: int) -> list[Row]:
     """The rows, with `Row.shared` where the exponential unit binds."""
     bound = [
-        (row, preset, replace(specimen, constexprs={**specimen.constexprs, "EXP_SHARE": EXP_SHARE}))
-        for row, (preset, _, specimen) in zip(rows, jobs, strict=True)
-        if row.cost and row.cost.binding == "exponential"
+        (index, replace(specimen, constexprs={**specimen.constexprs, "EXP_SHARE": EXP_SHARE}))
+        for index, (row, (_, _, specimen)) in enumerate(zip(rows, jobs, strict=True))
+        if DTYPES[dtype].itemsize == 2 and row.cost and row.cost.binding == "exponential"
         if specimen.constexprs.get("EXP_SHARE") == 0 and specimen.constexprs["BLOCK_N"] >= 8 * EXP_SHARE
     ]
-    if DTYPES[dtype].itemsize != 2:
-        return list(rows)
-    analyses = analyse_all([(specimen, row.arch) for row, _, specimen in bound], workers)
-    found = {}
-    for (row, preset, specimen), analysis in zip(bound, analyses, strict=True):
+    analyses = analyse_all([(specimen, rows[index].arch) for index, specimen in bound], workers)
+    for (index, specimen), analysis in zip(bound, analyses, strict=True):
         if isinstance(analysis, Analysis):
+            row, (preset, _, _) = rows[index], jobs[index]
             problem = preset.sizes(2, "query_marks" in specimen.signature)
             cost = predict(row.kernel, analysis, problem, HARDWARE[row.arch])
-            found[id(row)] = replace(row, shared=Shared(analysis, cost))
-    return [found.get(id(row), row) for row in rows]
+            rows[index] = replace(row, shared=Shared(analysis, cost))
+    return rows
 
 
 def _is_checked(arch: str, dtype: str) -> bool:

@@ -13,11 +13,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bra_triton.bench.machine_code.analysis import Analysis, analyse
-from bra_triton.bench.machine_code.hardware import HARDWARE, Hardware
-from bra_triton.bench.machine_code.static_analysis import KernelSpecimen, LoopMix
+from bra_triton.bench.machine_code.analysis import Analysis
+from bra_triton.bench.machine_code.hardware import Hardware
+from bra_triton.bench.machine_code.static_analysis import LoopMix
 from bra_triton.kernels.launches.lepe import BLOCK_M as LEPE_BLOCK_M
 from bra_triton.kernels.launches.lepe import BLOCK_V as LEPE_BLOCK_V
+from bra_triton.kernels.tiles import channel_block
 
 ATTENTION_KERNELS = ("attention_forward", "query_gradient", "key_value_gradient")
 # Multiply-adds of the matrix products for one score, in query/key and value channels.
@@ -122,7 +123,7 @@ class Cost:
 
     @property
     def seconds_per_useful_score(self) -> float:
-        """What to rank tile configurations by."""
+        """Predicted time of one useful score."""
         return self.seconds / self.useful_scores
 
     @property
@@ -131,29 +132,10 @@ class Cost:
         return self.ideal_seconds / self.seconds
 
 
-def cost(specimen: KernelSpecimen, problem: ProblemSizes, arch: str) -> Cost:
-    """Compiles an attention kernel for `arch` and predicts its launch on `problem`.
-
-    Args:
-        specimen: its `name` is one of `ATTENTION_KERNELS`.
-        problem: sizes.
-        arch: a key of `hardware.HARDWARE`.
-
-    Raises:
-        ValueError: `arch` or the kernel's name is unknown, or the kernel has no loop with matrix products.
-        Exception: what the compiler raises.
-    """
-    if arch not in HARDWARE:
-        raise ValueError(f"arch is {arch!r}; the cost model knows {', '.join(HARDWARE)}")
-    precision = specimen.constexprs.get("PRECISION", "ieee")
-    passes = 3 if precision == "tf32x3" else 1
-    return predict(specimen.name, analyse(specimen, arch), problem, HARDWARE[arch], passes)
-
-
 def predict(
     kernel: str, code: Analysis, problem: ProblemSizes, hardware: Hardware, matrix_passes: int = 1
 ) -> Cost:
-    """The arithmetic of `cost`, for code that is already counted.
+    """Predicts a launch of an attention kernel from its counted code.
 
     Args:
         kernel: one of `ATTENTION_KERNELS`.
@@ -161,6 +143,9 @@ def predict(
         problem: sizes.
         hardware: rates.
         matrix_passes: matrix products for one product, 3 for tf32x3.
+
+    Raises:
+        ValueError: the kernel is unknown, or its code has no loop with matrix products.
     """
     if kernel not in ATTENTION_KERNELS:
         raise ValueError(f"kernel is {kernel!r}; the cost model knows {', '.join(ATTENTION_KERNELS)}")
@@ -213,7 +198,7 @@ def lepe_apart_over_fused(
     dim = problem.num_heads * problem.v_head_dim
     map_seconds = tokens * dim * problem.element_bytes / hardware.bandwidth
     programs = -(-tokens // LEPE_BLOCK_M) * -(-dim // LEPE_BLOCK_V)
-    executed = lepe.rest.total + (lepe.n_taps * lepe.taps.total if lepe.taps else 0)
+    executed = _executed(lepe, Walk(programs, 0, 0, 0), lambda mix: mix.total)
     slots = 32 * lepe.num_warps * executed * -(-programs // hardware.sms)
     second = max(slots / hardware.issue_slots / hardware.clock, 3 * map_seconds)
     # The backward needs the attention's own output, which the fused kernel writes beside the sum.
@@ -244,7 +229,7 @@ def fma_per_score(kernel: str, problem: ProblemSizes, padded: bool) -> int:
     """Multiply-adds of the matrix products for one score; padded: heads as wide as their tiles."""
     qk, v = _PRODUCTS[kernel]
     if padded:
-        return qk * _channel_block(problem.qk_head_dim) + v * _channel_block(problem.v_head_dim)
+        return qk * channel_block(problem.qk_head_dim) + v * channel_block(problem.v_head_dim)
     return qk * problem.qk_head_dim + v * problem.v_head_dim
 
 
@@ -314,7 +299,3 @@ def _executed(code: Analysis, walk: Walk, count: Callable[[LoopMix], int]) -> in
         (code.taps, code.n_taps),
     )
     return sum(count(mix) * number for mix, number in times if mix is not None)
-
-
-def _channel_block(head_dim: int) -> int:
-    return max(16, 1 << (head_dim - 1).bit_length())
