@@ -20,16 +20,11 @@ import torch
 from bra_triton.bench import report_tables
 from bra_triton.bench.machine_code import dense_floor
 from bra_triton.bench.machine_code.analysis import Analysis, analyse_all
-from bra_triton.bench.machine_code.cost_model import (
-    ATTENTION_KERNELS,
-    Cost,
-    predict,
-    small_kernel_bytes,
-)
+from bra_triton.bench.machine_code.cost_model import ATTENTION_KERNELS, Cost, predict
 from bra_triton.bench.machine_code.hardware import HARDWARE
-from bra_triton.bench.machine_code.launches import record_attention
-from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
-from bra_triton.bench.presets import PRESETS, Preset
+from bra_triton.bench.machine_code.launches import Launch, record_attention
+from bra_triton.bench.machine_code.small_kernels import SmallCost, predict_small
+from bra_triton.bench.presets import MODES, PRESETS, Preset
 from bra_triton.bench.tuning.search_space import EXP_SHARE
 from bra_triton.kernels import tiles as tile_tables
 
@@ -42,7 +37,7 @@ TARGET_REGION_TOKENS = 100
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-Problem = tuple[Preset, str, KernelSpecimen]
+Problem = tuple[Preset, str, Launch]
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,8 @@ class Row:
         analysis: its counts; None when it does not compile.
         error: the compiler's, when it does not compile.
         checked: whether a spill is a failure.
-        bytes_moved: bytes that the launch cannot avoid; None where unknown.
         cost: prediction, for attention kernels.
+        small: prediction, for the others.
         floor: the dense loop beside it, for attention kernels; None when all spill.
         target: largest ratio to the floor; None where none is set.
         shared: the same with a share of its exponentials by multiply-adds, where the exponential unit
@@ -78,8 +73,8 @@ class Row:
     analysis: Analysis | None
     error: str | None
     checked: bool
-    bytes_moved: int | None
     cost: Cost | None
+    small: SmallCost | None
     floor: dense_floor.Floor | None
     target: float | None
     shared: Shared | None = None
@@ -107,17 +102,19 @@ class Row:
         return found
 
 
-def shipped(preset: Preset, dtype: torch.dtype, arch: str) -> list[KernelSpecimen]:
-    """Every kernel that a forward and backward of a preset launches on an architecture, each once."""
+def shipped(preset: Preset, dtype: torch.dtype, arch: str) -> list[Launch]:
+    """What a forward and backward of a preset launches on an architecture, every kernel once."""
     with tile_tables.use_architecture(arch):
         launched = record_attention(preset.setting, dtype)
-    return [specimen for i, specimen in enumerate(launched) if specimen not in launched[:i]]
+    kernels = [launch.specimen for launch in launched]
+    return [launch for i, launch in enumerate(launched) if launch.specimen not in kernels[:i]]
 
 
 def target_of(kernel: str, preset: Preset, arch: str, dtype: str) -> float | None:
     """The largest ratio to the dense floor that an attention kernel may have; None where none is set."""
     large = preset.region_tokens >= TARGET_REGION_TOKENS and preset.head_dim in TARGET_HEADS
-    return TARGETS[kernel] if large and _is_checked(arch, dtype) else None
+    plain = preset.name in PRESETS
+    return TARGETS[kernel] if plain and large and _is_checked(arch, dtype) else None
 
 
 def collect(
@@ -137,17 +134,18 @@ def collect(
         workers: processes that compile.
     """
     jobs = [
-        (preset, arch, specimen)
+        (preset, arch, launch)
         for arch in architectures
         for preset in presets
-        for specimen in shipped(preset, DTYPES[dtype], arch)
+        for launch in shipped(preset, DTYPES[dtype], arch)
     ]
-    analyses = analyse_all([(specimen, arch) for _, arch, specimen in jobs], workers)
-    wanted = [(s.name, preset.head_dim, arch) for preset, arch, s in jobs if s.name in ATTENTION_KERNELS]
+    analyses = analyse_all([(launch.specimen, arch) for _, arch, launch in jobs], workers)
+    names = [(launch.specimen.name, preset.head_dim, arch) for preset, arch, launch in jobs]
+    wanted = [name for name in names if name[0] in ATTENTION_KERNELS]
     floors = dense_floor.find_floors(wanted, _TRITON_DTYPES[dtype], tiles, workers)
     rows = [
-        _row(preset, arch, specimen, result, dtype, floors.get((specimen.name, preset.head_dim, arch)))
-        for (preset, arch, specimen), result in zip(jobs, analyses, strict=True)
+        _row(job, result, dtype, floors.get(name))
+        for job, name, result in zip(jobs, names, analyses, strict=True)
     ]
     return _with_shared(rows, jobs, dtype, workers)
 
@@ -156,7 +154,8 @@ def _with_shared(rows: list[Row], jobs: Sequence[Problem], dtype: str, workers: 
     """The rows, with `Row.shared` where the exponential unit binds."""
     bound = [
         (index, replace(specimen, constexprs={**specimen.constexprs, "EXP_SHARE": EXP_SHARE}))
-        for index, (row, (_, _, specimen)) in enumerate(zip(rows, jobs, strict=True))
+        for index, (row, (_, _, launch)) in enumerate(zip(rows, jobs, strict=True))
+        for specimen in [launch.specimen]
         if DTYPES[dtype].itemsize == 2 and row.cost and row.cost.binding == "exponential"
         if specimen.constexprs.get("EXP_SHARE") == 0 and specimen.constexprs["BLOCK_N"] >= 8 * EXP_SHARE
     ]
@@ -174,35 +173,22 @@ def _is_checked(arch: str, dtype: str) -> bool:
     return dtype == "float16" and arch in TARGET_ARCHITECTURES
 
 
-def _row(
-    preset: Preset,
-    arch: str,
-    specimen: KernelSpecimen,
-    result: Analysis | Exception,
-    dtype: str,
-    floor: dense_floor.Floor | None,
-) -> Row:
+def _row(job: Problem, result: Analysis | Exception, dtype: str, floor: dense_floor.Floor | None) -> Row:
+    preset, arch, launch = job
+    specimen = launch.specimen
     analysis = None if isinstance(result, Exception) else result
-    masked = "query_marks" in specimen.signature
-    problem = preset.sizes(DTYPES[dtype].itemsize, masked)
-    cost = target = None
+    cost = small = target = None
     if specimen.name in ATTENTION_KERNELS:
         passes = 3 if specimen.constexprs.get("PRECISION") == "tf32x3" else 1
         if analysis is not None and analysis.loop is not None:
+            problem = preset.sizes(DTYPES[dtype].itemsize, "query_marks" in specimen.signature)
             cost = predict(specimen.name, analysis, problem, HARDWARE[arch], passes)
         target = target_of(specimen.name, preset, arch, dtype)
-    return Row(
-        preset.name,
-        arch,
-        specimen.name,
-        analysis,
-        str(result) if isinstance(result, Exception) else None,
-        _is_checked(arch, dtype),
-        cost.bytes_moved if cost else small_kernel_bytes(specimen.name, problem),
-        cost,
-        floor,
-        target,
-    )
+    elif analysis is not None:
+        small = predict_small(specimen.name, analysis, launch.grid, launch.arguments, HARDWARE[arch])
+    error = str(result) if isinstance(result, Exception) else None
+    checked = _is_checked(arch, dtype)
+    return Row(preset.name, arch, specimen.name, analysis, error, checked, cost, small, floor, target)
 
 
 def as_json(rows: Sequence[Row]) -> list[dict]:
@@ -217,6 +203,8 @@ def as_json(rows: Sequence[Row]) -> list[dict]:
             fits = row.cost.resident_warps > 0  # JSON has no infinity
             data["seconds_per_useful_score"] = row.cost.seconds_per_useful_score if fits else None
             data["binding"] = row.cost.binding
+        if row.small is not None:
+            data["binding"] = row.small.binding
         result.append(data)
     return result
 
@@ -226,13 +214,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What every kernel costs, compiled and predicted: no GPU.")
     parser.add_argument("--arch", nargs="+", choices=HARDWARE, default=list(TARGET_ARCHITECTURES))
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
-    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--preset", nargs="+", choices=PRESETS | MODES, default=list(PRESETS | MODES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--all-tiles", action="store_true", help="search the dense floor over every tile")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args(arguments)
-    presets = [PRESETS[name] for name in options.preset]
+    presets = [(PRESETS | MODES)[name] for name in options.preset]
     tiles = dense_floor.ALL_TILES if options.all_tiles else dense_floor.TILES
     rows = collect(presets, options.arch, options.dtype, tiles, options.workers)
     if options.json:

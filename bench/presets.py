@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from bra_triton.bench.machine_code.cost_model import ProblemSizes
 from bra_triton.bench.machine_code.launches import Setting
+from bra_triton.kernels.pooling_problem import MAX, MEAN, WEIGHTED
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One routed attention as a model runs it: identity key and value tokens, heads of one width.
+    """One routed attention as a model runs it, with heads of one width.
 
     Attributes:
         name: how it is asked for.
@@ -20,6 +21,9 @@ class Preset:
         num_heads: attention heads.
         n_win: regions a side.
         topk: regions that every region attends to.
+        routing_weight: "none", "soft" or "hard".
+        kv_per_win: keys a side of a region; None for as many as queries.
+        kv_pooling: what makes them of a region's tokens, one of `pooling_problem.MODES`.
     """
 
     name: str
@@ -31,6 +35,9 @@ class Preset:
     num_heads: int
     n_win: int
     topk: int
+    routing_weight: str = "none"
+    kv_per_win: int | None = None
+    kv_pooling: str | None = None
 
     @property
     def region_height(self) -> int:
@@ -56,12 +63,14 @@ class Preset:
     def setting(self) -> Setting:
         """What a launch needs to know of it."""
         sizes = (self.batch, self.height, self.width, self.n_win, self.topk, self.num_heads)
-        return Setting(*sizes, self.head_dim, self.head_dim)
+        modes = (self.kv_per_win, self.kv_pooling, self.routing_weight)
+        return Setting(*sizes, self.head_dim, self.head_dim, *modes)
 
     def sizes(self, element_bytes: int = 2, masked: bool = False) -> ProblemSizes:
         """What the cost of its attention depends on."""
         tokens, heads = self.region_tokens, (self.num_heads, self.head_dim, self.head_dim)
-        problem = (self.batch, self.n_win**2, tokens, self.topk, tokens, *heads)
+        kv_tokens = tokens if self.kv_per_win is None else self.kv_per_win**2
+        problem = (self.batch, self.n_win**2, tokens, self.topk, kv_tokens, *heads)
         return ProblemSizes(*problem, element_bytes, masked=masked)
 
 
@@ -78,5 +87,17 @@ PRESETS = {
         Preset("high_resolution", "YOLO26 at 1280: stride 8", 4, 160, 160, 64, 2, 8, 4),
         Preset("yolo_p3_head64", "heads of 64 at stride 8", 16, 80, 80, 128, 2, 8, 4),
         Preset("high_resolution_head64", "heads of 64 on a large map", 4, 160, 160, 128, 2, 8, 4),
+    )
+}
+
+_P3 = (16, 80, 80, 64, 2, 8, 4)
+# Modes with kernels that the presets do not launch, for the report.
+MODES = {
+    preset.name: preset
+    for preset in (
+        Preset("yolo_p3_soft", "a factor for every routed region, and its gradient", *_P3, "soft"),
+        Preset("yolo_p3_meanpool", "keys of 2x2 tokens' mean", *_P3, "none", 5, MEAN),
+        Preset("yolo_p3_maxpool", "keys of 2x2 tokens' maximum", *_P3, "none", 5, MAX),
+        Preset("yolo_p3_conv", "keys of 2x2 tokens by a convolution", *_P3, "none", 5, WEIGHTED),
     )
 }

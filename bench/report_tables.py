@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # Columns of the instruction mix; the rest of the loop's instructions are summed up as "other".
 _MIX = {"exp": "exponentials", "matrix": "matrix", "fp32": "fp32", "int": "integer", "loads": "global_loads"}
 
+_SMALL_MIX = {"loads": "global_loads", "stores": "global_stores", "fp32": "fp32", "int": "integer"}
+
 _NOTES = """\
 Compiled and counted, or predicted from the counts; nothing is measured. Issue slots: warp instructions x 32.
 slots/score: of the loop over whole tiles. dense: the best spill-free dense loop of this run, slots and tile.
@@ -23,7 +25,10 @@ count; every loop as often as the problem runs it.
 Bounds are microseconds a launch at peak rates, each as if nothing else took time; ps/score: the largest, over
 the useful scores. ideal: what the useful scores alone would take on exponential unit, matrix unit or memory
 with the whole GPU busy, as a share of that. exp slots/score: issue slots that pass while the exponential unit
-evaluates the loop's exponentials; it and the issue slots bind as if nothing else took time."""
+evaluates the loop's exponentials; it and the issue slots bind as if nothing else took time.
+Other kernels: the mix is that of the largest loop (of all code where there is none); turns are a program's,
+by loop; rows of the inverse graph are taken to be uncut, cells of a pooling to be alike, programs to run to
+their end. memory: for the bytes moved, each once. ideal: that over the binding unit."""
 
 
 def render(rows: Sequence[Row], markdown: bool = False) -> str:
@@ -37,7 +42,7 @@ def render(rows: Sequence[Row], markdown: bool = False) -> str:
     for arch in dict.fromkeys(row.arch for row in rows):
         here = [row for row in rows if row.arch == arch and row.analysis is not None]
         attention = [row for row in here if row.cost is not None]
-        small = [row for row in here if row.cost is None]
+        small = [row for row in here if row.small is not None]
         name = f"{arch} ({HARDWARE[arch].gpu})"
         parts += [
             _titled(f"{name}: attention kernels, loops", [_loop_cells(row) for row in attention], markdown),
@@ -132,14 +137,26 @@ def _shared_cells(row: Row) -> dict[str, str]:
 
 
 def _small_cells(row: Row) -> dict[str, str]:
-    moved = row.bytes_moved
-    seconds = None if moved is None else moved / HARDWARE[row.arch].bandwidth
+    assert row.analysis is not None
+    assert row.small is not None
+    work, bounds = row.small.work, row.small.bounds
+    code = row.analysis.straight if not row.analysis.loops else max(row.analysis.loops, key=lambda x: x.total)
+    assert code is not None
+    counts = {title: code.counts[name] for title, name in _SMALL_MIX.items()}
+    counts["other"] = code.total - sum(counts.values())
     return {
         "preset": row.preset,
         "kernel": row.kernel,
         **_resources(row),
-        "MB moved": "" if moved is None else f"{moved / 1e6:.3f}",
-        "memory us": "" if seconds is None else f"{1e6 * seconds:.3f}",
+        **{title: str(count) for title, count in counts.items()},
+        "programs": str(row.small.programs),
+        "turns": ", ".join(map(str, work.trips)),
+        "MB moved": f"{work.bytes_moved / 1e6:.3f}",
+        "MB requested": f"{work.bytes_requested / 1e6:.3f}",
+        "issue us": f"{1e6 * bounds['issue']:.3f}" if "issue" in bounds else "?",
+        "memory us": f"{1e6 * bounds['memory']:.3f}",
+        "binds": row.small.binding,
+        "ideal": f"{row.small.share_of_ideal:.0%}",
     }
 
 

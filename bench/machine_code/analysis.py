@@ -33,6 +33,8 @@ class Analysis:
         tail: the loop over the rest of the list, None where none was found.
         taps: the loop over the convolution's taps, None where none was found.
         rest: all other code.
+        loops: of a kernel without a matrix loop all loops, as `Sections` has them; else empty.
+        straight: of such a kernel what stands in no loop; else None.
     """
 
     block_m: int
@@ -45,6 +47,8 @@ class Analysis:
     tail: LoopMix | None
     taps: LoopMix | None
     rest: LoopMix
+    loops: tuple[LoopMix, ...] = ()
+    straight: LoopMix | None = None
 
     @property
     def slots_per_score(self) -> float:
@@ -110,7 +114,9 @@ def _try_to_analyse(specimen: KernelSpecimen, arch: str) -> "Analysis | Exceptio
     block_m, block_n, block_tail = (_number(specimen, n) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_TAIL"))
     n_taps = max(_number(specimen, name) for name in ("LEPE_KERNEL", "KERNEL")) ** 2
     sizes = (block_m, block_n, block_tail, n_taps, specimen.num_warps)
-    return Analysis(*sizes, usage, parts.loop, parts.tail, parts.taps if n_taps else None, parts.rest)
+    taps = parts.taps if n_taps else None
+    small = () if parts.loop else (parts.loops, parts.straight)
+    return Analysis(*sizes, usage, parts.loop, parts.tail, taps, parts.rest, *small)
 
 
 def _number(specimen: KernelSpecimen, name: str) -> int:

@@ -262,23 +262,6 @@ def bytes_requested(kernel: str, block_m: int, block_n: int, problem: ProblemSiz
     return moved + (walked - keys) * (qk + v)
 
 
-def small_kernel_bytes(kernel: str, problem: ProblemSizes) -> int | None:
-    """Bytes that a kernel without a matrix loop must move; None for a kernel not known here.
-
-    Region means read queries and keys, routing the means, the inverse graph the graph.
-    """
-    queries, keys, graph = _token_heads(problem)
-    row = problem.element_bytes * problem.qk_head_dim
-    regions = problem.batch * (problem.regions + problem.key_regions)
-    means = 4 * regions * problem.num_heads * problem.qk_head_dim
-    known = {
-        "region_means": (queries + keys) * row + means,
-        "route": means + 2 * graph,
-        "invert_graph": 2 * graph + 4 * problem.batch * (problem.key_regions + 1),
-    }
-    return known.get(kernel)
-
-
 def _token_heads(problem: ProblemSizes) -> tuple[int, int, int]:
     """Queries and keys of a launch, each counted once a head, and the bytes of the graph."""
     each = problem.batch * problem.num_heads

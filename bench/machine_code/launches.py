@@ -4,7 +4,7 @@ The launches themselves run, on tensors without data, and only the last step is 
 start, its arguments are noted. So tiles, warps and types are those of a real launch, not a second list.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -14,8 +14,9 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
-from bra_triton.kernels.launches import attention, routing
+from bra_triton.kernels.launches import attention, pooling, routing
 from bra_triton.kernels.launches import lepe as lepe_launches
+from bra_triton.kernels.pooling_problem import WEIGHTED, RegionPooling
 from bra_triton.kernels.problem import Gradients, Lepe, Padding, RoutedAttention
 from bra_triton.kernels.region_grid import RegionGrid
 
@@ -43,6 +44,8 @@ class Setting:
         qk_head_dim: channels of a query or key in one head.
         v_head_dim: channels of a value in one head.
         kv_per_win: keys a side of a region; None for as many as queries.
+        kv_pooling: one of `pooling_problem.MODES` that makes `kv_per_win` keys of a region's; None for keys
+            that come as they are.
         routing_weight: "none", "soft" or "hard".
         head_graphs: a graph for every head.
         side_dwconv: side of LePE's convolution, 0 for none.
@@ -57,6 +60,7 @@ class Setting:
     qk_head_dim: int
     v_head_dim: int
     kv_per_win: int | None = None
+    kv_pooling: str | None = None
     routing_weight: str = "none"
     head_graphs: bool = False
     side_dwconv: int = 3
@@ -85,26 +89,50 @@ class Setting:
         return RegionGrid.of_windows(side, side, self.n_win)
 
 
-def record(run: Callable[[], object]) -> list[KernelSpecimen]:
-    """The kernels that `run` launches, in order, without launching them.
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel.
+
+    Attributes:
+        specimen: what the compiler is given.
+        grid: programs along each axis.
+        arguments: by name, compile-time ones included; tensors have no data.
+    """
+
+    specimen: KernelSpecimen
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+
+
+def record(run: Callable[[], object]) -> list[Launch]:
+    """What `run` launches, in order, without launching it.
 
     Raises:
         TypeError: under `TRITON_INTERPRET=1`, where kernels are not compiled.
     """
-    specimens: list[KernelSpecimen] = []
+    launches: list[Launch] = []
 
-    def note(kernel: JITFunction, grid: object) -> Callable[..., None]:
-        return lambda *args, **kwargs: specimens.append(_specimen(kernel, args, kwargs))
+    def note(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: launches.append(_launch(kernel, grid, args, kwargs))
 
     with mock.patch.object(JITFunction, "__getitem__", note):
         run()
-    if not specimens:
+    if not launches:
         raise TypeError("no compiled kernel was launched; is TRITON_INTERPRET set?")
-    return specimens
+    return launches
 
 
-def record_attention(setting: Setting, dtype: torch.dtype) -> list[KernelSpecimen]:
-    """Every kernel of one forward and backward of an attention, routing included."""
+def record_kernels(run: Callable[[], object]) -> list[KernelSpecimen]:
+    """The kernels that `run` launches, in order; see `record`."""
+    return [launch.specimen for launch in record(run)]
+
+
+def record_attention(setting: Setting, dtype: torch.dtype) -> list[Launch]:
+    """Every launch of one forward and backward of an attention, routing and pooling included.
+
+    Raises:
+        TypeError: under `TRITON_INTERPRET=1`, where kernels are not compiled.
+    """
     problem, qkv, padding = _problem(setting, dtype)
     gradients = Gradients(*torch.empty_like(qkv).split(_widths(setting), dim=-1))
     if problem.key.shape[1:3] != problem.query.shape[1:3]:
@@ -112,8 +140,11 @@ def record_attention(setting: Setting, dtype: torch.dtype) -> list[KernelSpecime
         gradients = Gradients(gradients.query, *kv.split(_widths(setting)[1:], dim=-1))
     needs_factor = setting.routing_weight != "none"
     lepe = _lepe(setting, qkv, padding)
+    reduction = _pooling(setting, qkv.device)
 
     def run() -> None:
+        if reduction is not None:
+            _pool(reduction, qkv[..., setting.qk_dim :], padding, setting)
         means = routing.region_means(qkv, padding, setting.grid, 2 * setting.qk_dim)
         query, key = means.split(setting.qk_dim, dim=-1)
         r_weight, r_idx = routing.route(query, key, setting.topk, problem.scale)
@@ -168,7 +199,30 @@ def _lepe(setting: Setting, qkv: Tensor, padding: Tensor | None) -> Lepe | None:
     return Lepe(qkv[..., -dim:], weight, qkv.new_empty(dim), setting.grid, fill)
 
 
-def _specimen(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelSpecimen:
+def _pooling(setting: Setting, device: torch.device) -> RegionPooling | None:
+    if setting.kv_pooling is None:
+        return None
+    assert setting.kv_per_win is not None
+    rows, columns = (torch.empty(setting.kv_per_win, 2, dtype=torch.int32, device=device) for _ in range(2))
+    return RegionPooling(rows, columns, setting.kv_pooling, setting.grid)
+
+
+def _pool(reduction: RegionPooling, kv: Tensor, padding: Tensor | None, setting: Setting) -> None:
+    """Keys and values of the regions, and the gradients of what they are made of."""
+    grid = setting.grid
+    fill = None if padding is None else padding[setting.qk_dim :]
+    weight = bias = None
+    if reduction.mode == WEIGHTED:
+        assert setting.kv_per_win is not None
+        sides = (side // setting.kv_per_win for side in (grid.region_height, grid.region_width))
+        weight, bias = kv.new_empty(kv.shape[-1], *sides), kv.new_empty(kv.shape[-1])
+    pooled, argmax = pooling.pool_forward(kv, fill, reduction, weight, bias)
+    pooling.pool_backward(pooled, kv, fill, argmax, reduction, weight, kv)
+
+
+def _launch(
+    kernel: JITFunction, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Launch:
     options = {name: kwargs.pop(name) for name in _COMPILER_OPTIONS if name in kwargs}
     bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     constant = {p.name for p in kernel.params if p.is_constexpr or bound[p.name] is None}
@@ -178,7 +232,8 @@ def _specimen(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     divisible = frozenset(
         name for name, value in bound.items() if isinstance(value, Tensor) and _starts_aligned(value)
     )
-    return KernelSpecimen(kernel.fn.__name__, kernel, signature, constexprs, divisible, **options)
+    specimen = KernelSpecimen(kernel.fn.__name__, kernel, signature, constexprs, divisible, **options)
+    return Launch(specimen, tuple(grid), bound)
 
 
 def _starts_aligned(x: Tensor) -> bool:

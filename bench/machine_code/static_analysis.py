@@ -172,12 +172,16 @@ class Sections:
         taps: the largest innermost loop that loads and has no matrix instructions: over the taps of a
             convolution, if there is one. None where there is none.
         rest: everything else, each instruction once.
+        loops: every loop by the address of its first instruction, each without the loops inside it.
+        straight: what stands in no loop.
     """
 
     loop: LoopMix | None
     tail: LoopMix | None
     taps: LoopMix | None
     rest: LoopMix
+    loops: tuple[LoopMix, ...]
+    straight: LoopMix
 
 
 def sections(compiled: Compiled) -> Sections:
@@ -197,7 +201,9 @@ def sections(compiled: Compiled) -> Sections:
     reached = _reachable(successors, _entries(labels), barred=-1) - {-1, len(program)}
     rest = reached.difference(*(loops[header] for header in chosen if header is not None))
     loop, tail, taps = (None if header is None else mixes[header] for header in chosen)
-    return Sections(loop, tail, taps, _mix([program[i][1] for i in sorted(rest)]))
+    parts = (rest, reached.difference(*loops.values()), *_exclusive_bodies(loops))
+    rest_mix, straight, *bodies = (_mix([program[i][1] for i in sorted(part)]) for part in parts)
+    return Sections(loop, tail, taps, rest_mix, tuple(bodies), straight)
 
 
 def inner_loop(compiled: Compiled) -> LoopMix:
@@ -312,6 +318,14 @@ def _inner_bodies(program: list[_Instruction], labels: dict[str, int]) -> list[s
 def _innermost(loops: Mapping[int, set[int]]) -> set[int]:
     """Headers of the loops that hold no other of them."""
     return {header for header, body in loops.items() if body & loops.keys() == {header}}
+
+
+def _exclusive_bodies(loops: Mapping[int, set[int]]) -> list[set[int]]:
+    """The loops' bodies in the order of their headers, each without the loops inside it."""
+    return [
+        body.difference(*(loops[other] for other in loops.keys() & body if other != header))
+        for header, body in sorted(loops.items())
+    ]
 
 
 def _successors(program: list[_Instruction], labels: dict[str, int]) -> list[list[int]]:

@@ -166,7 +166,7 @@ def specimen(job: Job) -> KernelSpecimen:
     setting = Setting(2, side, side, 8, 4, 2, *heads, routing_weight=routing_weight)
     with tiles.use_tiles({forced: job.tile}):
         launched = record_attention(setting, _DTYPES[job.bits])
-    return next(s for s in launched if s.name == KERNEL_NAMES[job.kernel])
+    return next(x.specimen for x in launched if x.specimen.name == KERNEL_NAMES[job.kernel])
 
 
 def compile_one(job: Job) -> Outcome:
@@ -183,8 +183,10 @@ def compile_one(job: Job) -> Outcome:
 def _outcome(row: dict[str, Any]) -> Outcome:
     code = row["code"]
     if code is not None:
-        mixes = {name: code[name] and LoopMix(**code[name]) for name in ("loop", "tail", "taps", "rest")}
-        code = Analysis(**(code | mixes | {"usage": Usage(**code["usage"])}))
+        names = ("loop", "tail", "taps", "rest", "straight")
+        mixes = {name: LoopMix(**code[name]) for name in names if code.get(name)}
+        loops = tuple(LoopMix(**mix) for mix in code.get("loops", ()))
+        code = Analysis(**(code | mixes | {"usage": Usage(**code["usage"]), "loops": loops}))
     return Outcome(code, row["error"])
 
 

@@ -23,7 +23,8 @@ TIED = 1.05
 SERIALISED = 1.1
 # Depths of the pipeline that are tried, the second one where nothing of the first fits.
 STAGES = (3, 2)
-# Of the forms that are not plain so many spill-free configurations are enough, looked for in such batches.
+# Of the forms that are not plain so many spill-free configurations are enough, looked for in such batches;
+# in one batch alone where the plain kernel spills in every tile, since a form only adds to it.
 FORM_ENOUGH, FORM_BATCH = 1, 2
 
 
@@ -118,7 +119,8 @@ def jobs_of_forms(keys: Iterable[Key], arch: str, by_version: ByVersion) -> list
         if key.form == PLAIN or len(rank(key, arch, by_version)) >= FORM_ENOUGH:
             continue
         plain = replace(key, form=PLAIN)
-        ranked = rank(plain, arch, by_version) or rank(plain, arch, by_version, spilling=True)
+        ranked = rank(plain, arch, by_version)
+        ranked = ranked or rank(plain, arch, by_version, spilling=True)[:FORM_BATCH]
         forms = [_job(key, arch, each.tile) for each in ranked]
         jobs += [job for job in forms if not _outcomes(job, by_version)][:FORM_BATCH]
     return list(dict.fromkeys(jobs))

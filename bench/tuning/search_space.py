@@ -4,7 +4,8 @@ The space is pruned by what no good configuration breaks:
 
 - A thread holds 16 to 64 scores of a tile, in the forward up to 128. With fewer it spends its time on
   addresses, with more no registers are left for the accumulators. So a tile's area gives its warps within a
-  factor of eight.
+  factor of eight. Of the widest heads operands and accumulators leave room for fewer scores: float32 heads
+  of 64 spill with 16 scores a thread in every tile that small regions can use, and fit with 8.
 - NVIDIA's pipelines have three stages. With two the compiler copies keys and values ahead of their use, but
   loads the token list that says where they lie on the spot, and every step waits for it; the third stage
   costs half a KiB of shared memory and no instruction (forward, float16, head 32, 128 x 128, 8 warps, sm_90:
@@ -61,13 +62,22 @@ def _is_worth_trying(tile: Tile, kernel: str, bits: int, head_dim: int) -> bool:
     # What a thread holds besides scores grows with the head and the element: then fewer scores fit.
     is_wide = bits == 32 or head_dim > 64
     is_small = tile.own <= 32 or is_wide or kernel == KEY_VALUE_GRADIENT
+    fewest = _fewest_scores(bits, head_dim) if is_small else 32
+    most = min(32, 4 * fewest) if is_wide else 128 if kernel == FORWARD else 64
     rows_of_warp = tile.own / tile.num_warps
     return (
-        (16 if is_small else 32) <= per_thread <= (32 if is_wide else 128 if kernel == FORWARD else 64)
+        fewest <= per_thread <= most
         and (tile.own == 16 or rows_of_warp >= 16)
         and (tile.step >= 32 or is_wide)
         and _accumulators(tile, kernel, head_dim) <= (128 if is_wide else 192)
     )
+
+
+def _fewest_scores(bits: int, head_dim: int) -> int:
+    """Scores that a thread of a small tile holds at least."""
+    # Three products of TF32 keep both halves of every float32 operand.
+    operand_bits = head_dim * (2 * bits if bits == 32 else bits)
+    return max(1, min(16, 16 * 2048 // operand_bits))
 
 
 def serves(tile: Tile, size: int) -> bool:

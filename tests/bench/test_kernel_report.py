@@ -55,7 +55,8 @@ def test_the_report_of_one_preset(tmp_path, capsys):
         assert row["cost"]["resident_warps"] > 0
         assert kernel in printed
     assert by_kernel["region_means"]["cost"] is None
-    assert by_kernel["region_means"]["bytes_moved"] > 16 * 80 * 80 * 128 * 2
+    work = by_kernel["region_means"]["small"]["work"]
+    assert work["bytes_moved"] == 16 * (80 * 80 * 128 * 2 + 64 * 128 * 4)
 
 
 def test_a_spill_fails_the_report(monkeypatch, capsys):
@@ -80,7 +81,9 @@ def test_where_the_exponential_unit_binds_a_share_of_it_is_tried(monkeypatch):
     monkeypatch.setattr(
         kernel_report,
         "shipped",
-        lambda preset, dtype, arch: [s for s in shipped(preset, dtype, arch) if s.name == "query_gradient"],
+        lambda preset, dtype, arch: [
+            x for x in shipped(preset, dtype, arch) if x.specimen.name == "query_gradient"
+        ],
     )
     monkeypatch.setattr(dense_floor, "find_floors", lambda *arguments: {})
     presets = [PRESETS["high_resolution"], PRESETS["yolo_p4"]]
@@ -109,13 +112,13 @@ def dkv_only(monkeypatch):
     monkeypatch.setattr(
         kernel_report,
         "shipped",
-        lambda *arguments: [s for s in shipped(*arguments) if s.name == "key_value_gradient"],
+        lambda *arguments: [x for x in shipped(*arguments) if x.specimen.name == "key_value_gradient"],
     )
 
 
 def row(**changes):
     """A row without counts: the kernel did not compile."""
-    nothing = dict.fromkeys(("analysis", "bytes_moved", "cost", "floor", "target"))
+    nothing = dict.fromkeys(("analysis", "cost", "small", "floor", "target"))
     return kernel_report.Row("p", "sm_80", "attention_forward", error="no", checked=True, **nothing | changes)
 
 
@@ -160,7 +163,7 @@ def test_the_sections_of_a_kernel_as_launched():
     """With a tile whose tap loop the compiler keeps; with others it unrolls the taps into the rest."""
     with tiles.use_tiles({tiles.FORWARD: tiles.Tile(128, 64, 4, 3)}):
         launched = kernel_report.shipped(P3, kernel_report.DTYPES["float16"], "sm_80")
-    specimen = next(s for s in launched if s.name == "attention_forward")
+    specimen = next(x.specimen for x in launched if x.specimen.name == "attention_forward")
     found = sections(compile_for(specimen, "sm_80"))
     # The tail takes the same products in narrower steps, a tap of LePE none.
     assert 0 < found.tail.counts["matrix"] < found.loop.counts["matrix"]

@@ -53,7 +53,7 @@ def _for(arch, specimen):
 
 def _check(setting, dtype, arch, expected=KERNELS):
     with tiles.use_architecture(arch):
-        specimens = record_attention(setting, dtype)
+        specimens = [launch.specimen for launch in record_attention(setting, dtype)]
     # Where the table has LePE apart there is a launch more.
     assert {specimen.name for specimen in specimens} - {"lepe_forward"} == expected
     for specimen in specimens:
@@ -121,7 +121,8 @@ SIZES = {
 @pytest.mark.parametrize("setting", [YOLO_P3, *MODES.values()])
 def test_no_kernel_is_compiled_anew_for_a_size_that_divides_well(setting):
     """Triton would compile apart for sizes of 1 and multiples of 16."""
-    for specimen in record_attention(setting, torch.float16):
+    for launch in record_attention(setting, torch.float16):
+        specimen = launch.specimen
         for parameter in specimen.kernel.params:
             if specimen.signature.get(parameter.name) == "i32":
                 assert parameter.name in SIZES, (specimen.name, parameter.name)
@@ -137,7 +138,8 @@ def test_ten_image_sizes_are_one_compilation(name):
         # Regions of 64 to 169 tokens take one tile; the two maps of a mode stay padded or not.
         odd = 0 if name == "yolo_p3" else 1
         sized = dataclasses.replace(setting, height=side // 8 * 8 - odd, width=side // 8 * 8 + 8 - odd)
-        for specimen in record_attention(sized, torch.float16):
+        for launch in record_attention(sized, torch.float16):
+            specimen = launch.specimen
             key = (specimen.name, str(specimen.signature), str(specimen.constexprs), specimen.num_warps)
             distinct.add((*key, specimen.divisible, specimen.num_stages))
     names = [name for name, *_ in distinct]

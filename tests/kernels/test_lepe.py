@@ -14,7 +14,7 @@ from problems import relative_error
 from torch import Tensor
 
 from bra_triton.backend import torch_lepe
-from bra_triton.bench.machine_code.launches import record
+from bra_triton.bench.machine_code.launches import record_kernels
 from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
 from bra_triton.kernels.launches import lepe as triton_lepe
 from bra_triton.kernels.lepe import convolve_tile
@@ -322,7 +322,7 @@ def recorded(side: int, dtype: torch.dtype, kernel: int = 3, n_win: int = 8, dim
         out = triton_lepe.lepe_forward(empty(2, side, side, dim), lepe)
         triton_lepe.lepe_backward(out, empty(2, side, side, 3 * dim)[..., -dim:], lepe, **options)
 
-    return record(run)
+    return record_kernels(run)
 
 
 @pytest.mark.compiled

@@ -10,7 +10,7 @@ from problems import relative_error
 
 from bra_triton import downsampling
 from bra_triton.backend import torch_pooling
-from bra_triton.bench.machine_code.launches import record
+from bra_triton.bench.machine_code.launches import record_kernels
 from bra_triton.bench.machine_code.static_analysis import compile_for, inner_loops, resource_usage
 from bra_triton.kernels.launches import pooling as launches
 from bra_triton.kernels.pooling_problem import MAX, RegionPooling
@@ -300,7 +300,7 @@ def _specimens(name, grid, dtype, qk_dim=64, dim=64):
         grad_x = torch.empty_like(qkv)[..., qk_dim:]
         launches.pool_backward(pooled, x, fill, argmax, pooling, weight, grad_x)
 
-    return record(run)
+    return record_kernels(run)
 
 
 @pytest.mark.compiled

@@ -15,7 +15,6 @@ from bra_triton.bench.machine_code.cost_model import (
     fma_per_score,
     lepe_apart_over_fused,
     predict,
-    small_kernel_bytes,
     walk_of,
 )
 from bra_triton.bench.machine_code.hardware import HARDWARE, Hardware
@@ -179,14 +178,6 @@ def test_bytes_of_one_image_by_hand():
     assert extra == (3 - 1) * 40 * 96
     extra = bytes_requested("key_value_gradient", 16, 16, masked) - bytes_moved("key_value_gradient", masked)
     assert extra == (3 - 1) * 40 * (96 + 8)
-
-
-def test_bytes_of_the_small_kernels():
-    # Queries and keys of 2 x 6400 tokens and 64 channels are read; 2 x 64 + 2 x 64 means of 64 are written.
-    assert small_kernel_bytes("region_means", P3) == 2 * 6400 * 2 * 128 + 4 * 256 * 64
-    assert small_kernel_bytes("route", P3) == 4 * 256 * 64 + 8 * 2 * 64 * 4
-    assert small_kernel_bytes("invert_graph", P3) == 8 * 2 * 64 * 4 + 4 * 2 * 65
-    assert small_kernel_bytes("unheard of", P3) is None
 
 
 @given(
