@@ -69,44 +69,55 @@ def route(
     topk,
     DIM: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Logits of one query region against all key regions, and the topk largest; grid (N*P,)."""
-    pid = tl.program_id(0).to(tl.int64)
-    key_region = tl.arange(0, BLOCK_R)
-    key_rows = key + (pid // n_regions * n_regions + key_region[:, None]) * ROW_STRIDE
-    query_row = query + pid * ROW_STRIDE
+    """Logits of BLOCK_Q query regions against all key regions, and each one's topk largest; grid (N, blocks).
 
-    logits = tl.zeros([BLOCK_R], tl.float32)
+    Several query regions share the keys that they load, and a warp that holds whole rows of logits needs no
+    other one to find their maxima: with a program for every query region the routing of BiFormer's third
+    stage was predicted to take longer than its attention.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    query_region = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    key_region = tl.zeros([BLOCK_Q, 1], tl.int32) + tl.arange(0, BLOCK_R)[None, :]
+    exists = query_region < n_regions
+    query_rows = query + (image * n_regions + query_region[:, None]) * ROW_STRIDE
+    key_rows = key + (image * n_regions + tl.arange(0, BLOCK_R)[:, None]) * ROW_STRIDE
+
+    logits = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
     for start in tl.range(0, DIM, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C)
-        live = channel < DIM
-        of_query = tl.load(query_row + channel, mask=live, other=0.0) * scale
-        of_keys = tl.load(
-            key_rows + channel[None, :], mask=(key_region < n_regions)[:, None] & live[None, :], other=0.0
-        )
-        logits += tl.sum(of_keys * of_query[None, :], axis=1)
+        channel = start + tl.arange(0, BLOCK_C)[None, :]
+        of_queries = tl.load(query_rows + channel, mask=exists[:, None] & (channel < DIM), other=0.0) * scale
+        key_mask = (tl.arange(0, BLOCK_R) < n_regions)[:, None] & (channel < DIM)
+        of_keys = tl.load(key_rows + channel, mask=key_mask, other=0.0)
+        if BLOCK_Q == 1:  # for many regions: operands of a product would not fit shared memory
+            logits += tl.sum(of_keys * of_queries, axis=1)[None, :]
+        else:
+            logits = tl.dot(of_queries, tl.trans(of_keys), logits, input_precision="ieee")
     # NaN first, as torch.sort has it. Above all it must not yield an index out of range: a model whose
     # training diverges should report a NaN loss, not an illegal memory access.
     logits = tl.where(logits == logits, logits, float("inf"))
 
     free = key_region < n_regions
-    slot = tl.arange(0, BLOCK_K)
-    top_logits = tl.full([BLOCK_K], float("-inf"), tl.float32)
-    top_regions = tl.zeros([BLOCK_K], tl.int32)
+    slot = tl.arange(0, BLOCK_K)[None, :]
+    top_logits = tl.full([BLOCK_Q, BLOCK_K], float("-inf"), tl.float32)
+    top_regions = tl.zeros([BLOCK_Q, BLOCK_K], tl.int32)
     for taken in tl.range(0, topk):
-        largest = tl.max(tl.where(free, logits, float("-inf")), axis=0)
-        winner = tl.min(tl.where(free & (logits == largest), key_region, BLOCK_R), axis=0)
+        largest = tl.max(tl.where(free, logits, float("-inf")), axis=1)[:, None]
+        winner = tl.min(tl.where(free & (logits == largest), key_region, BLOCK_R), axis=1)[:, None]
         free = free & (key_region != winner)
         top_logits = tl.where(slot == taken, largest, top_logits)
         top_regions = tl.where(slot == taken, winner, top_regions)
 
-    weight = tl.exp(top_logits - tl.max(top_logits, axis=0))
-    weight = weight / tl.sum(weight, axis=0)
-    tl.store(r_weight + pid * topk + slot, weight, mask=slot < topk)
-    tl.store(r_idx + pid * topk + slot, top_regions, mask=slot < topk)
+    weight = tl.exp(top_logits - tl.max(top_logits, axis=1)[:, None])
+    weight = weight / tl.sum(weight, axis=1)[:, None]
+    place = (image * n_regions + query_region[:, None]) * topk + slot
+    stored = exists[:, None] & (slot < topk)
+    tl.store(r_weight + place, weight, mask=stored)
+    tl.store(r_idx + place, top_regions, mask=stored)
 
 
 @triton.jit(do_not_specialize=["n_regions", "topk"])

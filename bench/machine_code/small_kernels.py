@@ -145,11 +145,13 @@ def _region_means(grid: Sequence[int], a: Arguments) -> Work:
 
 
 def _route(grid: Sequence[int], a: Arguments) -> Work:
-    rows, row, topk = grid[0], a["DIM"] * 4, a["topk"]
+    images, blocks = grid
+    regions, row, topk = images * a["n_regions"], a["DIM"] * 4, a["topk"]
     channel_turns = _turns(a["DIM"], a["BLOCK_C"])
-    written = rows * topk * (4 + 4)
-    trips = (topk,) if channel_turns == 1 else (channel_turns, topk)
-    return Work(trips, 2 * rows * row + written, rows * (1 + a["n_regions"]) * row + written)
+    written = regions * topk * (4 + 4)
+    # Of one or two slots to fill the compiler makes straight code.
+    trips = ((channel_turns,) if channel_turns > 1 else ()) + ((topk,) if a["BLOCK_K"] > 2 else ())
+    return Work(trips, 2 * regions * row + written, (1 + blocks) * regions * row + written)
 
 
 def _sum_over_pairs(grid: Sequence[int], a: Arguments) -> Work:

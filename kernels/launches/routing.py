@@ -8,6 +8,15 @@ from .. import routing
 from ..region_grid import RegionGrid
 from .lists import inverse_graph
 
+# Logits of a program of `route`, and channels that it multiplies at a time. Twice the logits would leave half
+# of an H100's multiprocessors without a program at YOLO's sizes. Predicted, not measured.
+_ROUTE_LOGITS, _ROUTE_CHANNELS = 512, 32
+# Where a query region has a program of its own: elements of a tile of keys, 32 registers a thread.
+_ROUTE_KEYS = 4096
+# Elements of a tile of tokens, and the most tokens in it, of `region_means`. Regions of a few tokens, as in
+# BiFormer's later stages, take tiles of more channels instead of dead rows.
+_MEANS_TILE, _MEANS_TOKENS = 2048, 32
+
 
 def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels: int) -> Tensor:
     """Means over every region's tokens.
@@ -24,14 +33,15 @@ def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels
     means = qkv.new_empty(qkv.shape[0], grid.n_regions, channels, dtype=torch.float32)
     if not qkv.shape[0]:
         return means
-    block_c = min(64, triton.next_power_of_2(channels))
+    block_tokens = min(_MEANS_TOKENS, triton.next_power_of_2(grid.region_tokens))
+    block_c = min(_MEANS_TILE // block_tokens, triton.next_power_of_2(channels))
     with torch.cuda.device_of(qkv):
         routing.region_means[(qkv.shape[0] * grid.n_regions, triton.cdiv(channels, block_c))](
             *(qkv, padding, means),
             *(grid.region_height, grid.region_width, grid.columns, grid.height, grid.width, grid.n_regions),
             MEAN_DIM=channels,
             PACKED=qkv.shape[-1],
-            BLOCK_TOKENS=32,
+            BLOCK_TOKENS=block_tokens,
             BLOCK_C=block_c,
             num_warps=4,
         )
@@ -57,14 +67,16 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
     if not batch:
         return r_weight, r_idx
     block_r = triton.next_power_of_2(n_regions)
+    block_q = max(1, min(block_r, _ROUTE_LOGITS // block_r))
+    block_c = _ROUTE_CHANNELS if block_q > 1 else max(1, min(_ROUTE_CHANNELS, _ROUTE_KEYS // block_r))
     with torch.cuda.device_of(query):
-        routing.route[(batch * n_regions,)](
+        routing.route[batch, triton.cdiv(n_regions, block_q)](
             *(query, key, r_weight, r_idx, scale, n_regions, topk),
             DIM=dim,
             ROW_STRIDE=_row_stride(query),
+            BLOCK_Q=block_q,
             BLOCK_R=block_r,
-            # A tile of at most 4096 logit products: 32 registers a thread.
-            BLOCK_C=max(1, min(triton.next_power_of_2(dim), 4096 // block_r)),
+            BLOCK_C=block_c,
             BLOCK_K=triton.next_power_of_2(topk),
             num_warps=4,
         )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from problems import CASES, CASES_BY_NAME, random_map, relative_error
 
 from bra_triton import functional, reference
+from bra_triton.kernels.launches import routing as triton_routing
 from bra_triton.kernels.region_grid import RegionGrid
 from bra_triton.operators import routing as operators
 
@@ -110,6 +111,26 @@ def test_routing_operators_meet_pytorchs_own_checks(backend, device):
         torch.library.opcheck(operators.region_means, (qkv, fill, 8, grid, backend))
     query, key = (torch.randn(2, 9, 8, device=device, requires_grad=True) for _ in range(2))
     torch.library.opcheck(operators.route, (query, key, 3, 0.5, backend))
+
+
+@pytest.mark.parametrize(
+    ("n_regions", "topk"),
+    [
+        (1, 1),  # nothing to choose
+        (4, 3),  # fewer regions than a program takes elsewhere
+        (49, 16),  # 7 programs of 8 query regions, the last of a single one
+        (150, 3),  # 2 query regions a program
+        (300, 2),  # one, whose logits are sums, not products
+    ],
+)
+def test_every_cut_of_the_query_regions_into_programs(n_regions, topk, device):
+    """Channels of two blocks, the last one not full, and rows that are slices of wider ones."""
+    means = torch.randn(1 if n_regions > 100 else 2, n_regions, 80, device=device)
+    query, key = means.split(40, dim=-1)
+    expected = (0.5 * query.double() @ key.double().mT).sort(dim=-1, descending=True)
+    r_weight, r_idx = triton_routing.route(query, key, topk, 0.5)
+    assert torch.equal(r_idx.long(), expected.indices[..., :topk])
+    assert torch.allclose(r_weight.double(), expected.values[..., :topk].softmax(-1), atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
