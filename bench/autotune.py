@@ -1,11 +1,12 @@
 """`bra-autotune`: finds tile configurations, on the card at hand or, for the shipped tables, without one.
 
 On a GPU it times every configuration worth trying that computes the right result, and keeps the winners in
-the user's cache, where later launches find them. Problems are of the presets' kind, without routing weights:
-soft and differentiable routing keep the shipped tiles, as does padding but for a padded preset or `--shape`.
+the user's cache, where later launches find them. What soft, hard and padded problems take are entries of
+their own: ask for them by `--routing-weight`, and by a padded preset or `--shape`.
 
     bra-autotune                                        # the presets, forward and backward, float16
     bra-autotune --preset yolo_p3 --dtype bfloat16
+    bra-autotune --routing-weight soft
     bra-autotune --shape 16x80x80x64 --num-heads 2 --n-win 8 --topk 4 --pass backward
 
 With `--arch` it needs no GPU: it compiles the configurations, predicts what they cost from the machine code
@@ -148,7 +149,8 @@ def list_trials(args: argparse.Namespace, settings: Sequence[Setting], device: t
             shape = (
                 f"{s.batch}x{s.height}x{s.width}x{s.dim} heads {s.num_heads} n_win {s.n_win} topk {s.topk}"
             )
-            print(f"{shape} {name} {trial.kernel} {trial.tile}")
+            weight = "" if s.routing_weight == "none" else f" {s.routing_weight}"
+            print(f"{shape}{weight} {name} {trial.kernel} {trial.tile}")
     print(
         "then the fastest of each: forward with LePE apart; forward and dQ, half precision, with "
         f"1/{EXP_SHARE} of the exponentials by multiply-adds"
@@ -167,11 +169,8 @@ def _kernels(args: argparse.Namespace) -> list[str]:
 
 def _settings(args: argparse.Namespace) -> list[Setting]:
     if args.shape is None:
-        presets = [PRESETS[name] for name in args.preset]
-        return [
-            Setting(p.batch, p.height, p.width, p.n_win, p.topk, p.num_heads, p.head_dim, p.head_dim)
-            for p in presets
-        ]
+        settings = [PRESETS[name].setting for name in args.preset]
+        return [replace(setting, routing_weight=args.routing_weight) for setting in settings]
     missing = [f"--{n.replace('_', '-')}" for n in ("num_heads", "n_win", "topk") if not getattr(args, n)]
     if missing:
         raise ValueError(f"--shape needs {', '.join(missing)}")
@@ -182,7 +181,8 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
             f"{args.n_win**2} regions, got {args.topk}"
         )
     head_dim = dim // args.num_heads
-    return [Setting(batch, height, width, args.n_win, args.topk, args.num_heads, head_dim, head_dim)]
+    sizes = (batch, height, width, args.n_win, args.topk, args.num_heads, head_dim, head_dim)
+    return [Setting(*sizes, routing_weight=args.routing_weight)]
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -208,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     timed("--shape", type=_shape, metavar="NxHxWxDIM", help="one map instead of presets, with:")
     for name in ("--num-heads", "--n-win", "--topk"):
         timed(name, type=int)
+    timed("--routing-weight", choices=("none", "soft", "hard"), default="none", help="of every problem")
     timed("--pass", dest="passes", choices=timing.PASSES, default="both")
     timed("--save", action="store_true", help="also write the shipped table of the card's architecture")
 

@@ -20,7 +20,7 @@ from bra_triton.bench.machine_code.launches import Setting
 from bra_triton.bench.tuning.search_space import EXP_SHARE, candidates, serves
 from bra_triton.kernels import tile_cache, tiles
 from bra_triton.kernels.launches import attention
-from bra_triton.kernels.problem import Gradients, Lepe, Padding, RoutedAttention
+from bra_triton.kernels.problem import Gradients, Lepe, Padding, RoutedAttention, SmallGradients
 from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT, Key, Tile
 
 PASSES = {
@@ -52,7 +52,9 @@ class Trial:
         s = self.setting
         grid = s.kv_grid if self.kernel == KEY_VALUE_GRADIENT else s.grid
         heads = (s.qk_head_dim, s.v_head_dim)
-        form = tiles.form_of(heads, s.grid.is_padded, 1, is_weighted=False)
+        # Hard routing has a factor of 1 that is not there, but for its gradient.
+        weighting = ("soft", "hard") if self.kernel == QUERY_GRADIENT else ("soft",)
+        form = tiles.form_of(heads, s.grid.is_padded, 1, s.routing_weight in weighting)
         return Key.of(self.kernel, 8 * self.dtype.itemsize, max(heads), grid.region_tokens, form)
 
     def __str__(self) -> str:
@@ -183,6 +185,7 @@ class _Inputs:
         self.problems = [first] + [_problem(setting, dtype, device, generator) for _ in range(n_sets - 1)]
         self.grad_out = _draw((*first.query.shape[:3], setting.dim), dtype, device, generator)
         self.gradients = _gradients(first)
+        self.needs_factor = setting.routing_weight != "none"
         drawn = [_draw((setting.dim, *rest), dtype, device, generator) for rest in ((1, 3, 3), ())]
         self.lepes = [_lepe(problem, *drawn) for problem in self.problems]
         self.saved = [self.forward(index) for index in range(n_sets)]
@@ -194,20 +197,22 @@ class _Inputs:
         lepe = _lepe(problem, self.lepes[0].weight.float(), self.lepes[0].bias.float())
         out, share, lse = torch_backend.attention_forward(problem, lepe)
         assert share is not None  # there is LePE
-        torch_backend.attention_backward(self.grad_out.float(), problem, share, lse, gradients)
+        arguments = (self.grad_out.float(), problem, share, lse, gradients, self.needs_factor)
+        small = torch_backend.attention_backward(*arguments)
         return {
             FORWARD: [out],
-            QUERY_GRADIENT: [gradients.query],
+            QUERY_GRADIENT: _present(gradients.query, small.factor),
             KEY_VALUE_GRADIENT: [gradients.key, gradients.value],
         }
 
     def forward(self, index: int) -> tuple[Tensor, Tensor | None, Tensor]:
         return attention.attention_forward(self.problems[index], self.lepes[index])
 
-    def backward(self, index: int) -> None:
+    def backward(self, index: int) -> SmallGradients:
         _, share, lse = self.saved[index]
         assert share is not None
-        attention.attention_backward(self.grad_out, self.problems[index], share, lse, self.gradients)
+        arguments = (self.grad_out, self.problems[index], share, lse, self.gradients, self.needs_factor)
+        return attention.attention_backward(*arguments)
 
     def error(self, kernel: str) -> float:
         """Largest relative error of what the kernel computes from the first set."""
@@ -216,12 +221,15 @@ class _Inputs:
         else:
             for gradient in (self.gradients.query, self.gradients.key, self.gradients.value):
                 gradient.fill_(math.nan)
-            self.backward(0)
-            g = self.gradients
-            found = [g.query] if kernel == QUERY_GRADIENT else [g.key, g.value]
+            small, g = self.backward(0), self.gradients
+            found = _present(g.query, small.factor) if kernel == QUERY_GRADIENT else [g.key, g.value]
         pairs = zip(found, self.expected[kernel], strict=True)
         errors = [((a.float() - b).norm() / b.norm()).item() for a, b in pairs]
         return max(math.inf if math.isnan(error) else error for error in errors)
+
+
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _time(trial: Trial, inputs: _Inputs, timer: Timer) -> tuple[float, str]:
@@ -240,7 +248,7 @@ def _time(trial: Trial, inputs: _Inputs, timer: Timer) -> tuple[float, str]:
 def _problem(
     setting: Setting, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> RoutedAttention:
-    """Random maps and a random graph."""
+    """Random maps, a random graph and, for soft routing, random weights."""
 
     def draw(*shape: int) -> Tensor:
         return _draw(shape, dtype, device, generator)
@@ -250,8 +258,9 @@ def _problem(
     likes = torch.rand(setting.batch, 1, grid.n_regions, grid.n_regions, generator=generator, device=device)
     r_idx = likes.topk(setting.topk).indices.int()
     padding = Padding(draw(widths[1]), draw(widths[2])) if grid.is_padded else None
-    scale = setting.qk_dim**-0.5
-    return RoutedAttention(query, key, value, r_idx, grid, grid, setting.num_heads, scale, None, padding)
+    is_soft, scale = setting.routing_weight == "soft", setting.qk_dim**-0.5
+    factor = torch.rand(r_idx.shape, generator=generator, device=device) if is_soft else None
+    return RoutedAttention(query, key, value, r_idx, grid, grid, setting.num_heads, scale, factor, padding)
 
 
 def _draw(

