@@ -1,8 +1,8 @@
 """`bra-autotune`: finds tile configurations, on the card at hand or, for the shipped tables, without one.
 
 On a GPU it times every configuration worth trying that computes the right result, and keeps the winners in
-the user's cache, where later launches find them. What soft, hard and padded problems take are entries of
-their own: ask for them by `--routing-weight`, and by a padded preset or `--shape`.
+the user's cache, where later launches find them. Soft routing has entries of its own, of which hard routing
+shares that of dQ: ask for them by `--routing-weight`. Padding has, too: by a padded preset or `--shape`.
 
     bra-autotune                                        # the presets, forward and backward, float16
     bra-autotune --preset yolo_p3 --dtype bfloat16

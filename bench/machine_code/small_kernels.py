@@ -86,9 +86,12 @@ def predict_small(
 def executed_instructions(code: Analysis, trips: Sequence[int]) -> int | None:
     """Instructions of a warp that takes its loops so often; None where the loops are not those of the source.
 
-    Loops keep their order. A loop that the compiler has unrolled is followed by one for the turns left over.
+    Loops keep their order. A loop that the compiler has unrolled is followed by one for the turns left over;
+    of a loop of one or two turns it may leave none.
     """
-    loops = list(code.loops)
+    loops, trips = list(code.loops), list(trips)
+    while len(trips) > len(loops) and min(trips) <= 2:
+        trips.pop(max(index for index, count in enumerate(trips) if count <= 2))
     n_unrolled = len(loops) - len(trips)
     total = code.straight.total if code.straight else 0
     for count in trips:
@@ -149,8 +152,7 @@ def _route(grid: Sequence[int], a: Arguments) -> Work:
     regions, row, topk = images * a["n_regions"], a["DIM"] * 4, a["topk"]
     channel_turns = _turns(a["DIM"], a["BLOCK_C"])
     written = regions * topk * (4 + 4)
-    # Of one or two slots to fill the compiler makes straight code.
-    trips = ((channel_turns,) if channel_turns > 1 else ()) + ((topk,) if a["BLOCK_K"] > 2 else ())
+    trips = (topk,) if channel_turns == 1 else (channel_turns, topk)
     return Work(trips, 2 * regions * row + written, (1 + blocks) * regions * row + written)
 
 

@@ -77,7 +77,7 @@ def _fewest_scores(bits: int, head_dim: int) -> int:
     """Scores that a thread of a small tile holds at least."""
     # Three products of TF32 keep both halves of every float32 operand.
     operand_bits = head_dim * (2 * bits if bits == 32 else bits)
-    return max(1, min(16, 16 * 2048 // operand_bits))
+    return min(16, 16 * 2048 // operand_bits)
 
 
 def serves(tile: Tile, size: int) -> bool:

@@ -8,13 +8,17 @@ from .. import routing
 from ..region_grid import RegionGrid
 from .lists import inverse_graph
 
-# Logits of a program of `route`, and channels that it multiplies at a time. Twice the logits would leave half
-# of an H100's multiprocessors without a program at YOLO's sizes. Predicted, not measured.
-_ROUTE_LOGITS, _ROUTE_CHANNELS = 512, 32
+# Query regions and logits of a program of `route`, at most, and channels that it multiplies at a time. Twice
+# the query regions would leave half of an H100's multiprocessors without a program at a batch of 16 and 64
+# regions. Predicted, not measured.
+_ROUTE_QUERIES, _ROUTE_LOGITS, _ROUTE_CHANNELS = 8, 1024, 32
+# So many key regions fit shared memory as an operand; with more a query region has a program of its own.
+_ROUTE_OPERAND = 256
 # Where a query region has a program of its own: elements of a tile of keys, 32 registers a thread.
 _ROUTE_KEYS = 4096
 # Elements of a tile of tokens, and the most tokens in it, of `region_means`. Regions of a few tokens, as in
-# BiFormer's later stages, take tiles of more channels instead of dead rows.
+# BiFormer's later stages, take tiles of more channels instead of dead rows: six tiles from 1 to 32 tokens,
+# each compiled when first met.
 _MEANS_TILE, _MEANS_TOKENS = 2048, 32
 
 
@@ -67,7 +71,7 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
     if not batch:
         return r_weight, r_idx
     block_r = triton.next_power_of_2(n_regions)
-    block_q = max(1, min(block_r, _ROUTE_LOGITS // block_r))
+    block_q = min(block_r, _ROUTE_QUERIES, _ROUTE_LOGITS // block_r) if block_r <= _ROUTE_OPERAND else 1
     block_c = _ROUTE_CHANNELS if block_q > 1 else max(1, min(_ROUTE_CHANNELS, _ROUTE_KEYS // block_r))
     with torch.cuda.device_of(query):
         routing.route[batch, triton.cdiv(n_regions, block_q)](

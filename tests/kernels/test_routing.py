@@ -116,21 +116,28 @@ def test_routing_operators_meet_pytorchs_own_checks(backend, device):
 @pytest.mark.parametrize(
     ("n_regions", "topk"),
     [
-        (1, 1),  # nothing to choose
+        (1, 1),  # one program for one region
         (4, 3),  # fewer regions than a program takes elsewhere
         (49, 16),  # 7 programs of 8 query regions, the last of a single one
-        (150, 3),  # 2 query regions a program
-        (300, 2),  # one, whose logits are sums, not products
+        (150, 3),  # 4 query regions a program
+        (260, 2),  # one, whose logits are sums, not products
     ],
 )
 def test_every_cut_of_the_query_regions_into_programs(n_regions, topk, device):
-    """Channels of two blocks, the last one not full, and rows that are slices of wider ones."""
-    means = torch.randn(1 if n_regions > 100 else 2, n_regions, 80, device=device)
-    query, key = means.split(40, dim=-1)
-    expected = (0.5 * query.double() @ key.double().mT).sort(dim=-1, descending=True)
+    """Rows are slices of wider ones, with channels that fill no block; the last two regions' keys are equal,
+    and the last region's logits are not numbers."""
+    dim = 41
+    means = torch.randn(1 if n_regions > 100 else 2, n_regions, 2 * dim, device=device)
+    query, key = means.split(dim, dim=-1)
+    if n_regions > 1:
+        key[:, -2:] = 3 * query[:, :1]  # the best of the first region
+        query[:, -1] = torch.nan
+    logits = 0.5 * (query[:, :, None].double() * key[:, None].double()).sum(-1)
+    expected = logits.nan_to_num(torch.inf).sort(dim=-1, descending=True, stable=True)
     r_weight, r_idx = triton_routing.route(query, key, topk, 0.5)
     assert torch.equal(r_idx.long(), expected.indices[..., :topk])
-    assert torch.allclose(r_weight.double(), expected.values[..., :topk].softmax(-1), atol=1e-5)
+    weight = expected.values[..., :topk].softmax(-1)
+    assert torch.allclose(r_weight.double(), weight, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -165,7 +165,9 @@ def test_a_backward_pass_times_both_its_kernels(device, monkeypatch):
 
 
 @pytest.mark.parametrize(("weight", "forward_form"), [("soft", "weighted"), ("hard", "plain")])
-def test_routing_weights_are_timed_for_entries_of_their_own(weight, forward_form, device, monkeypatch):
+def test_routing_weights_are_timed_for_the_entries_that_launches_take(
+    weight, forward_form, device, monkeypatch
+):
     """With the factor's gradient, which the result of dQ is checked by, too; hard routing has no factor."""
     monkeypatch.setattr(timing, "candidates", lambda *args: [])
     monkeypatch.setattr(timing, "variants", lambda *args: [])
