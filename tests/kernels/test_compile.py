@@ -83,9 +83,9 @@ def _check(setting, dtype, arch, expected=KERNELS):
         ("yolo_p3", arch, dtype)
         for arch in ARCHITECTURES
         for dtype in DTYPES
-        if dtype != torch.bfloat16 or arch == "sm_90"
+        if arch == "sm_90" or dtype == torch.float16 or (dtype == torch.float32 and arch in SPILL_FREE)
     ]
-    + [("biformer_stage2", arch, dtype) for arch in SPILL_FREE for dtype in (torch.float32, torch.float16)],
+    + [("biformer_stage2", arch, torch.float16) for arch in SPILL_FREE],
 )
 def test_kernels_compile_fit_and_do_not_spill(name, arch, dtype):
     _check(SETTINGS[name], dtype, arch)
@@ -94,7 +94,8 @@ def test_kernels_compile_fit_and_do_not_spill(name, arch, dtype):
 @pytest.mark.parametrize(
     ("name", "arch"),
     [
-        *((name, arch) for name in MODES for arch in SPILL_FREE),
+        *((name, "sm_90") for name in MODES),
+        ("padded_soft", "sm_80"),  # the mode that needs the most registers
         ("padded_soft", "gfx942"),
         ("pooled", "gfx942"),
     ],
@@ -113,9 +114,10 @@ def test_every_mode_compiles_fits_and_does_not_spill(name, arch):
 @pytest.mark.parametrize(
     ("name", "dtype", "arch"),
     [
-        *((name, torch.float16, arch) for name in ("head_64", "head_128") for arch in ("sm_80", "sm_120")),
+        ("head_64", torch.float16, "sm_80"),
+        ("head_128", torch.float16, "sm_80"),
+        ("head_128", torch.float16, "sm_120"),
         ("head_256", torch.float16, "sm_90"),
-        ("head_128", torch.float16, "gfx942"),
         ("head_256", torch.float16, "gfx942"),
         ("head_64", torch.float32, "sm_90"),
         ("head_128", torch.float32, "sm_80"),  # on sm_90 dQ would spill with padding or weights
