@@ -113,7 +113,7 @@ def shipped(preset: Preset, dtype: torch.dtype, arch: str) -> list[Launch]:
 def target_of(kernel: str, preset: Preset, arch: str, dtype: str) -> float | None:
     """The largest ratio to the dense floor that an attention kernel may have; None where none is set."""
     large = preset.region_tokens >= TARGET_REGION_TOKENS and preset.head_dim in TARGET_HEADS
-    plain = preset.name in PRESETS
+    plain = preset.routing_weight == "none" and preset.kv_per_win is None
     return TARGETS[kernel] if plain and large and _is_checked(arch, dtype) else None
 
 

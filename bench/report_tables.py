@@ -150,7 +150,7 @@ def _small_cells(row: Row) -> dict[str, str]:
         **_resources(row),
         **{title: str(count) for title, count in counts.items()},
         "programs": str(row.small.programs),
-        "turns": ", ".join(map(str, work.trips)),
+        "turns": ", ".join(map(str, work.turns)),
         "MB moved": f"{work.bytes_moved / 1e6:.3f}",
         "MB requested": f"{work.bytes_requested / 1e6:.3f}",
         "issue us": f"{1e6 * bounds['issue']:.3f}" if "issue" in bounds else "?",

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from triton import cdiv
+
 from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.hardware import Hardware
 from bra_triton.bench.machine_code.static_analysis import LoopMix
@@ -28,13 +30,13 @@ class Work:
     """One launch.
 
     Attributes:
-        trips: how often a program runs each loop of the kernel, in the order of the source; those that take
+        turns: how often a program runs each loop of the kernel, in the order of the source; those that take
             a single turn whatever the arguments are left out, as the compiler leaves no loop of them.
         bytes_moved: bytes that the launch cannot avoid.
         bytes_requested: bytes that its programs ask for.
     """
 
-    trips: tuple[int, ...]
+    turns: tuple[int, ...]
     bytes_moved: int
     bytes_requested: int
 
@@ -75,26 +77,27 @@ def predict_small(
     """
     work, programs = work_of(kernel, grid, arguments), math.prod(grid)
     bounds = {"memory": work.bytes_moved / hardware.bandwidth}
-    executed = executed_instructions(code, work.trips)
+    executed = executed_instructions(code, work.turns)
     if executed is not None:
-        rounds = -(-programs // hardware.sms)
+        rounds = cdiv(programs, hardware.sms)
         slots = rounds * executed * 32 * code.num_warps
         bounds["issue"] = slots / hardware.issue_slots / hardware.clock
     return SmallCost(work, programs, bounds)
 
 
-def executed_instructions(code: Analysis, trips: Sequence[int]) -> int | None:
+def executed_instructions(code: Analysis, turns: Sequence[int]) -> int | None:
     """Instructions of a warp that takes its loops so often; None where the loops are not those of the source.
 
     Loops keep their order. A loop that the compiler has unrolled is followed by one for the turns left over;
     of a loop of one or two turns it may leave none.
     """
-    loops, trips = list(code.loops), list(trips)
-    while len(trips) > len(loops) and min(trips) <= 2:
-        trips.pop(max(index for index, count in enumerate(trips) if count <= 2))
-    n_unrolled = len(loops) - len(trips)
-    total = code.straight.total if code.straight else 0
-    for count in trips:
+    loops, left = list(code.loops), list(turns)
+    while len(left) > len(loops) and min(left) <= 2:
+        left.pop(max(index for index, count in enumerate(left) if count <= 2))
+    n_unrolled = len(loops) - len(left)
+    assert code.straight is not None  # as of every kernel without a matrix loop
+    total = code.straight.total
+    for count in left:
         if not loops:
             return None
         body = loops.pop(0)
@@ -128,10 +131,6 @@ def work_of(kernel: str, grid: Sequence[int], arguments: Arguments) -> Work:
     return WORK[kernel](grid, arguments)
 
 
-def _turns(length: int, step: int) -> int:
-    return -(-length // step)
-
-
 # Routing ----------------------------------------------------------------------------------------------------
 
 
@@ -144,16 +143,16 @@ def _region_means(grid: Sequence[int], a: Arguments) -> Work:
     padding_tokens = a["n_regions"] * region_tokens - tokens if has_padding else 0
     moved = images * tokens * row + (row if padding_tokens else 0) + means
     requested = images * (tokens + padding_tokens) * row + means
-    return Work((_turns(region_tokens, a["BLOCK_TOKENS"]),), moved, requested)
+    return Work((cdiv(region_tokens, a["BLOCK_TOKENS"]),), moved, requested)
 
 
 def _route(grid: Sequence[int], a: Arguments) -> Work:
     images, blocks = grid
     regions, row, topk = images * a["n_regions"], a["DIM"] * 4, a["topk"]
-    channel_turns = _turns(a["DIM"], a["BLOCK_C"])
+    channel_turns = cdiv(a["DIM"], a["BLOCK_C"])
     written = regions * topk * (4 + 4)
-    trips = (topk,) if channel_turns == 1 else (channel_turns, topk)
-    return Work(trips, 2 * regions * row + written, (1 + blocks) * regions * row + written)
+    turns = (topk,) if channel_turns == 1 else (channel_turns, topk)
+    return Work(turns, 2 * regions * row + written, (1 + blocks) * regions * row + written)
 
 
 def _sum_over_pairs(grid: Sequence[int], a: Arguments) -> Work:
@@ -175,7 +174,7 @@ def _list_tokens(grid: Sequence[int], a: Arguments) -> Work:
     region_tokens, entries = a["region_height"] * a["region_width"], a["n_entries"]
     lists = 1 if a["entry_factor"] is None else 2
     total = lists * entries * 4 * (1 + region_tokens) + a["n_regions"] * region_tokens * 4
-    return Work((_turns(region_tokens, a["BLOCK_TOKENS"]),), total, total)
+    return Work((cdiv(region_tokens, a["BLOCK_TOKENS"]),), total, total)
 
 
 def _mark_choices(grid: Sequence[int], a: Arguments) -> Work:
@@ -188,16 +187,16 @@ def _invert_graph(grid: Sequence[int], a: Arguments) -> Work:
     programs, pairs = grid[0], a["n_pairs"]
     graphs = programs // a["n_regions"]
     written = graphs * 4 * (a["n_regions"] + 1 + pairs)
-    turns = _turns(pairs, a["BLOCK"])
+    turns = cdiv(pairs, a["BLOCK"])
     return Work((turns, turns), graphs * pairs * 4 + written, programs * 2 * pairs * 4 + written)
 
 
 def _cut_rows(grid: Sequence[int], a: Arguments) -> Work:
     graphs, regions = grid[0], a["n_regions"]
     written = graphs * (regions * 4 * 4 + a["n_extras"] * 4)
-    turns = _turns(regions, a["BLOCK"])
-    trips = (turns, turns, _turns(a["n_extras"], a["BLOCK"]))
-    return Work(trips, graphs * (regions + 1) * 4 + written, graphs * 2 * regions * 4 + written)
+    blocks = cdiv(regions, a["BLOCK"])
+    turns = (blocks, blocks, cdiv(a["n_extras"], a["BLOCK"]))
+    return Work(turns, graphs * (regions + 1) * 4 + written, graphs * 2 * regions * 4 + written)
 
 
 def _sum_pieces(grid: Sequence[int], a: Arguments) -> Work:
@@ -264,8 +263,8 @@ class _Pooling:
         return cls(
             images,
             a["height"] * a["width"],
-            _turns(a["region_height"], a["cells_high"]),
-            _turns(a["region_width"], a["cells_wide"]),
+            cdiv(a["region_height"], a["cells_high"]),
+            cdiv(a["region_width"], a["cells_wide"]),
             cells,
             a["CHANNELS"] * element_size,
             a["CHANNELS"],
@@ -300,8 +299,8 @@ def _pool_backward(grid: Sequence[int], a: Arguments) -> Work:
     holders = 8 * (a["region_height"] + (0 if same_axes else a["region_width"]))
     # For every token who holds it, along both axes, and where those cells start and end.
     requested = tokens * (grid[1] * 4 * 8 + p.row + extra) + written
-    trips = (a["strip_tiles"],) * 3
-    return Work(trips, pooled + weights + p.table(a) + holders + written, requested)
+    turns = (a["strip_tiles"],) * 3
+    return Work(turns, pooled + weights + p.table(a) + holders + written, requested)
 
 
 def _weight_gradient(grid: Sequence[int], a: Arguments) -> Work:
@@ -318,7 +317,7 @@ def _weight_gradient(grid: Sequence[int], a: Arguments) -> Work:
 
 def _invert_cells(grid: Sequence[int], a: Arguments) -> Work:
     written = 8 * a["side"]
-    turns = _turns(a["count"], a["BLOCK_CELLS"])
+    turns = cdiv(a["count"], a["BLOCK_CELLS"])
     return Work((turns,), 8 * a["count"] + written, grid[0] * 8 * a["count"] + written)
 
 

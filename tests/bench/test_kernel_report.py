@@ -67,7 +67,7 @@ def test_the_report_of_one_preset(tmp_path, capsys):
 
 def test_a_spill_fails_the_report(monkeypatch, capsys):
     """The tile that tests/kernels/test_compile.py spills with."""
-    monkeypatch.setattr(tiles, "choose", lambda *arguments: tiles.Tile(128, 128, 1, 1))
+    monkeypatch.setattr(tiles, "choose", lambda *arguments: tiles.Tile(64, 64, 1, 1))
     kernels_only(monkeypatch, "key_value_gradient")
     assert kernel_report.main(["--arch", "sm_80", "--preset", "yolo_p3", "--workers", "1"]) == 1
     assert "yolo_p3, sm_80, key_value_gradient" in capsys.readouterr().out.splitlines()[-1]

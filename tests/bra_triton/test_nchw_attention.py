@@ -173,7 +173,7 @@ class TestModule:
         torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(module, fullgraph=True, backend=counter)
-        for size in (4, 5, 4, 5):
+        for size in (4, 5, 4):
             x = torch.randn(1, 16, size, size, device=device, requires_grad=True)
             y = x.detach().clone().requires_grad_()
             actual, expected = compiled(x), module(y)

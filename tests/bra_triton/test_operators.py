@@ -61,7 +61,7 @@ def test_compiles_to_one_graph_without_recompiling_for_a_seen_size(backend, devi
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter)
-    for size in (8, 9, 8, 9):
+    for size in (8, 9, 8):
         x = torch.randn(1, size, size, 32, device=device, requires_grad=True)
         y = x.detach().clone().requires_grad_()
         actual, expected = compiled(x), module(y)
@@ -185,23 +185,24 @@ def test_autocast_does_not_reach_into_the_operators(backend, device):
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-        "torch.backends.fp32_precision = 'tf32'",
-        "torch.set_float32_matmul_precision('high')",
-    ],
-)
-def test_every_way_to_allow_tf32_is_understood(setting):
-    """In a process of its own, since PyTorch refuses to go back from the newer settings to the older."""
-    code = f"""
-import torch
+def test_every_way_to_allow_tf32_is_understood():
+    """In processes of their own, since PyTorch refuses to go back from the newer settings to the older."""
+    code = """
+import os, torch
 from bra_triton.kernels.launches import attention
-assert attention._dot_precision(torch.float32) == "tf32x3"
-{setting}
-assert attention._dot_precision(torch.float32) == "tf32"
-assert attention._dot_precision(torch.float16) == "ieee"
+for setting in (
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.set_float32_matmul_precision('high')",
+):
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0, setting
+        continue
+    assert attention._dot_precision(torch.float32) == "tf32x3"
+    exec(setting)
+    assert attention._dot_precision(torch.float32) == "tf32"
+    assert attention._dot_precision(torch.float16) == "ieee"
+    os._exit(0)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

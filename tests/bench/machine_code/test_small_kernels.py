@@ -16,7 +16,13 @@ from bra_triton.bench.machine_code.small_kernels import (
     predict_small,
     work_of,
 )
-from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES, LoopMix, Usage
+from bra_triton.bench.machine_code.static_analysis import (
+    INSTRUCTION_CLASSES,
+    LoopMix,
+    Usage,
+    compile_for,
+    sections,
+)
 from bra_triton.bench.presets import MODES, PRESETS
 from bra_triton.kernels import tiles
 from bra_triton.kernels.launches import attention, lepe, lists, pooling, routing
@@ -145,8 +151,21 @@ def test_the_loops_of_the_machine_code_are_those_of_the_source():
     for launch in launches.values():
         name = launch.specimen.name
         code, work = analyse(launch.specimen, arch), work_of(name, launch.grid, launch.arguments)
-        executed = executed_instructions(code, work.trips)
-        assert executed is not None, (name, work.trips, [loop.total for loop in code.loops])
+        executed = executed_instructions(code, work.turns)
+        assert executed is not None, (name, work.turns, [loop.total for loop in code.loops])
+
+
+@pytest.mark.compiled
+def test_every_instruction_counts_once_where_a_loop_lies_in_another():
+    row_start = torch.empty(2, 1, 65, dtype=torch.int32, device="meta")
+    (launch,) = record(lambda: lists.cut_rows(row_start, 256))
+    parts = sections(compile_for(launch.specimen, "sm_90"))
+    outer, inner, _ = parts.loops
+    assert (
+        outer.counts["shuffles"] > 0 == inner.counts["shuffles"]
+    )  # the sums over regions are the outer one's
+    in_all = [mix.total for mix in (parts.taps, parts.rest) if mix is not None]
+    assert parts.straight.total + sum(loop.total for loop in parts.loops) == sum(in_all)
 
 
 @pytest.mark.compiled
@@ -159,7 +178,7 @@ def test_the_loops_of_routing_whatever_its_tiles(n_regions, topk):
     query, key = torch.empty(2, n_regions, 128, device="meta").split(64, dim=-1)
     (launch,) = record(lambda: routing.route(query, key, topk, 1.0))
     work = work_of("route", launch.grid, launch.arguments)
-    assert executed_instructions(analyse(launch.specimen, "sm_80"), work.trips) is not None
+    assert executed_instructions(analyse(launch.specimen, "sm_80"), work.turns) is not None
 
 
 def mix(fp32: int = 0, loads: int = 0) -> LoopMix:

@@ -290,6 +290,15 @@ class TestRanking:
         outcomes = {0: outcome(500, spills=1), 1: outcome(500, shared=too_much), 2: Outcome(None, "no")}
         assert self.best(new=outcomes) == []
 
+    @pytest.mark.parametrize(("spills", "more"), [(0, 1), (1, 0)])
+    def test_a_form_is_tried_in_batches_and_in_one_alone_where_the_plain_kernel_spills(self, spills, more):
+        padded = replace(self.KEY, form=tiles.PADDED)
+        known = {self.name(tile): outcome(900 + i, spills) for i, tile in enumerate(self.TILES)}
+        first = ranking.jobs_of_forms([padded], "sm_90", {"new": known})
+        assert [job.tile for job in first] == self.TILES[: ranking.FORM_BATCH]
+        known |= {job.key: outcome(900, spills=1) for job in first}
+        assert len(ranking.jobs_of_forms([padded], "sm_90", {"new": known})) == more
+
     def test_the_dearest_version_counts(self):
         assert self.best(new={0: outcome(500), 1: outcome(700)}, old={0: outcome(2000), 1: outcome(700)}) == [
             1,
