@@ -144,7 +144,7 @@ def test_memory_of_the_torch_backend_is_linear_in_the_map():
     spec = CASES_BY_NAME["qk_narrow"].spec
     spec = type(spec)(32, 16, 1, 2, 1)
     peaks = []
-    for side in (96, 192):
+    for side in (64, 128):
         qkv = torch.randn(1, side, side, spec.packed_dim)
         peaks.append(
             cost.peak_bytes(lambda qkv=qkv: functional.attend(qkv, spec, backend="torch"), qkv.device)
