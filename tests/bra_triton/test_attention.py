@@ -284,7 +284,7 @@ class TestDeterminism:
         assert not torch.equal(forwards, backwards)
 
     @pytest.mark.parametrize("backend", BACKENDS)
-    @pytest.mark.filterwarnings("error")
+    @pytest.mark.filterwarnings("error::UserWarning")  # as PyTorch's are
     def test_deterministic_mode_neither_raises_nor_warns(self, backend, device):
         """Ultralytics trains with it on by default."""
         module = BiLevelRoutingAttention(32, 1, 2, topk=2, auto_pad=True, backend=backend).to(device)
