@@ -16,6 +16,7 @@ and writes the shipped table of that architecture:
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -119,15 +120,14 @@ def measure(
     args: argparse.Namespace,
     settings: Sequence[Setting],
     device: torch.device,
-    timer: timing.Timer = timing.cuda_milliseconds,
+    timer: timing.Timer = timing.device_milliseconds,
 ) -> None:
     """Times on `device` and keeps the winners in the user's cache."""
     entries: dict[Key, Entry] = {}
     for name in args.dtype:
         trials = timing.trials(settings, DTYPES[name], _kernels(args), device)
-        kept = tile_cache.folder() / "timings.jsonl"
-        results = timing.time_all(trials, device, timer, kept)
-        results |= timing.time_all(timing.refinements(results), device, timer, kept)
+        results = _time_all(trials, args, device, timer)
+        results |= _time_all(timing.refinements(results), args, device, timer)
         for key, (tile, milliseconds) in timing.winners(results).items():
             entries[key] = Entry(tile, round(milliseconds, 4))
             print(f"{name} {key}: {tile}  {milliseconds:.4f} ms")
@@ -139,6 +139,16 @@ def measure(
         shipped = tile_table.packaged(arch)
         versions = (torch.__version__, tile_cache.triton_version())
         _write_table(Table(arch, "measured", *versions, {**shipped.entries, **entries}), args.output)
+
+
+def _time_all(
+    trials: Sequence[timing.Trial], args: argparse.Namespace, device: torch.device, timer: timing.Timer
+) -> dict[timing.Trial, float]:
+    kept = tile_cache.folder() / "timings.jsonl"
+    left = timing.not_timed(trials, device, kept)
+    if left and args.workers > 1 and device.type == "cuda":
+        timing.compile_ahead(left, device, args.workers)
+    return timing.time_all(trials, device, timer, kept)
 
 
 def list_trials(args: argparse.Namespace, settings: Sequence[Setting], device: torch.device) -> None:
@@ -203,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     shipped = Path(tile_table.__file__).parent / "tuned"
     add("--output", type=Path, default=shipped, help="folder of the tables that --arch and --save write")
 
+    cores = min(os.cpu_count() or 1, 14)  # on a GPU, each has a context there, of half a GiB
+    add("--workers", type=int, default=cores, help="processes that compile (default: %(default)s)")
+
     timed = parser.add_argument_group("on a GPU").add_argument
     timed("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
     timed("--shape", type=_shape, metavar="NxHxWxDIM", help="one map instead of presets, with:")
@@ -215,7 +228,6 @@ def _parser() -> argparse.ArgumentParser:
     predicted = parser.add_argument_group("without a GPU").add_argument
     predicted("--arch", nargs="+", choices=HARDWARE, help="predict for these instead of timing")
     predicted("--head-dim", nargs="+", type=int, choices=tiles.HEAD_DIMS, default=list(tiles.HEAD_DIMS))
-    predicted("--workers", type=int, default=2, help="processes that compile")
     predicted("--show", type=int, default=1, help="configurations to print of every entry")
     predicted(
         "--compiled",

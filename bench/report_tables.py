@@ -45,16 +45,16 @@ def render(rows: Sequence[Row], markdown: bool = False) -> str:
         small = [row for row in here if row.small is not None]
         name = f"{arch} ({HARDWARE[arch].gpu})"
         parts += [
-            _titled(f"{name}: attention kernels, loops", [_loop_cells(row) for row in attention], markdown),
-            _titled(
+            titled(f"{name}: attention kernels, loops", [_loop_cells(row) for row in attention], markdown),
+            titled(
                 f"{name}: attention kernels, launches", [_launch_cells(row) for row in attention], markdown
             ),
-            _titled(
+            titled(
                 f"{name}: where the exponential unit binds, 1/{EXP_SHARE} of its work by multiply-adds",
                 [_shared_cells(row) for row in attention if row.shared],
                 markdown,
             ),
-            _titled(f"{name}: other kernels", [_small_cells(row) for row in small], markdown),
+            titled(f"{name}: other kernels", [_small_cells(row) for row in small], markdown),
         ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -164,7 +164,8 @@ def _star(flag: bool) -> str:
     return "*" if flag else ""
 
 
-def _titled(title: str, cells: list[dict[str, str]], markdown: bool) -> str:
+def titled(title: str, cells: list[dict[str, str]], markdown: bool) -> str:
+    """A table under its title, from one dict of columns a row; empty without rows."""
     if not cells:
         return ""
     lines = [list(cells[0]), *(list(each.values()) for each in cells)]

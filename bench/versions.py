@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.util
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -30,8 +31,11 @@ def describe(device: torch.device) -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The working tree's commit, with `-dirty` where it differs; None outside a git checkout."""
-    return _first_line(
+    """What `$BRA_TRITON_COMMIT` says, for copies without git; else the checkout's, `-dirty` where it differs.
+
+    None where there is neither.
+    """
+    return os.environ.get("BRA_TRITON_COMMIT") or _first_line(
         "git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"
     )
 

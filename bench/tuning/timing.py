@@ -1,26 +1,28 @@
 """Times tile configurations on the card at hand: correct ones alone, by medians, with cold caches.
 
-Every configuration is timed within a whole forward or backward of the attention, its lists included: what
-they add is the same for all. Results of finished ones are kept, so that a stopped run goes on where it was.
+Kernels are compiled beforehand, in many processes. Every configuration is timed within a whole forward or
+backward of the attention, its lists included: what they add is the same for all. Results of finished ones are
+kept, so that a stopped run goes on where it was.
 """
 
+import contextlib
 import json
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from bra_triton.backend import torch_backend
+from bra_triton.bench import cost
 from bra_triton.bench.machine_code.launches import Setting
+from bra_triton.bench.tuning.inputs import Inputs
 from bra_triton.bench.tuning.search_space import EXP_SHARE, candidates, serves
 from bra_triton.kernels import tile_cache, tiles
-from bra_triton.kernels.launches import attention
-from bra_triton.kernels.problem import Gradients, Lepe, Padding, RoutedAttention, SmallGradients
 from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT, Key, Tile
 
 PASSES = {
@@ -30,9 +32,6 @@ PASSES = {
 }
 # Relative error against float32 that rounding explains; a wrong index is off by about 1.
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# Inputs are drawn in so many sets that they do not all stay in a cache.
-_SETS, _SET_BYTES = (2, 8), 256 << 20
-
 # Milliseconds of `run(i)`, with `i` the number of an input set.
 Timer = Callable[[Callable[[int], object], int], float]
 
@@ -109,17 +108,17 @@ def time_all(todo: Sequence[Trial], device: torch.device, timer: Timer, kept: Pa
     Args:
         todo: trials, those of a setting together.
         device: the card, or the CPU under the interpreter.
-        timer: see `cuda_milliseconds`.
+        timer: see `device_milliseconds`.
         kept: file of finished trials under these circumstances, which this run continues.
     """
     results = _read_kept(kept, todo, device)
-    left = [trial for trial in todo if trial not in results]
+    left = not_timed(todo, device, kept)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    inputs: _Inputs | None = None
+    inputs: Inputs | None = None
     for done, trial in enumerate(left, 1):
         if inputs is None or inputs.setting != trial.setting:
             inputs = None  # frees the last setting's memory first
-            inputs = _Inputs(trial.setting, trial.dtype, device)
+            inputs = Inputs(trial.setting, trial.dtype, device)
         milliseconds, refusal = _time(trial, inputs, timer)
         results[trial] = milliseconds
         row = {
@@ -142,6 +141,12 @@ def time_all(todo: Sequence[Trial], device: torch.device, timer: Timer, kept: Pa
     return results
 
 
+def not_timed(todo: Sequence[Trial], device: torch.device, kept: Path) -> list[Trial]:
+    """The trials that no earlier run finished; see `time_all`."""
+    results = _read_kept(kept, todo, device)
+    return [trial for trial in todo if trial not in results]
+
+
 def winners(results: Mapping[Trial, float]) -> dict[Key, tuple[Tile, float]]:
     """For every entry the tile that is fastest over the settings that share it, and its mean milliseconds.
 
@@ -160,79 +165,37 @@ def winners(results: Mapping[Trial, float]) -> dict[Key, tuple[Tile, float]]:
     return best
 
 
-def cuda_milliseconds(run: Callable[[int], object], n_sets: int, repeats: int = 50) -> float:
-    """Median time of `run` on the current GPU, each call between two events, input sets in turn."""
-    for index in range(max(3, n_sets)):
-        run(index % n_sets)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for index, (start, end) in enumerate(events):
-        start.record()
-        run(index % n_sets)
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+def device_milliseconds(run: Callable[[int], object], n_sets: int) -> float:
+    """Median time that the GPU works on `run`, its cache overwritten before each call, input sets in turn."""
+    runs = [partial(run, index) for index in range(n_sets)]
+    return 1e3 * cost.median_device_seconds(runs, torch.device("cuda"))
 
 
-class _Inputs:
-    """Input sets of one setting, and what the first of them must give."""
+def compile_ahead(todo: Sequence[Trial], device: torch.device, workers: int) -> None:
+    """Fills Triton's cache on disk in processes beside each other: the compiler takes one core, and seconds.
 
-    def __init__(self, setting: Setting, dtype: torch.dtype, device: torch.device) -> None:
-        self.setting = setting
-        generator = torch.Generator(device).manual_seed(0)
-        first = _problem(setting, dtype, device, generator)
-        bytes_of_set = 2 * first.query.untyped_storage().nbytes()
-        n_sets = min(max(_SET_BYTES // bytes_of_set, _SETS[0]), _SETS[1])
-        self.problems = [first] + [_problem(setting, dtype, device, generator) for _ in range(n_sets - 1)]
-        self.grad_out = _draw((*first.query.shape[:3], setting.dim), dtype, device, generator)
-        self.gradients = _gradients(first)
-        self.needs_factor = setting.routing_weight != "none"
-        drawn = [_draw((setting.dim, *rest), dtype, device, generator) for rest in ((1, 3, 3), ())]
-        self.lepes = [_lepe(problem, *drawn) for problem in self.problems]
-        self.saved = [self.forward(index) for index in range(n_sets)]
-        self.expected = self._expected()
-
-    def _expected(self) -> dict[str, list[Tensor]]:
-        problem = _widened(self.problems[0])
-        gradients = _gradients(problem)
-        lepe = _lepe(problem, self.lepes[0].weight.float(), self.lepes[0].bias.float())
-        out, share, lse = torch_backend.attention_forward(problem, lepe)
-        assert share is not None  # there is LePE
-        arguments = (self.grad_out.float(), problem, share, lse, gradients, self.needs_factor)
-        small = torch_backend.attention_backward(*arguments)
-        return {
-            FORWARD: [out],
-            QUERY_GRADIENT: _present(gradients.query, small.factor),
-            KEY_VALUE_GRADIENT: [gradients.key, gradients.value],
-        }
-
-    def forward(self, index: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        return attention.attention_forward(self.problems[index], self.lepes[index])
-
-    def backward(self, index: int) -> SmallGradients:
-        _, share, lse = self.saved[index]
-        assert share is not None
-        arguments = (self.grad_out, self.problems[index], share, lse, self.gradients, self.needs_factor)
-        return attention.attention_backward(*arguments)
-
-    def error(self, kernel: str) -> float:
-        """Largest relative error of what the kernel computes from the first set."""
-        if kernel == FORWARD:
-            found = [self.forward(0)[0]]
-        else:
-            for gradient in (self.gradients.query, self.gradients.key, self.gradients.value):
-                gradient.fill_(math.nan)
-            small, g = self.backward(0), self.gradients
-            found = _present(g.query, small.factor) if kernel == QUERY_GRADIENT else [g.key, g.value]
-        pairs = zip(found, self.expected[kernel], strict=True)
-        errors = [((a.float() - b).norm() / b.norm()).item() for a, b in pairs]
-        return max(math.inf if math.isnan(error) else error for error in errors)
+    What fails here fails again when it is timed, and is noted there.
+    """
+    # Spawned, not forked: a GPU's context does not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for done, _ in enumerate(pool.map(partial(launch_once, device=device), todo), 1):
+            print(f"\r[{done}/{len(todo)}] compiled", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
 
 
-def _present(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
+def launch_once(trial: Trial, device: torch.device) -> None:
+    """Launches a trial on two images: kernels are the same for any number of them."""
+    with contextlib.suppress(Exception), tiles.use_tiles({trial.kernel: trial.tile}):
+        _few_images(replace(trial.setting, batch=2), trial.dtype, device).error(trial.kernel)
 
 
-def _time(trial: Trial, inputs: _Inputs, timer: Timer) -> tuple[float, str]:
+@lru_cache(maxsize=1)
+def _few_images(setting: Setting, dtype: torch.dtype, device: torch.device) -> Inputs:
+    with tiles.use_tiles({}):
+        return Inputs(setting, dtype, device)
+
+
+def _time(trial: Trial, inputs: Inputs, timer: Timer) -> tuple[float, str]:
     """Milliseconds of a trial, or infinity and why it is refused."""
     with tiles.use_tiles({trial.kernel: trial.tile}):
         try:
@@ -243,47 +206,6 @@ def _time(trial: Trial, inputs: _Inputs, timer: Timer) -> tuple[float, str]:
             return timer(run, len(inputs.problems)), ""
         except Exception as failure:  # too much shared memory, or any of the compiler's errors
             return math.inf, f"refused: {type(failure).__name__}: {failure}"[:200]
-
-
-def _problem(
-    setting: Setting, dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> RoutedAttention:
-    """Random maps, a random graph and, for soft routing, random weights."""
-
-    def draw(*shape: int) -> Tensor:
-        return _draw(shape, dtype, device, generator)
-
-    widths, grid = (setting.qk_dim, setting.qk_dim, setting.dim), setting.grid
-    query, key, value = draw(setting.batch, setting.height, setting.width, sum(widths)).split(widths, dim=-1)
-    likes = torch.rand(setting.batch, 1, grid.n_regions, grid.n_regions, generator=generator, device=device)
-    r_idx = likes.topk(setting.topk).indices.int()
-    padding = Padding(draw(widths[1]), draw(widths[2])) if grid.is_padded else None
-    is_soft, scale = setting.routing_weight == "soft", setting.qk_dim**-0.5
-    factor = torch.rand(r_idx.shape, generator=generator, device=device) if is_soft else None
-    return RoutedAttention(query, key, value, r_idx, grid, grid, setting.num_heads, scale, factor, padding)
-
-
-def _draw(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> Tensor:
-    return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-
-def _lepe(problem: RoutedAttention, weight: Tensor, bias: Tensor) -> Lepe:
-    return Lepe(problem.value, weight, bias, problem.kv_grid, problem.padding and problem.padding.value)
-
-
-def _gradients(problem: RoutedAttention) -> Gradients:
-    maps = (problem.query, problem.key, problem.value)
-    packed = torch.empty(*problem.query.shape[:3], sum(x.shape[-1] for x in maps)).to(problem.query)
-    return Gradients(*packed.split([x.shape[-1] for x in maps], dim=-1))
-
-
-def _widened(problem: RoutedAttention) -> RoutedAttention:
-    """The same problem in float32."""
-    padding = problem.padding and Padding(problem.padding.key.float(), problem.padding.value.float())
-    query, key, value = (x.float() for x in (problem.query, problem.key, problem.value))
-    return replace(problem, query=query, key=key, value=value, padding=padding)
 
 
 def card_name(device: torch.device) -> str:

@@ -10,7 +10,7 @@ import torch
 from bra_triton.bench import autotune
 from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES
-from bra_triton.bench.tuning import prediction, ranking, timing
+from bra_triton.bench.tuning import inputs, prediction, ranking, timing
 from bra_triton.bench.tuning.prediction import Job, Outcome
 from bra_triton.bench.tuning.search_space import candidates, problems, serves
 from bra_triton.kernels import tile_cache, tile_table, tiles
@@ -171,13 +171,13 @@ def test_routing_weights_are_timed_for_the_entries_that_launches_take(
     """With the factor's gradient, which the result of dQ is checked by, too; hard routing has no factor."""
     monkeypatch.setattr(timing, "candidates", lambda *args: [])
     monkeypatch.setattr(timing, "variants", lambda *args: [])
-    timer, errors, good = Stopwatch(), {}, timing._Inputs.error
+    timer, errors, good = Stopwatch(), {}, inputs.Inputs.error
 
     def error(inputs, kernel):
         errors[kernel] = good(inputs, kernel), len(inputs.expected[kernel])
         return errors[kernel][0]
 
-    monkeypatch.setattr(timing._Inputs, "error", error)
+    monkeypatch.setattr(inputs.Inputs, "error", error)
     measure([*TINY, "--routing-weight", weight], timer, device)
     kernels, forms = tiles.KERNELS, (forward_form, "weighted", forward_form)
     read = tile_cache.read(timing.card_name(device))
@@ -227,8 +227,8 @@ def test_a_broken_context_ends_the_run(device, monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     args = autotune._parser().parse_args(FORWARD_TINY)
-    inputs = timing._Inputs(autotune._settings(args)[0], torch.float16, device)
-    monkeypatch.setattr(timing, "_Inputs", lambda *args: inputs)
+    drawn = inputs.Inputs(autotune._settings(args)[0], torch.float16, device)
+    monkeypatch.setattr(timing, "Inputs", lambda *args: drawn)
     monkeypatch.setattr(attention, "attention_forward", forward)
     with pytest.raises(RuntimeError, match="broke the GPU's context"):
         measure(FORWARD_TINY, Stopwatch(), device)
