@@ -15,8 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 # Written between two timed calls: several times the level-2 cache of any GPU.
 FLUSH_BYTES = 1 << 28
-# How long the GPU is kept busy (clock cycles, about 2 ms) while Python enqueues a timed call.
-HEAD_START_CYCLES = 4_000_000
+# The GPU is kept busy while Python enqueues a timed call: for so many times what that took before, and
+# at least for so long. A millisecond is 2 million cycles at 2 GHz, and longer on a slower GPU.
+HEAD_START, LEAST_HEAD_START, CYCLES_A_SECOND = 2.0, 1e-3, 2e9
 
 
 def synchronize(device: torch.device) -> None:
@@ -47,8 +48,12 @@ def median_device_seconds(
     Python enqueues the run, so that what it takes to launch kernels does not count (`median_seconds` counts
     it). On the CPU, whose caches stay as they are, it is the wall time.
     """
+    enqueued = []
     for index in range(max(warm_up, len(runs))):
+        synchronize(device)
+        start = time.perf_counter()
         runs[index % len(runs)]()
+        enqueued.append(time.perf_counter() - start)
     if device.type != "cuda":
         times = []
         for index in range(repeats):
@@ -56,12 +61,13 @@ def median_device_seconds(
             runs[index % len(runs)]()
             times.append(time.perf_counter() - start)
         return statistics.median(times)
+    head_start = max(LEAST_HEAD_START, HEAD_START * max(enqueued[-2:]))  # the first ones compile
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
     for index, (start_event, end_event) in enumerate(events):
         synchronize(device)  # or a long queue would block, and Python fall behind again
         flush.zero_()
-        torch.cuda._sleep(HEAD_START_CYCLES)
+        torch.cuda._sleep(int(head_start * CYCLES_A_SECOND))
         start_event.record()
         runs[index % len(runs)]()
         end_event.record()

@@ -61,8 +61,11 @@ def main(arguments: list[str]) -> None:
     sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "bench")]
     install()
     sys.argv = arguments
-    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    # `sys.modules` stays as it is: to processes that this one spawns this file is the main one.
+    runpy.run_module(arguments[0], run_name="__main__")
 
 
+if __name__ == "__mp_main__":
+    install()
 if __name__ == "__main__":
     main(sys.argv[1:])

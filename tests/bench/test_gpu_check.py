@@ -56,7 +56,23 @@ def test_a_bare_tree_is_imported_from_itself_and_needs_no_optional_package(bare_
     done = subprocess.run(command, capture_output=True, text=True, cwd=bare_tree.parent, check=True)
     *files, name, flag = json.loads(done.stdout)
     assert all(Path(file).is_relative_to(bare_tree) for file in files)
-    assert (Path(name).name, flag) == ("probe.py", "--flag")
+    assert (name, flag) == ("probe", "--flag")
+
+
+def test_processes_that_it_spawns_find_the_tree_too(bare_tree):
+    (bare_tree / "spawning.py").write_text(
+        textwrap.dedent("""
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+        from bra_triton.kernels import tiles
+        if __name__ == "__main__":
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                print(tiles.__file__, pool.submit(tiles.channel_block, 20).result())
+        """)
+    )
+    command = [sys.executable, "-s", str(bare_tree / "bench" / "in_tree.py"), "spawning"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=bare_tree.parent, check=True)
+    assert done.stdout.split() == [str(bare_tree / "kernels" / "tiles.py"), "32"]
 
 
 def test_called_by_its_path_it_asks_for_a_gpu(bare_tree):

@@ -169,7 +169,8 @@ def test_strided_input(backend, device):
     nchw = torch.randn(2, 32, 8, 8, device=device)
     wide = torch.randn(2, 8, 8, 40, device=device)
     for x in (nchw.permute(0, 2, 3, 1), wide[..., :32]):
-        assert torch.equal(module(x), module(x.contiguous()))
+        # Not the same bits: cuBLAS multiplies other strides by other kernels. Wrong strides would give 1.
+        assert relative_error(module(x), module(x.contiguous()).double()) < 1e-5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

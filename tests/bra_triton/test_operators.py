@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from bra_triton import (
     reference,
 )
 from bra_triton.backend import registry
+from bra_triton.bench import in_tree
 from bra_triton.kernels.region_grid import RegionGrid
 from bra_triton.operators import attention as operators
 from bra_triton.spec import AttentionSpec
@@ -187,8 +189,13 @@ def test_autocast_does_not_reach_into_the_operators(backend, device):
 
 def test_every_way_to_allow_tf32_is_understood():
     """In processes of their own, since PyTorch refuses to go back from the newer settings to the older."""
-    code = """
-import os, torch
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(Path(in_tree.__file__).parent)!r})
+import in_tree
+in_tree.install()  # where the package is not installed
+sys.path.pop(0)
+import torch
 from bra_triton.kernels.launches import attention
 for setting in (
     "torch.backends.cuda.matmul.fp32_precision = 'tf32'",

@@ -19,12 +19,12 @@ GRID = RegionGrid.of_windows(SIDE, SIDE, 2)
 
 
 @pytest.fixture
-def wide():
+def wide(device):
     """Makes a `(1, 8, 8, 16)` slice at the start of rows of ROW float16 elements, 4.5 GiB of addresses."""
 
     def make(fill):
         try:
-            packed = torch.empty(1, SIDE, SIDE, ROW, dtype=torch.float16)
+            packed = torch.empty(1, SIDE, SIDE, ROW, dtype=torch.float16, device=device)
         except RuntimeError:
             pytest.skip("no 4.5 GiB of addresses")
         part = packed[..., : fill.shape[-1]]
@@ -35,11 +35,11 @@ def wide():
     return make
 
 
-def test_attention_forward_and_backward(wide):
-    maps = [torch.randn(1, SIDE, SIDE, 16).half() for _ in range(3)]
-    r_idx = torch.tensor([[1, 3], [3, 0], [0, 1], [2, 3]], dtype=torch.int32).view(1, 1, 4, 2)
-    near = RoutedAttention(*maps, r_idx, GRID, GRID, 1, 0.25)
-    far = RoutedAttention(*(wide(x) for x in maps), r_idx, GRID, GRID, 1, 0.25)
+def test_attention_forward_and_backward(wide, device):
+    maps = [torch.randn(1, SIDE, SIDE, 16, device=device).half() for _ in range(3)]
+    r_idx = torch.tensor([[1, 3], [3, 0], [0, 1], [2, 3]], dtype=torch.int32, device=device)
+    near = RoutedAttention(*maps, r_idx.view(1, 1, 4, 2), GRID, GRID, 1, 0.25)
+    far = RoutedAttention(*(wide(x) for x in maps), near.r_idx, GRID, GRID, 1, 0.25)
     gradients = Gradients(*(wide(torch.zeros_like(x)) for x in maps))
     out, _, lse = attention.attention_forward(far)
     grad_out = torch.randn_like(out)
@@ -50,18 +50,18 @@ def test_attention_forward_and_backward(wide):
     assert worst(errors.values()) < 4 * torch.finfo(torch.float16).eps, errors
 
 
-def test_means_lepe_and_pooling(wide):
-    x, attention_out = (torch.randn(1, SIDE, SIDE, 16).half() for _ in range(2))
+def test_means_lepe_and_pooling(wide, device):
+    x, attention_out = (torch.randn(1, SIDE, SIDE, 16, device=device).half() for _ in range(2))
     far = wide(x)
     packed = far.as_strided((1, SIDE, SIDE, ROW), far.stride())
     assert torch.equal(routing.region_means(packed, None, GRID, 16), routing.region_means(x, None, GRID, 16))
-    weight = torch.randn(16, 1, 3, 3).half()
+    weight = torch.randn(16, 1, 3, 3, device=device).half()
     outs = [lepe.lepe_forward(attention_out, Lepe(v, weight, None, GRID)) for v in (far, x)]
     assert torch.equal(*outs)
-    cells = torch.tensor([[0, 2], [2, 4]], dtype=torch.int32)
+    cells = torch.tensor([[0, 2], [2, 4]], dtype=torch.int32, device=device)
     pooled = [pooling.pool_forward(v, None, RegionPooling(cells, cells, MAX, GRID))[0] for v in (far, x)]
     assert torch.equal(*pooled)
-    near_grad = torch.randn(1, SIDE, SIDE, 16).half()
+    near_grad = torch.randn(1, SIDE, SIDE, 16, device=device).half()
     far_grad = wide(near_grad)
     grads = [
         lepe.lepe_backward(attention_out, grad, Lepe(v, weight, None, GRID))

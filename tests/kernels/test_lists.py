@@ -33,12 +33,12 @@ grids = st.builds(
 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data(), query_grid=grids, kv_grid=grids, n_graphs=st.integers(1, 2))
-def test_lists_hold_the_tokens_of_the_routed_regions_in_order(data, query_grid, kv_grid, n_graphs):
+def test_lists_hold_the_tokens_of_the_routed_regions_in_order(data, query_grid, kv_grid, n_graphs, device):
     topk = data.draw(st.integers(1, min(3, kv_grid.n_regions)))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     shape = (1, n_graphs, query_grid.n_regions, topk)
-    r_idx = torch.randint(kv_grid.n_regions, shape, generator=generator, dtype=torch.int32)
-    problem = _problem(r_idx, query_grid, kv_grid, torch.rand(shape, generator=generator))
+    r_idx = torch.randint(kv_grid.n_regions, shape, generator=generator, dtype=torch.int32).to(device)
+    problem = _problem(r_idx, query_grid, kv_grid, torch.rand(shape, generator=generator).to(device))
 
     keys = lists.list_keys(problem)
     assert keys.region_list.flatten().tolist() == _expected_tokens(query_grid, range(query_grid.n_regions))
@@ -80,11 +80,11 @@ def _check_inverse(r_idx, n_regions):
 
 @settings(max_examples=12, deadline=None)
 @given(data=st.data(), n_regions=st.integers(1, 16), n_rows=st.integers(1, 16), batch=st.integers(1, 2))
-def test_inverse_graph_holds_each_pair_once_in_order(data, n_regions, n_rows, batch):
+def test_inverse_graph_holds_each_pair_once_in_order(data, n_regions, n_rows, batch, device):
     topk = data.draw(st.integers(1, n_regions))
     rows = st.permutations(range(n_regions)).map(lambda order: order[:topk])
     graph = [[[data.draw(rows) for _ in range(n_rows)]] for _ in range(batch)]
-    _check_inverse(torch.tensor(graph, dtype=torch.int32), n_regions)
+    _check_inverse(torch.tensor(graph, dtype=torch.int32, device=device), n_regions)
 
 
 EXTREMES = {
@@ -121,21 +121,22 @@ rows_of_pairs = st.lists(st.sampled_from([0, 1, 2, 3, 7, 8, 9, 30]), min_size=1,
 
 @settings(max_examples=30, deadline=None)
 @given(lengths=rows_of_pairs)
-def test_pieces_cover_every_row_once_and_none_is_long(lengths):
+def test_pieces_cover_every_row_once_and_none_is_long(lengths, device):
     """However uneven the rows: the longest piece is at most a constant times the mean row."""
-    _check_pieces(lengths)
+    _check_pieces(lengths, device)
 
 
-def test_pieces_of_more_rows_than_the_kernel_takes_at_once():
+def test_pieces_of_more_rows_than_the_kernel_takes_at_once(device):
     """Rows of 0, 1 and, among the last of a block and the first of the next, 30 pairs."""
-    _check_pieces([30 if region % 17 == 0 else region % 2 for region in range(600)])
+    _check_pieces([30 if region % 17 == 0 else region % 2 for region in range(600)], device)
 
 
-def _check_pieces(lengths):
+def _check_pieces(lengths, device):
     n_pairs, n_regions = sum(lengths), len(lengths)
     if n_pairs == 0:
         return
-    row_start = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).view(1, 1, -1)
+    row_start = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    row_start = row_start.view(1, 1, -1)
     work, longest, n_partials = lists.cut_rows(row_start, n_pairs)
     pieces = [piece for piece in work[0, 0].tolist() if piece[0] >= 0]
     assert [region for region, *_ in pieces[:n_regions]] == list(range(n_regions))
@@ -154,9 +155,9 @@ def _check_pieces(lengths):
     assert longest < lists.LONGEST_TO_MEAN * (mean + 1)
 
 
-def test_one_region_that_all_choose_is_cut():
+def test_one_region_that_all_choose_is_cut(device):
     """The bound is not met by chance: without cutting this row would be 49 times the mean."""
-    r_idx = torch.zeros(1, 1, 49, 1, dtype=torch.int32)
+    r_idx = torch.zeros(1, 1, 49, 1, dtype=torch.int32, device=device)
     row_start, pairs = lists.inverse_graph(r_idx, 49)
     work, longest, _ = lists.cut_rows(row_start, pairs.shape[-1])
     assert longest == 4
