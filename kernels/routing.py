@@ -73,6 +73,7 @@ def route(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Logits of BLOCK_Q query regions against all key regions, and each one's topk largest; grid (N, blocks).
 
@@ -96,7 +97,7 @@ def route(
         if BLOCK_Q == 1:  # for many regions: operands of a product would not fit shared memory
             logits += tl.sum(of_keys * of_queries, axis=1)[None, :]
         else:
-            logits = tl.dot(of_queries, tl.trans(of_keys), logits, input_precision="ieee")
+            logits = tl.dot(of_queries, tl.trans(of_keys), logits, input_precision=PRECISION)
     # NaN first, as torch.sort has it. Above all it must not yield an index out of range: a model whose
     # training diverges should report a NaN loss, not an illegal memory access.
     logits = tl.where(logits == logits, logits, float("inf"))

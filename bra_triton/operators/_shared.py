@@ -1,7 +1,28 @@
 """What the operators have in common."""
 
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_library = torch.library.Library("bra_triton", "FRAGMENT")
+
+
+def operator(function: Callable[..., Any]) -> Any:
+    """Decorator: makes `bra_triton::<the function's name>` of a function that changes no argument.
+
+    `torch.library.custom_op` would do the same, but PyTorch 2.11 runs what is inside with Dynamo's hook on
+    every call of a Python function: on Python 3.12 a launch that takes 24 us of the CPU's time took 106 us as
+    such an operator, and the CPU's part of a training step 2.2 ms.
+    """
+    name, schema = function.__name__, torch.library.infer_schema(function, mutates_args=())
+    _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    return update_wrapper(
+        getattr(torch.ops.bra_triton, name).default, function, assigned=("__doc__",), updated=()
+    )
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

@@ -18,14 +18,14 @@ from ..backend import registry
 from ..kernels.pooling_problem import pooled_grid
 from ..kernels.problem import Gradients, Lepe, Padding, RoutedAttention
 from ..kernels.region_grid import RegionGrid
-from ._shared import or_empty, statistic_dtype, without_autocast
+from ._shared import operator, or_empty, statistic_dtype, without_autocast
 
 # How the routing weights enter: not at all; as a factor of the chosen keys and values; or straight-through,
 # with the forward of "none" and the gradient that such a factor of 1 would get.
 ROUTING_WEIGHTS = ("none", "soft", "hard")
 
 
-@torch.library.custom_op("bra_triton::routed_attention", mutates_args=())
+@operator
 def routed_attention(
     qkv: Tensor,
     kv: Tensor | None,
@@ -71,7 +71,7 @@ def routed_attention(
     return out, or_empty(attention, out), lse
 
 
-@routed_attention.register_fake
+@torch.library.register_fake(routed_attention)
 def _(
     qkv,
     kv,
@@ -95,7 +95,7 @@ def _(
     return out, torch.empty_like(out) if keeps else out.new_empty(0), lse
 
 
-@torch.library.custom_op("bra_triton::routed_attention_backward", mutates_args=())
+@operator
 def routed_attention_backward(
     grad_out: Tensor,
     qkv: Tensor,
@@ -145,7 +145,7 @@ def routed_attention_backward(
     )
 
 
-@routed_attention_backward.register_fake
+@torch.library.register_fake(routed_attention_backward)
 def _(
     grad_out,
     qkv,
@@ -203,7 +203,7 @@ def _backward(ctx, grad_out, _grad_attention, _grad_lse):
     )
 
 
-routed_attention.register_autograd(_backward, setup_context=_save_for_backward)
+torch.library.register_autograd(routed_attention, _backward, setup_context=_save_for_backward)
 
 
 def _widths(qkv: Tensor, qk_dim: int) -> list[int]:

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..backend import registry
 from ..kernels.pooling_problem import MAX, RegionPooling
 from ..kernels.region_grid import RegionGrid
-from ._shared import or_empty, without_autocast
+from ._shared import operator, or_empty, without_autocast
 
 
-@torch.library.custom_op("bra_triton::pool_regions", mutates_args=())
+@operator
 def pool_regions(
     qkv: Tensor,
     fill: Tensor | None,
@@ -58,7 +58,7 @@ def pool_regions(
     return pooled, or_empty(argmax, qkv)
 
 
-@pool_regions.register_fake
+@torch.library.register_fake(pool_regions)
 def _(qkv, fill, row_cells, column_cells, weight, bias, qk_dim, grid, mode, backend):
     _, _, _, _, rows, columns = grid
     shape = (
@@ -69,7 +69,7 @@ def _(qkv, fill, row_cells, column_cells, weight, bias, qk_dim, grid, mode, back
     return qkv.new_empty(shape), argmax
 
 
-@torch.library.custom_op("bra_triton::pool_regions_backward", mutates_args=())
+@operator
 def pool_regions_backward(
     grad_pooled: Tensor,
     qkv: Tensor,
@@ -107,7 +107,7 @@ def pool_regions_backward(
     return grad_qkv, grad_fill, gradients.weight.to(weight.dtype), gradients.bias.to(weight.dtype)
 
 
-@pool_regions_backward.register_fake
+@torch.library.register_fake(pool_regions_backward)
 def _(grad_pooled, qkv, fill, argmax, row_cells, column_cells, weight, qk_dim, grid, mode, backend):
     return (
         torch.empty_like(qkv),
@@ -138,7 +138,7 @@ def _backward(ctx, grad_pooled, _grad_argmax):
     return grad_qkv, None if fill is None else grad_fill, None, None, *kernel_grads, None, None, None, None
 
 
-pool_regions.register_autograd(_backward, setup_context=_save_for_backward)
+torch.library.register_autograd(pool_regions, _backward, setup_context=_save_for_backward)
 
 
 def _fill_of(fill: Tensor | None, qkv: Tensor, qk_dim: int) -> Tensor:

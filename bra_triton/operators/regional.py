@@ -17,10 +17,10 @@ from torch import Tensor
 from ..backend import registry
 from ..kernels.problem import Gradients, Padding, RoutedAttention
 from ..kernels.region_grid import RegionGrid
-from ._shared import statistic_dtype, without_autocast
+from ._shared import operator, statistic_dtype, without_autocast
 
 
-@torch.library.custom_op("bra_triton::regional_attention", mutates_args=())
+@operator
 def regional_attention(
     query: Tensor,
     key: Tensor,
@@ -55,14 +55,14 @@ def regional_attention(
     return out, lse
 
 
-@regional_attention.register_fake
+@torch.library.register_fake(regional_attention)
 def _(query, key, value, r_idx, query_grid, kv_grid, num_heads, scale, backend):
     batch, height, width, _ = query.shape
     lse = query.new_empty(batch, num_heads, height, width, dtype=statistic_dtype(query))
     return query.new_empty(batch, height, width, value.shape[-1]), lse
 
 
-@torch.library.custom_op("bra_triton::regional_attention_backward", mutates_args=())
+@operator
 def regional_attention_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -85,7 +85,7 @@ def regional_attention_backward(
     return gradients.query, gradients.key, gradients.value
 
 
-@regional_attention_backward.register_fake
+@torch.library.register_fake(regional_attention_backward)
 def _(grad_out, query, key, value, *_):
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
@@ -104,7 +104,7 @@ def _backward(ctx, grad_out, _grad_lse):
     return *regional_attention_backward(grad_out, *ctx.saved_tensors, *ctx.numbers), *(None,) * 6
 
 
-regional_attention.register_autograd(_backward, setup_context=_save_for_backward)
+torch.library.register_autograd(regional_attention, _backward, setup_context=_save_for_backward)
 
 
 def problem_of(

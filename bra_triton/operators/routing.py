@@ -20,10 +20,10 @@ from torch import Tensor
 from ..backend import registry
 from ..backend.region_layout import counted_tokens, tokens_inside
 from ..kernels.region_grid import RegionGrid
-from ._shared import or_empty, statistic_dtype, without_autocast
+from ._shared import operator, or_empty, statistic_dtype, without_autocast
 
 
-@torch.library.custom_op("bra_triton::region_means", mutates_args=())
+@operator
 def region_means(
     qkv: Tensor, padding: Tensor | None, qk_dim: int, grid: Sequence[int], backend: str
 ) -> Tensor:
@@ -36,13 +36,13 @@ def region_means(
         return registry.load(backend).region_means(qkv, padding, RegionGrid(*grid), 2 * qk_dim)
 
 
-@region_means.register_fake
+@torch.library.register_fake(region_means)
 def _(qkv, padding, qk_dim, grid, backend):
     n_regions = RegionGrid(*grid).n_regions
     return qkv.new_empty(qkv.shape[0], n_regions, 2 * qk_dim, dtype=statistic_dtype(qkv))
 
 
-@torch.library.custom_op("bra_triton::region_means_backward", mutates_args=())
+@operator
 def region_means_backward(
     grad: Tensor, qkv: Tensor, padding: Tensor | None, grid: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def region_means_backward(
     return grad_qkv, F.pad(of_padding, (0, of_values)).to(padding.dtype)
 
 
-@region_means_backward.register_fake
+@torch.library.register_fake(region_means_backward)
 def _(grad, qkv, padding, grid):
     return torch.empty_like(qkv), or_empty(None if padding is None else torch.empty_like(padding), qkv)
 
@@ -76,10 +76,10 @@ def _means_backward(ctx, grad):
     return grad_qkv, None if padding is None else grad_padding, None, None, None
 
 
-region_means.register_autograd(_means_backward, setup_context=_save_means)
+torch.library.register_autograd(region_means, _means_backward, setup_context=_save_means)
 
 
-@torch.library.custom_op("bra_triton::route", mutates_args=())
+@operator
 def route(query: Tensor, key: Tensor, topk: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     """Chooses regions by the logits of `(N, P, qk_dim)` region queries and keys, float32 or float64.
 
@@ -89,13 +89,13 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float, backend: str) -> 
         return registry.load(backend).route(*_alike(query, key), topk, scale)
 
 
-@route.register_fake
+@torch.library.register_fake(route)
 def _(query, key, topk, scale, backend):
     shape = (*query.shape[:2], topk)
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int32)
 
 
-@torch.library.custom_op("bra_triton::route_backward", mutates_args=())
+@operator
 def route_backward(
     grad_weight: Tensor,
     r_weight: Tensor,
@@ -110,7 +110,7 @@ def route_backward(
         return registry.load(backend).route_backward(grad_weight, r_weight, r_idx, *_alike(query, key), scale)
 
 
-@route_backward.register_fake
+@torch.library.register_fake(route_backward)
 def _(grad_weight, r_weight, r_idx, query, key, scale, backend):
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
@@ -128,7 +128,7 @@ def _route_backward(ctx, grad_weight, _grad_idx):
     return *route_backward(grad_weight, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None, None
 
 
-route.register_autograd(_route_backward, setup_context=_save_route)
+torch.library.register_autograd(route, _route_backward, setup_context=_save_route)
 
 
 def _alike(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from .lists import inverse_graph
 # Query regions and logits of a program of `route`, at most, and channels that it multiplies at a time. Twice
 # the query regions would leave half of an H100's multiprocessors without a program at a batch of 16 and 64
 # regions. Predicted, not measured.
-_ROUTE_QUERIES, _ROUTE_LOGITS, _ROUTE_CHANNELS = 8, 1024, 32
+_ROUTE_QUERIES, _ROUTE_CHANNELS, _ROUTE_WARPS = 16, 32, 4
 # So many key regions fit shared memory as an operand; with more a query region has a program of its own.
 _ROUTE_OPERAND = 256
 # Where a query region has a program of its own: elements of a tile of keys, 32 registers a thread.
@@ -70,8 +70,8 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
     r_idx = torch.empty_like(r_weight, dtype=torch.int32)
     if not batch:
         return r_weight, r_idx
-    block_r = triton.next_power_of_2(n_regions)
-    block_q = min(block_r, _ROUTE_QUERIES, _ROUTE_LOGITS // block_r) if block_r <= _ROUTE_OPERAND else 1
+    block_r = max(16, triton.next_power_of_2(n_regions))
+    block_q = _ROUTE_QUERIES if block_r <= _ROUTE_OPERAND else 1
     block_c = _ROUTE_CHANNELS if block_q > 1 else max(1, min(_ROUTE_CHANNELS, _ROUTE_KEYS // block_r))
     with torch.cuda.device_of(query):
         routing.route[batch, triton.cdiv(n_regions, block_q)](
@@ -82,7 +82,8 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
             BLOCK_R=block_r,
             BLOCK_C=block_c,
             BLOCK_K=triton.next_power_of_2(topk),
-            num_warps=4,
+            PRECISION="ieee" if torch.version.hip else "tf32x3",
+            num_warps=_ROUTE_WARPS,
         )
     return r_weight, r_idx
 

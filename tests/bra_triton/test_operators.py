@@ -143,8 +143,8 @@ def test_inside_the_operators_nothing_but_allocations_touches_the_map(device):
         means = registry.load("triton").region_means(qkv, None, grid, 2 * spec.qk_dim)
         _, r_idx = registry.load("triton").route(*means.split(spec.qk_dim, -1), spec.topk, spec.scale)
         inputs = (qkv, None, None, r_idx, None, weight, None)
-        _, attention, lse = operators.routed_attention._init_fn(*inputs, *numbers, True, "triton")
-        operators.routed_attention_backward._init_fn(
+        _, attention, lse = operators.routed_attention.__wrapped__(*inputs, *numbers, True, "triton")
+        operators.routed_attention_backward.__wrapped__(
             grad_out, *inputs, attention, lse, False, True, *numbers, "triton"
         )
     allowed = {
