@@ -16,7 +16,9 @@ class NCHWBiLevelRoutingAttention(nchw_reference.NCHWBiLevelRoutingAttention):
     """Bi-level routing attention over an NCHW map; see the reference for the arguments' meaning.
 
     The parameters are the original's, so its weights load with `strict=True`. A map in channels-last memory
-    is projected and attended to without a copy; another is copied once, before the projection.
+    is projected and attended to without a copy; another is copied once, before the projection. The
+    gradients of the projections' weights are cuDNN's on a GPU, which repeats their bits if
+    `torch.backends.cudnn.deterministic`.
 
     Args:
         dim: channels of the map; the arguments up to `attn_backend` are those of the original, in its order.
@@ -80,13 +82,16 @@ class NCHWBiLevelRoutingAttention(nchw_reference.NCHWBiLevelRoutingAttention):
         spec, grid = self.spec, self.grid(x)
         qkv = _project(self.qkv_linear, x.permute(0, 2, 3, 1)).contiguous()
         backend = registry.select(self.backend, qkv, spec.head_dims, [grid])
-        # Tokens past the edge are left out of the means, but are zeros to the attention, and take part.
-        means = operators.region_means(qkv.detach(), None, spec.qk_dim, grid.numbers, backend)
-        r_weight, r_idx = operators.route(*means.split(spec.qk_dim, -1), self._topk(grid), 1.0, backend)
+        if self._topk(grid) == grid.n_regions:
+            r_idx = functional.all_regions(qkv, grid)
+        else:
+            # Tokens past the edge are left out of the means, but are zeros to the attention, and take part.
+            means = operators.region_means(qkv.detach(), None, spec.qk_dim, grid.numbers, backend)
+            _, r_idx = operators.route(*means.split(spec.qk_dim, -1), self._topk(grid), 1.0, backend)
         padding = torch.zeros(spec.packed_dim, device=qkv.device) if grid.is_padded else None
         weight, bias = (None, None) if self.lepe is None else (self.lepe.weight, self.lepe.bias)
         parts = functional.Parts(weight, bias, padding).for_kernels(qkv.dtype)
-        out = functional.attend_to_chosen(qkv, r_weight, r_idx, spec, parts, grid, backend)
+        out = functional.attend_to_chosen(qkv, None, r_idx, spec, parts, grid, backend)
         return _project(self.output_linear, out).permute(0, 3, 1, 2)
 
 

@@ -1,8 +1,7 @@
 """When attention over the whole map under a mask is cheaper than walking the routed regions."""
 
-import triton
-
 from . import tiles
+from .integers import cdiv
 from .problem import RoutedAttention
 
 # The graph's marks widen the first product by a channel for every key region.
@@ -35,7 +34,7 @@ def is_cheaper(problem: RoutedAttention) -> bool:
         and max(grid.region_tokens, kv_grid.region_tokens) <= MOST_REGION_TOKENS
     )
     own = tiles.MASKED[tiles.FORWARD].own
-    rows = triton.cdiv(grid.n_regions * grid.region_tokens, own) * own
+    rows = cdiv(grid.n_regions * grid.region_tokens, own) * own
     masked = rows * (kv_grid.n_regions * kv_grid.region_tokens + 200)
     routed = grid.n_regions * (3000 + 20 * problem.topk * kv_grid.region_tokens)
     return fits and masked <= routed

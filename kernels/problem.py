@@ -1,6 +1,6 @@
 """What one routed attention is made of: the tensors and numbers that every backend takes. Needs no Triton."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -53,6 +53,21 @@ class RoutedAttention:
     factor: Tensor | None = None
     padding: Padding | None = None
     distinct: bool = False
+
+    @property
+    def chooses_all(self) -> bool:
+        """Whether every region chose all: then regions make no difference."""
+        return self.distinct and self.topk == self.kv_grid.n_regions
+
+    def merged(self) -> "RoutedAttention":
+        """The same attention with one region, where every region `chooses_all` and there is no factor.
+
+        BiFormer's last stage is such, with regions of one token, each a tile of its own otherwise.
+        """
+        assert self.chooses_all
+        assert self.factor is None
+        one = self.r_idx.new_zeros(*self.r_idx.shape[:2], 1, 1)
+        return replace(self, query_grid=self.query_grid.merged, kv_grid=self.kv_grid.merged, r_idx=one)
 
     @property
     def batch(self) -> int:

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
@@ -104,6 +104,7 @@ class Key:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
 
     @classmethod
+    @lru_cache(1024)  # asked three times a training step
     def of(cls, kernel: str, bits: int, head_dim: int, region_tokens: int, form: str = PLAIN) -> "Key":
         """The entry that serves a problem; see `tiles.choose`."""
         width = next((width for width in HEAD_DIMS if width >= head_dim), head_dim)

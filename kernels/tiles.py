@@ -15,6 +15,7 @@ from functools import cache
 import torch
 
 from . import tile_cache
+from .integers import next_power_of_2
 from .tile_table import (
     BITS,
     FORMS,
@@ -72,7 +73,7 @@ MASKED = {
 
 def channel_block(head_dim: int) -> int:
     """Channels that a tile holds for a head of `head_dim`: a power of two that a matrix unit can take."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, next_power_of_2(head_dim))
 
 
 def choose(

@@ -76,6 +76,11 @@ class Setting:
         return self.num_heads * self.v_head_dim
 
     @property
+    def chooses_all(self) -> bool:
+        """Whether regions make no difference, and launches merge them."""
+        return self.routing_weight == "none" and not self.head_graphs and self.topk == self.n_win**2
+
+    @property
     def grid(self) -> RegionGrid:
         """Regions of the queries."""
         return RegionGrid.of_windows(self.height, self.width, self.n_win)
@@ -139,15 +144,17 @@ def record_attention(setting: Setting, dtype: torch.dtype) -> list[Launch]:
         kv = torch.cat([problem.key, problem.value], -1)
         gradients = Gradients(gradients.query, *kv.split(_widths(setting)[1:], dim=-1))
     needs_factor = setting.routing_weight != "none"
+    problem = problem.merged() if setting.chooses_all else problem
     lepe = _lepe(setting, qkv, padding)
     reduction = _pooling(setting, qkv.device)
 
     def run() -> None:
         if reduction is not None:
             _pool(reduction, qkv[..., setting.qk_dim :], padding, setting)
-        means = routing.region_means(qkv, padding, setting.grid, 2 * setting.qk_dim)
-        query, key = means.split(setting.qk_dim, dim=-1)
-        r_weight, r_idx = routing.route(query, key, setting.topk, problem.scale)
+        if not setting.chooses_all:
+            means = routing.region_means(qkv, padding, setting.grid, 2 * setting.qk_dim)
+            query, key = means.split(setting.qk_dim, dim=-1)
+            r_weight, r_idx = routing.route(query, key, setting.topk, problem.scale)
         out, _, lse = attention.attention_forward(problem, lepe)
         attention.attention_backward(torch.empty_like(out), problem, out, lse, gradients, needs_factor)
         if lepe is not None:

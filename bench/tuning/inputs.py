@@ -92,7 +92,9 @@ def _problem(
     padding = Padding(draw(widths[1]), draw(widths[2])) if grid.is_padded else None
     is_soft, scale = setting.routing_weight == "soft", setting.qk_dim**-0.5
     factor = torch.rand(r_idx.shape, generator=generator, device=device) if is_soft else None
-    return RoutedAttention(query, key, value, r_idx, grid, grid, setting.num_heads, scale, factor, padding)
+    problem = RoutedAttention(query, key, value, r_idx, grid, grid, setting.num_heads, scale, factor, padding)
+    # Not `distinct`, or small regions would be masked, in tiles of no table.
+    return replace(problem, distinct=True).merged() if setting.chooses_all else problem
 
 
 def _draw(

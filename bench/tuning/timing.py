@@ -50,6 +50,7 @@ class Trial:
         """The entry that it competes for."""
         s = self.setting
         grid = s.kv_grid if self.kernel == KEY_VALUE_GRADIENT else s.grid
+        grid = grid.merged if s.chooses_all else grid
         heads = (s.qk_head_dim, s.v_head_dim)
         # Hard routing has a factor of 1 that is not there, but for its gradient.
         weighting = ("soft", "hard") if self.kernel == QUERY_GRADIENT else ("soft",)

@@ -238,15 +238,10 @@ def _problem(
         factor = factor[:, None].contiguous()
     else:
         factor = None
-    r_idx = r_idx[:, None]
-    if routing_weight == "none" and r_idx.shape[-1] == kv_grid.n_regions:
-        # Every region chose all: dense attention, whose queries and keys need not be told apart by region.
-        # BiFormer's last stage is such, with regions of one token, each a tile of its own otherwise.
-        query_grid, kv_grid = query_grid.merged, kv_grid.merged
-        r_idx = torch.zeros_like(r_idx[:, :, :1, :1])
-    return RoutedAttention(
-        query, key, value, r_idx, query_grid, kv_grid, num_heads, scale, factor, kv_padding, True
+    problem = RoutedAttention(
+        query, key, value, r_idx[:, None], query_grid, kv_grid, num_heads, scale, factor, kv_padding, True
     )
+    return problem.merged() if routing_weight == "none" and problem.chooses_all else problem
 
 
 def _lepe(

@@ -3,10 +3,10 @@
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import forward, key_value_gradient, masking, query_gradient, tiles
+from ..integers import cdiv, next_power_of_2
 from ..problem import Gradients, Lepe, Padding, RoutedAttention, SmallGradients
 from ..region_grid import RegionGrid
 from .lepe import lepe_forward
@@ -130,7 +130,7 @@ def _query_gradient(
     tile = _tile(tiles.QUERY_GRADIENT, problem, masked, needs_factor)
     shares = None
     if needs_factor:
-        n_tiles = triton.cdiv(problem.query_grid.region_tokens, tile.own)
+        n_tiles = cdiv(problem.query_grid.region_tokens, tile.own)
         shares = lse.new_empty(
             problem.batch, problem.num_heads, problem.query_grid.n_regions, n_tiles, problem.topk
         )
@@ -146,7 +146,7 @@ def _query_gradient(
             GRAD_QUERY_STRIDE=row_stride(gradients.query),
             BLOCK_M=tile.own,
             BLOCK_N=tile.step,
-            BLOCK_SLOTS=triton.next_power_of_2(problem.topk),
+            BLOCK_SLOTS=next_power_of_2(problem.topk),
             EXP_SHARE=tile.exp_share,
             **_constants(problem, tile, lists),
         )
@@ -166,7 +166,7 @@ def _key_value_gradient(
     n_regions, region_tokens = _owned(problem.kv_grid, masked)
     shares = None
     if problem.padding is not None:
-        n_tiles = triton.cdiv(region_tokens, tile.own)
+        n_tiles = cdiv(region_tokens, tile.own)
         head_dims = problem.qk_head_dim + problem.v_head_dim
         shares = statistics.new_empty(problem.batch, problem.num_heads, n_regions, n_tiles, head_dims)
     partial_key, partial_value = (
@@ -181,7 +181,7 @@ def _key_value_gradient(
     }
     kv_tokens = image_tokens(problem.key)
     _, query_region_tokens = _owned(problem.query_grid, masked)
-    programs = problem.batch * triton.cdiv(region_tokens, tile.own) * problem.num_heads
+    programs = problem.batch * cdiv(region_tokens, tile.own) * problem.num_heads
     with torch.cuda.device_of(grad_out):
         key_value_gradient.key_value_gradient[(n_pieces * programs,)](
             *(problem.query, problem.key, problem.value),
@@ -237,7 +237,7 @@ def _owned(grid: RegionGrid, masked: bool) -> tuple[int, int]:
 def _grid(problem: RoutedAttention, tile: tiles.Tile, masked: bool) -> tuple[int]:
     """Programs of a kernel that owns queries."""
     rows, region_tokens = _owned(problem.query_grid, masked)
-    return (problem.batch * rows * triton.cdiv(region_tokens, tile.own) * problem.num_heads,)
+    return (problem.batch * rows * cdiv(region_tokens, tile.own) * problem.num_heads,)
 
 
 def _marks(lists: KeyLists | QueryLists) -> tuple[Tensor | None, ...]:

@@ -1,10 +1,10 @@
 """Launches of LePE's kernels."""
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import lepe as kernels
+from ..integers import cdiv
 from ..problem import Lepe, LepeGradients
 from .maps import row_stride
 
@@ -96,7 +96,7 @@ def lepe_backward(
 def _tiling(lepe: Lepe, image_tokens: int) -> tuple[tuple[int, int], dict]:
     """Grid and compile-time arguments that both kernels share."""
     batch, dim = lepe.value.shape[0], lepe.value.shape[-1]
-    return (batch * triton.cdiv(image_tokens, BLOCK_M), triton.cdiv(dim, BLOCK_V)), {
+    return (batch * cdiv(image_tokens, BLOCK_M), cdiv(dim, BLOCK_V)), {
         "DIM": dim,
         "VALUE_STRIDE": row_stride(lepe.value),
         "KERNEL": lepe.kernel_size,

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import lists
+from ..integers import cdiv, next_power_of_2
 from ..problem import RoutedAttention
 from ..region_grid import RegionGrid
 
@@ -115,7 +115,7 @@ def list_queries(problem: RoutedAttention, masked: bool = False) -> QueryLists:
 
 def mark_choices(problem: RoutedAttention) -> Marks:
     """Writes the tables of masked attention; at most 64 key regions."""
-    r_idx, block = problem.r_idx, max(16, triton.next_power_of_2(problem.kv_grid.n_regions))
+    r_idx, block = problem.r_idx, max(16, next_power_of_2(problem.kv_grid.n_regions))
     n_queries, n_keys = (
         grid.n_regions * grid.region_tokens for grid in (problem.query_grid, problem.kv_grid)
     )
@@ -126,7 +126,7 @@ def mark_choices(problem: RoutedAttention) -> Marks:
         r_idx.new_empty(n_keys, block, dtype=torch.float16),
     )
     with torch.cuda.device_of(r_idx):
-        lists.mark_choices[(triton.cdiv(max(n_rows, n_queries, n_keys), _BLOCK_ENTRIES),)](
+        lists.mark_choices[(cdiv(max(n_rows, n_queries, n_keys), _BLOCK_ENTRIES),)](
             *(r_idx, marks.query_marks, marks.query_regions, marks.key_marks),
             *(n_rows, problem.topk, n_queries, problem.query_grid.region_tokens),
             *(n_keys, problem.kv_grid.region_tokens),
@@ -173,7 +173,7 @@ def cut_rows(row_start: Tensor, n_pairs: int) -> tuple[Tensor, int, int]:
         many partial sums the pieces of one graph write at most. Sizes depend on shapes alone.
     """
     batch, n_graphs, n_regions = *row_start.shape[:2], row_start.shape[2] - 1
-    longest = LONGEST_TO_MEAN * triton.cdiv(n_pairs, n_regions)
+    longest = LONGEST_TO_MEAN * cdiv(n_pairs, n_regions)
     # Every further piece follows a full one, and a cut row has one first piece for its further ones.
     n_extras = n_pairs // longest
     work = row_start.new_empty(batch, n_graphs, n_regions + n_extras, 4)
@@ -210,7 +210,7 @@ def _list_tokens(
     factor = problem.factor if n_entries else None
     factors = None if factor is None else torch.empty_like(tokens, dtype=torch.float32)
     with torch.cuda.device_of(like):
-        lists.list_tokens[(triton.cdiv(n_entries + grid.n_regions, _BLOCK_ENTRIES),)](
+        lists.list_tokens[(cdiv(n_entries + grid.n_regions, _BLOCK_ENTRIES),)](
             tokens if entries is None else entries,
             factor,
             tokens,

@@ -12,9 +12,11 @@ def row_stride(x: Tensor) -> int:
     """Elements from one token of a map to the next."""
     if not x.numel():
         return x.shape[3]  # an empty batch is never read, and may have any strides
+    images, rows, columns, channels = x.shape
+    of_image, of_row, of_column, of_channel = x.stride()
     # A map of a single column may carry any stride there, and PyTorch still calls it contiguous.
-    stride = x.stride(2) if x.shape[2] > 1 else x.stride(1) if x.shape[1] > 1 else x.stride(0)
-    assert x.stride(3) == 1 or x.shape[3] == 1
-    assert x.shape[1] == 1 or x.stride(1) == x.shape[2] * stride
-    assert x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.shape[2] * stride
+    stride = of_column if columns > 1 else of_row if rows > 1 else of_image
+    assert of_channel == 1 or channels == 1
+    assert rows == 1 or of_row == columns * stride
+    assert images == 1 or of_image == rows * columns * stride
     return stride

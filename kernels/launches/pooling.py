@@ -1,10 +1,10 @@
 """Launches of the pooling kernels: shapes of outputs, grids, tiles. No synchronisation with the device."""
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import pooling as kernels
+from ..integers import cdiv, next_power_of_2
 from ..pooling_problem import MAX, PoolingGradients, RegionPooling
 from .maps import row_stride
 
@@ -42,7 +42,7 @@ def pool_forward(
     argmax = torch.empty_like(pooled, dtype=torch.int32) if pooling.mode == MAX else None
     if pooled.numel():
         constants = _constants(x, pooling, weight)
-        tiles = triton.cdiv(grid.height * grid.width, constants["BLOCK_T"])
+        tiles = cdiv(grid.height * grid.width, constants["BLOCK_T"])
         with torch.cuda.device_of(x):
             kernels.pool[x.shape[0] * tiles, _channel_blocks(constants)](
                 x,
@@ -84,7 +84,7 @@ def pool_backward(
     constants = _constants(grad_x, pooling, weight)
     grid = pooling.grid
     padded_tokens = grid.n_regions * grid.region_tokens
-    strips, strip_tiles = _strips(triton.cdiv(padded_tokens, constants["BLOCK_T"]))
+    strips, strip_tiles = _strips(cdiv(padded_tokens, constants["BLOCK_T"]))
     programs, channels = x.shape[0] * strips, x.shape[-1]
     partials = x.new_empty(programs if grid.is_padded else 0, channels, dtype=torch.float32)
     if grad_x.numel():
@@ -122,7 +122,7 @@ def _holders(pooling: RegionPooling) -> tuple[Tensor, Tensor]:
 
 def _invert(cells: Tensor, side: int) -> Tensor:
     holders = cells.new_empty(side, 2)
-    kernels.invert_cells[(triton.cdiv(side, 32),)](
+    kernels.invert_cells[(cdiv(side, 32),)](
         cells, holders, cells.shape[0], side, BLOCK=32, BLOCK_CELLS=32, num_warps=1
     )
     return holders
@@ -133,7 +133,7 @@ def _weight_gradient(
 ) -> Tensor:
     constants = _constants(x, pooling, weight)
     pooled = pooling.pooled_grid
-    tiles = x.shape[0] * triton.cdiv(pooled.height * pooled.width, constants["BLOCK_T"])
+    tiles = x.shape[0] * cdiv(pooled.height * pooled.width, constants["BLOCK_T"])
     strips, strip_tiles = _strips(tiles)
     channels, taps = x.shape[-1], weight[0].numel()
     partials = x.new_empty(strips, taps, channels, dtype=torch.float32)
@@ -157,7 +157,7 @@ def _weight_gradient(
 def _constants(x: Tensor, pooling: RegionPooling, weight: Tensor | None) -> dict:
     """Compile-time arguments that the kernels have in common."""
     channels = x.shape[-1]
-    block_c = min(MAX_BLOCK_CHANNELS, triton.next_power_of_2(channels))
+    block_c = min(MAX_BLOCK_CHANNELS, next_power_of_2(channels))
     return {
         "KERNEL_WIDTH": 1 if weight is None else weight.shape[-1],
         "PADDED": pooling.grid.is_padded,
@@ -179,13 +179,13 @@ def _sizes(pooling: RegionPooling) -> tuple[int, ...]:
 
 
 def _channel_blocks(constants: dict) -> int:
-    return triton.cdiv(constants["CHANNELS"], constants["BLOCK_C"])
+    return cdiv(constants["CHANNELS"], constants["BLOCK_C"])
 
 
 def _strips(tiles: int) -> tuple[int, int]:
     """Number of strips that tiles are dealt out to, and tiles in each."""
-    strip_tiles = triton.cdiv(tiles, MAX_STRIPS)
-    return (triton.cdiv(tiles, strip_tiles) if tiles else 0), strip_tiles
+    strip_tiles = cdiv(tiles, MAX_STRIPS)
+    return (cdiv(tiles, strip_tiles) if tiles else 0), strip_tiles
 
 
 def _taps_first(weight: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Launches of the routing kernels."""
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import routing
+from ..integers import cdiv, next_power_of_2
 from ..region_grid import RegionGrid
 from .lists import inverse_graph
 
@@ -37,10 +37,10 @@ def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels
     means = qkv.new_empty(qkv.shape[0], grid.n_regions, channels, dtype=torch.float32)
     if not qkv.shape[0]:
         return means
-    block_tokens = min(_MEANS_TOKENS, triton.next_power_of_2(grid.region_tokens))
-    block_c = min(_MEANS_TILE // block_tokens, triton.next_power_of_2(channels))
+    block_tokens = min(_MEANS_TOKENS, next_power_of_2(grid.region_tokens))
+    block_c = min(_MEANS_TILE // block_tokens, next_power_of_2(channels))
     with torch.cuda.device_of(qkv):
-        routing.region_means[(qkv.shape[0] * grid.n_regions, triton.cdiv(channels, block_c))](
+        routing.region_means[(qkv.shape[0] * grid.n_regions, cdiv(channels, block_c))](
             *(qkv, padding, means),
             *(grid.region_height, grid.region_width, grid.columns, grid.height, grid.width, grid.n_regions),
             MEAN_DIM=channels,
@@ -70,18 +70,18 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
     r_idx = torch.empty_like(r_weight, dtype=torch.int32)
     if not batch:
         return r_weight, r_idx
-    block_r = max(16, triton.next_power_of_2(n_regions))
+    block_r = max(16, next_power_of_2(n_regions))
     block_q = _ROUTE_QUERIES if block_r <= _ROUTE_OPERAND else 1
     block_c = _ROUTE_CHANNELS if block_q > 1 else max(1, min(_ROUTE_CHANNELS, _ROUTE_KEYS // block_r))
     with torch.cuda.device_of(query):
-        routing.route[batch, triton.cdiv(n_regions, block_q)](
+        routing.route[batch, cdiv(n_regions, block_q)](
             *(query, key, r_weight, r_idx, scale, n_regions, topk),
             DIM=dim,
             ROW_STRIDE=_row_stride(query),
             BLOCK_Q=block_q,
             BLOCK_R=block_r,
             BLOCK_C=block_c,
-            BLOCK_K=triton.next_power_of_2(topk),
+            BLOCK_K=next_power_of_2(topk),
             PRECISION="ieee" if torch.version.hip else "tf32x3",
             num_warps=_ROUTE_WARPS,
         )
@@ -98,8 +98,8 @@ def route_backward(
         return grads[0], grads[1]
     grad_logits = r_weight * (grad_weight - (r_weight * grad_weight).sum(-1, keepdim=True)) * scale
     row_start, pairs = inverse_graph(r_idx[:, None], n_regions)
-    block_c = min(128, triton.next_power_of_2(query.shape[-1]))
-    grid = (batch * n_regions, triton.cdiv(query.shape[-1], block_c))
+    block_c = min(128, next_power_of_2(query.shape[-1]))
+    grid = (batch * n_regions, cdiv(query.shape[-1], block_c))
     with torch.cuda.device_of(query):
         for own_pairs, source, grad in ((None, key, grads[0]), (pairs, query, grads[1])):
             routing.sum_over_pairs[grid](

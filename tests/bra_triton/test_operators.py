@@ -154,6 +154,37 @@ def test_inside_the_operators_nothing_but_allocations_touches_the_map(device):
     assert set(log.names) <= allowed, set(log.names) - allowed
 
 
+@pytest.mark.parametrize("kind", [BiLevelRoutingAttention, NCHWBiLevelRoutingAttention])
+@pytest.mark.parametrize("topk", [8, 9])
+def test_where_every_region_attends_to_all_nothing_is_routed(kind, topk, device):
+    case = MAP_CASE
+    module = kind(case.dim, case.num_heads, case.n_win, topk=topk, backend="triton").to(device)
+    x = torch.randn(1, case.height, case.width, case.dim, device=device)
+    with _Log(0) as log:
+        module(x.permute(0, 3, 1, 2) if kind is NCHWBiLevelRoutingAttention else x)
+    assert ("bra_triton::route" in log.names) == ("bra_triton::region_means" in log.names) == (topk < 9)
+
+
+def test_operators_called_where_dynamo_watches_but_does_not_compile():
+    """After a break in a `try` Dynamo runs the frame as it is, and sees what the operators do inside."""
+    module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend="torch")
+
+    def attend(x):
+        x = x * 2
+        torch._dynamo.graph_break()
+        try:
+            x = module(x)
+            torch._dynamo.graph_break()
+        finally:
+            pass
+        return x.sin()
+
+    x = torch.randn(2, 8, 8, 32, requires_grad=True)
+    expected, actual = attend(x), torch.compile(attend, backend="eager")(x)
+    assert torch.equal(actual, expected)
+    assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in (actual, expected)))
+
+
 def test_control_the_log_sees_the_reference_gather(device):
     case = MAP_CASE
     module = reference.BiLevelRoutingAttention(case.dim, case.num_heads, case.n_win, topk=case.topk)
