@@ -18,7 +18,7 @@ def is_cheaper(problem: RoutedAttention) -> bool:
     say some 44,000 + 190 x topk x S_kv issue slots a region in the forward, 22,000 + 167 x and 29,000 + 199 x
     in the gradients. Masked, a query meets all P_kv x S_kv keys, in full tiles: 1,800 + 7.8 x (P_kv x S_kv)
     slots a query in the forward, 1,000 + 8.6 x and 1,000 + 10.1 x in the gradients, queries rounded up to
-    tiles of 128. The rule is one for all three kernels, on the side of the routed ones.
+    tiles of 64. The rule is one for all three kernels, on the side of the routed ones.
 
     One thing differs: a key that is not finite reaches all queries of its head, times a weight of 0.
 

@@ -29,11 +29,11 @@ class Analysis:
         n_taps: taps of a convolution in the epilogue, 0 without one.
         num_warps: warps of a thread block.
         usage: registers, shared memory, spills.
-        loop: the loop over whole tiles, None without a matrix loop.
+        loop: the loop over whole tiles of an attention kernel; None for others.
         tail: the loop over the rest of the list, None where none was found.
         taps: the loop over the convolution's taps, None where none was found.
         rest: all other code.
-        loops: of a kernel without a matrix loop all loops, as `Sections` has them; else empty.
+        loops: of other than attention kernels all loops, as `Sections` has them; else empty.
         straight: of such a kernel what stands in no loop; else None.
     """
 
@@ -115,8 +115,9 @@ def _try_to_analyse(specimen: KernelSpecimen, arch: str) -> "Analysis | Exceptio
     n_taps = max(_number(specimen, name) for name in ("LEPE_KERNEL", "KERNEL")) ** 2
     sizes = (block_m, block_n, block_tail, n_taps, specimen.num_warps)
     taps = parts.taps if n_taps else None
-    small = () if parts.loop else (parts.loops, parts.straight)
-    return Analysis(*sizes, usage, parts.loop, parts.tail, taps, parts.rest, *small)
+    if block_m and block_n:
+        return Analysis(*sizes, usage, parts.loop, parts.tail, taps, parts.rest)
+    return Analysis(*sizes, usage, None, None, taps, parts.rest, parts.loops, parts.straight)
 
 
 def _number(specimen: KernelSpecimen, name: str) -> int:

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.hardware import Hardware
 from bra_triton.bench.machine_code.static_analysis import LoopMix
-from bra_triton.kernels.launches.lepe import BLOCK_M as LEPE_BLOCK_M
-from bra_triton.kernels.launches.lepe import BLOCK_V as LEPE_BLOCK_V
+from bra_triton.kernels.launches.lepe import FORWARD_TILE as LEPE_TILE
 from bra_triton.kernels.tiles import channel_block
 
 ATTENTION_KERNELS = ("attention_forward", "query_gradient", "key_value_gradient")
@@ -197,7 +196,7 @@ def lepe_apart_over_fused(
     tokens = problem.batch * problem.regions * problem.region_tokens
     dim = problem.num_heads * problem.v_head_dim
     map_seconds = tokens * dim * problem.element_bytes / hardware.bandwidth
-    programs = -(-tokens // LEPE_BLOCK_M) * -(-dim // LEPE_BLOCK_V)
+    programs = -(-tokens // LEPE_TILE[0]) * -(-dim // LEPE_TILE[1])
     executed = _executed(lepe, Walk(programs, 0, 0, 0), lambda mix: mix.total)
     slots = 32 * lepe.num_warps * executed * -(-programs // hardware.sms)
     second = max(slots / hardware.issue_slots / hardware.clock, 3 * map_seconds)

@@ -95,7 +95,7 @@ def executed_instructions(code: Analysis, turns: Sequence[int]) -> int | None:
     while len(left) > len(loops) and min(left) <= 2:
         left.pop(max(index for index, count in enumerate(left) if count <= 2))
     n_unrolled = len(loops) - len(left)
-    assert code.straight is not None  # as of every kernel without a matrix loop
+    assert code.straight is not None  # as of every kernel but attention's
     total = code.straight.total
     for count in left:
         if not loops:

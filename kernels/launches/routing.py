@@ -8,17 +8,17 @@ from ..integers import cdiv, next_power_of_2
 from ..region_grid import RegionGrid
 from .lists import inverse_graph
 
-# Query regions and logits of a program of `route`, at most, and channels that it multiplies at a time. Twice
-# the query regions would leave half of an H100's multiprocessors without a program at a batch of 16 and 64
-# regions. Predicted, not measured.
-_ROUTE_QUERIES, _ROUTE_CHANNELS, _ROUTE_WARPS = 16, 32, 4
+# Query regions of a program of `route`: the least that a matrix unit takes. Routing of BiFormer's third stage,
+# batch 64, took 44 us on an H200 with products off the matrix units, and takes 16 with them.
+_ROUTE_QUERIES = 16
 # So many key regions fit shared memory as an operand; with more a query region has a program of its own.
 _ROUTE_OPERAND = 256
-# Where a query region has a program of its own: elements of a tile of keys, 32 registers a thread.
-_ROUTE_KEYS = 4096
+# Elements of an operand, and the most channels in it. Twice as many channels were slower (H200).
+_ROUTE_TILE, _ROUTE_CHANNELS = 4096, 64
 # Elements of a tile of tokens, and the most tokens in it, of `region_means`. Regions of a few tokens, as in
 # BiFormer's later stages, take tiles of more channels instead of dead rows: six tiles from 1 to 32 tokens,
-# each compiled when first met.
+# each compiled when first met. One warp a program, which has its loads in flight at once and nothing to wait
+# for: on an H200 the means of BiFormer's second stage take 13 us, with four warps 36.
 _MEANS_TILE, _MEANS_TOKENS = 2048, 32
 
 
@@ -47,7 +47,7 @@ def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels
             PACKED=qkv.shape[-1],
             BLOCK_TOKENS=block_tokens,
             BLOCK_C=block_c,
-            num_warps=4,
+            num_warps=1,
         )
     return means
 
@@ -72,7 +72,7 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
         return r_weight, r_idx
     block_r = max(16, next_power_of_2(n_regions))
     block_q = _ROUTE_QUERIES if block_r <= _ROUTE_OPERAND else 1
-    block_c = _ROUTE_CHANNELS if block_q > 1 else max(1, min(_ROUTE_CHANNELS, _ROUTE_KEYS // block_r))
+    block_c = max(1, min(_ROUTE_CHANNELS, _ROUTE_TILE // block_r))
     with torch.cuda.device_of(query):
         routing.route[batch, cdiv(n_regions, block_q)](
             *(query, key, r_weight, r_idx, scale, n_regions, topk),
@@ -83,7 +83,7 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
             BLOCK_C=block_c,
             BLOCK_K=next_power_of_2(topk),
             PRECISION="ieee" if torch.version.hip else "tf32x3",
-            num_warps=_ROUTE_WARPS,
+            num_warps=4,
         )
     return r_weight, r_idx
 

@@ -344,7 +344,7 @@ def test_kernels_compile_and_do_not_spill(side, kernel, dtype, arch):
 @pytest.mark.compiled
 def test_the_check_sees_a_spill(monkeypatch):
     """The same check on a tile that cannot fit the registers: it must fail."""
-    monkeypatch.setattr(triton_lepe, "NUM_WARPS", 1)
+    monkeypatch.setattr(triton_lepe, "BACKWARD_TILE", (128, 32, 1))
     usage = resource_usage(compile_for(recorded(40, torch.float32)[1], "sm_90"))
     assert usage.spill_loads > 0
 
