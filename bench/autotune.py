@@ -93,8 +93,8 @@ def predict(args: argparse.Namespace, arch: str) -> None:
     table, spilling = ranking.table(keys, arch, by_version)
     for key in keys:
         for ranked in ranking.rank(key, arch, by_version)[: args.show]:
-            slots = ", ".join(f"{value:.2f} (Triton {version})" for version, value in ranked.slots.items())
-            print(f"{arch} {key}: {ranked.tile}  {ranked.cost:.2f} a useful score; loop {slots}")
+            loops = ", ".join(f"{value:.2f} (Triton {version})" for version, value in ranked.loops.items())
+            print(f"{arch} {key}: {ranked.tile}  {ranked.cost:.2f} a useful score; loop {loops}")
         print(f"{arch} {key}: takes {table.entries[key].tile}")
     for key in spilling:
         print(f"{arch} {key}: nothing fits without spills; takes the cheapest that spills")
@@ -135,10 +135,10 @@ def measure(
     tiles.forget()
     print(f"kept in {tile_cache.path()}")
     if args.save:
-        arch = tiles.architecture_of(device)
-        shipped = tile_table.packaged(arch)
-        versions = (torch.__version__, tile_cache.triton_version())
-        _write_table(Table(arch, "measured", *versions, {**shipped.entries, **entries}), args.output)
+        shipped = tile_table.packaged(tiles.architecture_of(device))
+        where = f"{timing.card_name(device)}, torch {torch.__version__}, Triton {tile_cache.triton_version()}"
+        measured = {key: replace(entry, measured_on=where) for key, entry in entries.items()}
+        _write_table(replace(shipped, entries={**shipped.entries, **measured}), args.output)
 
 
 def _time_all(

@@ -20,7 +20,7 @@ import torch
 from bra_triton.bench import report_tables
 from bra_triton.bench.machine_code import dense_floor
 from bra_triton.bench.machine_code.analysis import Analysis, analyse_all
-from bra_triton.bench.machine_code.cost_model import ATTENTION_KERNELS, Cost, predict
+from bra_triton.bench.machine_code.cost_model import ATTENTION_KERNELS, Cost, loop_cost, predict
 from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.machine_code.launches import Launch, record_attention
 from bra_triton.bench.machine_code.small_kernels import SmallCost, predict_small
@@ -81,10 +81,10 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Issue slots per score of the loop over the floor's."""
+        """Cost of the loop over the floor's, see `cost_model.loop_cost`."""
         if self.floor is None or self.analysis is None or self.analysis.loop is None:
             return None
-        return self.analysis.slots_per_score / self.floor.slots_per_score
+        return loop_cost(self.analysis, HARDWARE[self.arch]) / self.floor.cost
 
     @property
     def failures(self) -> list[str]:

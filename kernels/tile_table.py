@@ -122,11 +122,13 @@ class Entry:
 
     Attributes:
         tile: the configuration.
-        cost: issue slots a useful score where predicted, milliseconds where measured; None where unknown.
+        cost: what the cost model says where predicted, milliseconds where measured; None where unknown.
+        measured_on: card and versions, of an entry of a shipped table that was measured; else empty.
     """
 
     tile: Tile
     cost: float | None = None
+    measured_on: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class Table:
 
     Attributes:
         arch: "sm_90", "gfx942", ...
-        origin: "predicted" (from machine code, without a GPU), "measured", or "default" (neither).
+        origin: "predicted" (from machine code, without a GPU) or "default" (not even that): of the entries
+            that do not say what they were `measured_on`.
         torch: version it was made with.
         triton: version it was made with; where predictions were confirmed under further ones, all of them.
         entries: by what they serve.
@@ -159,7 +162,8 @@ def parse_entry(row: Mapping[str, Any]) -> tuple[Key, Entry]:
         tile = Tile(*(row[name] for name in _SHAPE), **row["options"])
         if tile.exp_share and key.bits == 32:
             raise ValueError(f"exp_share is too inexact for float32: {row}")
-        return key, Entry(tile, None if row["cost"] is None else float(row["cost"]))
+        cost = None if row["cost"] is None else float(row["cost"])
+        return key, Entry(tile, cost, row.get("measured_on", ""))
     except (KeyError, TypeError) as error:
         raise ValueError(f"an entry without {error}: {row}") from error
 
@@ -169,7 +173,8 @@ def entry_row(key: Key, entry: Entry) -> dict[str, Any]:
     tile = asdict(entry.tile)
     shape = {name: tile.pop(name) for name in _SHAPE}
     options = {name: value for name, value in tile.items() if value != _DEFAULTS[name]}
-    return {**asdict(key), **shape, "cost": entry.cost, "options": options}
+    row = {**asdict(key), **shape, "cost": entry.cost, "options": options}
+    return row | {"measured_on": entry.measured_on} if entry.measured_on else row
 
 
 def parse_table(text: str) -> Table:

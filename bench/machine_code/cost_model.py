@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bra_triton.bench.machine_code.analysis import Analysis
-from bra_triton.bench.machine_code.hardware import Hardware
+from bra_triton.bench.machine_code.hardware import Hardware, latency
 from bra_triton.bench.machine_code.static_analysis import LoopMix
 from bra_triton.kernels.launches.lepe import FORWARD_TILE as LEPE_TILE
 from bra_triton.kernels.tiles import channel_block
@@ -111,6 +111,11 @@ class Cost:
         return self.issue_slots / self.useful_scores
 
     @property
+    def cost(self) -> float:
+        """What configurations compete with: `slots_per_useful_score`, and the time that warps wait."""
+        return self.slots_per_useful_score * latency(self.resident_warps)
+
+    @property
     def binding(self) -> str:
         """The unit that takes longest."""
         return max(self.bounds, key=self.bounds.__getitem__)
@@ -129,6 +134,13 @@ class Cost:
     def share_of_ideal(self) -> float:
         """`ideal_seconds` over `seconds`: 1 when nothing but the unavoidable takes time."""
         return self.ideal_seconds / self.seconds
+
+
+def loop_cost(code: Analysis, hardware: Hardware) -> float:
+    """Issue slots of the loop for a score, and the time that warps wait; see `hardware.LATENCY_WARPS`."""
+    usage = code.usage
+    warps = hardware.resident_warps(usage.registers, usage.shared_bytes, code.num_warps)
+    return code.slots_per_score * latency(warps)
 
 
 def predict(

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 
 from bra_triton.bench.machine_code.analysis import Analysis, analyse_all
+from bra_triton.bench.machine_code.cost_model import loop_cost
+from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
 from bra_triton.kernels.matrix import add_matmul, matmul
 
@@ -216,7 +218,7 @@ class Floor:
     """The cheapest loop found that spills nothing and whose products do not wait for each other."""
 
     tile: DenseTile
-    slots_per_score: float
+    cost: float
     analysis: Analysis
 
 
@@ -290,7 +292,7 @@ def find_floors(
         # Few instructions, but every product waits for the one before: no one would ship that.
         if analysis.serialised:
             continue
-        slots = analysis.slots_per_score
-        if key not in floors or slots < floors[key].slots_per_score:
-            floors[key] = Floor(tile, slots, analysis)
+        cost = loop_cost(analysis, HARDWARE[key[2]])
+        if key not in floors or cost < floors[key].cost:
+            floors[key] = Floor(tile, cost, analysis)
     return floors

@@ -1,7 +1,7 @@
 """What a tile configuration is predicted to cost, from machine code: no GPU needed.
 
 Configurations are compiled in processes of their own, every result is kept in a folder, and the cost model
-makes issue slots a useful score of it, a size class's problems together.
+makes a cost of it, a size class's problems together.
 """
 
 import json
@@ -86,12 +86,11 @@ class Outcome:
 
 
 def cost(job: Job, code: Analysis, size: int) -> float:
-    """Issue slots a useful score: the geometric mean over the problems of a size class."""
+    """`Cost.cost`: the geometric mean over the problems of a size class."""
     hardware = HARDWARE[job.arch]
     kernel = KERNEL_NAMES[job.kernel]
     return _geometric_mean(
-        predict(kernel, code, problem, hardware).slots_per_useful_score
-        for problem in problems(size, job.head_dim, job.bits)
+        predict(kernel, code, problem, hardware).cost for problem in problems(size, job.head_dim, job.bits)
     )
 
 

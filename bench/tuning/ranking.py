@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import triton
 
+from bra_triton.bench.machine_code.cost_model import loop_cost
+from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.tuning.prediction import LEPE, Job, Outcome, cost, read_results, time_apart, versions
 from bra_triton.bench.tuning.search_space import candidates, serves
 from bra_triton.kernels.tile_table import FORWARD, PLAIN, Entry, Key, Table, Tile, packaged
@@ -34,14 +36,14 @@ class Ranked:
 
     Attributes:
         tile: the configuration.
-        cost: predicted issue slots a useful score, the dearest of all Triton versions it was compiled with.
-        slots: issue slots of the loop for one score of a whole step, by Triton version.
+        cost: predicted `Cost.cost`, the dearest of all Triton versions it was compiled with.
+        loops: `loop_cost` of a whole step, by Triton version.
         serialised: whether the loop is, under any version.
     """
 
     tile: Tile
     cost: float
-    slots: Mapping[str, float]
+    loops: Mapping[str, float]
     serialised: bool
 
     @property
@@ -76,15 +78,15 @@ def rank(key: Key, arch: str, by_version: ByVersion, spilling: bool = False) -> 
         codes = {version: outcome.code for version, outcome in outcomes.items() if outcome.code}
         if not outcomes or not all(outcome.runs_on(arch, spilling) for outcome in outcomes.values()):
             continue
-        slots = {version: code.slots_per_score for version, code in codes.items()}
+        loops = {version: loop_cost(code, HARDWARE[arch]) for version, code in codes.items()}
         dearest = max(cost(job, code, key.size) for code in codes.values())
-        ranked.append(Ranked(job.tile, dearest, slots, any(code.serialised for code in codes.values())))
+        ranked.append(Ranked(job.tile, dearest, loops, any(code.serialised for code in codes.values())))
     # Smaller tiles read the other side more often than the costs tell; of the widest heads no others fit.
     ranked = [r for r in ranked if serves(r.tile, key.size)] or ranked
-    confirmed = [r for r in ranked if len(r.slots) == len(by_version)]
+    confirmed = [r for r in ranked if len(r.loops) == len(by_version)]
     by_cost = sorted(confirmed or ranked, key=lambda r: (r.handicapped_cost, r.tile.num_warps))
     tied = [r for r in by_cost if r.handicapped_cost <= TIED * by_cost[0].handicapped_cost]
-    tied.sort(key=lambda r: (r.serialised, max(r.slots.values())))
+    tied.sort(key=lambda r: (r.serialised, max(r.loops.values())))
     return tied + by_cost[len(tied) :]
 
 
@@ -145,11 +147,13 @@ def best_jobs(keys: Iterable[Key], arch: str, by_version: ByVersion, count: int)
 def table(keys: Sequence[Key], arch: str, by_version: ByVersion) -> tuple[Table, list[Key]]:
     """The table of `arch` with the best configuration of every entry, and the entries that all spill.
 
-    Entries of which nothing compiles, and those not asked for, stay as the shipped table has them.
+    Entries of which nothing compiles, those that were measured, and those not asked for, stay as the shipped
+    table has them.
     """
     entries = dict(packaged(arch).entries)
     for key in keys:
-        if ranked := best(key, arch, by_version):
+        was_measured = key in entries and entries[key].measured_on
+        if not was_measured and (ranked := best(key, arch, by_version)):
             entries[key] = Entry(ranked.tile, round(ranked.cost, 2))
     versions = ", ".join(sorted(by_version))
     torch_version = re.sub(r"\+.*", "", torch.__version__)

@@ -8,8 +8,8 @@ from ..integers import cdiv, next_power_of_2
 from ..region_grid import RegionGrid
 from .lists import inverse_graph
 
-# Query regions of a program of `route`: the least that a matrix unit takes. Routing of BiFormer's third stage,
-# batch 64, took 44 us on an H200 with products off the matrix units, and takes 16 with them.
+# Query regions of a program of `route`: the least that a matrix unit takes. Routing of BiFormer's third stage
+# (batch 64) took 44 us on an H200 with products off the matrix units, and takes 16 with them.
 _ROUTE_QUERIES = 16
 # So many key regions fit shared memory as an operand; with more a query region has a program of its own.
 _ROUTE_OPERAND = 256

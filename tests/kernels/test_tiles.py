@@ -27,7 +27,7 @@ def test_every_table_is_whole_and_in_order(arch):
     table = tile_table.packaged(arch)
     assert list(table.entries) == ALL_KEYS
     assert table.arch == arch
-    assert table.origin in {"predicted", "measured", "default"}
+    assert table.origin in {"predicted", "default"}
     assert table.torch
     assert table.triton
 
@@ -140,7 +140,7 @@ def test_forced_tiles_are_of_the_kernels_named_alone():
 def test_a_table_survives_its_file():
     plain, special = Tile(16, 32, 1, 2), Tile(16, 32, 1, 2, exp_share=4, fuses_lepe=False)
     entries = dict(zip(ALL_KEYS, (Entry(plain, 1.5), Entry(special, 1.5), Entry(plain)), strict=False))
-    table = Table("sm_90", "measured", "2.13.0", "3.8.0", entries)
+    table = Table("sm_90", "predicted", "2.13.0", "3.8.0", entries)
     text = tile_table.format_table(table)
     assert tile_table.parse_table(text) == table
     rows = [line for line in text.splitlines() if '"own"' in line]
