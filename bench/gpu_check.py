@@ -41,6 +41,8 @@ PYTEST_FLAGS = ("-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}")
 PARTS = ("modes", "suite", "peers", "benchmark")
 # The share of the time that checks may take; the benchmark's need is small once its kernels are compiled.
 CHECK_SHARE = 0.6
+# Files of tests that start before the modes: on an H100 they take 80 to 190 s, a mode or a peer 40 s.
+LONGEST_FILES = ("test_nchw_attention", "test_attention", "test_routed_attention", "test_operators")
 # Less is not enough to start a process and compile what it times.
 LEAST_ROW_SECONDS = 15
 
@@ -78,32 +80,30 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace, out: Path, notes: list[str], deadline: float) -> list[Any]:
-    """The checks, about the longest first, so that all end at about the same time.
-
-    Larger files of tests take longer, on an H100 up to 190 s; a mode takes 40 s.
-    """
+    """The checks, the longest first, so that all end at about the same time."""
     from bra_triton.bench.jobs import Job
 
-    planned = []
+    planned, files = [], {}
     if "peers" in options.parts:
         planned += [
             Job(f"peers {row}", _row_command(row, options, out, "--check-only"), _log(out, f"peers {row}"))
             for row in options.rows
         ]
     if "suite" in options.parts:
-        files = [*(ROOT / "tests/kernels").glob("test_*.py"), *(ROOT / "tests/bra_triton").glob("test_*.py")]
-        for path in sorted(files, key=lambda path: -path.stat().st_size):
+        paths = [*(ROOT / "tests/kernels").glob("test_*.py"), *(ROOT / "tests/bra_triton").glob("test_*.py")]
+        for path in sorted(paths):
             if missing := missing_imports(path):
                 notes.append(f"{path.relative_to(ROOT)} was not run: no {', '.join(missing)} here")
             else:
-                planned.append(_pytest_job(f"file {path.stem}", [str(path.relative_to(ROOT))], out))
+                files[path.stem] = _pytest_job(f"file {path.stem}", [str(path.relative_to(ROOT))], out)
+    planned = [files.pop(name) for name in LONGEST_FILES if name in files] + planned
     if "modes" in options.parts:
         modes, why_none = _collect_modes(options, out, deadline)
         if not modes:  # a check that always fails says so in its place
             command = [sys.executable, "-c", f"raise SystemExit({why_none!r})"]
             planned.append(Job("collecting tests/gpu", command, _log(out, "collecting")))
         planned += [_pytest_job(f"mode {mode}", ids, out) for mode, ids in modes.items()]
-    return planned
+    return planned + list(files.values())
 
 
 def _collect_modes(

@@ -86,6 +86,11 @@ def test_called_by_its_path_it_asks_for_a_gpu(bare_tree):
     assert "--device cpu rehearses" in done.stderr
 
 
+def test_the_files_that_start_first_are_there():
+    stems = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert set(gpu_check.LONGEST_FILES) <= stems
+
+
 def test_files_are_left_out_by_what_they_import(tmp_path):
     test = tmp_path / "test_x.py"
     test.write_text(
