@@ -46,7 +46,7 @@ def test_attention_forward_and_backward(wide, device):
     attention.attention_backward(grad_out, far, out, lse, gradients)
     expected = attention_oracle.gradients(near, grad_out)
     actual = {"out": out, "query": gradients.query, "key": gradients.key, "value": gradients.value}
-    errors = {name: relative_error(actual[name], expected[name]) for name in actual}
+    errors = {name: relative_error(actual[name].cpu(), expected[name]) for name in actual}
     assert worst(errors.values()) < 4 * torch.finfo(torch.float16).eps, errors
 
 
