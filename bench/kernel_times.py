@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arch not in HARDWARE:
         parser.error(f"this GPU is {arch}; the cost model knows {', '.join(HARDWARE)}")
     presets = [CHOICES[name] for name in options.preset]
-    rows = kernel_report.collect(presets, [arch], options.dtype, tiles=(), workers=options.workers)
+    rows = kernel_report.collect(presets, [arch], options.dtype, options.workers)
     lines = []
     for preset in presets:
         measured = measure(preset, kernel_report.DTYPES[options.dtype], device)

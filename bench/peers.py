@@ -39,7 +39,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from bra_triton import reference
+from bra_triton import functional, reference
 from bra_triton.backend.region_layout import pad_map
 from bra_triton.kernels.region_grid import RegionGrid
 from bra_triton.operators import attention as attention_operators
@@ -128,8 +128,10 @@ def peers_for(
 
 
 def fused_routing(qkv: Tensor, padding: Tensor | None, spec: AttentionSpec, backend: str) -> Tensor:
-    """The launches by which this package routes; returns `r_idx`, int32."""
+    """How this package routes; returns `r_idx`, int32."""
     grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
+    if spec.topk == grid.n_regions:  # as the modules do
+        return functional.all_regions(qkv, grid)
     means = routing_operators.region_means(qkv.detach(), padding, spec.qk_dim, grid.numbers, backend)
     query, key = means.split(spec.qk_dim, dim=-1)
     return routing_operators.route(query, key, spec.topk, spec.scale, backend)[1]

@@ -18,7 +18,7 @@ _SMALL_MIX = {"loads": "global_loads", "stores": "global_stores", "fp32": "fp32"
 
 _NOTES = """\
 Compiled and counted, or predicted from the counts; nothing is measured. Issue slots: warp instructions x 32.
-slots/score: of the loop over whole tiles. dense: the best spill-free dense loop of this run, slots and tile.
+slots/score: of the loop over whole tiles. dense: plain dense attention in the same tile, slots and tile.
 ratio: slots/score over dense. A star: ptxas has serialised the matrix instructions of the loop (each waits).
 slots/useful: whole kernel, padding of tiles, list tail, prologue and epilogue included, over the scores that
 count; every loop as often as the problem runs it.

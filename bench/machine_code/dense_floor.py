@@ -15,8 +15,7 @@ routing.
 Grids are (L / owned rows, Z). L is a multiple of both BLOCK_M and BLOCK_N.
 """
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,6 @@ import triton
 import triton.language as tl
 
 from bra_triton.bench.machine_code.analysis import Analysis, analyse_all
-from bra_triton.bench.machine_code.cost_model import loop_cost
-from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
 from bra_triton.kernels.matrix import add_matmul, matmul
 
@@ -191,35 +188,22 @@ class DenseTile:
         return f"{self.own}x{self.step} {self.num_warps}w {self.num_stages}s{form}"
 
 
-# Of ALL_TILES (float16, heads of 32 and 64, sm_80 and sm_90, Triton 3.8) the cheapest for every kernel, but
-# for three stages, which save at most 0.3 % on two.
-TILES = (
-    DenseTile(128, 128, 8, 2, False),
-    DenseTile(128, 128, 4, 2, False),
-    DenseTile(128, 64, 8, 2, False),
-    DenseTile(128, 64, 4, 2, False),
-    DenseTile(128, 64, 4, 2, True),
-    DenseTile(128, 32, 4, 2, False),
-    DenseTile(64, 128, 4, 2, False),
-    DenseTile(64, 64, 4, 2, False),
-    DenseTile(64, 64, 2, 2, False),
-)
-# Steps of 32 too, which the routed kernels use where registers are short. No step of 256, which costs a tenth
-# less in the forward on sm_90: a routed list of some hundred tokens has no room for it. No unpipelined loops
-# (one stage), which are shorter still and wait for memory.
-ALL_TILES = (
-    *TILES,
-    *itertools.starmap(DenseTile, itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3), (False, True))),
-)
+# Kernel, channels of a head, architecture, and what else tells two apart.
+Name = tuple[str, int, str, str]
 
 
 @dataclass(frozen=True)
 class Floor:
-    """The cheapest loop found that spills nothing and whose products do not wait for each other."""
+    """The cheapest loop found that spills nothing; if any such is not serialised, of those."""
 
     tile: DenseTile
-    cost: float
+    slots_per_score: float
     analysis: Analysis
+
+
+def of_tile(own: int, step: int, num_warps: int, num_stages: int) -> tuple[DenseTile, ...]:
+    """Dense loops in the tile of another kernel."""
+    return tuple(DenseTile(own, step, num_warps, num_stages, split) for split in (False, True))
 
 
 def specimen(kernel: str, head_dim: int, dtype: str, tile: DenseTile) -> KernelSpecimen:
@@ -262,37 +246,34 @@ def may_fit_registers(kernel: str, head_dim: int, tile: DenseTile) -> bool:
 
 
 def find_floors(
-    wanted: Iterable[tuple[str, int, str]],
-    dtype: str = "fp16",
-    tiles: Sequence[DenseTile] = TILES,
-    workers: int = 1,
-) -> dict[tuple[str, int, str], Floor]:
-    """The cheapest sound dense loop for every (kernel, head_dim, arch) of `wanted`.
+    wanted: Mapping[Name, Sequence[DenseTile]], dtype: str = "fp16", workers: int = 1
+) -> dict[Name, Floor]:
+    """The cheapest sound dense loop for every name.
 
     Args:
-        wanted: keys of the result; architectures are NVIDIA's.
+        wanted: the tiles to try for each; architectures are NVIDIA's.
         dtype: Triton's name of the element type.
-        tiles: what to try.
         workers: processes that compile.
 
     Returns:
-        Floors by the triples of `wanted`, without those where no tile will do.
+        Floors by the names of `wanted`, without those where every tile spills.
     """
     jobs = [
-        (key, tile, specimen(key[0], key[1], dtype, tile))
-        for key in dict.fromkeys(wanted)
+        (name, tile, specimen(name[0], name[1], dtype, tile))
+        for name, tiles in wanted.items()
         for tile in dict.fromkeys(tiles)
-        if may_fit_registers(key[0], key[1], tile)
+        if may_fit_registers(name[0], name[1], tile)
     ]
-    floors: dict[tuple[str, int, str], Floor] = {}
-    analyses = analyse_all([(each, key[2]) for key, _, each in jobs], workers)
-    for (key, tile, _), analysis in zip(jobs, analyses, strict=True):
+    floors: dict[Name, Floor] = {}
+    analyses = analyse_all([(each, name[2]) for name, _, each in jobs], workers)
+    for (name, tile, _), analysis in zip(jobs, analyses, strict=True):
         if isinstance(analysis, Exception) or analysis.usage.spills or analysis.loop is None:
             continue
-        # Few instructions, but every product waits for the one before: no one would ship that.
-        if analysis.serialised:
-            continue
-        cost = loop_cost(analysis, HARDWARE[key[2]])
-        if key not in floors or cost < floors[key].cost:
-            floors[key] = Floor(tile, cost, analysis)
+        floor = Floor(tile, analysis.slots_per_score, analysis)
+        if name not in floors or _rank(floor) < _rank(floors[name]):
+            floors[name] = floor
     return floors
+
+
+def _rank(floor: Floor) -> tuple[bool, float]:
+    return floor.analysis.serialised, floor.slots_per_score

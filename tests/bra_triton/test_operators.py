@@ -182,7 +182,9 @@ def test_operators_called_where_dynamo_watches_but_does_not_compile():
     x = torch.randn(2, 8, 8, 32, requires_grad=True)
     expected, actual = attend(x), torch.compile(attend, backend="eager")(x)
     assert relative_error(actual, expected.double()) < 1e-6
-    assert relative_error(*(torch.autograd.grad(out.sum(), x)[0] for out in (actual, expected.double()))) < 1e-6
+    assert (
+        relative_error(*(torch.autograd.grad(out.sum(), x)[0] for out in (actual, expected.double()))) < 1e-6
+    )
 
 
 def test_control_the_log_sees_the_reference_gather(device):

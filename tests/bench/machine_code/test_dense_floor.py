@@ -92,9 +92,9 @@ def test_tiles_that_must_spill_are_not_compiled():
 @pytest.mark.compiled
 @pytest.mark.parametrize("kernel", dense_floor.KERNELS)
 def test_the_floor_is_the_cheapest_loop_that_does_not_spill(kernel):
-    key = (kernel, 32, "sm_80")
+    key = (kernel, 32, "sm_80", "")
     small = replace(TINY, step=32)
-    floor = find_floors([key], tiles=(TINY, small))[key]
+    floor = find_floors({key: (TINY, small)})[key]
     costs = {tile: analyse(specimen(kernel, 32, "fp16", tile), "sm_80") for tile in (TINY, small)}
     assert floor.tile == min(costs, key=lambda tile: costs[tile].slots_per_score)
     assert floor.slots_per_score == costs[floor.tile].slots_per_score
@@ -106,4 +106,4 @@ def test_a_spilling_loop_is_no_floor(monkeypatch):
     monkeypatch.setattr(dense_floor, "may_fit_registers", lambda *arguments: True)
     crowded = DenseTile(128, 64, 4, 2, False)
     assert analyse(specimen("key_value_gradient", 64, "fp16", crowded), "sm_80").usage.spills
-    assert find_floors([("key_value_gradient", 64, "sm_80")], tiles=(crowded,)) == {}
+    assert find_floors({("key_value_gradient", 64, "sm_80", ""): (crowded,)}) == {}

@@ -1,0 +1,65 @@
+"""What the cost model's choice costs against timings: read, judged, compared."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from bra_triton.bench.machine_code.cost_model import Cost
+from bra_triton.bench.machine_code.launches import Setting
+from bra_triton.bench.tuning import regret
+from bra_triton.bench.tuning.timing import Trial
+from bra_triton.kernels.tiles import FORWARD, Tile
+
+SETTING = Setting(16, 80, 80, 8, 4, 2, 32, 32)
+FEW_SLOTS, MANY_WARPS, WITH_OPTIONS = (
+    Tile(128, 128, 4, 2),
+    Tile(64, 64, 4, 2),
+    Tile(64, 64, 4, 2, exp_share=8),
+)
+
+
+def trial(tile, setting=SETTING):
+    return Trial(setting, torch.float16, FORWARD, tile)
+
+
+def line(trial, milliseconds):
+    return json.dumps({"trial": str(trial), "milliseconds": milliseconds})
+
+
+def timed(tile, milliseconds, slots, warps):
+    return regret.Timed(trial(tile), milliseconds, Cost(1, slots, 0, 0, {}, 0.0, warps))
+
+
+def test_what_the_tuner_writes_is_read_but_for_options_and_refusals():
+    refused = trial(Tile(32, 32, 1, 2))
+    lines = [line(trial(FEW_SLOTS), 1.5), line(trial(WITH_OPTIONS), 1.0), line(refused, math.inf)]
+    assert regret.read(lines) == {trial(FEW_SLOTS): 1.5}
+    with pytest.raises(ValueError, match="no trial: 'nonsense'"):
+        regret.read([json.dumps({"trial": "nonsense", "milliseconds": 1.0})])
+
+
+def test_warps_that_wait_change_what_the_model_prefers():
+    judged = [timed(FEW_SLOTS, 1.3, slots=6.6, warps=8), timed(MANY_WARPS, 1.0, slots=8.0, warps=16)]
+    (by_slots,), (with_latency,) = (regret.preferred(judged, value).values() for value in (0, 8))
+    assert (by_slots.trial.tile, with_latency.trial.tile) == (FEW_SLOTS, MANY_WARPS)
+
+
+def test_the_losses_are_against_the_fastest_of_the_same_problem(tmp_path, monkeypatch, capsys):
+    """The other problem has one configuration, which cannot lose."""
+    other = trial(MANY_WARPS, Setting(4, 160, 160, 8, 4, 2, 32, 32))
+    file = tmp_path / "timings.jsonl"
+    lines = (line(trial(FEW_SLOTS), 1.21), line(trial(MANY_WARPS), 1.0), line(other, 7.0))
+    file.write_text("\n".join(lines))
+
+    def judge(timings, *arguments):
+        cost = {FEW_SLOTS: Cost(1, 6.6, 0, 0, {}, 0.0, 8), MANY_WARPS: Cost(1, 8.0, 0, 0, {}, 0.0, 16)}
+        return [regret.Timed(each, time, cost[each.tile]) for each, time in timings.items()]
+
+    monkeypatch.setattr(regret, "judge", judge)
+    assert regret.main([str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "LATENCY_WARPS  0: 10.0% on average, 21.0% at most" in printed
+    assert "LATENCY_WARPS  8: 0.0% on average, 0.0% at most" in printed
+    assert "16x80x80x64 topk 4 torch.float16 forward: 64x64 4w 2s, 0.0% over the fastest" in printed
