@@ -29,8 +29,8 @@ from bra_triton.bench.tuning.search_space import EXP_SHARE
 from bra_triton.kernels import tiles as tile_tables
 
 # Issue slots per score of the shipped loop over those of a dense loop in the same tile, at most: float16,
-# regions of TARGET_REGION_TOKENS and more. What is left of the difference is what routing costs. Of any tiles,
-# too, the leanest routed loop is within these of the leanest dense one, which a test holds; neither is the
+# regions of TARGET_REGION_TOKENS and more. What is left of the difference is what routing costs. The leanest
+# routed loop of all tiles is within these of the leanest dense one, too, which a test holds; neither is the
 # fastest (docs/kernel_times.md).
 TARGETS = {"attention_forward": 1.08, "query_gradient": 1.12, "key_value_gradient": 1.12}
 TARGET_ARCHITECTURES = ("sm_80", "sm_90")

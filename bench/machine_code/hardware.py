@@ -17,9 +17,9 @@ import math
 from dataclasses import dataclass
 
 # Issue slots go unused while warps wait, fewer with more warps beside each other: time goes with slots times
-# 1 + LATENCY_WARPS / resident warps. Fitted to 528 configurations of the attention kernels timed on an H200
-# (float16, heads of 32 and 64, BiFormer's and YOLO's maps): the one that it puts first takes on average 1.4 %
-# longer than the fastest, 11 % at most; by slots alone 5 % and 37 %. 6 to 12 do about as well.
+# 1 + LATENCY_WARPS / resident warps. Fitted to attention on an H200 at BiFormer's and YOLO's maps, and
+# judged with 9 problems more: of 36, the configuration that it puts first takes on average 2.5 % longer than the
+# fastest, 12 % at most; by slots alone 6.4 % and 38 %. 6 to 16 do as well (`tuning/regret.py`, Triton 3.6).
 LATENCY_WARPS = 8
 
 SUBPARTITIONS = 4  # of an SM; each has a quarter of the registers, and a warp lives in one
