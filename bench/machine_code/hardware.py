@@ -17,8 +17,8 @@ import math
 from dataclasses import dataclass
 
 # Issue slots go unused while warps wait, fewer with more warps beside each other: time goes with slots times
-# 1 + LATENCY_WARPS / resident warps. Fitted to attention on an H200 at BiFormer's and YOLO's maps, and
-# judged with 9 problems more: of 36, the configuration that it puts first takes on average 2.5 % longer than the
+# 1 + LATENCY_WARPS / resident warps. Fitted to attention on an H200 at BiFormer's and YOLO's maps, and judged
+# with 9 problems more: of 36, the configuration that it puts first takes on average 2.5 % longer than the
 # fastest, 12 % at most; by slots alone 6.4 % and 38 %. 6 to 16 do as well (`tuning/regret.py`, Triton 3.6).
 LATENCY_WARPS = 8
 
