@@ -125,6 +125,36 @@ def test_the_fastest_is_kept_and_used(tried, device):
     }
 
 
+def test_saving_writes_what_was_measured_into_the_shipped_table(tried, device, monkeypatch, tmp_path):
+    monkeypatch.setattr(tiles, "architecture_of", lambda device: "sm_90")
+    best = tried[1]
+    measure([*FORWARD_TINY, "--save", "--output", str(tmp_path)], Stopwatch({best: 0.5}), device)
+    table = tile_table.parse_table((tmp_path / "sm_90.json").read_text())
+    shipped, key = tile_table.packaged("sm_90"), Key(tiles.FORWARD, 16, 16, 16)
+    entry = table.entries[key]
+    assert (entry.tile, entry.cost) == (best, 0.5)
+    assert entry.measured_on.startswith(f"{timing.card_name(device)}, torch {torch.__version__}, Triton ")
+    assert table == replace(shipped, entries={**shipped.entries, key: entry})
+
+
+def test_what_compiles_ahead_launches_every_trial_and_minds_no_failure(device, monkeypatch):
+    """On two images of the setting, whatever it has: kernels are the same."""
+    setting = autotune._settings(autotune._parser().parse_args(TINY))[0]
+    good = timing.Trial(replace(setting, batch=50), torch.float16, tiles.FORWARD, Tile(16, 32, 1, 2))
+    launched, error = [], inputs.Inputs.error
+
+    def note(self, kernel):
+        launched.append((self.setting.batch, kernel, tiles._forced.get()))
+        if len(launched) == 1:
+            raise RuntimeError("out of resource: shared memory")
+        return error(self, kernel)
+
+    monkeypatch.setattr(inputs.Inputs, "error", note)
+    timing.launch_once(good, device)
+    timing.launch_once(good, device)
+    assert launched == 2 * [(2, tiles.FORWARD, {tiles.FORWARD: good.tile})]
+
+
 def test_the_fastest_is_timed_again_with_what_else_the_table_decides(device, monkeypatch):
     monkeypatch.setattr(timing, "candidates", lambda *args: [Tile(16, 64, 1, 2)])
     monkeypatch.setattr(timing, "serves", lambda *args: True)
@@ -253,10 +283,10 @@ def test_winners_weigh_settings_alike():
     assert timing.winners(times)[short.key][0] == short.tile
 
 
-def outcome(loop, spills=0, shared=1024, rest=100, waits=0):
+def outcome(loop, spills=0, shared=1024, rest=100, waits=0, registers=100):
     """What a compiler might have said."""
     mix = dict.fromkeys(INSTRUCTION_CLASSES, 0) | {"matrix": 1, "exponentials": 1}
-    usage = prediction.Usage(100, shared, 0, spills, 0)
+    usage = prediction.Usage(registers, shared, 0, spills, 0)
     loop, rest = (prediction.LoopMix(mix | {"fp32": n - 2}, {}, waits) for n in (loop, rest))
     return Outcome(prediction.Analysis(128, 64, 32, 0, 4, usage, loop, None, None, rest))
 
@@ -277,6 +307,10 @@ class TestRanking:
 
     def test_cheapest_first(self):
         assert self.best(new={0: outcome(900), 1: outcome(700), 2: outcome(800)}) == [1, 2, 0]
+
+    def test_warps_that_wait_for_few_others_cost_more_than_instructions(self):
+        """255 registers leave an SM 8 warps, 128 leave it 16."""
+        assert self.best(new={0: outcome(700, registers=255), 1: outcome(800, registers=128)}) == [1, 0]
 
     def test_among_ties_the_cheapest_loop(self):
         assert self.best(new={0: outcome(900, rest=100), 1: outcome(890, rest=180)})[0] == 1
@@ -326,10 +360,10 @@ def test_a_prediction_writes_a_table_and_keeps_what_it_compiled(monkeypatch, tmp
     assert table.origin == "predicted"
     shipped = tile_table.packaged("sm_90").entries
     for key, entry in table.entries.items():
-        ranked = key.kernel == "forward" and (key.bits, key.head_dim) == (16, 32) and key.size in {64, 128}
-        if ranked:
+        asked = key.kernel == "forward" and (key.bits, key.head_dim) == (16, 32) and key.size in {64, 128}
+        if asked and not shipped[key].measured_on:
             assert entry.tile == tile
-            assert 5 < entry.cost < 40
+            assert 5 < entry.cost < 80
         else:
             assert entry == shipped[key]
     assert "nothing fits" in capsys.readouterr().out
