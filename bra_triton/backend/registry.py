@@ -8,6 +8,7 @@ import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -83,6 +84,7 @@ def select(
     raise AssertionError("the torch backend serves everything")
 
 
+@cache
 def load(name: str) -> ModuleType:
     """The module that implements a backend's operators."""
     return importlib.import_module(BACKENDS[name].module, __package__)

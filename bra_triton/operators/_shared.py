@@ -1,6 +1,7 @@
 """What the operators have in common."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import update_wrapper
 from typing import Any
 
@@ -25,9 +26,11 @@ def operator(function: Callable[..., Any]) -> Any:
     )
 
 
-def without_autocast(x: Tensor) -> torch.autocast:
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Inside an operator the types are decided; autocast would round float32 statistics to half precision."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    # Turning off what is not on costs 6 us a time, four times a training step.
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def statistic_dtype(x: Tensor) -> torch.dtype:
