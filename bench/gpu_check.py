@@ -1,6 +1,7 @@
 """All that needs a GPU, in one command and in limited time: `python bench/gpu_check.py`, or `make gpu-check`.
 
-Needs PyTorch, Triton, einops and pytest, and this working tree; nothing is installed or downloaded.
+Needs PyTorch, Triton, einops and pytest, and this working tree; nothing is installed or downloaded. Where the
+tree is a copy without git, `BRA_TRITON_COMMIT` says of which commit, and the report repeats it.
 
 1. Every mode in float32, float16 and bfloat16 against the float64 reference, for the same bits in every run,
    in CUDA graphs, and for host synchronisation (`tests/gpu`), a process a mode. Beside them the rest of the
@@ -41,7 +42,7 @@ PYTEST_FLAGS = ("-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}")
 PARTS = ("modes", "suite", "peers", "benchmark")
 # The share of the time that checks may take; the benchmark's need is small once its kernels are compiled.
 CHECK_SHARE = 0.6
-# Files of tests that start before the modes: on an H100 they take 80 to 190 s, a mode or a peer 40 s.
+# Files of tests that start before the modes: on an H200 they take 85 to 201 s, a mode or a peer some 40 s.
 LONGEST_FILES = ("test_nchw_attention", "test_attention", "test_routed_attention", "test_operators")
 # Less is not enough to start a process and compile what it times.
 LEAST_ROW_SECONDS = 15

@@ -130,7 +130,7 @@ def peers_for(
 def fused_routing(qkv: Tensor, padding: Tensor | None, spec: AttentionSpec, backend: str) -> Tensor:
     """How this package routes; returns `r_idx`, int32."""
     grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
-    if spec.topk == grid.n_regions:  # as the modules do
+    if spec.chooses_all:  # as the modules do
         return functional.all_regions(qkv, grid)
     means = routing_operators.region_means(qkv.detach(), padding, spec.qk_dim, grid.numbers, backend)
     query, key = means.split(spec.qk_dim, dim=-1)

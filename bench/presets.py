@@ -70,11 +70,9 @@ class Preset:
         """What the cost of its attention depends on."""
         tokens, heads = self.region_tokens, (self.num_heads, self.head_dim, self.head_dim)
         kv_tokens = tokens if self.kv_per_win is None else self.kv_per_win**2
-        regions, topk = self.n_win**2, self.topk
-        if self.routing_weight == "none" and topk == regions:  # the launches merge them
-            regions, topk, tokens, kv_tokens = 1, 1, regions * tokens, regions * kv_tokens
-        problem = (self.batch, regions, tokens, topk, kv_tokens, *heads)
-        return ProblemSizes(*problem, element_bytes, masked=masked)
+        problem = (self.batch, self.n_win**2, tokens, self.topk, kv_tokens, *heads)
+        sizes = ProblemSizes(*problem, element_bytes, masked=masked)
+        return sizes.merged() if self.setting.chooses_all else sizes
 
 
 PRESETS = {

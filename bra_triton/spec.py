@@ -64,6 +64,11 @@ class AttentionSpec:
         return "soft" if self.soft_routing else "hard" if self.diff_routing else "none"
 
     @property
+    def chooses_all(self) -> bool:
+        """Whether every region attends to all and its weights have no part: then nothing need be routed."""
+        return self.routing_weight == "none" and self.topk == self.n_win**2
+
+    @property
     def head_dims(self) -> tuple[int, int]:
         """Channels of a query or key, and of a value, in one head."""
         return self.qk_dim // self.num_heads, self.dim // self.num_heads

@@ -77,9 +77,7 @@ def route(
 ):
     """Logits of BLOCK_Q query regions against all key regions, and each one's topk largest; grid (N, blocks).
 
-    Several query regions share the keys that they load and, up to 64 key regions, a warp holds whole rows of
-    logits and needs no other one to find their maxima. With a program for every query region the routing of
-    BiFormer's third stage was predicted to take longer than its attention.
+    Several query regions share the keys that they load, and are as many as a matrix unit takes.
     """
     image = tl.program_id(0).to(tl.int64)
     query_region = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)

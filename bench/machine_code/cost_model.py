@@ -6,12 +6,13 @@ problem says:
     warp instructions = rest + whole tiles x loop + tail steps x tail + taps x (one tap of LePE)
 
 Predicated instructions count as executed, and rows of dK/dV have the mean length. Bounds suppose that nothing
-but the unit in question costs time, at documented peak rates; latency and caches are left out.
+but the unit in question costs time, at documented peak rates; latency and caches are left out. What tiles
+compete with (`Cost.cost`, `loop_cost`) counts latency by `hardware.LATENCY_WARPS`.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.hardware import Hardware, latency
@@ -58,6 +59,11 @@ class ProblemSizes:
     def key_regions(self) -> int:
         """Key regions an image."""
         return self.regions if self.kv_regions is None else self.kv_regions
+
+    def merged(self) -> "ProblemSizes":
+        """The same with one region, where every region attends to all; as launches have it."""
+        tokens, kv_tokens = self.regions * self.region_tokens, self.key_regions * self.kv_tokens
+        return replace(self, regions=1, region_tokens=tokens, topk=1, kv_tokens=kv_tokens, kv_regions=None)
 
     @property
     def useful_scores(self) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bra_triton.bench.machine_code.cost_model import Cost, ProblemSizes, predict
-from bra_triton.bench.machine_code.hardware import HARDWARE, LATENCY_WARPS
+from bra_triton.bench.machine_code.hardware import HARDWARE, LATENCY_WARPS, latency
 from bra_triton.bench.machine_code.launches import Setting
 from bra_triton.bench.tuning.prediction import KERNEL_NAMES, Job, compile_all
 from bra_triton.bench.tuning.timing import Trial
@@ -46,7 +46,7 @@ class Timed:
 
     def ranked_by(self, latency_warps: float) -> float:
         """The model's figure, were `LATENCY_WARPS` that."""
-        return self.cost.slots_per_useful_score * (1 + latency_warps / self.cost.resident_warps)
+        return self.cost.slots_per_useful_score * latency(self.cost.resident_warps, latency_warps)
 
 
 def read(lines: Iterable[str]) -> dict[Trial, float]:
@@ -128,11 +128,9 @@ def _job(trial: Trial, arch: str) -> Job:
 
 
 def _problem(s: Setting, element_bytes: int) -> ProblemSizes:
-    regions, tokens, topk = s.grid.n_regions, s.grid.region_tokens, s.topk
-    if s.chooses_all:
-        regions, tokens, topk = 1, regions * tokens, 1
-    heads = (s.num_heads, s.qk_head_dim, s.v_head_dim)
-    return ProblemSizes(s.batch, regions, tokens, topk, tokens, *heads, element_bytes)
+    tokens, heads = s.grid.region_tokens, (s.num_heads, s.qk_head_dim, s.v_head_dim)
+    sizes = ProblemSizes(s.batch, s.grid.n_regions, tokens, s.topk, tokens, *heads, element_bytes)
+    return sizes.merged() if s.chooses_all else sizes
 
 
 if __name__ == "__main__":

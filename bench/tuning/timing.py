@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
@@ -179,8 +180,11 @@ def compile_ahead(todo: Sequence[Trial], device: torch.device, workers: int) -> 
     """
     # Spawned, not forked: a GPU's context does not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for done, _ in enumerate(pool.map(partial(launch_once, device=device), todo), 1):
-            print(f"\r[{done}/{len(todo)}] compiled", end="", file=sys.stderr, flush=True)
+        try:
+            for done, _ in enumerate(pool.map(partial(launch_once, device=device), todo), 1):
+                print(f"\r[{done}/{len(todo)}] compiled", end="", file=sys.stderr, flush=True)
+        except BrokenProcessPool as error:
+            print(f"\ncompiling ahead ended early, the rest is compiled when timed: {error}", file=sys.stderr)
     print(file=sys.stderr)
 
 

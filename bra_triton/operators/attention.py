@@ -5,8 +5,8 @@
 | `bra_triton::routed_attention` | for `qkv`, `kv`, `padding`, `factor`, `lepe_weight`, `lepe_bias` |
 | `bra_triton::routed_attention_backward` | none |
 
-The operators trust their callers (`functional`): arguments are checked, `qkv`, `kv` and `r_idx` contiguous.
-`grid` is a `RegionGrid`'s numbers.
+The operators trust their callers (`functional`): arguments are checked, `qkv`, `kv` and `r_idx` contiguous
+(but not an `r_idx` of all regions, which is not read). `grid` is a `RegionGrid`'s numbers.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from ..backend import registry
 from ..kernels.pooling_problem import pooled_grid
 from ..kernels.problem import Gradients, Lepe, Padding, RoutedAttention
 from ..kernels.region_grid import RegionGrid
-from ._shared import operator, or_empty, statistic_dtype, without_autocast
+from ._shared import gradient_operator, operator, or_empty, statistic_dtype, without_autocast
 
 # How the routing weights enter: not at all; as a factor of the chosen keys and values; or straight-through,
 # with the forward of "none" and the gradient that such a factor of 1 would get.
@@ -95,7 +95,7 @@ def _(
     return out, torch.empty_like(out) if keeps else out.new_empty(0), lse
 
 
-@operator
+@gradient_operator
 def routed_attention_backward(
     grad_out: Tensor,
     qkv: Tensor,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backend import registry
 from ..kernels.pooling_problem import MAX, RegionPooling
 from ..kernels.region_grid import RegionGrid
-from ._shared import operator, or_empty, without_autocast
+from ._shared import gradient_operator, operator, or_empty, without_autocast
 
 
 @operator
@@ -69,7 +69,7 @@ def _(qkv, fill, row_cells, column_cells, weight, bias, qk_dim, grid, mode, back
     return qkv.new_empty(shape), argmax
 
 
-@operator
+@gradient_operator
 def pool_regions_backward(
     grad_pooled: Tensor,
     qkv: Tensor,

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backend import registry
 from ..kernels.problem import Gradients, Padding, RoutedAttention
 from ..kernels.region_grid import RegionGrid
-from ._shared import operator, statistic_dtype, without_autocast
+from ._shared import gradient_operator, operator, statistic_dtype, without_autocast
 
 
 @operator
@@ -62,7 +62,7 @@ def _(query, key, value, r_idx, query_grid, kv_grid, num_heads, scale, backend):
     return query.new_empty(batch, height, width, value.shape[-1]), lse
 
 
-@operator
+@gradient_operator
 def regional_attention_backward(
     grad_out: Tensor,
     query: Tensor,

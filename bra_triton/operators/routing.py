@@ -20,7 +20,7 @@ from torch import Tensor
 from ..backend import registry
 from ..backend.region_layout import counted_tokens, tokens_inside
 from ..kernels.region_grid import RegionGrid
-from ._shared import operator, or_empty, statistic_dtype, without_autocast
+from ._shared import gradient_operator, operator, or_empty, statistic_dtype, without_autocast
 
 
 @operator
@@ -42,7 +42,7 @@ def _(qkv, padding, qk_dim, grid, backend):
     return qkv.new_empty(qkv.shape[0], n_regions, 2 * qk_dim, dtype=statistic_dtype(qkv))
 
 
-@operator
+@gradient_operator
 def region_means_backward(
     grad: Tensor, qkv: Tensor, padding: Tensor | None, grid: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def _(query, key, topk, scale, backend):
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int32)
 
 
-@operator
+@gradient_operator
 def route_backward(
     grad_weight: Tensor,
     r_weight: Tensor,

@@ -9,7 +9,7 @@ from ..region_grid import RegionGrid
 from .lists import inverse_graph
 
 # Query regions of a program of `route`: the least that a matrix unit takes. Routing of BiFormer's third stage
-# (batch 64) took 44 us on an H200 with products off the matrix units, and takes 16 with them.
+# (batch 64) took 44 us on an H200 with products off the matrix units, and takes 13 with them.
 _ROUTE_QUERIES = 16
 # So many key regions fit shared memory as an operand; with more a query region has a program of its own.
 _ROUTE_OPERAND = 256
@@ -18,7 +18,7 @@ _ROUTE_TILE, _ROUTE_CHANNELS = 4096, 64
 # Elements of a tile of tokens, and the most tokens in it, of `region_means`. Regions of a few tokens, as in
 # BiFormer's later stages, take tiles of more channels instead of dead rows: six tiles from 1 to 32 tokens,
 # each compiled when first met. One warp a program, which has its loads in flight at once and nothing to wait
-# for: on an H200 the means of BiFormer's second stage take 13 us, with four warps 36.
+# for: on an H200 the means of BiFormer's second stage take 11 us, with four warps 34.
 _MEANS_TILE, _MEANS_TOKENS = 2048, 32
 
 

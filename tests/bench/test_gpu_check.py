@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from bra_triton.bench import gpu_check, gpu_report, in_tree, jobs
+from bra_triton.bench import gpu_check, gpu_report, in_tree, jobs, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +85,11 @@ def test_called_by_its_path_it_asks_for_a_gpu(bare_tree):
     )
     assert done.returncode == 2
     assert "--device cpu rehearses" in done.stderr
+
+
+def test_a_copy_without_git_says_what_it_is_of(monkeypatch):
+    monkeypatch.setenv("BRA_TRITON_COMMIT", "abc1234")
+    assert versions.describe(torch.device("cpu"))["commit"] == "abc1234"
 
 
 def test_the_files_that_start_first_are_there():

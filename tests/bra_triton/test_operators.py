@@ -165,6 +165,20 @@ def test_where_every_region_attends_to_all_nothing_is_routed(kind, topk, device)
     assert ("bra_triton::route" in log.names) == ("bra_triton::region_means" in log.names) == (topk < 9)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_second_derivative_is_refused_not_zero(backend, device):
+    """A gradient that could be differentiated again may be asked for; only then it raises."""
+    module = BiLevelRoutingAttention(
+        32, 1, 2, topk=2, soft_routing=True, diff_routing=True, backend=backend
+    ).to(device)
+    x = torch.randn(1, 4, 4, 32, device=device, requires_grad=True)
+    (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    (plain,) = torch.autograd.grad(module(x).square().sum(), x)
+    assert torch.equal(first, plain)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(first.square().sum(), x)
+
+
 def test_operators_called_where_dynamo_watches_but_does_not_compile():
     """After a break in a `try` Dynamo runs the frame as it is, and sees what the operators do inside."""
     module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend="torch")

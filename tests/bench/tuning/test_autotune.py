@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
@@ -153,6 +154,21 @@ def test_what_compiles_ahead_launches_every_trial_and_minds_no_failure(device, m
     timing.launch_once(good, device)
     timing.launch_once(good, device)
     assert launched == 2 * [(2, tiles.FORWARD, {tiles.FORWARD: good.tile})]
+
+
+def test_a_compiler_that_dies_does_not_end_the_run(device, monkeypatch, capsys):
+    class Dying:
+        def __init__(self, *args, **kwargs): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args): ...
+        def map(self, *args):
+            raise BrokenProcessPool("terminated abruptly")
+
+    monkeypatch.setattr(timing, "ProcessPoolExecutor", Dying)
+    timing.compile_ahead([], device, 2)
+    assert "compiled when timed: terminated abruptly" in capsys.readouterr().err
 
 
 def test_the_fastest_is_timed_again_with_what_else_the_table_decides(device, monkeypatch):

@@ -63,3 +63,19 @@ def test_the_losses_are_against_the_fastest_of_the_same_problem(tmp_path, monkey
     assert "LATENCY_WARPS  0: 10.0% on average, 21.0% at most" in printed
     assert "LATENCY_WARPS  8: 0.0% on average, 0.0% at most" in printed
     assert "16x80x80x64 topk 4 torch.float16 forward: 64x64 4w 2s, 0.0% over the fastest" in printed
+
+
+@pytest.mark.compiled
+def test_the_model_judges_what_compiles_without_spills(tmp_path):
+    """64 x 64 scores and their sums do not fit the registers of one warp's threads."""
+    dense = trial(Tile(64, 64, 4, 3), Setting(2, 8, 8, 2, 4, 2, 64, 64))
+    spilling = trial(Tile(64, 64, 1, 3), dense.setting)
+    (timed,) = regret.judge({dense: 1.0, spilling: 2.0}, "sm_90", tmp_path, 1)
+    assert timed.trial == dense
+    # All 64 tokens of an image attend to each other.
+    assert timed.cost.useful_scores == 2 * 2 * 64 * 64
+    assert 0 < timed.ranked_by(0) < timed.ranked_by(8) < math.inf
+
+
+def test_without_room_for_a_block_the_cost_is_infinite():
+    assert timed(FEW_SLOTS, 1.0, slots=6.0, warps=0).ranked_by(8) == math.inf
