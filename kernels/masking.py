@@ -20,7 +20,8 @@ def is_cheaper(problem: RoutedAttention) -> bool:
     in the gradients. Masked, a query meets all P_kv x S_kv keys, in full tiles: 1,800 + 7.8 x (P_kv x S_kv)
     slots a query in the forward, 1,000 + 8.6 x and 1,000 + 10.1 x in the gradients (in tiles of 128 x 64 and
     128 x 32), queries rounded up to tiles of 128. The rule is one for all three kernels, on the side of the
-    routed ones. On an H200 a forward of BiFormer's third stage takes 61 us masked, and 73 at best routed.
+    routed ones. On an H200 the kernels of a forward of BiFormer's third stage take 55 us masked
+    (docs/kernel_times.md); a forward that is routed takes 73 at best (docs/measured).
 
     One thing differs: a key that is not finite reaches all queries of its head, times a weight of 0.
 

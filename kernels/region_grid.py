@@ -6,6 +6,8 @@ map's bottom and right edge; tokens there are padding: they belong to regions bu
 
 from dataclasses import dataclass
 
+from .integers import cdiv
+
 
 @dataclass(frozen=True)
 class RegionGrid:
@@ -68,7 +70,7 @@ class RegionGrid:
                 f"the map's height and width must be multiples of n_win={n_win}, got "
                 f"{height} x {width}; the modules pad it with auto_pad=True"
             )
-        return cls(height, width, _ceil_div(height, n_win), _ceil_div(width, n_win), n_win, n_win)
+        return cls(height, width, cdiv(height, n_win), cdiv(width, n_win), n_win, n_win)
 
     @classmethod
     def of_region_size(cls, height: int, width: int, region_size: tuple[int, int]) -> "RegionGrid":
@@ -76,7 +78,7 @@ class RegionGrid:
         region_height, region_width = region_size
         if min(region_size) < 1:
             raise ValueError(f"region_size must be at least (1, 1), got {tuple(region_size)}")
-        rows, columns = _ceil_div(height, region_height), _ceil_div(width, region_width)
+        rows, columns = cdiv(height, region_height), cdiv(width, region_width)
         return cls(height, width, region_height, region_width, rows, columns)
 
     @property
@@ -118,8 +120,3 @@ class RegionGrid:
         row = region // self.columns * self.region_height + index // self.region_width
         column = region % self.columns * self.region_width + index % self.region_width
         return row * self.width + column if row < self.height and column < self.width else None
-
-
-def _ceil_div(numerator: int, denominator: int) -> int:
-    # Not -(-a // b): in an exported graph sizes are tensors, and ONNX divides them towards zero.
-    return (numerator + denominator - 1) // denominator

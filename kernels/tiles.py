@@ -63,8 +63,8 @@ DEFAULT_ARCHITECTURE = "sm_90"
 _architecture: ContextVar[str | None] = ContextVar("architecture", default=None)
 _forced: ContextVar[Mapping[str, Tile]] = ContextVar("forced", default={})  # noqa: B039 (never written to)
 
-# Masked attention over the whole map, half precision, heads of at most 32. The best of eleven on an H200 at
-# BiFormer's third stage; but for dK/dV, where what is 6 % faster (128 x 64) spills under Triton 3.8.
+# Masked attention over the whole map, half precision, heads of at most 32: of eleven, timed by hand on an
+# H200 at BiFormer's third stage, the fastest; but dK/dV's (128 x 64, by 6 %) spills under Triton 3.8.
 MASKED = {
     FORWARD: Tile(64, 64, 4, 2),
     QUERY_GRADIENT: Tile(64, 64, 4, 2),

@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from triton import cdiv
-
 from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.hardware import Hardware
 from bra_triton.bench.machine_code.static_analysis import LoopMix
+from bra_triton.kernels.integers import cdiv
 
 Arguments = Mapping[str, Any]
 
