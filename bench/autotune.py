@@ -126,8 +126,9 @@ def measure(
     entries: dict[Key, Entry] = {}
     for name in args.dtype:
         trials = timing.trials(settings, DTYPES[name], _kernels(args), device)
-        results = _time_all(trials, args, device, timer)
-        results |= _time_all(timing.refinements(results), args, device, timer)
+        kept = tile_cache.folder() / "timings.jsonl"
+        results = timing.time_all(trials, device, timer, kept, args.workers)
+        results |= timing.time_all(timing.refinements(results), device, timer, kept, args.workers)
         for key, (tile, milliseconds) in timing.winners(results).items():
             entries[key] = Entry(tile, round(milliseconds, 4))
             print(f"{name} {key}: {tile}  {milliseconds:.4f} ms")
@@ -139,16 +140,6 @@ def measure(
         where = f"{timing.card_name(device)}, torch {torch.__version__}, Triton {tile_cache.triton_version()}"
         measured = {key: replace(entry, measured_on=where) for key, entry in entries.items()}
         _write_table(replace(shipped, entries={**shipped.entries, **measured}), args.output)
-
-
-def _time_all(
-    trials: Sequence[timing.Trial], args: argparse.Namespace, device: torch.device, timer: timing.Timer
-) -> dict[timing.Trial, float]:
-    kept = tile_cache.folder() / "timings.jsonl"
-    left = timing.not_timed(trials, device, kept)
-    if left and args.workers > 1 and device.type == "cuda":
-        timing.compile_ahead(left, device, args.workers)
-    return timing.time_all(trials, device, timer, kept)
 
 
 def list_trials(args: argparse.Namespace, settings: Sequence[Setting], device: torch.device) -> None:

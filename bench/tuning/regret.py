@@ -8,11 +8,9 @@ fastest; then the means, for other values of `hardware.LATENCY_WARPS`, too. 0 st
 """
 
 import argparse
-import ast
 import json
 import math
 import os
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,15 +21,12 @@ import torch
 from bra_triton.bench.machine_code.cost_model import Cost, ProblemSizes, predict
 from bra_triton.bench.machine_code.hardware import HARDWARE, LATENCY_WARPS, latency
 from bra_triton.bench.machine_code.launches import Setting
+from bra_triton.bench.tuning import timing
 from bra_triton.bench.tuning.prediction import KERNEL_NAMES, Job, compile_all
 from bra_triton.bench.tuning.timing import Trial
 from bra_triton.kernels import tile_cache
 from bra_triton.kernels.tiles import Tile
 
-_TRIAL = re.compile(
-    r"Setting\((?P<setting>.*)\) torch\.(?P<dtype>\w+) (?P<kernel>\w+) "
-    r"(?P<tile>\d+x\d+ \d+w \d+s)(?P<options>.*)"
-)
 VALUES = (0, 2, 4, 6, 8, 12, 16)
 Group = tuple[Setting, torch.dtype, str]  # with the kernel: what configurations compete in
 
@@ -50,22 +45,15 @@ class Timed:
 
 
 def read(lines: Iterable[str]) -> dict[Trial, float]:
-    """Milliseconds by trial; without those refused, and those with options, which the model does not rank."""
-    found = {}
-    for line in lines:
-        row = json.loads(line)
-        match = _TRIAL.fullmatch(row["trial"])
-        if match is None:
-            raise ValueError(f"no trial: {row['trial']!r}")
-        if match["options"] or not math.isfinite(row["milliseconds"]):
-            continue
-        call = ast.parse(f"f({match['setting']})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
-        tile = Tile(*map(int, re.findall(r"\d+", match["tile"])))
-        trial = Trial(Setting(**arguments), getattr(torch, match["dtype"]), match["kernel"], tile)
-        found[trial] = row["milliseconds"]
-    return found
+    """Milliseconds by trial, without those refused."""
+    rows = map(json.loads, lines)
+    found = {timing.parse_trial(row["trial"]): row["milliseconds"] for row in rows}
+    return {trial: milliseconds for trial, milliseconds in found.items() if math.isfinite(milliseconds)}
+
+
+def is_ranked(tile: Tile) -> bool:
+    """Whether the model ranks such tiles; those with options are variants of one that it has put first."""
+    return tile.fuses_lepe and not tile.exp_share
 
 
 def judge(timings: Mapping[Trial, float], arch: str, compiled: Path, workers: int) -> list[Timed]:
@@ -99,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compiled", type=Path, default=tile_cache.folder() / "compiled")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args(arguments)
-    timings = read(line for path in options.timings for line in path.read_text().splitlines())
+    lines = (line for path in options.timings for line in path.read_text().splitlines())
+    timings = {trial: time for trial, time in read(lines).items() if is_ranked(trial.tile)}
     judged = judge(timings, options.arch, options.compiled, options.workers)
     fastest: dict[Group, float] = {}
     for trial, milliseconds in timings.items():

@@ -5,9 +5,11 @@ backward of the attention, its lists included: what they add is the same for all
 kept, so that a stopped run goes on where it was.
 """
 
+import ast
 import contextlib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +35,10 @@ PASSES = {
 }
 # Relative error against float32 that rounding explains; a wrong index is off by about 1.
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TRIAL = re.compile(
+    r"Setting\((?P<setting>.*)\) torch\.(?P<dtype>\w+) (?P<kernel>\w+) (?P<own>\d+)x(?P<step>\d+) "
+    r"(?P<num_warps>\d+)w (?P<num_stages>\d+)s( 1/(?P<share>\d+) exp)?(?P<apart> lepe apart)?"
+)
 # Milliseconds of `run(i)`, with `i` the number of an input set.
 Timer = Callable[[Callable[[int], object], int], float]
 
@@ -104,7 +110,9 @@ def variants(kernel: str, bits: int, tile: Tile) -> list[Tile]:
     return found[1:]
 
 
-def time_all(todo: Sequence[Trial], device: torch.device, timer: Timer, kept: Path) -> dict[Trial, float]:
+def time_all(
+    todo: Sequence[Trial], device: torch.device, timer: Timer, kept: Path, workers: int = 1
+) -> dict[Trial, float]:
     """Milliseconds of every trial; infinite for what does not run or computes something else.
 
     Args:
@@ -112,9 +120,12 @@ def time_all(todo: Sequence[Trial], device: torch.device, timer: Timer, kept: Pa
         device: the card, or the CPU under the interpreter.
         timer: see `device_milliseconds`.
         kept: file of finished trials under these circumstances, which this run continues.
+        workers: processes that compile beforehand, for a GPU; 1 compiles each when it is timed.
     """
     results = _read_kept(kept, todo, device)
-    left = not_timed(todo, device, kept)
+    left = [trial for trial in todo if trial not in results]
+    if left and workers > 1 and device.type == "cuda":
+        compile_ahead(left, device, workers)
     kept.parent.mkdir(parents=True, exist_ok=True)
     inputs: Inputs | None = None
     for done, trial in enumerate(left, 1):
@@ -143,28 +154,46 @@ def time_all(todo: Sequence[Trial], device: torch.device, timer: Timer, kept: Pa
     return results
 
 
-def not_timed(todo: Sequence[Trial], device: torch.device, kept: Path) -> list[Trial]:
-    """The trials that no earlier run finished; see `time_all`."""
-    results = _read_kept(kept, todo, device)
-    return [trial for trial in todo if trial not in results]
-
-
 def winners(results: Mapping[Trial, float]) -> dict[Key, tuple[Tile, float]]:
-    """For every entry the tile that is fastest over the settings that share it, and its mean milliseconds.
+    """For every entry the tile that is fastest over the settings that share it, and its mean milliseconds."""
+    best = {}
+    for key, by_tile in means(results).items():
+        tile = min(by_tile, key=by_tile.__getitem__)
+        if math.isfinite(by_tile[tile]):
+            best[key] = (tile, by_tile[tile])
+    return best
 
-    Settings weigh the same whatever they take: by geometric means. A tile that one of them refused is out.
+
+def means(results: Mapping[Trial, float]) -> dict[Key, dict[Tile, float]]:
+    """For every entry the tiles that all of its settings timed, and their mean milliseconds.
+
+    Settings weigh the same whatever they take: by geometric means. One refusal makes a tile's mean infinite.
     """
     by_key: dict[Key, dict[Tile, list[float]]] = {}
     for trial, milliseconds in results.items():
         by_key.setdefault(trial.key, {}).setdefault(trial.tile, []).append(milliseconds)
-    best = {}
-    for key, by_tile in by_key.items():
-        most = max(map(len, by_tile.values()))
-        means = {tile: _geometric_mean(times) for tile, times in by_tile.items() if len(times) == most}
-        tile = min(means, key=means.__getitem__)
-        if math.isfinite(means[tile]):
-            best[key] = (tile, means[tile])
-    return best
+    most = {key: max(map(len, by_tile.values())) for key, by_tile in by_key.items()}
+    return {
+        key: {tile: _geometric_mean(times) for tile, times in by_tile.items() if len(times) == most[key]}
+        for key, by_tile in by_key.items()
+    }
+
+
+def parse_trial(text: str) -> Trial:
+    """The trial that `str` made the text of.
+
+    Raises:
+        ValueError: it made none of it.
+    """
+    match = _TRIAL.fullmatch(text)
+    if match is None:
+        raise ValueError(f"no trial: {text!r}")
+    call = ast.parse(f"f({match['setting']})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
+    sizes = map(int, match.group("own", "step", "num_warps", "num_stages"))
+    tile = Tile(*sizes, exp_share=int(match["share"] or 0), fuses_lepe=not match["apart"])
+    return Trial(Setting(**arguments), getattr(torch, match["dtype"]), match["kernel"], tile)
 
 
 def device_milliseconds(run: Callable[[int], object], n_sets: int) -> float:
