@@ -31,8 +31,10 @@ from bra_triton.bench.presets import PRESETS
 from bra_triton.bench.tuning import prediction, ranking, timing
 from bra_triton.bench.tuning.prediction import Job, Outcome
 from bra_triton.bench.tuning.search_space import EXP_SHARE
-from bra_triton.kernels import tile_cache, tile_table, tiles
-from bra_triton.kernels.tile_table import Entry, Key, Table
+from bra_triton.kernels import tiles
+from bra_triton.kernels.tiles import cache as tile_cache
+from bra_triton.kernels.tiles import table as tile_table
+from bra_triton.kernels.tiles.table import Entry, Key, Table
 
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 

@@ -25,7 +25,7 @@ from ultralytics import YOLO
 from bra_triton import BiLevelRoutingAttention
 from bra_triton.backend import registry
 from bra_triton.bench import cost
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 from bra_triton.yolo_integration import set_backend
 from bra_triton.yolo_integration.photo_dataset import write_photo_dataset
 

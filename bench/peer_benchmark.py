@@ -22,7 +22,7 @@ from torch import Tensor
 from bra_triton import functional
 from bra_triton.bench import cost, versions
 from bra_triton.bench.peers import Attention, Peer, peers_for
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 from bra_triton.spec import AttentionSpec
 
 HEAD_DIM = 32

@@ -41,7 +41,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bra_triton import functional, reference
 from bra_triton.backend.region_layout import pad_map
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 from bra_triton.operators import attention as attention_operators
 from bra_triton.operators import routing as routing_operators
 from bra_triton.spec import AttentionSpec

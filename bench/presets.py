@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from bra_triton.bench.machine_code.cost_model import ProblemSizes
 from bra_triton.bench.machine_code.launches import Setting
-from bra_triton.kernels.pooling_problem import MAX, MEAN, WEIGHTED
+from bra_triton.kernels.pooling.problem import MAX, MEAN, WEIGHTED
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .export import being_exported
-from .kernels.pooling_problem import MAX, MEAN, WEIGHTED, pooled_grid
-from .kernels.region_grid import RegionGrid
+from .kernels.grid import RegionGrid
+from .kernels.pooling.problem import MAX, MEAN, WEIGHTED, pooled_grid
 from .operators import pooling as operators
 
 MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool", "fracpool", "conv")

@@ -12,7 +12,7 @@ from . import reference
 from .backend import registry, traced
 from .downsampling import KVDownsampling
 from .export import being_exported
-from .kernels.region_grid import RegionGrid
+from .kernels.grid import RegionGrid
 from .operators import attention as attention_operators
 from .operators import routing as routing_operators
 from .regional import regional_routing_attention  # noqa: F401

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .kernels.region_grid import RegionGrid
+from .kernels.grid import RegionGrid
 from .routing import select_topk
 from .spec import AttentionSpec
 

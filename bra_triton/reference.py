@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import downsampling
 from .backend.region_layout import pad_map
 from .export import being_exported
-from .kernels.region_grid import RegionGrid
+from .kernels.grid import RegionGrid
 from .routing import select_topk
 from .spec import AttentionSpec
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .region_grid import RegionGrid
+from .grid import RegionGrid
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from problems import relative_error
 
 from bra_triton.backend import registry
+from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.problem import Padding, RoutedAttention
-from bra_triton.kernels.region_grid import RegionGrid
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.problem import RoutedAttention
-from bra_triton.kernels.region_grid import RegionGrid
 from bra_triton.operators import regional as operators
 
 

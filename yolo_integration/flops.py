@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 
 
 def register_rule() -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.hardware import Hardware, latency
 from bra_triton.bench.machine_code.static_analysis import LoopMix
-from bra_triton.kernels.launches.lepe import FORWARD_TILE as LEPE_TILE
+from bra_triton.kernels.lepe.launch import FORWARD_TILE as LEPE_TILE
 from bra_triton.kernels.tiles import channel_block
 
 ATTENTION_KERNELS = ("attention_forward", "query_gradient", "key_value_gradient")

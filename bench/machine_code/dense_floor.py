@@ -24,7 +24,7 @@ import triton.language as tl
 
 from bra_triton.bench.machine_code.analysis import Analysis, analyse_all
 from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
-from bra_triton.kernels.matrix import add_matmul, matmul
+from bra_triton.kernels.lib.matrix import add_matmul, matmul
 
 
 @triton.jit

@@ -14,11 +14,13 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
-from bra_triton.kernels.launches import attention, pooling, routing
-from bra_triton.kernels.launches import lepe as lepe_launches
-from bra_triton.kernels.pooling_problem import WEIGHTED, RegionPooling
+from bra_triton.kernels.attention import launch as attention
+from bra_triton.kernels.grid import RegionGrid
+from bra_triton.kernels.lepe import launch as lepe_launches
+from bra_triton.kernels.pooling import launch as pooling
+from bra_triton.kernels.pooling.problem import WEIGHTED, RegionPooling
 from bra_triton.kernels.problem import Gradients, Lepe, Padding, RoutedAttention
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.routing import launch as routing
 
 _TYPES = {
     torch.float32: "fp32",
@@ -44,7 +46,7 @@ class Setting:
         qk_head_dim: channels of a query or key in one head.
         v_head_dim: channels of a value in one head.
         kv_per_win: keys a side of a region; None for as many as queries.
-        kv_pooling: one of `pooling_problem.MODES` that makes `kv_per_win` keys of a region's; None for keys
+        kv_pooling: one of `pooling.problem.MODES` that makes `kv_per_win` keys of a region's; None for keys
             that come as they are.
         routing_weight: "none", "soft" or "hard".
         head_graphs: a graph for every head.

@@ -19,7 +19,7 @@ from typing import Any
 from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.hardware import Hardware
 from bra_triton.bench.machine_code.static_analysis import LoopMix
-from bra_triton.kernels.integers import cdiv
+from bra_triton.kernels.lib.integers import cdiv
 
 Arguments = Mapping[str, Any]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bra_triton.backend import torch_backend
 from bra_triton.bench.machine_code.launches import Setting
-from bra_triton.kernels.launches import attention
+from bra_triton.kernels.attention import launch as attention
 from bra_triton.kernels.problem import Gradients, Lepe, Padding, RoutedAttention, SmallGradients
 from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT
 

@@ -24,8 +24,8 @@ from bra_triton.bench.machine_code.launches import Setting, record_attention
 from bra_triton.bench.machine_code.static_analysis import KernelSpecimen, LoopMix, Usage
 from bra_triton.bench.tuning.search_space import SHARED_BYTES, problems
 from bra_triton.kernels import tiles
-from bra_triton.kernels.tile_cache import source_digest
 from bra_triton.kernels.tiles import Tile
+from bra_triton.kernels.tiles.cache import source_digest
 
 LEPE = "lepe"  # the convolution in a launch of its own: of a forward whose tile does not fuse it
 KERNEL_NAMES = {

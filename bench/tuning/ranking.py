@@ -12,7 +12,7 @@ from bra_triton.bench.machine_code.cost_model import loop_cost
 from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.tuning.prediction import LEPE, Job, Outcome, cost, read_results, time_apart, versions
 from bra_triton.bench.tuning.search_space import candidates, serves
-from bra_triton.kernels.tile_table import FORWARD, PLAIN, Entry, Key, Table, Tile, packaged
+from bra_triton.kernels.tiles.table import FORWARD, PLAIN, Entry, Key, Table, Tile, packaged
 
 # Outcomes by Triton version and `Job.key`.
 ByVersion = Mapping[str, Mapping[str, Outcome]]

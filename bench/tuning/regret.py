@@ -24,8 +24,8 @@ from bra_triton.bench.machine_code.launches import Setting
 from bra_triton.bench.tuning import timing
 from bra_triton.bench.tuning.prediction import KERNEL_NAMES, Job, compile_all
 from bra_triton.bench.tuning.timing import Trial
-from bra_triton.kernels import tile_cache
 from bra_triton.kernels.tiles import Tile
+from bra_triton.kernels.tiles import cache as tile_cache
 
 VALUES = (0, 2, 4, 6, 8, 12, 16)
 Group = tuple[Setting, torch.dtype, str]  # with the kernel: what configurations compete in

@@ -25,8 +25,9 @@ from bra_triton.bench import cost
 from bra_triton.bench.machine_code.launches import Setting
 from bra_triton.bench.tuning.inputs import Inputs
 from bra_triton.bench.tuning.search_space import EXP_SHARE, candidates, serves
-from bra_triton.kernels import tile_cache, tiles
+from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT, Key, Tile
+from bra_triton.kernels.tiles import cache as tile_cache
 
 PASSES = {
     "forward": (FORWARD,),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.region_grid import RegionGrid
+from ..kernels.grid import RegionGrid
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..kernels.region_grid import RegionGrid
+from ..kernels.grid import RegionGrid
 
 
 def to_regions(x: Tensor, grid: RegionGrid, n_graphs: int = 1, padding: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..kernels.region_grid import RegionGrid
+from ..kernels.grid import RegionGrid
 from . import availability
 
 logger = logging.getLogger("bra_triton")

@@ -12,8 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..kernels.grid import RegionGrid
 from ..kernels.problem import Gradients, Lepe, Padding, RoutedAttention, SmallGradients
-from ..kernels.region_grid import RegionGrid
 from ..routing import select_topk
 from . import chunk_attention
 from .region_layout import counted_tokens, from_regions, pad_map, sum_over_padding, to_regions

@@ -11,7 +11,7 @@ from ..kernels.problem import Lepe, LepeGradients
 
 
 def lepe_forward(attention: Tensor, lepe: Lepe) -> Tensor:
-    """See `kernels.launches.lepe.lepe_forward`."""
+    """See `kernels.lepe.launch.lepe_forward`."""
     height, width = lepe.grid.height, lepe.grid.width
     dim, half = lepe.value.shape[-1], lepe.kernel_size // 2
     out = torch.ops.aten.convolution(
@@ -23,7 +23,7 @@ def lepe_forward(attention: Tensor, lepe: Lepe) -> Tensor:
 def lepe_backward(
     grad_out: Tensor, grad_value: Tensor, lepe: Lepe, needs_weight_grad: bool = True
 ) -> LepeGradients:
-    """See `kernels.launches.lepe.lepe_backward`."""
+    """See `kernels.lepe.launch.lepe_backward`."""
     height, width = lepe.grid.height, lepe.grid.width
     reach_height, reach_width = lepe.reach
     dim, half = lepe.value.shape[-1], lepe.kernel_size // 2

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..kernels.pooling_problem import MAX, PoolingGradients, RegionPooling
-from ..kernels.region_grid import RegionGrid
+from ..kernels.grid import RegionGrid
+from ..kernels.pooling.problem import MAX, PoolingGradients, RegionPooling
 
 
 def pool_forward(
@@ -21,7 +21,7 @@ def pool_forward(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `kernels.launches.pooling.pool_forward`; any floating dtype, strides and device."""
+    """See `kernels.pooling.launch.pool_forward`; any floating dtype, strides and device."""
     shape = (x.shape[0], pooling.pooled_grid.height, pooling.pooled_grid.width, x.shape[-1])
     regions = _to_regions(_pad(x, fill, pooling.grid), pooling.grid)
     if pooling.mode == MAX:
@@ -46,7 +46,7 @@ def pool_backward(
     weight: Tensor | None,
     grad_x: Tensor,
 ) -> PoolingGradients:
-    """See `kernels.launches.pooling.pool_backward`."""
+    """See `kernels.pooling.launch.pool_backward`."""
     grid = pooling.grid
     grad = _to_regions(grad_pooled, pooling.pooled_grid).to(_sum_dtype(x))
     gradients = PoolingGradients()

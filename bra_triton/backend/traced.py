@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..kernels.region_grid import RegionGrid
+from ..kernels.grid import RegionGrid
 from ..routing import select_topk
 from ..spec import AttentionSpec
 from .region_layout import pad_map

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..backend import registry
-from ..kernels.pooling_problem import pooled_grid
+from ..kernels.grid import RegionGrid
+from ..kernels.pooling.problem import pooled_grid
 from ..kernels.problem import Gradients, Lepe, Padding, RoutedAttention
-from ..kernels.region_grid import RegionGrid
 from ._shared import gradient_operator, operator, or_empty, statistic_dtype, without_autocast
 
 # How the routing weights enter: not at all; as a factor of the chosen keys and values; or straight-through,

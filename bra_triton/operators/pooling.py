@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..backend import registry
-from ..kernels.pooling_problem import MAX, RegionPooling
-from ..kernels.region_grid import RegionGrid
+from ..kernels.grid import RegionGrid
+from ..kernels.pooling.problem import MAX, RegionPooling
 from ._shared import gradient_operator, operator, or_empty, without_autocast
 
 

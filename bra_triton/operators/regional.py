@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..backend import registry
+from ..kernels.grid import RegionGrid
 from ..kernels.problem import Gradients, Padding, RoutedAttention
-from ..kernels.region_grid import RegionGrid
 from ._shared import gradient_operator, operator, statistic_dtype, without_autocast
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backend import registry
 from ..backend.region_layout import counted_tokens, tokens_inside
-from ..kernels.region_grid import RegionGrid
+from ..kernels.grid import RegionGrid
 from ._shared import gradient_operator, operator, or_empty, statistic_dtype, without_autocast
 
 

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from bra_triton import functional, reference
 from bra_triton.backend.region_layout import pad_map
 from bra_triton.bench import peer_benchmark, peers
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 from bra_triton.spec import AttentionSpec
 
 SPEC = AttentionSpec(32, 32, 2, n_win=3, topk=2)

@@ -7,7 +7,7 @@ import torch
 
 from bra_triton import functional
 from bra_triton.backend import availability, registry
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 
 HEADS, GRIDS = (32, 32), [RegionGrid.of_windows(4, 4, 2)]
 

@@ -11,7 +11,7 @@ from problems import relative_error
 from torch import nn
 
 from bra_triton import downsampling, reference
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 from bra_triton.operators import pooling as operators
 
 BACKENDS = ("torch", "triton")

@@ -12,7 +12,7 @@ from problems import relative_error, worst
 
 import bra_triton
 from bra_triton import NCHWBiLevelRoutingAttention, nchw_reference
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 from bra_triton.operators import routing as operators
 
 BACKENDS = ("torch", "triton")

@@ -23,7 +23,7 @@ from properties import (
 
 from bra_triton import NCHWBiLevelRoutingAttention, nchw_reference
 from bra_triton.functional import regional_routing_attention
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 from bra_triton.operators import routing as operators
 
 EVERY_DIM = (0, 1, 2, 3)

@@ -7,7 +7,7 @@ from regional_problems import REGIONAL_CASES
 from torch import nn
 
 from bra_triton import nchw_reference, reference
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 from bra_triton.nchw_reference import NCHWBiLevelRoutingAttention, regional_routing_attention
 
 # Rounding of float64 gives some 1e-16 at these sizes.

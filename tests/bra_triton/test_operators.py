@@ -19,7 +19,7 @@ from bra_triton import (
 )
 from bra_triton.backend import registry
 from bra_triton.bench import in_tree
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 from bra_triton.operators import attention as operators
 from bra_triton.spec import AttentionSpec
 
@@ -243,7 +243,7 @@ import in_tree
 in_tree.install()  # where the package is not installed
 sys.path.pop(0)
 import torch
-from bra_triton.kernels.launches import attention
+from bra_triton.kernels.attention import launch as attention
 for setting in (
     "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     "torch.backends.fp32_precision = 'tf32'",

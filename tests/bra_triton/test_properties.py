@@ -24,7 +24,7 @@ from torch import nn
 
 from bra_triton import BiLevelRoutingAttention, downsampling, functional, reference
 from bra_triton.backend.region_layout import pad_map
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 
 # Of every choice the first is one that the others leave little to add to: the first example drawn is made of
 # first choices, and on the interpreter, where an example takes a second or two, few others are drawn.

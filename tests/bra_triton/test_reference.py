@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from problems import CASES, random_map, relative_error
 
 from bra_triton import reference
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 
 
 def _regions_of_tokens(grid: RegionGrid) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from bra_triton.bench.machine_code.launches import Setting, record_attention, record_kernels
 from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
 from bra_triton.kernels import tiles
-from bra_triton.kernels.launches import routing
+from bra_triton.kernels.routing import launch as routing
 
 pytestmark = pytest.mark.compiled
 

@@ -9,8 +9,9 @@ import triton.language as tl
 from attention_parts import PARTS, compare, make
 from problems import worst
 
-from bra_triton.kernels import masking, tiles
-from bra_triton.kernels.exponential import exp2
+from bra_triton.kernels import tiles
+from bra_triton.kernels.attention import masking
+from bra_triton.kernels.lib.exponential import exp2
 from bra_triton.kernels.tiles import FORWARD, QUERY_GRADIENT, Tile
 
 ROWS, COLUMNS = 16, 64

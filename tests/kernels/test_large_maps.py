@@ -9,10 +9,13 @@ import pytest
 import torch
 from problems import relative_error, worst
 
-from bra_triton.kernels.launches import attention, lepe, pooling, routing
-from bra_triton.kernels.pooling_problem import MAX, RegionPooling
+from bra_triton.kernels.attention import launch as attention
+from bra_triton.kernels.grid import RegionGrid
+from bra_triton.kernels.lepe import launch as lepe
+from bra_triton.kernels.pooling import launch as pooling
+from bra_triton.kernels.pooling.problem import MAX, RegionPooling
 from bra_triton.kernels.problem import Gradients, Lepe, RoutedAttention
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.routing import launch as routing
 
 SIDE, ROW = 8, 2**25 + 2**22  # 64 tokens, the last at 2.37e9
 GRID = RegionGrid.of_windows(SIDE, SIDE, 2)

@@ -16,10 +16,10 @@ from torch import Tensor
 from bra_triton.backend import torch_lepe
 from bra_triton.bench.machine_code.launches import record_kernels
 from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
-from bra_triton.kernels.launches import lepe as triton_lepe
-from bra_triton.kernels.lepe import convolve_tile
+from bra_triton.kernels.grid import RegionGrid
+from bra_triton.kernels.lepe import launch as triton_lepe
+from bra_triton.kernels.lepe.convolution import convolve_tile
 from bra_triton.kernels.problem import Lepe
-from bra_triton.kernels.region_grid import RegionGrid
 
 BACKENDS = {"torch": torch_lepe, "triton": triton_lepe}
 HALVES = (torch.float16, torch.bfloat16)

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bra_triton.kernels.launches import lists
+from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.problem import RoutedAttention
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.routing import lists
 
 
 def _problem(r_idx, query_grid, kv_grid, factor=None):

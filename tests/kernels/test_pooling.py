@@ -12,9 +12,9 @@ from bra_triton import downsampling
 from bra_triton.backend import torch_pooling
 from bra_triton.bench.machine_code.launches import record_kernels
 from bra_triton.bench.machine_code.static_analysis import compile_for, inner_loops, resource_usage
-from bra_triton.kernels.launches import pooling as launches
-from bra_triton.kernels.pooling_problem import MAX, RegionPooling
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
+from bra_triton.kernels.pooling import launch as launches
+from bra_triton.kernels.pooling.problem import MAX, RegionPooling
 
 BACKENDS = {"triton": launches, "torch": torch_pooling}
 QK_DIM, DIM = 3, 5  # a slice that starts at an odd channel and whose channels fill no block

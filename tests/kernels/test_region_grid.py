@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
 
 sides = st.integers(1, 12)
 

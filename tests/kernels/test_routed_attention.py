@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from problems import relative_error, worst
 
 from bra_triton.backend import registry
-from bra_triton.kernels import masking, tiles
-from bra_triton.kernels.launches import attention, lists
-from bra_triton.kernels.launches import lepe as lepe_launches
+from bra_triton.kernels import tiles
+from bra_triton.kernels.attention import launch as attention
+from bra_triton.kernels.attention import masking
+from bra_triton.kernels.grid import RegionGrid
+from bra_triton.kernels.lepe import launch as lepe_launches
 from bra_triton.kernels.problem import Lepe
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.routing import lists
 
 BACKENDS = ("torch", "triton")
 # Rounding of float32 gives 1 to 4e-7 at these sizes; a wrong tail, mask or scale gives 1e-3 and more.

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from problems import CASES, CASES_BY_NAME, random_map, relative_error
 
 from bra_triton import functional, reference
-from bra_triton.kernels.launches import routing as triton_routing
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.grid import RegionGrid
+from bra_triton.kernels.routing import launch as triton_routing
 from bra_triton.operators import routing as operators
 
 BACKENDS = ("torch", "triton")

@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 
-from bra_triton.kernels import tile_cache, tiles
-from bra_triton.kernels.tile_table import HEAD_DIMS, SIZES, Entry, Key, Tile, packaged
+from bra_triton.kernels import tiles
+from bra_triton.kernels.tiles import cache as tile_cache
+from bra_triton.kernels.tiles.table import HEAD_DIMS, SIZES, Entry, Key, Tile, packaged
 
 CARD = "NVIDIA H100 80GB HBM3"
 KEY = Key(tiles.FORWARD, 16, 32, 128)

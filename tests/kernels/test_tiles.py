@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bra_triton.kernels import tile_table, tiles
-from bra_triton.kernels.tile_table import BITS, FORMS, HEAD_DIMS, KERNELS, SIZES, Entry, Key, Table, Tile
+from bra_triton.kernels import tiles
+from bra_triton.kernels.tiles import table as tile_table
+from bra_triton.kernels.tiles.table import BITS, FORMS, HEAD_DIMS, KERNELS, SIZES, Entry, Key, Table, Tile
 
 CPU = torch.device("cpu")
 ARCHS = tile_table.packaged_archs()

@@ -25,10 +25,14 @@ from bra_triton.bench.machine_code.static_analysis import (
 )
 from bra_triton.bench.presets import MODES, PRESETS
 from bra_triton.kernels import tiles
-from bra_triton.kernels.launches import attention, lepe, lists, pooling, routing
-from bra_triton.kernels.pooling_problem import MAX, MEAN, WEIGHTED, RegionPooling
+from bra_triton.kernels.attention import launch as attention
+from bra_triton.kernels.grid import RegionGrid
+from bra_triton.kernels.lepe import launch as lepe
+from bra_triton.kernels.pooling import launch as pooling
+from bra_triton.kernels.pooling.problem import MAX, MEAN, WEIGHTED, RegionPooling
 from bra_triton.kernels.problem import Gradients, Lepe, RoutedAttention
-from bra_triton.kernels.region_grid import RegionGrid
+from bra_triton.kernels.routing import launch as routing
+from bra_triton.kernels.routing import lists
 
 WHOLE = RegionGrid.of_windows(8, 12, 2)
 PADDED = RegionGrid.of_windows(7, 10, 4)  # a row and two columns of padding

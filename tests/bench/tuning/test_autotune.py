@@ -14,9 +14,11 @@ from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES
 from bra_triton.bench.tuning import inputs, prediction, ranking, timing
 from bra_triton.bench.tuning.prediction import Job, Outcome
 from bra_triton.bench.tuning.search_space import candidates, problems, serves
-from bra_triton.kernels import tile_cache, tile_table, tiles
-from bra_triton.kernels.launches import attention
-from bra_triton.kernels.tile_table import BITS, HEAD_DIMS, KERNELS, SIZES, Key, Tile
+from bra_triton.kernels import tiles
+from bra_triton.kernels.attention import launch as attention
+from bra_triton.kernels.tiles import cache as tile_cache
+from bra_triton.kernels.tiles import table as tile_table
+from bra_triton.kernels.tiles.table import BITS, HEAD_DIMS, KERNELS, SIZES, Key, Tile
 
 # One region of 2 x 2 tokens and few tiles: the interpreter takes its time for every program.
 TINY = ["--shape", "1x2x2x16", "--num-heads", "1", "--n-win", "1", "--topk", "1"]

@@ -11,8 +11,8 @@ from bra_triton.bench.machine_code.cost_model import Cost
 from bra_triton.bench.machine_code.launches import Setting
 from bra_triton.bench.tuning import regret, timing
 from bra_triton.bench.tuning.timing import Trial
-from bra_triton.kernels import tile_table
 from bra_triton.kernels.tiles import FORWARD, Tile
+from bra_triton.kernels.tiles import table as tile_table
 
 SETTING = Setting(16, 80, 80, 8, 4, 2, 32, 32)
 FEW_SLOTS, MANY_WARPS, WITH_OPTIONS = (

@@ -22,8 +22,8 @@ graph, the queries that chose a region, may be cut into pieces; then each piece 
 import triton
 import triton.language as tl
 
-from .addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
-from .matrix import add_matmul, matmul
+from ..lib.addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
+from ..lib.matrix import add_matmul, matmul
 
 
 @triton.jit

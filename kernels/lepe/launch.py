@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .. import lepe as kernels
-from ..integers import cdiv
+from ..lib.integers import cdiv
+from ..lib.maps import row_stride
 from ..problem import Lepe, LepeGradients
-from .maps import row_stride
+from . import convolution as kernels
 
 # Tokens and channels of a tile, and warps. The backward's sums over tokens stay within a warp: on an H200 it
 # takes 37 us at YOLO's P3 (batch 16), and 61 in the forward's tiles. The partial sums of so small tiles take

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .region_grid import RegionGrid
+from ..grid import RegionGrid
 
 MEAN, MAX, WEIGHTED = "mean", "max", "weighted"
 MODES = (MEAN, MAX, WEIGHTED)

@@ -19,9 +19,9 @@ region's queries and the chosen region's keys.
 import triton
 import triton.language as tl
 
-from .addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
-from .exponential import exp2
-from .matrix import add_matmul, matmul
+from ..lib.addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
+from ..lib.exponential import exp2
+from ..lib.matrix import add_matmul, matmul
 
 
 @triton.jit

@@ -14,7 +14,7 @@
 import triton
 import triton.language as tl
 
-from .addressing import token_of
+from ..lib.addressing import token_of
 
 
 @triton.jit(do_not_specialize=["region_height", "region_width", "columns", "height", "width", "n_regions"])

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from .tile_table import Entry, Key, entry_row, format_rows, parse_entry
+from .table import Entry, Key, entry_row, format_rows, parse_entry
 
 logger = logging.getLogger(__name__)
 _FORMAT = 1
-_SHARED_SOURCE = ("addressing", "exponential", "lepe", "matrix")
+_SHARED_SOURCE = ("lib/addressing", "lib/exponential", "lepe/convolution", "lib/matrix")
 _warned: set[str] = set()
 
 
@@ -56,8 +56,8 @@ def triton_version() -> str:
 @cache
 def source_digest(kernel: str) -> str:
     """Stands for a kernel's source: what was found for another does not count."""
-    here = Path(__file__).parent
-    source = b"".join((here / f"{name}.py").read_bytes() for name in (*_SHARED_SOURCE, kernel))
+    here = Path(__file__).parents[1]
+    source = b"".join((here / f"{name}.py").read_bytes() for name in (*_SHARED_SOURCE, f"attention/{kernel}"))
     return hashlib.sha256(source).hexdigest()[:12]
 
 

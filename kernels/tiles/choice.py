@@ -14,19 +14,14 @@ from functools import cache
 
 import torch
 
-from . import tile_cache
-from .integers import next_power_of_2
-from .tile_table import (
-    BITS,
-    FORMS,
+from ..lib.integers import next_power_of_2
+from . import cache as tile_cache
+from .table import (
     FORWARD,
-    HEAD_DIMS,
-    KERNELS,
     KEY_VALUE_GRADIENT,
     PADDED,
     PLAIN,
     QUERY_GRADIENT,
-    SIZES,
     WEIGHTED,
     Key,
     Tile,
@@ -34,29 +29,6 @@ from .tile_table import (
     packaged,
     packaged_archs,
 )
-
-__all__ = [
-    "BITS",
-    "FORMS",
-    "FORWARD",
-    "HEAD_DIMS",
-    "KERNELS",
-    "KEY_VALUE_GRADIENT",
-    "PADDED",
-    "PLAIN",
-    "QUERY_GRADIENT",
-    "SIZES",
-    "WEIGHTED",
-    "Key",
-    "Tile",
-    "architecture_of",
-    "channel_block",
-    "choose",
-    "forget",
-    "form_of",
-    "use_architecture",
-    "use_tiles",
-]
 
 # What tensors stand for that lie on no GPU: those of the interpreter, and those without data.
 DEFAULT_ARCHITECTURE = "sm_90"

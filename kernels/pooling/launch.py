@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .. import pooling as kernels
-from ..integers import cdiv, next_power_of_2
-from ..pooling_problem import MAX, PoolingGradients, RegionPooling
-from .maps import row_stride
+from ..lib.integers import cdiv, next_power_of_2
+from ..lib.maps import row_stride
+from . import cells as kernels
+from .problem import MAX, PoolingGradients, RegionPooling
 
 # Two 16-byte loads in flight a thread. Predicted, not measured; with twice as much float32 spills.
 TILE_BYTES = 4096

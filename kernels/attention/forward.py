@@ -26,10 +26,10 @@ steps summed up is multiplied by exp2(-2**30 * logit_scale) = 0 at the first cho
 import triton
 import triton.language as tl
 
-from .addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
-from .exponential import exp2
-from .lepe import convolve_tile
-from .matrix import add_matmul, matmul
+from ..lepe.convolution import convolve_tile
+from ..lib.addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
+from ..lib.exponential import exp2
+from ..lib.matrix import add_matmul, matmul
 
 
 @triton.jit

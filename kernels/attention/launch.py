@@ -5,13 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from .. import forward, key_value_gradient, masking, query_gradient, tiles
-from ..integers import cdiv, next_power_of_2
+from .. import tiles
+from ..grid import RegionGrid
+from ..lepe.launch import lepe_forward
+from ..lib.integers import cdiv, next_power_of_2
+from ..lib.maps import image_tokens, row_stride
 from ..problem import Gradients, Lepe, Padding, RoutedAttention, SmallGradients
-from ..region_grid import RegionGrid
-from .lepe import lepe_forward
-from .lists import KeyLists, QueryLists, list_keys, list_queries
-from .maps import image_tokens, row_stride
+from ..routing.lists import KeyLists, QueryLists, list_keys, list_queries
+from . import forward, key_value_gradient, masking, query_gradient
 
 LOG2_E = math.log2(math.e)
 # The end of a list is walked in narrower steps: of 400 keys in steps of 128 one as wide would waste 112. It

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import lists
-from ..integers import cdiv, next_power_of_2
+from ..grid import RegionGrid
+from ..lib.integers import cdiv, next_power_of_2
 from ..problem import RoutedAttention
-from ..region_grid import RegionGrid
+from . import graph as lists
 
 # A row of the inverse graph longer than this many times the mean is cut, so that one region chosen by all
 # does not stall the grid. The partial sums of cut rows take at most 2 / LONGEST_TO_MEAN of a float32 copy of

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .. import routing
-from ..integers import cdiv, next_power_of_2
-from ..region_grid import RegionGrid
+from ..grid import RegionGrid
+from ..lib.integers import cdiv, next_power_of_2
+from . import route as routing
 from .lists import inverse_graph
 
 # Query regions of a program of `route`: the least that a matrix unit takes. Routing of BiFormer's third stage

@@ -6,7 +6,7 @@ map's bottom and right edge; tokens there are padding: they belong to regions bu
 
 from dataclasses import dataclass
 
-from .integers import cdiv
+from .lib.integers import cdiv
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """When attention over the whole map under a mask is cheaper than walking the routed regions."""
 
-from .integers import cdiv
-from .problem import RoutedAttention
+from ..lib.integers import cdiv
+from ..problem import RoutedAttention
 
 # The graph's marks widen the first product by a channel for every key region.
 MOST_KEY_REGIONS = 64

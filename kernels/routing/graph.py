@@ -20,7 +20,7 @@ A "graph" is one image's, or one head's of an image (`G` an image). A "pair" is 
 import triton
 import triton.language as tl
 
-from .addressing import token_of
+from ..lib.addressing import token_of
 
 
 @triton.jit(

@@ -1,0 +1,1 @@
+"""LePE, the depthwise convolution of the values: kernels and their launches."""

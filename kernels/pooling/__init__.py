@@ -1,0 +1,1 @@
+"""Down-sampling of keys and values inside each region: kernels, their launches, and the problem."""

@@ -1,0 +1,51 @@
+"""Tile configurations as data: what an entry says, the tables that hold them, and which one a launch gets."""
+
+from .choice import (
+    MASKED,
+    architecture_of,
+    channel_block,
+    choose,
+    forget,
+    form_of,
+    use_architecture,
+    use_tiles,
+)
+from .table import (
+    BITS,
+    FORMS,
+    FORWARD,
+    HEAD_DIMS,
+    KERNELS,
+    KEY_VALUE_GRADIENT,
+    PADDED,
+    PLAIN,
+    QUERY_GRADIENT,
+    SIZES,
+    WEIGHTED,
+    Key,
+    Tile,
+)
+
+__all__ = [
+    "BITS",
+    "FORMS",
+    "FORWARD",
+    "HEAD_DIMS",
+    "KERNELS",
+    "KEY_VALUE_GRADIENT",
+    "MASKED",
+    "PADDED",
+    "PLAIN",
+    "QUERY_GRADIENT",
+    "SIZES",
+    "WEIGHTED",
+    "Key",
+    "Tile",
+    "architecture_of",
+    "channel_block",
+    "choose",
+    "forget",
+    "form_of",
+    "use_architecture",
+    "use_tiles",
+]
