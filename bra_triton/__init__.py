@@ -1,6 +1,6 @@
 """Bi-level routing attention on fused Triton kernels, as drop-in PyTorch modules."""
 
-from .attention import BiLevelRoutingAttention
-from .nchw_attention import NCHWBiLevelRoutingAttention, nchwBRA
+from .modules.nchw import NCHWBiLevelRoutingAttention, nchwBRA
+from .modules.nhwc import BiLevelRoutingAttention
 
 __all__ = ["BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention", "nchwBRA"]

@@ -4,6 +4,9 @@ import math
 import numbers
 from dataclasses import dataclass
 
+from .kernels.grid import RegionGrid
+from .kernels.problem import Settings
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
@@ -20,6 +23,8 @@ class AttentionSpec:
         soft_routing: multiply the chosen keys and values by the routing weights.
         diff_routing: let gradients reach the regions' queries and keys through the routing weights. Without
             `soft_routing` the forward does not use the weights, and their gradient is straight-through.
+        router_scale: factor of the regions' logits; `scale` where it is None.
+        counts_padding: whether tokens past the map's edge take part in the regions' means.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -33,6 +38,8 @@ class AttentionSpec:
     qk_scale: float | None = None
     soft_routing: bool = False
     diff_routing: bool = False
+    router_scale: float | None = None
+    counts_padding: bool = True
 
     def __post_init__(self) -> None:
         for name in ("dim", "qk_dim", "num_heads", "n_win", "topk"):
@@ -64,11 +71,6 @@ class AttentionSpec:
         return "soft" if self.soft_routing else "hard" if self.diff_routing else "none"
 
     @property
-    def chooses_all(self) -> bool:
-        """Whether every region attends to all and its weights have no part: then nothing need be routed."""
-        return self.routing_weight == "none" and self.topk == self.n_win**2
-
-    @property
     def head_dims(self) -> tuple[int, int]:
         """Channels of a query or key, and of a value, in one head."""
         return self.qk_dim // self.num_heads, self.dim // self.num_heads
@@ -77,3 +79,18 @@ class AttentionSpec:
     def packed_dim(self) -> int:
         """Channels of the packed projection: queries, keys, values."""
         return 2 * self.qk_dim + self.dim
+
+    def settings(self, grid: RegionGrid) -> Settings:
+        """The numbers that backends take, for a map under `grid`."""
+        return Settings(
+            self.qk_dim,
+            self.num_heads,
+            grid,
+            # A map smaller than n_win tokens a side may have fewer regions than topk.
+            min(self.topk, grid.n_regions),
+            self.scale,
+            self.scale if self.router_scale is None else self.router_scale,
+            self.routing_weight,
+            self.diff_routing,
+            self.counts_padding,
+        )

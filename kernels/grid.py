@@ -115,6 +115,11 @@ class RegionGrid:
         region_size = (self.rows * self.region_height, self.columns * self.region_width)
         return RegionGrid(self.height, self.width, *region_size, 1, 1)
 
+    def pooled(self, cells_high: int, cells_wide: int) -> "RegionGrid":
+        """The same regions with `cells_high` x `cells_wide` tokens in each, and no padding."""
+        rows, columns = self.rows, self.columns
+        return RegionGrid(rows * cells_high, columns * cells_wide, cells_high, cells_wide, rows, columns)
+
     def token(self, region: int, index: int) -> int | None:
         """Row-major position in the map of token `index` of `region`; None for padding."""
         row = region // self.columns * self.region_height + index // self.region_width

@@ -1,14 +1,202 @@
 """What one routed attention is made of: the tensors and numbers that every backend takes. Needs no Triton."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, NamedTuple
 
+import torch
 from torch import Tensor
 
+from .arrays import A, channels
 from .grid import RegionGrid
 
 
+def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of softmax statistics, region means and routing weights for maps of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
-class Padding:
+class Settings:
+    """The numbers of one bi-level routing attention over one size of map.
+
+    Attributes:
+        qk_dim: channels of the queries and of the keys, all heads together.
+        num_heads: attention heads.
+        grid: regions of the map.
+        topk: regions that every region attends to.
+        scale: factor of the tokens' logits.
+        routing_scale: factor of the regions' logits.
+        routing_weight: how the routing weights enter: "none": not at all; "soft": as a factor of the chosen
+            keys and values; "hard": with the forward of "none" and the gradient that such a factor of 1
+            would get.
+        diff_routing: whether the routing weights have a gradient.
+        counts_padding: whether tokens past the map's edge take part in the regions' means, as they do in the
+            attention.
+    """
+
+    qk_dim: int
+    num_heads: int
+    grid: RegionGrid
+    topk: int
+    scale: float
+    routing_scale: float
+    routing_weight: str = "none"
+    diff_routing: bool = False
+    counts_padding: bool = True
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.qk_dim, self.num_heads, self.grid, self.topk, self.scale, self.routing_weight))
+
+    def __hash__(self) -> int:
+        return self._hash  # asked several times a call
+
+    @property
+    def chooses_all(self) -> bool:
+        """Whether every region attends to all, so that nothing need be routed."""
+        return self.routing_weight == "none" and self.topk == self.grid.n_regions
+
+
+@dataclass(frozen=True)
+class PackedAttention(Generic[A]):
+    """Routing, attention and LePE of one packed projection: what a fused backend computes.
+
+    Attributes:
+        qkv: `(N, H, W, 2*qk_dim + dim)`, contiguous: queries, keys and values side by side.
+        kv: `(N, H', W', qk_dim + dim)`, contiguous: keys and values, down-sampled; None for those of `qkv`.
+        padding: `(2*qk_dim + dim,)`, contiguous: what tokens past the map's edge hold; None where there are
+            none.
+        means: `(N, P, 2*qk_dim)`: region queries and keys that a layer of the router has made; None for the
+            means of `qkv`.
+        lepe_weight: `(dim, 1, k, k)`, contiguous: depthwise convolution of the values; None for none.
+        lepe_bias: `(dim,)`, contiguous.
+        settings: the numbers.
+    """
+
+    qkv: A
+    kv: A | None
+    padding: A | None
+    means: A | None
+    lepe_weight: A | None
+    lepe_bias: A | None
+    settings: Settings
+
+    @property
+    def tensors(self) -> tuple[A | None, ...]:
+        """The tensors, in their order."""
+        return self.qkv, self.kv, self.padding, self.means, self.lepe_weight, self.lepe_bias
+
+    @property
+    def dim(self) -> int:
+        """Channels of the values."""
+        return self.qkv.shape[-1] - 2 * self.settings.qk_dim
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the routing weights enter."""
+        return self.settings.routing_weight != "none"
+
+    @property
+    def routing_learns(self) -> bool:
+        """Whether a backward continues through the routing weights."""
+        return self.weighs and self.settings.diff_routing
+
+    def routed(self, r_idx: A | None, factor: A | None = None) -> "RoutedAttention[A]":
+        """The attention that remains once regions are chosen.
+
+        Args:
+            r_idx: `(N, P, topk)` int32; None where every region attends to all, which leaves one region.
+            factor: `(N, P, topk)`: the routing weights, where they are a factor.
+        """
+        settings, qk_dim = self.settings, self.settings.qk_dim
+        grid = kv_grid = settings.grid
+        query = channels(self.qkv, 0, qk_dim)
+        padding = None
+        if self.kv is None:
+            key = channels(self.qkv, qk_dim, 2 * qk_dim)
+            value = channels(self.qkv, 2 * qk_dim, 2 * qk_dim + self.dim)
+            if self.padding is not None:
+                padding = Padding(
+                    channels(self.padding, qk_dim, 2 * qk_dim),
+                    channels(self.padding, 2 * qk_dim, 2 * qk_dim + self.dim),
+                )
+        else:
+            key, value = channels(self.kv, 0, qk_dim), channels(self.kv, qk_dim, qk_dim + self.dim)
+            cells = (self.kv.shape[1] // grid.rows, self.kv.shape[2] // grid.columns)
+            kv_grid = grid.pooled(*cells)
+        if r_idx is None:
+            grid, kv_grid = grid.merged, kv_grid.merged
+        return RoutedAttention(
+            query,
+            key,
+            value,
+            r_idx,
+            grid,
+            kv_grid,
+            settings.num_heads,
+            settings.scale,
+            factor,
+            padding,
+            distinct=True,
+        )
+
+    def lepe(self) -> "Lepe[A] | None":
+        """The convolution, if there is one."""
+        if self.lepe_weight is None:
+            return None
+        first, last = 2 * self.settings.qk_dim, self.qkv.shape[-1]
+        fill = None if self.padding is None else channels(self.padding, first, last)
+        value = channels(self.qkv, first, last)
+        return Lepe(value, self.lepe_weight, self.lepe_bias, self.settings.grid, fill)
+
+
+@dataclass(frozen=True)
+class AttentionResult:
+    """What a fused backend returns of a `PackedAttention`.
+
+    Attributes:
+        out: `(N, H, W, dim)` of the dtype of `qkv`, contiguous.
+        attention: the attention's share of `out`, for the backward; None where that is `out` itself, or where
+            no backward will follow.
+        lse: `(N, num_heads, H, W)`: the backend's softmax statistic; None where no backward will follow.
+        r_weight: `(N, P, topk)`: routing weights; None where they do not enter.
+        r_idx: `(N, P, topk)` int32: the chosen regions; None where every region attends to all.
+        lists: what else the backend keeps for its backward; None for nothing.
+    """
+
+    out: Tensor
+    attention: Tensor | None
+    lse: Tensor | None
+    r_weight: Tensor | None
+    r_idx: Tensor | None
+    lists: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which tensors of a `PackedAttention` need a gradient; that of `qkv` is computed in any case."""
+
+    qkv: bool = True
+    kv: bool = False
+    padding: bool = False
+    means: bool = False
+    lepe_weight: bool = False
+    lepe_bias: bool = False
+
+
+class PackedGradients(NamedTuple):
+    """Gradients of the tensors of a `PackedAttention`, contiguous; None where none was asked for."""
+
+    qkv: Tensor
+    kv: Tensor | None = None
+    padding: Tensor | None = None
+    means: Tensor | None = None
+    lepe_weight: Tensor | None = None
+    lepe_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Padding(Generic[A]):
     """What tokens past the map's edge hold; they are never stored.
 
     Attributes:
@@ -16,12 +204,12 @@ class Padding:
         value: `(num_heads * v_head_dim,)`, of the values' dtype, contiguous.
     """
 
-    key: Tensor
-    value: Tensor
+    key: A
+    value: A
 
 
 @dataclass(frozen=True)
-class RoutedAttention:
+class RoutedAttention(Generic[A]):
     """Attention from every query region to the tokens of the key regions it chose.
 
     Maps are NHWC, dense but for their channels: those may be a slice of a wider packed map, with stride 1.
@@ -31,7 +219,7 @@ class RoutedAttention:
         key: `(N, H_kv, W_kv, num_heads * qk_head_dim)`.
         value: `(N, H_kv, W_kv, num_heads * v_head_dim)`.
         r_idx: `(N, G, P, topk)` int32, contiguous: key regions that each query region chose. `G` graphs an
-            image: 1 for all heads, or `num_heads`.
+            image: 1 for all heads, or `num_heads`. None where there is one region, which attends to itself.
         query_grid: regions of `query`.
         kv_grid: regions of `key` and `value`; may differ from the queries' in number and size.
         num_heads: attention heads.
@@ -42,32 +230,17 @@ class RoutedAttention:
         distinct: no region chose another one twice, as routing never does. Otherwise that one counts twice.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    r_idx: Tensor
+    query: A
+    key: A
+    value: A
+    r_idx: A | None
     query_grid: RegionGrid
     kv_grid: RegionGrid
     num_heads: int
     scale: float
-    factor: Tensor | None = None
-    padding: Padding | None = None
+    factor: A | None = None
+    padding: Padding[A] | None = None
     distinct: bool = False
-
-    @property
-    def chooses_all(self) -> bool:
-        """Whether every region chose all: then regions make no difference."""
-        return self.distinct and self.topk == self.kv_grid.n_regions
-
-    def merged(self) -> "RoutedAttention":
-        """The same attention with one region, where every region `chooses_all` and there is no factor.
-
-        BiFormer's last stage is such, with regions of one token, each a tile of its own otherwise.
-        """
-        assert self.chooses_all
-        assert self.factor is None
-        one = self.r_idx.new_zeros(*self.r_idx.shape[:2], 1, 1)
-        return replace(self, query_grid=self.query_grid.merged, kv_grid=self.kv_grid.merged, r_idx=one)
 
     @property
     def batch(self) -> int:
@@ -77,12 +250,12 @@ class RoutedAttention:
     @property
     def n_graphs(self) -> int:
         """Graphs an image, `G`."""
-        return self.r_idx.shape[1]
+        return 1 if self.r_idx is None else self.r_idx.shape[1]
 
     @property
     def topk(self) -> int:
         """Key regions that every query region chose."""
-        return self.r_idx.shape[-1]
+        return 1 if self.r_idx is None else self.r_idx.shape[-1]
 
     @property
     def qk_head_dim(self) -> int:
@@ -96,19 +269,19 @@ class RoutedAttention:
 
 
 @dataclass(frozen=True)
-class Gradients:
+class Gradients(Generic[A]):
     """Where a backward writes: maps of the shapes of query, key and value, every element written once.
 
     Slices of one packed map, or maps of their own.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    query: A
+    key: A
+    value: A
 
 
 @dataclass(frozen=True)
-class SmallGradients:
+class SmallGradients(Generic[A]):
     """What a backward returns besides the maps.
 
     Attributes:
@@ -117,12 +290,12 @@ class SmallGradients:
         padding: gradients of `padding`, float32; None without it.
     """
 
-    factor: Tensor | None
-    padding: Padding | None
+    factor: A | None
+    padding: Padding[A] | None
 
 
 @dataclass(frozen=True)
-class Lepe:
+class Lepe(Generic[A]):
     """The depthwise convolution of the values that is added to the attention's output.
 
     Attributes:
@@ -139,11 +312,11 @@ class Lepe:
             missing or has nothing to fill; names them.
     """
 
-    value: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    value: A
+    weight: A
+    bias: A | None
     grid: RegionGrid
-    fill: Tensor | None = None
+    fill: A | None = None
 
     def __post_init__(self) -> None:
         dim, kernel = self.value.shape[-1], self.weight.shape[-1]
@@ -169,7 +342,7 @@ class Lepe:
 
 
 @dataclass(frozen=True)
-class LepeGradients:
+class LepeGradients(Generic[A]):
     """What the backward of LePE returns besides the values' gradient; float32, or float64 where the map is.
 
     Attributes:
@@ -178,6 +351,6 @@ class LepeGradients:
         fill: `(dim,)`; None without a fill.
     """
 
-    weight: Tensor | None
-    bias: Tensor | None
-    fill: Tensor | None
+    weight: A | None
+    bias: A | None
+    fill: A | None

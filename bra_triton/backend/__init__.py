@@ -1,4 +1,4 @@
-"""The backends: `registry` lists and picks them, the other files are one each, or a part of one.
+"""The backends: `protocol` says what one is, `select` lists them and picks one.
 
 Not called `backends`: torch.compile refuses to trace any file whose path contains "triton/backends".
 """

@@ -1,4 +1,4 @@
-"""Whether a backend can serve, asked before it is imported: the same predicate chooses and explains."""
+"""Whether the Triton kernels can serve, asked before Triton is imported."""
 
 import importlib.metadata
 import importlib.util
@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from ..call import Request
 from ..kernels.grid import RegionGrid
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,14 +22,9 @@ MAX_ROUTED_REGIONS = 64 * 64
 AMD_PADDING_TRITON = (3, 8)
 
 
-def always(x: Tensor, head_dims: tuple[int, int], grids: Sequence[RegionGrid], routes: bool) -> None:
-    """Serves everything."""
-
-
-def why_not_triton(
-    x: Tensor, head_dims: tuple[int, int], grids: Sequence[RegionGrid], routes: bool
-) -> str | None:
-    """Why the Triton kernels cannot serve, or None; see `registry.select` for the arguments."""
+def why_not_triton(request: Request) -> str | None:
+    """Why the Triton kernels cannot serve, or None."""
+    x, head_dims, grids = request.like, request.head_dims, request.grids
     if not TRITON_IS_INSTALLED:
         return "Triton is not installed (pip install triton; Linux only)"
     if x.device.type == "cpu" and not _interpreted():
@@ -47,7 +42,7 @@ def why_not_triton(
             f"heads must be at most {MAX_HEAD_DIM} wide, got {head_dims[0]} (queries and keys) and "
             f"{head_dims[1]} (values); raise num_heads"
         )
-    if routes and max(grid.n_regions for grid in grids) > MAX_ROUTED_REGIONS:
+    if request.routes and max(grid.n_regions for grid in grids) > MAX_ROUTED_REGIONS:
         return f"the router takes at most {MAX_ROUTED_REGIONS} regions, got {_sizes(grids)}; lower n_win"
     if max(grid.height * grid.width for grid in grids) >= 2**31:
         return f"a map must have fewer than 2**31 tokens, got {_sizes(grids)}"

@@ -9,17 +9,24 @@ Callers (`downsampling`) have checked the arguments. `grid` is a `RegionGrid`'s 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import registry
+from ..backend.kernels import fused_kernels
 from ..kernels.grid import RegionGrid
 from ..kernels.pooling.problem import MAX, RegionPooling
-from ._shared import gradient_operator, operator, or_empty, without_autocast
+from .library import gradient_operator, operator, or_empty, without_autocast
+
+_CELLS = "Tensor row_cells, Tensor column_cells"
+_NUMBERS = "SymInt qk_dim, SymInt[] grid, str mode, str backend"
 
 
-@operator
+@operator(
+    "pool_regions",
+    f"(Tensor qkv, Tensor? fill, {_CELLS}, Tensor? weight, Tensor? bias, {_NUMBERS}) -> (Tensor, Tensor)",
+)
 def pool_regions(
     qkv: Tensor,
     fill: Tensor | None,
@@ -44,7 +51,7 @@ def pool_regions(
         qk_dim: channels of queries and of keys.
         grid: regions of the map.
         mode: see `RegionPooling`.
-        backend: a key of `BACKENDS`.
+        backend: "triton" or "torch".
 
     Returns:
         Keys and values `(N, rows*h', columns*w', qk_dim + dim)`, contiguous; and for the backward the tokens
@@ -52,14 +59,25 @@ def pool_regions(
     """
     pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid))
     with without_autocast(qkv):
-        pooled, argmax = registry.load(backend).pool_forward(
+        pooled, argmax = fused_kernels(backend).pool(
             qkv[..., qk_dim:], _fill_of(fill, qkv, qk_dim), pooling, weight, bias
         )
     return pooled, or_empty(argmax, qkv)
 
 
 @torch.library.register_fake(pool_regions)
-def _(qkv, fill, row_cells, column_cells, weight, bias, qk_dim, grid, mode, backend):
+def _(
+    qkv: Tensor,
+    fill: Tensor | None,
+    row_cells: Tensor,
+    column_cells: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    qk_dim: int,
+    grid: Sequence[int],
+    mode: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     _, _, _, _, rows, columns = grid
     shape = (
         *(qkv.shape[0], rows * row_cells.shape[0], columns * column_cells.shape[0]),
@@ -69,7 +87,11 @@ def _(qkv, fill, row_cells, column_cells, weight, bias, qk_dim, grid, mode, back
     return qkv.new_empty(shape), argmax
 
 
-@gradient_operator
+@gradient_operator(
+    "pool_regions_backward",
+    f"(Tensor grad_pooled, Tensor qkv, Tensor? fill, Tensor argmax, {_CELLS}, Tensor? weight, {_NUMBERS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
 def pool_regions_backward(
     grad_pooled: Tensor,
     qkv: Tensor,
@@ -85,10 +107,10 @@ def pool_regions_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `qkv`, packed, with zeros for the queries; of `fill`, `weight`, `bias`, empty without."""
     pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid))
-    grad_qkv = torch.empty_like(qkv)
+    grad_qkv = qkv.new_empty(qkv.shape)
     grad_qkv[..., :qk_dim] = 0
     with without_autocast(qkv):
-        gradients = registry.load(backend).pool_backward(
+        gradients = fused_kernels(backend).pool_backward(
             grad_pooled.contiguous(),
             qkv[..., qk_dim:],
             _fill_of(fill, qkv, qk_dim),
@@ -104,20 +126,26 @@ def pool_regions_backward(
             grad_fill[qk_dim:] = gradients.fill
     if weight is None:
         return grad_qkv, grad_fill, qkv.new_empty(0), qkv.new_empty(0)
-    return grad_qkv, grad_fill, gradients.weight.to(weight.dtype), gradients.bias.to(weight.dtype)
+    assert gradients.weight is not None
+    assert gradients.bias is not None
+    grad_weight = gradients.weight.to(weight.dtype).contiguous()
+    return grad_qkv, grad_fill, grad_weight, gradients.bias.to(weight.dtype)
 
 
 @torch.library.register_fake(pool_regions_backward)
-def _(grad_pooled, qkv, fill, argmax, row_cells, column_cells, weight, qk_dim, grid, mode, backend):
+def _(
+    grad_pooled: Tensor, qkv: Tensor, fill: Tensor | None, argmax: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight = rest[2]
     return (
-        torch.empty_like(qkv),
+        qkv.new_empty(qkv.shape),
         qkv.new_empty(0) if fill is None else torch.empty_like(fill),
         qkv.new_empty(0) if weight is None else weight.new_empty(weight.shape),
         qkv.new_empty(0) if weight is None else weight.new_empty(weight.shape[0]),
     )
 
 
-def _save_for_backward(ctx, inputs, output):
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, fill, row_cells, column_cells, weight, _, ctx.qk_dim, ctx.grid, ctx.mode, ctx.backend = inputs
     _, argmax = output
     ctx.save_for_backward(qkv, fill, argmax, row_cells, column_cells, weight)
@@ -125,7 +153,7 @@ def _save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_pooled, _grad_argmax):
+def _backward(ctx: Any, grad_pooled: Tensor | None, _grad_argmax: None) -> tuple[Tensor | None, ...]:
     if grad_pooled is None:
         return (None,) * 10
     qkv, fill, argmax, row_cells, column_cells, weight = ctx.saved_tensors

@@ -1,113 +1,125 @@
-"""Attention to the regions that a given graph names: schema, fake implementation and autograd for PyTorch.
-
-The operators trust their callers (`regional`): arguments are checked. Maps are NHWC, grids are the numbers of
-a `RegionGrid`.
+"""Attention to the regions that a given graph names, as PyTorch sees it; see `operators.attention`.
 
 | operator | gradient |
 |---|---|
-| `bra_triton::regional_attention` | for `query`, `key`, `value` |
-| `bra_triton::regional_attention_backward` | none |
+| `bra_triton::attend_regional` | for `query`, `key`, `value` |
+| `bra_triton::attend_regional_backward` | none |
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import registry
+from ..backend.kernels import fused_kernels
 from ..kernels.grid import RegionGrid
-from ..kernels.problem import Gradients, Padding, RoutedAttention
-from ._shared import gradient_operator, operator, statistic_dtype, without_autocast
+from ..kernels.problem import Padding, RoutedAttention, statistic_dtype
+from .library import gradient_operator, is_plain, needs_gradient, operator, without_autocast
+
+_PROBLEM = (
+    "Tensor query, Tensor key, Tensor value, Tensor r_idx, SymInt[] query_grid, SymInt[] kv_grid, "
+    "SymInt num_heads, float scale"
+)
+_N_TENSORS = 4
+_N_NUMBERS = 5
 
 
-@operator
-def regional_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def attend_regional(
+    maps: tuple[Tensor, Tensor, Tensor],
     r_idx: Tensor,
-    query_grid: Sequence[int],
-    kv_grid: Sequence[int],
+    grids: tuple[RegionGrid, RegionGrid],
     num_heads: int,
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Attends to the routed regions; tokens past the edge of `key` and `value` are zeros, and take part.
+) -> Tensor:
+    """Attends to the named regions: `(N, H, W, num_heads * v_head_dim)`; differentiable.
+
+    Tokens past the edge of keys and values are zeros, and take part.
 
     Args:
-        query: `(N, H, W, num_heads * qk_head_dim)`.
-        key: `(N, H_kv, W_kv, num_heads * qk_head_dim)`.
-        value: `(N, H_kv, W_kv, num_heads * v_head_dim)`.
-        r_idx: `(N, G, P, topk)` int32, `G` 1 or `num_heads`.
-        query_grid: regions of `query`.
-        kv_grid: regions of `key` and `value`.
+        maps: queries `(N, H, W, num_heads * qk_head_dim)`, keys `(N, H_kv, W_kv, num_heads * qk_head_dim)`
+            and values `(N, H_kv, W_kv, num_heads * v_head_dim)`, of any strides.
+        r_idx: `(N, G, P, topk)` int32, contiguous, `G` 1 or `num_heads`.
+        grids: regions of the queries, and of keys and values.
         num_heads: attention heads.
         scale: factor of the logits.
-        backend: a backend's name.
-
-    Returns:
-        The output `(N, H, W, num_heads * v_head_dim)`, contiguous, and the backend's softmax statistic
-        `(N, num_heads, H, W)`.
+        backend: "triton" or "torch".
     """
-    problem = problem_of(query, key, value, r_idx, query_grid, kv_grid, num_heads, scale)
-    with without_autocast(query):
-        out, _, lse = registry.load(backend).attention_forward(problem)
-    return out, lse
+    arguments = (*maps, r_idx, *(grid.numbers for grid in grids), num_heads, scale, backend)
+    if not is_plain(*maps):
+        return torch.ops.bra_triton.attend_regional(*arguments)[0]
+    if needs_gradient(*maps):
+        return _AttendRegional.apply(*arguments)
+    return _forward(*arguments)[0]
 
 
-@torch.library.register_fake(regional_attention)
-def _(query, key, value, r_idx, query_grid, kv_grid, num_heads, scale, backend):
-    batch, height, width, _ = query.shape
-    lse = query.new_empty(batch, num_heads, height, width, dtype=statistic_dtype(query))
-    return query.new_empty(batch, height, width, value.shape[-1]), lse
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    problem, backend = _problem(*arguments)
+    with without_autocast(problem.query):
+        return fused_kernels(backend).attend_routed(problem)
 
 
-@gradient_operator
-def regional_attention_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    r_idx: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query_grid: Sequence[int],
-    kv_grid: Sequence[int],
-    num_heads: int,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `query`, `key` and `value`, contiguous."""
-    problem = problem_of(query, key, value, r_idx, query_grid, kv_grid, num_heads, scale)
-    gradients = Gradients(*(x.new_empty(x.shape) for x in (query, key, value)))
-    with without_autocast(query):
-        registry.load(backend).attention_backward(grad_out.contiguous(), problem, out, lse, gradients)
+def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    problem, backend = _problem(*arguments)
+    with without_autocast(grad_out):
+        gradients = fused_kernels(backend).attend_routed_backward(grad_out.contiguous(), problem, out, lse)
     return gradients.query, gradients.key, gradients.value
 
 
-@torch.library.register_fake(regional_attention_backward)
-def _(grad_out, query, key, value, *_):
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+class _AttendRegional(torch.autograd.Function):
+    """`attend_regional` with a gradient, past PyTorch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        out, lse = _forward(*arguments)
+        ctx.save_for_backward(out, lse, *arguments[:_N_TENSORS])
+        ctx.numbers = arguments[_N_TENSORS:]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        # With create_graph=True the operator, since it refuses a second derivative.
+        run = _backward if is_plain(grad_out) and not torch.is_grad_enabled() else _backward_operator
+        return *run(grad_out, *ctx.saved_tensors, *ctx.numbers), *(None,) * (1 + _N_NUMBERS)
 
 
-def _save_for_backward(ctx, inputs, output):
-    query, key, value, r_idx, *ctx.numbers = inputs
-    out, lse = output
-    ctx.save_for_backward(query, key, value, r_idx, out, lse)
-    ctx.mark_non_differentiable(lse)
+_operator = operator("attend_regional", f"({_PROBLEM}, str backend) -> (Tensor out, Tensor lse)")(_forward)
+_backward_operator = gradient_operator(
+    "attend_regional_backward",
+    f"(Tensor grad_out, Tensor out, Tensor lse, {_PROBLEM}, str backend) -> (Tensor, Tensor, Tensor)",
+)(_backward)
+
+
+@torch.library.register_fake(_operator)
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    (batch, height, width, _), num_heads = query.shape, rest[3]
+    lse = query.new_empty(batch, num_heads, height, width, dtype=statistic_dtype(query.dtype))
+    return query.new_empty(batch, height, width, value.shape[-1]), lse
+
+
+@torch.library.register_fake(_backward_operator)
+def _(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in arguments[:3])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.numbers = inputs[_N_TENSORS:]
+    ctx.save_for_backward(*output, *inputs[:_N_TENSORS])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, _grad_lse):
+def _backward_of_operator(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 9
-    return *regional_attention_backward(grad_out, *ctx.saved_tensors, *ctx.numbers), *(None,) * 6
+        return (None,) * (_N_TENSORS + _N_NUMBERS)
+    return *_backward_operator(grad_out, *ctx.saved_tensors, *ctx.numbers), *(None,) * (1 + _N_NUMBERS)
 
 
-torch.library.register_autograd(regional_attention, _backward, setup_context=_save_for_backward)
+torch.library.register_autograd(_operator, _backward_of_operator, setup_context=_setup_context)
 
 
-def problem_of(
+def _problem(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -116,15 +128,15 @@ def problem_of(
     kv_grid: Sequence[int],
     num_heads: int,
     scale: float,
-) -> RoutedAttention:
-    """What a backend takes, of the arguments of `regional_attention`."""
-    # A compiler may hand an operator maps in a layout of its own choice.
+    backend: str,
+) -> tuple[RoutedAttention[Tensor], str]:
+    """Undoes the flattening of a schema: what a backend takes, and its name."""
     query, key, value = (with_dense_tokens(x) for x in (query, key, value))
     grids = RegionGrid(*query_grid), RegionGrid(*kv_grid)
     padding = None
     if grids[1].is_padded:
         padding = Padding(key.new_zeros(key.shape[-1]), value.new_zeros(value.shape[-1]))
-    return RoutedAttention(query, key, value, r_idx, *grids, num_heads, scale, padding=padding)
+    return RoutedAttention(query, key, value, r_idx, *grids, num_heads, scale, padding=padding), backend
 
 
 def with_dense_tokens(x: Tensor) -> Tensor:

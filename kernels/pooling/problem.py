@@ -10,13 +10,6 @@ MEAN, MAX, WEIGHTED = "mean", "max", "weighted"
 MODES = (MEAN, MAX, WEIGHTED)
 
 
-def pooled_grid(grid: RegionGrid, cells_high: int, cells_wide: int) -> RegionGrid:
-    """The same regions with `cells_high` x `cells_wide` tokens in each, and no padding."""
-    return RegionGrid(
-        grid.rows * cells_high, grid.columns * cells_wide, cells_high, cells_wide, grid.rows, grid.columns
-    )
-
-
 @dataclass(frozen=True)
 class RegionPooling:
     """The tokens of every region reduced to the same cells, which may overlap and may leave tokens out.
@@ -50,7 +43,7 @@ class RegionPooling:
     @property
     def pooled_grid(self) -> RegionGrid:
         """Regions of the pooled map; never padded."""
-        return pooled_grid(self.grid, self.cells_high, self.cells_wide)
+        return self.grid.pooled(self.cells_high, self.cells_wide)
 
 
 @dataclass(frozen=True)

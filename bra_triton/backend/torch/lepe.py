@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.problem import Lepe, LepeGradients
+from ...kernels.problem import Lepe, LepeGradients, statistic_dtype
 
 
-def lepe_forward(attention: Tensor, lepe: Lepe) -> Tensor:
+def lepe_forward(attention: Tensor, lepe: Lepe[Tensor]) -> Tensor:
     """See `kernels.lepe.launch.lepe_forward`."""
     height, width = lepe.grid.height, lepe.grid.width
     dim, half = lepe.value.shape[-1], lepe.kernel_size // 2
@@ -21,13 +21,13 @@ def lepe_forward(attention: Tensor, lepe: Lepe) -> Tensor:
 
 
 def lepe_backward(
-    grad_out: Tensor, grad_value: Tensor, lepe: Lepe, needs_weight_grad: bool = True
-) -> LepeGradients:
+    grad_out: Tensor, grad_value: Tensor, lepe: Lepe[Tensor], needs_weight_grad: bool = True
+) -> LepeGradients[Tensor]:
     """See `kernels.lepe.launch.lepe_backward`."""
     height, width = lepe.grid.height, lepe.grid.width
     reach_height, reach_width = lepe.reach
     dim, half = lepe.value.shape[-1], lepe.kernel_size // 2
-    sum_dtype = torch.promote_types(lepe.value.dtype, torch.float32)
+    sum_dtype = statistic_dtype(lepe.value.dtype)
     with _deterministic_cudnn():
         grad, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             F.pad(grad_out.permute(0, 3, 1, 2), (0, reach_width - width, 0, reach_height - height)),
@@ -52,7 +52,7 @@ def lepe_backward(
     )
 
 
-def _values_in_reach(lepe: Lepe) -> Tensor:
+def _values_in_reach(lepe: Lepe[Tensor]) -> Tensor:
     """The values and what padding the convolution can see: `(N, dim, *reach)`."""
     value = lepe.value
     if lepe.fill is not None:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .export import being_exported
-from .kernels.grid import RegionGrid
-from .kernels.pooling.problem import MAX, MEAN, WEIGHTED, pooled_grid
-from .operators import pooling as operators
+from ..export import being_exported
+from ..kernels.grid import RegionGrid
+from ..kernels.pooling.problem import MAX, MEAN, WEIGHTED
+from ..operators import pooling as operators
 
 MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool", "fracpool", "conv")
 Cells = tuple[Tensor, Tensor]
@@ -85,7 +85,7 @@ class KVDownsampling(nn.Module, ABC):
 
     def kv_grid(self, grid: RegionGrid) -> RegionGrid:
         """Regions of the reduced map of keys and values, those of the map being `grid`."""
-        return pooled_grid(grid, self.count(grid.region_height), self.count(grid.region_width))
+        return grid.pooled(self.count(grid.region_height), self.count(grid.region_width))
 
     def packed_parameters(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Weight `(qk_dim + dim, kernel, kernel)` and bias `(qk_dim + dim,)`, keys first; or None, None."""
@@ -106,7 +106,7 @@ class KVDownsampling(nn.Module, ABC):
             qkv: `(N, H, W, 2*qk_dim + dim)`, contiguous.
             grid: its regions.
             fill: `(2*qk_dim + dim,)`: what tokens past the map's edge hold, 0 by default.
-            backend: a key of `operators.pooling.BACKENDS`.
+            backend: "triton" or "torch".
             cells: what `cells` returned for these regions; drawn anew by default.
 
         Returns:

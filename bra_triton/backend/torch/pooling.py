@@ -1,4 +1,4 @@
-"""Pooling of regions in plain PyTorch, for any device and dtype; the same two functions as the launches have.
+"""Pooling of regions in plain PyTorch, for any device and dtype; see `FusedKernels`.
 
 Memory is linear in the map. Sums run in a fixed order: no atomics on any device. Cells are axis by axis, so
 means are a product with one small matrix an axis and maxima are taken along the columns first, then along
@@ -10,18 +10,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..kernels.grid import RegionGrid
-from ..kernels.pooling.problem import MAX, PoolingGradients, RegionPooling
+from ...kernels.grid import RegionGrid
+from ...kernels.pooling.problem import MAX, PoolingGradients, RegionPooling
 
 
-def pool_forward(
+def pool(
     x: Tensor,
     fill: Tensor | None,
     pooling: RegionPooling,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `kernels.pooling.launch.pool_forward`; any floating dtype, strides and device."""
+    """See `FusedKernels`; any strides."""
     shape = (x.shape[0], pooling.pooled_grid.height, pooling.pooled_grid.width, x.shape[-1])
     regions = _to_regions(_pad(x, fill, pooling.grid), pooling.grid)
     if pooling.mode == MAX:
@@ -46,7 +46,7 @@ def pool_backward(
     weight: Tensor | None,
     grad_x: Tensor,
 ) -> PoolingGradients:
-    """See `kernels.pooling.launch.pool_backward`."""
+    """See `FusedKernels`."""
     grid = pooling.grid
     grad = _to_regions(grad_pooled, pooling.pooled_grid).to(_sum_dtype(x))
     gradients = PoolingGradients()

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..kernels.grid import RegionGrid
+from ...kernels.grid import RegionGrid
 
 
 def to_regions(x: Tensor, grid: RegionGrid, n_graphs: int = 1, padding: Tensor | None = None) -> Tensor:
@@ -81,3 +81,19 @@ def sum_over_padding(regions: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Te
         h=grid.region_height,
     )
     return x[:, grid.height :].sum(dim=(0, 1, 2)) + x[:, : grid.height, grid.width :].sum(dim=(0, 1, 2))
+
+
+def flat_index(r_idx: Tensor, n_regions: int) -> Tensor:
+    """Rows of all graphs' regions: `(N, G, P, topk)` to `(N*G*P, topk)`."""
+    batch, n_graphs = r_idx.shape[:2]
+    first = torch.arange(batch * n_graphs, device=r_idx.device, dtype=r_idx.dtype) * n_regions
+    return (r_idx.flatten(0, 1) + first[:, None, None]).flatten(0, 1)
+
+
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """`total[index] += rows` in a fixed order."""
+    if total.device.type == "cpu":
+        total.index_add_(0, index, rows)
+    else:
+        # index_add_ uses atomics there; accumulating index_put_ sorts.
+        total.index_put_((index.long(),), rows, accumulate=True)

@@ -10,40 +10,56 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .. import reference
+from ..call import Call, RegionalCall, Request
 from ..kernels.grid import RegionGrid
-from ..routing import select_topk
 from ..spec import AttentionSpec
-from .region_layout import pad_map
-from .torch_backend import region_means
+from ..topk import select_topk
+from .torch.regions import pad_map
+from .torch.routing import region_means
 
 
-def attend(
-    qkv: Tensor,
-    spec: AttentionSpec,
-    lepe_weight: Tensor | None,
-    lepe_bias: Tensor | None,
-    *,
-    padding: Tensor | None,
-    emb: Callable[[Tensor], Tensor] | None,
-    kv_down: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
-    """Routing, attention and LePE of a packed projection; arguments as for `functional.attend`."""
+class ExportedBackend:
+    """Stands in for the fused backends while a graph is exported; see `protocol.Backend`."""
+
+    name = "exported"
+
+    def why_not(self, request: Request) -> str | None:
+        """None: it serves everything."""
+        return None
+
+    def attend(self, call: Call) -> Tensor:
+        """See `Backend`."""
+        return _attend(call)
+
+    def route(self, call: Call) -> tuple[Tensor, Tensor]:
+        """See `Backend`."""
+        return reference.route(call)
+
+    def attend_regional(self, call: RegionalCall) -> Tensor:
+        """See `Backend`."""
+        return reference.attend_regional(call)[0]
+
+
+def _attend(call: Call) -> Tensor:
+    spec, qkv = call.spec, call.qkv
+    if not spec.counts_padding:  # the NCHW form, whose regions depend on the size
+        return reference.attend(call).out
     height, width = qkv.shape[1:3]
-    if padding is not None:
-        qkv = pad_map(qkv, RegionGrid.of_windows(height, width, spec.n_win), padding)
+    if call.padding is not None:
+        qkv = pad_map(qkv, RegionGrid.of_windows(height, width, spec.n_win), call.padding)
     # In float32 at least, as everywhere: half precision would choose other regions.
     grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
     query, key = region_means(qkv, None, grid, 2 * spec.qk_dim).split(spec.qk_dim, dim=-1)
-    if emb is not None:
-        query, key = emb(query), emb(key)
-    top_logits, r_idx = select_topk((query * spec.scale) @ key.transpose(-2, -1), spec.topk)
+    logits = (call.emb(query) * spec.scale) @ call.emb(key).transpose(-2, -1)
+    top_logits, r_idx = select_topk(logits, spec.topk)
     factor = top_logits.softmax(dim=-1) if spec.soft_routing else None
-    out = _attend_to_routed(qkv, r_idx, spec, grid, kv_down, factor)
-    if lepe_weight is not None:
-        value = rearrange(qkv[..., 2 * spec.qk_dim :], "n h w c -> n c h w")
-        lepe = F.conv2d(value, lepe_weight, lepe_bias, padding=lepe_weight.shape[-1] // 2, groups=spec.dim)
+    out = _attend_to_routed(qkv, r_idx, spec, grid, call.kv_downsampling, factor)
+    if call.lepe_weight is not None:
+        value, side = rearrange(qkv[..., 2 * spec.qk_dim :], "n h w c -> n c h w"), call.lepe_weight.shape[-1]
+        lepe = F.conv2d(value, call.lepe_weight, call.lepe_bias, padding=side // 2, groups=spec.dim)
         out = out + rearrange(lepe, "n c h w -> n h w c")
-    return out if padding is None else out[:, :height, :width].contiguous()
+    return out if call.padding is None else out[:, :height, :width].contiguous()
 
 
 def _attend_to_routed(

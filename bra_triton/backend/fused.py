@@ -1,0 +1,81 @@
+"""The fused backends, "triton" and "torch": one way from a call to the operators, on kernels of either."""
+
+from torch import Tensor
+
+from ..call import Call, RegionalCall, Request
+from ..kernels.problem import PackedAttention
+from ..operators import routing as routing_operators
+from ..operators.attention import attend
+from ..operators.regional import attend_regional
+from .availability import why_not_triton
+
+
+class FusedBackend:
+    """Computes with the functions of `kernels.fused_kernels(name)`; see `Backend`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def why_not(self, request: Request) -> str | None:
+        """See `Backend`."""
+        return why_not_triton(request) if self.name == "triton" else None
+
+    def attend(self, call: Call) -> Tensor:
+        """See `Backend`."""
+        settings, qkv = call.settings, call.qkv.contiguous()
+        padding = _like(call.padding, qkv) if settings.grid.is_padded else None
+        kv = means = None
+        if call.kv_downsampling is not None:
+            kv = call.kv_downsampling.pool(qkv, settings.grid, padding, backend=self.name)
+        if call.router_weight is not None:
+            means = self._region_means(call, qkv, padding)
+        weight, bias = _like(call.lepe_weight, qkv), _like(call.lepe_bias, qkv)
+        return attend(PackedAttention(qkv, kv, padding, means, weight, bias, settings), self.name)
+
+    def route(self, call: Call) -> tuple[Tensor, Tensor]:
+        """See `Backend`."""
+        settings, qkv = call.settings, call.qkv.contiguous()
+        padding = _like(call.padding, qkv) if settings.grid.is_padded else None
+        if not call.spec.diff_routing:
+            qkv, padding = qkv.detach(), None if padding is None else padding.detach()
+        query, key = self._region_means(call, qkv, padding).split(settings.qk_dim, dim=-1)
+        r_weight, r_idx = routing_operators.route(
+            query, key, settings.topk, settings.routing_scale, self.name
+        )
+        return r_weight, r_idx.long()
+
+    def attend_regional(self, call: RegionalCall) -> Tensor:
+        """See `Backend`."""
+        # A graph expanded over the heads is used as one.
+        graph = call.region_graph[:, :1] if call.region_graph.stride(1) == 0 else call.region_graph
+        query, key, value = (x.permute(0, 2, 3, 1) for x in (call.query, call.key, call.value))
+        out = attend_regional(
+            (query, key, value),
+            graph.int().contiguous(),
+            (call.query_grid, call.kv_grid),
+            call.num_heads,
+            call.scale,
+            self.name,
+        )
+        return out.permute(0, 3, 1, 2)
+
+    def _region_means(self, call: Call, qkv: Tensor, padding: Tensor | None) -> Tensor:
+        """Region queries and keys `(N, P, 2*qk_dim)`, after the router's layer if it has one."""
+        settings = call.settings
+        means = routing_operators.region_means(
+            qkv,
+            padding if settings.counts_padding else None,
+            settings.qk_dim,
+            settings.grid.numbers,
+            self.name,
+        )
+        if call.router_weight is None:
+            return means
+        return call.emb(means.unflatten(-1, (2, settings.qk_dim))).flatten(-2)
+
+
+def _like(x: Tensor | None, qkv: Tensor) -> Tensor | None:
+    """Contiguous and in the projection's dtype: under autocast parameters are wider."""
+    if x is None:
+        return None
+    return (x if x.dtype == qkv.dtype else x.to(qkv.dtype)).contiguous()

@@ -1,0 +1,34 @@
+"""What a backend is."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..call import Call, RegionalCall, Request
+
+
+class Backend(Protocol):
+    """One way to compute the attention.
+
+    Attributes:
+        name: what users ask for.
+    """
+
+    name: str
+
+    def why_not(self, request: Request) -> str | None:
+        """The reason why it cannot serve, or None: the same answer chooses and explains."""
+
+    def attend(self, call: Call) -> Tensor:
+        """Routing, attention and LePE: `(N, H, W, dim)`; differentiable."""
+
+    def route(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Routing alone.
+
+        Returns:
+            `r_weight` (float32; float64 for float64), differentiable if the specification says so, and
+            `r_idx` (int64), both `(N, P, topk)`.
+        """
+
+    def attend_regional(self, call: RegionalCall) -> Tensor:
+        """Attention to given regions: `(N, C_v, H, W)`; differentiable."""

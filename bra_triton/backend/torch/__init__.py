@@ -1,0 +1,18 @@
+"""The torch backend: any device, any floating dtype, memory linear in the map; see `FusedKernels`."""
+
+from .attention import attend_routed, attend_routed_backward
+from .packed import attend, attend_backward
+from .pooling import pool, pool_backward
+from .routing import region_means, route, route_backward
+
+__all__ = [
+    "attend",
+    "attend_backward",
+    "attend_routed",
+    "attend_routed_backward",
+    "pool",
+    "pool_backward",
+    "region_means",
+    "route",
+    "route_backward",
+]

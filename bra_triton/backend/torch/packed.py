@@ -1,0 +1,136 @@
+"""Routing, attention and LePE of a packed projection on the torch backend, forward and backward."""
+
+import torch
+from torch import Tensor
+
+from ...kernels.problem import (
+    AttentionResult,
+    Gradients,
+    LepeGradients,
+    Needs,
+    PackedAttention,
+    PackedGradients,
+    Padding,
+    RoutedAttention,
+)
+from .attention import attend_routed, attention_backward
+from .lepe import lepe_backward, lepe_forward
+from .routing import region_means, region_means_gradient, route, route_backward
+
+
+def attend(problem: PackedAttention[Tensor], trains: bool, keeps_lists: bool = False) -> AttentionResult:
+    """See `FusedKernels`; keeps no lists."""
+    settings, r_weight, r_idx = problem.settings, None, None
+    if not settings.chooses_all:
+        query, key = _means(problem).split(settings.qk_dim, dim=-1)
+        r_weight, r_idx = route(query, key, settings.topk, settings.routing_scale)
+    out, lse = attend_routed(_routed(problem, r_weight, r_idx))
+    lepe, attention = problem.lepe(), None
+    if lepe is not None:
+        attention, out = out, lepe_forward(out, lepe)
+    return AttentionResult(
+        out,
+        attention if trains else None,
+        lse if trains else None,
+        r_weight if problem.weighs else None,
+        r_idx,
+    )
+
+
+def attend_backward(
+    grad_out: Tensor, problem: PackedAttention[Tensor], result: AttentionResult, needs: Needs
+) -> PackedGradients:
+    """See `FusedKernels`."""
+    assert result.attention is not None
+    assert result.lse is not None
+    settings, qkv, kv = problem.settings, problem.qkv, problem.kv
+    qk_dim = settings.qk_dim
+    widths = [qk_dim, qk_dim, problem.dim]
+    grad_qkv = qkv.new_empty(qkv.shape)
+    maps, grad_kv = Gradients(*grad_qkv.split(widths, dim=-1)), None
+    if kv is not None:
+        grad_qkv[..., qk_dim:] = 0
+        grad_kv = kv.new_empty(kv.shape)
+        maps = Gradients(maps.query, *grad_kv.split(widths[1:], dim=-1))
+    routed = _routed(problem, result.r_weight, result.r_idx)
+    small = attention_backward(
+        grad_out, routed, result.attention, result.lse, maps, needs_factor=problem.routing_learns
+    )
+    lepe, of_lepe = problem.lepe(), None
+    if lepe is not None:
+        needs_lepe = needs.lepe_weight or needs.lepe_bias
+        of_lepe = lepe_backward(grad_out, grad_qkv[..., 2 * qk_dim :], lepe, needs_lepe)
+    grad_means = None
+    if problem.routing_learns:
+        assert small.factor is not None
+        grad_means = _route_gradient(small.factor[:, 0], problem, result)
+    means_of_padding = None
+    if grad_means is not None and problem.means is None:
+        of_tokens, means_of_padding = region_means_gradient(
+            grad_means, settings.counts_padding, settings.grid
+        )
+        grad_qkv[..., : 2 * qk_dim] += of_tokens
+    grad_padding = None
+    if problem.padding is not None and needs.padding:
+        grad_padding = _padding_gradient(problem, small.padding, of_lepe, means_of_padding)
+    return PackedGradients(
+        grad_qkv,
+        grad_kv if needs.kv else None,
+        grad_padding,
+        grad_means if needs.means else None,
+        _cast(of_lepe.weight if of_lepe and needs.lepe_weight else None, qkv),
+        _cast(of_lepe.bias if of_lepe and needs.lepe_bias else None, qkv),
+    )
+
+
+def _means(problem: PackedAttention[Tensor]) -> Tensor:
+    if problem.means is not None:
+        return problem.means
+    settings = problem.settings
+    padding = problem.padding if settings.counts_padding else None
+    return region_means(problem.qkv, padding, settings.grid, 2 * settings.qk_dim)
+
+
+def _routed(
+    problem: PackedAttention[Tensor], r_weight: Tensor | None, r_idx: Tensor | None
+) -> RoutedAttention[Tensor]:
+    if r_idx is None:
+        return problem.routed(None)
+    factor = None
+    if problem.settings.routing_weight == "soft":
+        assert r_weight is not None
+        factor = r_weight[:, None].contiguous()
+    return problem.routed(r_idx[:, None], factor)
+
+
+def _route_gradient(grad_weight: Tensor, problem: PackedAttention[Tensor], result: AttentionResult) -> Tensor:
+    """Gradient of the region queries and keys, `(N, P, 2*qk_dim)`."""
+    assert result.r_weight is not None
+    assert result.r_idx is not None
+    query, key = _means(problem).split(problem.settings.qk_dim, dim=-1)
+    scale = problem.settings.routing_scale
+    return torch.cat(route_backward(grad_weight, result.r_weight, result.r_idx, query, key, scale), dim=-1)
+
+
+def _padding_gradient(
+    problem: PackedAttention[Tensor],
+    of_attention: Padding[Tensor] | None,
+    of_lepe: LepeGradients[Tensor] | None,
+    of_means: Tensor | None,
+) -> Tensor:
+    """Gradient of the packed row of padding, from the shares of attention, LePE and region means."""
+    padding, qk_dim = problem.padding, problem.settings.qk_dim
+    assert padding is not None
+    total = torch.zeros_like(padding, dtype=torch.promote_types(padding.dtype, torch.float32))
+    if of_attention is not None:
+        total[qk_dim : 2 * qk_dim] += of_attention.key
+        total[2 * qk_dim :] += of_attention.value
+    if of_lepe is not None and of_lepe.fill is not None:
+        total[2 * qk_dim :] += of_lepe.fill
+    if of_means is not None and problem.settings.counts_padding:
+        total[: 2 * qk_dim] += of_means
+    return total.to(padding.dtype)
+
+
+def _cast(x: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if x is None else x.to(like.dtype).contiguous()

@@ -1,0 +1,82 @@
+"""Routing on the torch backend: region means, the choice of regions, and their gradients."""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ...kernels.grid import RegionGrid
+from ...kernels.problem import statistic_dtype
+from ...topk import select_topk
+from .regions import add_rows, counted_tokens, flat_index, pad_map, tokens_inside
+
+
+def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels: int) -> Tensor:
+    """Means over every region's tokens.
+
+    Args:
+        qkv: `(N, H, W, packed_dim)`.
+        padding: `(packed_dim,)`, what tokens past the map's edge hold; None to leave them out.
+        grid: the regions; without `padding` each has a token of the map.
+        channels: how many of the first channels to take.
+
+    Returns:
+        `(N, P, channels)`: float32; float64 for float64.
+    """
+    x = qkv[..., :channels]
+    if grid.is_padded:
+        x = pad_map(x, grid, None if padding is None else padding[:channels])
+    tokens = rearrange(x, "n (j h) (i w) c -> n j h i w c", j=grid.rows, i=grid.columns)
+    # Columns first: each of the two sums then runs along memory that the other left dense.
+    sums = tokens.sum(4, dtype=statistic_dtype(qkv.dtype)).sum(2).flatten(1, 2)
+    return sums / counted_tokens(grid, padding, qkv.device)
+
+
+def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Chooses the `topk` key regions of the largest logits for every query region.
+
+    Args:
+        query: `(N, P, qk_dim)`, region queries.
+        key: `(N, P, qk_dim)`, region keys.
+        topk: regions to choose.
+        scale: factor of the logits.
+
+    Returns:
+        `r_weight`, the softmax over the chosen logits, of the dtype of `query`, and `r_idx` (int32), both
+        `(N, P, topk)`; equal logits by the smaller index first.
+    """
+    top_logits, r_idx = select_topk((query * scale) @ key.transpose(-2, -1), topk)
+    return top_logits.softmax(dim=-1), r_idx.int()
+
+
+def route_backward(
+    grad_weight: Tensor, r_weight: Tensor, r_idx: Tensor, query: Tensor, key: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `route`'s query and key, `(N, P, qk_dim)`, for the gradient of `r_weight`."""
+    grad_logits = r_weight * (grad_weight - (r_weight * grad_weight).sum(-1, keepdim=True)) * scale
+    rows, keys = query.flatten(0, 1), key.flatten(0, 1)
+    grad_query, grad_key = torch.zeros_like(rows), torch.zeros_like(keys)
+    index, weight = flat_index(r_idx[:, None], key.shape[1]), grad_logits.flatten(0, 1)
+    for slot in range(r_idx.shape[-1]):
+        grad_query += weight[:, slot, None] * keys.index_select(0, index[:, slot])
+        add_rows(grad_key, index[:, slot], weight[:, slot, None] * rows)
+    return grad_query.view_as(query), grad_key.view_as(key)
+
+
+def region_means_gradient(grad: Tensor, counts_padding: bool, grid: RegionGrid) -> tuple[Tensor, Tensor]:
+    """What tokens receive from the gradient of region means.
+
+    Args:
+        grad: `(N, P, C)`.
+        counts_padding: whether tokens past the map's edge take part in the means.
+        grid: the regions.
+
+    Returns:
+        For the map `(N, H, W, C)`, a view or not; for the row that all padding holds, `(C,)`.
+    """
+    n_inside = tokens_inside(grid, grad.device)
+    per_token = grad / (grid.region_tokens if counts_padding else n_inside.view(-1, 1))
+    per_token = per_token.unflatten(1, (grid.rows, grid.columns))
+    rows = per_token.repeat_interleave(grid.region_height, dim=1)[:, : grid.height]
+    tokens = rows.repeat_interleave(grid.region_width, dim=2)[:, :, : grid.width]
+    n_padded = grid.region_tokens - n_inside
+    return tokens, (per_token * n_padded[..., None]).sum(dim=(0, 1, 2))

@@ -1,0 +1,308 @@
+"""One object for one call: the tensors, what is computed of them, and the regions; checked once, here.
+
+A call with a signature (shapes, dtypes, numbers) that passed the checks before need not be checked again:
+`functional` keeps the signatures it has seen.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels.grid import RegionGrid
+from .kernels.problem import Settings
+from .modules.downsampling import KVDownsampling
+from .spec import AttentionSpec
+
+
+class Request(Protocol):
+    """What the choice of a backend depends on; both kinds of call have it."""
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the device and dtype in question."""
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Channels of a query or key, and of a value, in one head."""
+
+    @property
+    def grids(self) -> tuple[RegionGrid, ...]:
+        """The maps and their regions."""
+
+    @property
+    def routes(self) -> bool:
+        """Whether regions are chosen, not given."""
+
+
+@dataclass(slots=True)
+class Call:
+    """Bi-level routing attention of a packed projection; what backends receive.
+
+    Attributes:
+        qkv: `(N, H, W, 2*qk_dim + dim)`, of any strides.
+        spec: what is computed.
+        lepe_weight: `(dim, 1, k, k)`, `k` odd: depthwise convolution of the values added to the output.
+        lepe_bias: `(dim,)`; only with `lepe_weight`.
+        padding: `(2*qk_dim + dim,)`: what tokens past the map's edge hold; None where there are none.
+        router_weight: `(qk_dim, qk_dim)`: linear layer on region queries and keys; needs `diff_routing`.
+        router_bias: `(qk_dim,)`; only with `router_weight`.
+        kv_downsampling: reduces keys and values inside each region.
+        given_grid: the regions, where they are not `n_win` a side.
+    """
+
+    qkv: Tensor
+    spec: AttentionSpec
+    lepe_weight: Tensor | None = None
+    lepe_bias: Tensor | None = None
+    padding: Tensor | None = None
+    router_weight: Tensor | None = None
+    router_bias: Tensor | None = None
+    kv_downsampling: KVDownsampling | None = None
+    given_grid: RegionGrid | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The specification's numbers for a map of this size."""
+        _, height, width, _ = self.qkv.shape
+        settings_of = _settings_of.__wrapped__ if torch.compiler.is_compiling() else _settings_of
+        return settings_of(self.spec, height, width, self.given_grid)
+
+    @property
+    def grid(self) -> RegionGrid:
+        """Regions of the map."""
+        return self.settings.grid
+
+    @property
+    def like(self) -> Tensor:
+        """See `Request`."""
+        return self.qkv
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """See `Request`."""
+        return self.spec.head_dims
+
+    @property
+    def grids(self) -> tuple[RegionGrid, ...]:
+        """See `Request`."""
+        return (self.grid,)
+
+    @property
+    def routes(self) -> bool:
+        """See `Request`."""
+        return True
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What the checks and the choice of a backend depend on."""
+        qkv, down = self.qkv, self.kv_downsampling
+        return (
+            self.spec,
+            qkv.shape,
+            qkv.dtype,
+            qkv.device,
+            None if self.lepe_weight is None else self.lepe_weight.shape,
+            None if self.lepe_bias is None else self.lepe_bias.shape,
+            None if self.padding is None else self.padding.shape,
+            None if self.router_weight is None else self.router_weight.shape,
+            None if self.router_bias is None else self.router_bias.shape,
+            None if down is None else (down.qk_dim, down.dim),
+            self.given_grid,
+        )
+
+    def emb(self, means: Tensor) -> Tensor:
+        """The router's linear layer on `(..., qk_dim)` region queries or keys, in their precision."""
+        if self.router_weight is None:
+            return means
+        bias = None if self.router_bias is None else self.router_bias.to(means.dtype)
+        with torch.autocast(means.device.type, enabled=False):
+            return F.linear(means, self.router_weight.to(means.dtype), bias)
+
+    def check(self) -> None:
+        """Raises ValueError where the tensors do not fit each other; names the argument."""
+        qkv, spec = self.qkv, self.spec
+        if not qkv.is_floating_point():
+            raise ValueError(f"qkv must have a floating dtype, got {qkv.dtype}")
+        if self.given_grid is None:
+            # Raises where the map cannot be cut and may not be padded.
+            RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win, auto_pad=self.padding is not None)
+        _check_shape("padding", self.padding, (spec.packed_dim,))
+        _check_shape("router_weight", self.router_weight, (spec.qk_dim, spec.qk_dim))
+        _check_shape("router_bias", self.router_bias, (spec.qk_dim,))
+        _check_lepe(self.lepe_weight, self.lepe_bias, spec.dim)
+        if self.router_weight is not None and not spec.diff_routing:
+            raise ValueError("router_weight needs diff_routing=True, or it gets no gradient")
+        if self.router_weight is None and self.router_bias is not None:
+            raise ValueError("router_bias needs router_weight, got router_weight=None")
+        down = self.kv_downsampling
+        if down is not None and (down.qk_dim, down.dim) != (spec.qk_dim, spec.dim):
+            raise ValueError(
+                f"kv_downsampling must be for qk_dim={spec.qk_dim} and dim={spec.dim}, got {down.qk_dim} and "
+                f"{down.dim}"
+            )
+
+
+@lru_cache(1024)
+def _settings_of(spec: AttentionSpec, height: int, width: int, given_grid: RegionGrid | None) -> Settings:
+    return spec.settings(given_grid or RegionGrid.of_windows(height, width, spec.n_win))
+
+
+@dataclass(slots=True)
+class RegionalCall:
+    """Attention to the regions that a given graph names, a graph per head; what backends receive.
+
+    Attributes:
+        query: `(N, C, H, W)`.
+        key: `(N, C, H_kv, W_kv)`; the map may differ from the queries' in size and number of regions.
+        value: `(N, C_v, H_kv, W_kv)`.
+        scale: factor of the logits, positive.
+        region_graph: `(N, num_heads, P, topk)`, int64 or int32: key regions that every query region attends
+            to, in `[0, P_kv)`; `num_heads` divides `C` and `C_v`. A region named twice counts twice.
+        query_grid: regions of `query`.
+        kv_grid: regions of `key` and `value`; padded keys take part, with logit 0 and value 0.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    region_graph: Tensor
+    query_grid: RegionGrid
+    kv_grid: RegionGrid
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads."""
+        return self.region_graph.shape[1]
+
+    @property
+    def like(self) -> Tensor:
+        """See `Request`."""
+        return self.query
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """See `Request`."""
+        return self.query.shape[1] // self.num_heads, self.value.shape[1] // self.num_heads
+
+    @property
+    def grids(self) -> tuple[RegionGrid, ...]:
+        """See `Request`."""
+        return self.query_grid, self.kv_grid
+
+    @property
+    def routes(self) -> bool:
+        """See `Request`."""
+        return False
+
+
+def regional_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    region_graph: Tensor,
+    region_size: tuple[int, int],
+    kv_region_size: tuple[int, int] | None,
+    auto_pad: bool,
+) -> RegionalCall:
+    """Checks the arguments of `functional.regional_routing_attention` and puts them together.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    _check_maps(query, key, value)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    query_grid = _grid("query", query, "region_size", region_size, auto_pad)
+    kv_grid = (
+        _grid("key", key, "region_size", region_size, auto_pad)
+        if kv_region_size is None
+        else _grid("key", key, "kv_region_size", kv_region_size, auto_pad)
+    )
+    _check_graph(region_graph, query, value, query_grid, kv_grid)
+    return RegionalCall(query, key, value, scale, region_graph, query_grid, kv_grid)
+
+
+def _check_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
+    if x is not None and x.shape != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
+
+
+def _check_lepe(weight: Tensor | None, bias: Tensor | None, dim: int) -> None:
+    if weight is None:
+        if bias is not None:
+            raise ValueError("lepe_bias needs lepe_weight, got lepe_weight=None")
+        return
+    kernel = weight.shape[-1]
+    if weight.shape != (dim, 1, kernel, kernel) or kernel % 2 == 0:
+        raise ValueError(f"lepe_weight must be ({dim}, 1, k, k) with k odd, got {tuple(weight.shape)}")
+    _check_shape("lepe_bias", bias, (dim,))
+
+
+def _check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be (N, C, H, W), got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must have a floating dtype, got {x.dtype}")
+        for attribute in ("dtype", "device"):
+            if getattr(x, attribute) != getattr(query, attribute):
+                raise ValueError(
+                    f"{name} must have the {attribute} of query, {getattr(query, attribute)}, "
+                    f"got {getattr(x, attribute)}"
+                )
+    if key.shape[:2] != query.shape[:2]:
+        raise ValueError(
+            f"key must have query's batch and channels, {tuple(query.shape[:2])}, "
+            f"got shape {tuple(key.shape)}"
+        )
+    if value.shape[0] != key.shape[0] or value.shape[2:] != key.shape[2:]:
+        raise ValueError(
+            f"value must have key's batch, height and width, {(key.shape[0], *key.shape[2:])}, "
+            f"got shape {tuple(value.shape)}"
+        )
+
+
+def _grid(name: str, x: Tensor, size_name: str, region_size: Any, auto_pad: bool) -> RegionGrid:
+    is_pair = isinstance(region_size, tuple | list) and len(region_size) == 2
+    if not is_pair or any(isinstance(side, bool | float | str) or side < 1 for side in region_size):
+        raise ValueError(f"{size_name} must be two ints of at least 1, got {region_size!r}")
+    grid = RegionGrid.of_region_size(x.shape[2], x.shape[3], (region_size[0], region_size[1]))
+    if grid.is_padded and not auto_pad:
+        raise ValueError(
+            f"{name}'s height and width must be multiples of {size_name}={tuple(region_size)} where "
+            f"auto_pad=False, got {x.shape[2]} x {x.shape[3]}"
+        )
+    return grid
+
+
+def _check_graph(
+    graph: Tensor, query: Tensor, value: Tensor, query_grid: RegionGrid, kv_grid: RegionGrid
+) -> None:
+    if graph.dim() != 4 or graph.shape[0] != query.shape[0] or graph.shape[2] != query_grid.n_regions:
+        raise ValueError(
+            "region_graph must be (N, num_heads, P, topk) with "
+            f"N={query.shape[0]} and P={query_grid.rows}*{query_grid.columns}={query_grid.n_regions}, "
+            f"got shape {tuple(graph.shape)}"
+        )
+    if graph.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"region_graph must be int64 or int32, got {graph.dtype}")
+    if graph.device != query.device:
+        raise ValueError(f"region_graph must be on query's device, {query.device}, got {graph.device}")
+    num_heads, topk = graph.shape[1], graph.shape[3]
+    for name, x in (("query", query), ("value", value)):
+        if num_heads < 1 or x.shape[1] < 1 or x.shape[1] % num_heads:
+            raise ValueError(
+                f"the heads of region_graph must divide {name}'s channels, {x.shape[1]}, got {num_heads}"
+            )
+    if not 1 <= topk <= kv_grid.n_regions:
+        raise ValueError(
+            f"region_graph's topk must be 1 to the number of key regions, "
+            f"{kv_grid.rows}*{kv_grid.columns}={kv_grid.n_regions}, got {topk}"
+        )

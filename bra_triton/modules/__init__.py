@@ -1,0 +1,1 @@
+"""The drop-in modules: parameters and checks, no computation."""

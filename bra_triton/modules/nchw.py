@@ -1,0 +1,148 @@
+"""The drop-in for the authors' NCHW module: its arguments and `state_dict`."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .. import reference
+from ..backend.select import AUTO, check_name
+from ..call import Call
+from ..functional import attend
+from ..kernels.grid import RegionGrid
+from ..spec import AttentionSpec
+from .nhwc import depthwise_convolution
+
+ATTENTION_BACKENDS = ("torch", "triton")
+
+
+class NCHWBiLevelRoutingAttention(nn.Module):
+    """Bi-level routing attention over an NCHW map, after rayleizhu/BiFormer `ops/bra_nchw.py`.
+
+    It differs from `BiLevelRoutingAttention` in this: 1x1 convolutions project; regions are
+    `(H // n_win, W // n_win)` tokens large, so that where that leaves a rest there are more than `n_win` of
+    them a side and the last are padded; the router's logits are not scaled, and padding is left out of its
+    means; queries, keys and values are zero-padded *after* the projection, so that a padded key has logit 0
+    and value 0. Padding is no choice here, as in the original, which ignores `auto_pad`.
+
+    The parameters are the original's, so its weights load with `strict=True`. A map in channels-last memory
+    is projected and attended to without a copy; another is copied once, before the projection. The gradients
+    of the projections' weights are cuDNN's on a GPU, which repeats their bits if
+    `torch.backends.cudnn.deterministic`.
+
+    Args:
+        dim: channels of the map.
+        num_heads: attention heads; divides `dim`.
+        n_win: regions a side, if it divides the side.
+        qk_scale: factor of the tokens' logits; `dim ** -0.5` by default (of all heads together, on purpose).
+        topk: regions that every region attends to, 1 to `n_win**2`.
+        side_dwconv: kernel size (odd) of the depthwise convolution of the values, LePE; 0 for none.
+        auto_pad: take maps of fewer than `n_win` tokens a side too, which the original does not: regions are
+            then one token high or wide, and where there are fewer than `topk`, all are attended to.
+        attn_backend: the original's name for `backend`: `"torch"`, its only value there, or `"triton"`.
+        backend: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+
+    Example:
+        >>> attention = NCHWBiLevelRoutingAttention(dim=64, num_heads=2, n_win=8)
+        >>> attention(torch.randn(2, 64, 80, 80)).shape
+        torch.Size([2, 64, 80, 80])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        n_win: int = 7,
+        qk_scale: float | None = None,
+        topk: int = 4,
+        side_dwconv: int = 3,
+        auto_pad: bool = False,
+        attn_backend: str | None = None,
+        *,
+        backend: str = AUTO,
+    ) -> None:
+        super().__init__()
+        self.spec = AttentionSpec(
+            dim, dim, num_heads, n_win, topk, qk_scale, router_scale=1.0, counts_padding=False
+        )
+        if attn_backend is not None:
+            if attn_backend not in ATTENTION_BACKENDS:
+                raise ValueError(f"attn_backend must be one of {ATTENTION_BACKENDS}, got {attn_backend!r}")
+            if backend not in (AUTO, attn_backend):
+                raise ValueError(f"attn_backend={attn_backend!r} contradicts backend={backend!r}")
+            backend = attn_backend
+        self.auto_pad = auto_pad
+        self.backend = backend
+        self.lepe = depthwise_convolution(dim, side_dwconv)
+        self.qkv_linear = nn.Conv2d(dim, 3 * dim, 1)
+        self.output_linear = nn.Conv2d(dim, dim, 1)
+
+    @property
+    def backend(self) -> str:
+        """`"auto"` or a backend's name; setting another raises ValueError."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self._backend = check_name(name)
+
+    def forward(self, x: Tensor, ret_attn_mask: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Attends over a map.
+
+        Args:
+            x: `(N, dim, H, W)`, float32, float16, bfloat16 or float64, of any strides.
+            ret_attn_mask: return the attention matrix too; for looking, runs the reference.
+
+        Returns:
+            `(N, dim, H, W)` in channels-last memory; with `ret_attn_mask` also `attn_weight`
+            `(N, num_heads, P, S, topk*S)`.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+            RuntimeError: if the backend asked for by name cannot serve; says why.
+        """
+        grid = self.grid(x)
+        qkv = _project(self.qkv_linear, x.permute(0, 2, 3, 1))
+        # Tokens past the edge are left out of the means, but are zeros to the attention, and take part.
+        padding = qkv.new_zeros(qkv.shape[-1]) if grid.is_padded else None
+        weight, bias = (None, None) if self.lepe is None else (self.lepe.weight, self.lepe.bias)
+        call = Call(qkv, self.spec, weight, bias, padding, given_grid=grid)
+        if ret_attn_mask:
+            out, _, _, attn_weight = reference.attend(call)
+            attn_weight = rearrange(attn_weight, "(n r) m s t -> n m r s t", n=x.shape[0])
+            return self._out(out), attn_weight
+        return self._out(attend(call, self._backend))
+
+    def grid(self, x: Tensor) -> RegionGrid:
+        """The regions of a map `(N, dim, H, W)`; raises ValueError where it has none."""
+        if x.dim() != 4 or x.shape[1] != self.spec.dim:
+            raise ValueError(f"x must be (N, dim, H, W) with dim={self.spec.dim}, got shape {tuple(x.shape)}")
+        height, width = x.shape[2:]
+        region_size = (height // self.spec.n_win, width // self.spec.n_win)
+        if self.auto_pad:  # `or` keeps a side that is being traced, which max(1, side) would fix at 1
+            region_size = (region_size[0] or 1, region_size[1] or 1)
+        elif min(region_size) < 1:
+            raise ValueError(
+                f"the map's height and width must be at least n_win={self.spec.n_win}, got "
+                f"{height} x {width}; auto_pad=True takes smaller ones"
+            )
+        return RegionGrid.of_region_size(height, width, region_size)
+
+    def _out(self, out: Tensor) -> Tensor:
+        return _project(self.output_linear, out).permute(0, 3, 1, 2)
+
+
+def _project(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer, a 1x1 convolution, on an NHWC map."""
+    if torch.compiler.is_compiling() and type(layer) is nn.Conv2d:
+        # Beside a convolution Inductor wants the maps kept for the backward, these views, in a layout of its
+        # own: it copies them, and where sizes are symbols it fails to sort their strides (PyTorch 2.14).
+        return F.linear(x, layer.weight.flatten(1), layer.bias)
+    channels_last = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return layer(channels_last).permute(0, 2, 3, 1)
+
+
+nchwBRA = NCHWBiLevelRoutingAttention  # noqa: N816  the original's name

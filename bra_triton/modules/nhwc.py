@@ -1,0 +1,217 @@
+"""The drop-in module: the original's arguments and `state_dict`."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import reference
+from ..backend.select import check_name
+from ..call import Call
+from ..export import being_exported
+from ..functional import attend
+from ..kernels.grid import RegionGrid
+from ..spec import AttentionSpec
+from . import downsampling
+
+PARAM_ATTENTION_MODES = ("qkvo", "qkv")
+
+
+class QKVLinear(nn.Module):
+    """The packed projection: queries, keys and values side by side in the channels."""
+
+    def __init__(self, dim: int, qk_dim: int, bias: bool = True) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 2 * qk_dim + dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Projects `(..., dim)` to `(..., 2*qk_dim + dim)`."""
+        return self.qkv(x)
+
+
+class TopkRouting(nn.Module):
+    """The router's parameters, under the original's names; routing itself is a backend's.
+
+    Args:
+        qk_dim: channels of a region's query and key.
+        param_routing: apply one shared linear layer to queries and keys first.
+    """
+
+    def __init__(self, qk_dim: int, param_routing: bool) -> None:
+        super().__init__()
+        self.emb = nn.Linear(qk_dim, qk_dim) if param_routing else nn.Identity()
+
+
+class BiLevelRoutingAttention(nn.Module):
+    """Bi-level routing attention over an NHWC map (BiFormer, section 3.2).
+
+    Arguments up to `auto_pad` and the keys of the `state_dict` are those of the original module, so that its
+    weights load with `strict=True`. The forward runs on a fused backend, which never holds the gathered keys
+    and values or the attention matrix.
+
+    Args:
+        dim: channels of the map.
+        num_heads: attention heads; divides `dim` and `qk_dim`.
+        n_win: regions a side, so `P = n_win**2` regions.
+        qk_dim: channels of queries and keys; `dim` by default.
+        qk_scale: factor of the logits; `qk_dim ** -0.5` by default (of all heads together, on purpose).
+        kv_per_win: keys a side of a region, for `kv_downsample_mode` `"ada_avgpool"` and `"ada_maxpool"`.
+        kv_downsample_ratio: how much the other modes reduce a side of a region; see `downsampling.build`.
+        kv_downsample_kernel: window of `"fracpool"`, kernel of `"conv"`; by default after the ratio.
+        kv_downsample_mode: how keys and values are reduced inside each region, one of `downsampling.MODES`.
+            The original leaves `"fracpool"` and `"conv"` unimplemented.
+        topk: regions that every region attends to.
+        param_attention: `"qkvo"` (projection in and out) or `"qkv"` (no output projection).
+        param_routing: a linear layer inside the router; demands `diff_routing`.
+        diff_routing: let gradients reach queries and keys through the routing weights. Without
+            `soft_routing` the forward does not use the weights, and their gradient is straight-through.
+        soft_routing: multiply the selected keys and values by the routing weights.
+        side_dwconv: kernel size (odd) of the depthwise convolution of the values, LePE; 0 for none.
+        auto_pad: zero-pad the map at the bottom and right to multiples of `n_win`.
+        backend: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+
+    Example:
+        >>> attention = BiLevelRoutingAttention(dim=64, num_heads=2, n_win=8, topk=4, auto_pad=True)
+        >>> attention(torch.randn(2, 80, 80, 64)).shape
+        torch.Size([2, 80, 80, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        n_win: int = 7,
+        qk_dim: int | None = None,
+        qk_scale: float | None = None,
+        kv_per_win: int = 4,
+        kv_downsample_ratio: int = 4,
+        kv_downsample_kernel: int | None = None,
+        kv_downsample_mode: str = "identity",
+        topk: int = 4,
+        param_attention: str = "qkvo",
+        param_routing: bool = False,
+        diff_routing: bool = False,
+        soft_routing: bool = False,
+        side_dwconv: int = 3,
+        auto_pad: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        qk_dim = qk_dim or dim
+        self.spec = AttentionSpec(dim, qk_dim, num_heads, n_win, topk, qk_scale, soft_routing, diff_routing)
+        if param_attention not in PARAM_ATTENTION_MODES:
+            raise ValueError(
+                f"param_attention must be one of {PARAM_ATTENTION_MODES}, got {param_attention!r}"
+            )
+        if param_routing and not diff_routing:
+            raise ValueError("param_routing=True needs diff_routing=True, or router.emb gets no gradient")
+        self.kv_downsample_mode = kv_downsample_mode
+        self.auto_pad = auto_pad
+        self.backend = backend
+        self.lepe = depthwise_convolution(dim, side_dwconv)
+        self.router = TopkRouting(qk_dim, param_routing)
+        self.qkv = QKVLinear(dim, qk_dim)
+        self.wo = nn.Linear(dim, dim) if param_attention == "qkvo" else nn.Identity()
+        self.kv_down = downsampling.build(
+            kv_downsample_mode, qk_dim, dim, kv_per_win, kv_downsample_ratio, kv_downsample_kernel
+        )
+
+    @property
+    def backend(self) -> str:
+        """`"auto"` or a backend's name; setting it raises as the constructor does."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self._backend = check_name(name)
+
+    def forward(
+        self, x: Tensor, ret_attn_mask: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Attends over a map.
+
+        Args:
+            x: `(N, H, W, dim)`, float32, float16, bfloat16 or float64, of any strides.
+            ret_attn_mask: return routing and attention matrix too; for looking, runs the reference.
+
+        Returns:
+            `(N, H, W, dim)`; with `ret_attn_mask` also `r_weight` and `r_idx` `(N, P, topk)` and
+            `attn_weight` `(N*P, num_heads, S, topk*S_kv)`.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+            RuntimeError: if the backend asked for by name cannot serve; says why.
+        """
+        if x.dim() != 4 or x.shape[-1] != self.spec.dim:
+            raise ValueError(f"x must be (N, H, W, dim) with dim={self.spec.dim}, got shape {tuple(x.shape)}")
+        if being_exported():
+            return self._export(x, ret_attn_mask)
+        call = self._call(self.qkv(x), self._padding(x))
+        if ret_attn_mask:
+            out, *routing_and_scores = reference.attend(call)
+            return self.wo(out), *routing_and_scores
+        return self.wo(attend(call, self._backend))
+
+    def _call(self, qkv: Tensor, padding: Tensor | None) -> Call:
+        """One call, with the parameters that take part in it."""
+        lepe, emb, kv_down = self.lepe, self.router.emb, self.kv_down
+        weight, bias = (None, None) if lepe is None else (lepe.weight, lepe.bias)
+        router: tuple[Any, Any] = (emb.weight, emb.bias) if isinstance(emb, nn.Linear) else (None, None)
+        reduction = None if isinstance(kv_down, nn.Identity) else kv_down
+        return Call(qkv, self.spec, weight, bias, padding, *router, reduction)
+
+    def _padding(self, x: Tensor) -> Tensor | None:
+        """What the projection makes of the zero tokens that pad the map, `(2*qk_dim + dim,)`; None without.
+
+        Raises:
+            ValueError: if the map needs padding and may not be padded.
+        """
+        _, height, width, _ = x.shape
+        n_win = self.spec.n_win
+        if not height % n_win and not width % n_win:
+            return None
+        if not self.auto_pad:
+            RegionGrid.of_windows(height, width, n_win, auto_pad=False)
+        layer = self.qkv.qkv if type(self.qkv) is QKVLinear and not _is_hooked(self.qkv) else None
+        if type(layer) is nn.Linear and not _is_hooked(layer) and layer.bias is not None:
+            return layer.bias
+        # Whatever else the projection is: an adapter, a quantised layer.
+        return self.qkv(torch.zeros(1, self.spec.dim, dtype=x.dtype, device=x.device))[0]
+
+    def _export(self, x: Tensor, ret_attn_mask: bool) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The forward in an exported graph, where padding is a tensor operation like any other.
+
+        The graph serves other sizes too, so that it pads even where this size needs none.
+        """
+        grid = RegionGrid.of_windows(x.shape[1], x.shape[2], self.spec.n_win, self.auto_pad)
+        padded = x
+        if self.auto_pad:
+            bottom, right = grid.padding
+            padded = F.pad(x, (0, 0, 0, right, 0, bottom))
+        call = self._call(self.qkv(padded), None)
+        if ret_attn_mask or self._backend == "reference":
+            out, *routing_and_scores = reference.attend(call)
+        else:
+            out, routing_and_scores = attend(call, self._backend), []
+        out = self.wo(out)[:, : x.shape[1], : x.shape[2]].contiguous()
+        return (out, *routing_and_scores) if ret_attn_mask else out
+
+
+def depthwise_convolution(dim: int, side: int) -> nn.Conv2d | None:
+    """LePE's layer, with a kernel of `side` x `side`; None for a side of 0.
+
+    Raises:
+        ValueError: if the side is even or negative.
+    """
+    if side != 0 and (side < 0 or side % 2 == 0):
+        raise ValueError(f"side_dwconv must be 0 or an odd kernel size, got {side}")
+    return nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim) if side else None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
