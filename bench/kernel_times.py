@@ -72,7 +72,9 @@ def measure(preset: Preset, dtype: torch.dtype, device: torch.device) -> dict[st
     found: dict[str, list[float]] = {}
     for event in profiler.events():
         if event.device_type == DeviceType.CUDA:
-            found.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e6)
+            found.setdefault(event.name.removesuffix("_kernel"), []).append(
+                event.time_range.elapsed_us() / 1e6
+            )
     return found
 
 

@@ -115,13 +115,13 @@ def _try_to_analyse(specimen: KernelSpecimen, arch: str) -> "Analysis | Exceptio
     n_taps = max(_number(specimen, name) for name in ("LEPE_KERNEL", "KERNEL")) ** 2
     sizes = (block_m, block_n, block_tail, n_taps, specimen.num_warps)
     taps = parts.taps if n_taps else None
-    if block_m and block_n:
+    if block_m and block_n and parts.loop is not None:
         return Analysis(*sizes, usage, parts.loop, parts.tail, taps, parts.rest)
     return Analysis(*sizes, usage, None, None, taps, parts.rest, parts.loops, parts.straight)
 
 
 def _number(specimen: KernelSpecimen, name: str) -> int:
-    value = specimen.constexprs.get(name, 0)
+    value = specimen.constants.get(name, 0)
     return value if isinstance(value, int) else 0
 
 

@@ -4,7 +4,7 @@ The launches themselves run, on tensors without data, and only the last step is 
 start, its arguments are noted. So tiles, warps and types are those of a real launch, not a second list.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -238,18 +238,29 @@ def _launch(
     constexprs = {name: bound[name] for name in bound if name in constant}
     signature = {name: _type(value) for name, value in bound.items() if name not in constant}
     # Lists and slices need not start at multiples of 16 bytes.
-    divisible = frozenset(
-        name for name, value in bound.items() if isinstance(value, Tensor) and _starts_aligned(value)
-    )
-    specimen = KernelSpecimen(kernel.fn.__name__, kernel, signature, constexprs, divisible, **options)
+    divisible = frozenset(name for name, x in _tensors(bound) if _starts_aligned(x))
+    name = kernel.fn.__name__.removesuffix("_kernel")
+    specimen = KernelSpecimen(name, kernel, signature, constexprs, divisible, **options)
     return Launch(specimen, tuple(grid), bound)
+
+
+def _tensors(bound: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors among arguments, those of a group named as `maps.query`."""
+    for name, value in bound.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, tuple) and name != "CONFIG":
+            yield from ((f"{name}.{inner}", x) for inner, x in value._asdict().items() if x is not None)
 
 
 def _starts_aligned(x: Tensor) -> bool:
     return bool(x.storage_offset() * x.element_size() % 16 == 0)
 
 
-def _type(value: object) -> str:
+def _type(value: Any) -> Any:
+    """Triton's type of a run-time argument, of a group the group of its members' types."""
+    if isinstance(value, tuple):
+        return type(value)(*map(_type, value))
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32"
+    return "constexpr" if value is None else "fp32" if isinstance(value, float) else "i32"
