@@ -87,6 +87,11 @@ class RegionGrid:
         return self.height, self.width, self.region_height, self.region_width, self.rows, self.columns
 
     @property
+    def geometry(self) -> tuple[int, int, int, int, int]:
+        """What kernels need to find a region's tokens: region height and width, columns, height and width."""
+        return self.region_height, self.region_width, self.columns, self.height, self.width
+
+    @property
     def n_regions(self) -> int:
         """Regions in the map, `P`."""
         return self.rows * self.columns

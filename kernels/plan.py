@@ -33,6 +33,7 @@ _WORKSPACE_STEP = 128
 _ALIGNMENT = 16
 
 Pointers = Buffer | None | tuple[Buffer | None, ...]
+Layout = Sequence[tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass
@@ -72,6 +73,12 @@ class Plan:
         inputs: the tensors of a call, or others like them; `run` gets as many in the same order, with the
             same shapes, strides and dtypes.
         device: where they lie.
+
+    Attributes:
+        inputs: the buffers of the inputs, in order; None for one that is not there.
+        launches: the launches, in order.
+        workspace_bytes: size of the workspace.
+        wanted: a note of the plan's maker, who has optional outputs: which of them there are.
     """
 
     def __init__(self, inputs: Sequence[Tensor | None], device: torch.device) -> None:
@@ -81,23 +88,44 @@ class Plan:
             for i, x in enumerate(inputs)
         )
         self.launches: list[Launch] = []
+        self.wanted: list[bool] = []
         self.workspace_bytes = 0
-        self._outputs: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._outputs: list[tuple[tuple[int, ...], torch.dtype, bool]] = []
         self._places: dict[tuple[int, int], int] = {}
         self._compiling = Lock()
         self._index = (device.index or 0) if device.type == "cuda" else 0
 
-    def output(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
-        """An array that `run` allocates and returns."""
-        self._outputs.append((shape, dtype))
+    @property
+    def given(self) -> tuple[Buffer, ...]:
+        """The inputs that are not None."""
+        return tuple(x for x in self.inputs if x is not None)
+
+    def output(self, shape: tuple[int, ...], dtype: torch.dtype, zeroed: bool = False) -> Buffer:
+        """An array that `run` allocates, fills with zeros if asked for, and returns."""
+        self._outputs.append((shape, dtype, zeroed))
         return Buffer(len(self.inputs) + len(self._outputs) - 1, 0, shape, contiguous_strides(shape), dtype)
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
         """An array that is dropped at the end of `run`."""
         start = self.workspace_bytes
-        n_bytes = prod(shape) * dtype.itemsize
-        self.workspace_bytes += -(-n_bytes // _WORKSPACE_STEP) * _WORKSPACE_STEP
+        self.workspace_bytes += _rounded_bytes(shape, dtype)
         return Buffer(_WORKSPACE, start, shape, contiguous_strides(shape), dtype)
+
+    def arrays(self, layout: Layout, kept: bool = False) -> list[Buffer]:
+        """Arrays of these shapes and types: scratch or, kept, side by side in one output of bytes."""
+        if not kept:
+            return [self.scratch(*entry) for entry in layout]
+        n_bytes = sum(_rounded_bytes(*entry) for entry in layout)
+        return self.unpack(self.output((n_bytes,), torch.uint8), layout)
+
+    @staticmethod
+    def unpack(holder: Buffer, layout: Layout) -> list[Buffer]:
+        """The arrays that lie side by side in a buffer of bytes."""
+        arrays, start = [], holder.offset
+        for shape, dtype in layout:
+            arrays.append(Buffer(holder.source, start, shape, contiguous_strides(shape), dtype))
+            start += _rounded_bytes(shape, dtype)
+        return arrays
 
     def launch(
         self,
@@ -114,8 +142,9 @@ class Plan:
     def run(self, *inputs: Tensor | None) -> list[Tensor]:
         """Runs the launches on the current stream, without waiting for the device; returns the outputs."""
         tensors: list[Tensor | None] = [*inputs]
-        for shape, dtype in self._outputs:
-            tensors.append(torch.empty(shape, dtype=dtype, device=self.device))
+        for shape, dtype, zeroed in self._outputs:
+            allocate = torch.zeros if zeroed else torch.empty
+            tensors.append(allocate(shape, dtype=dtype, device=self.device))
         if self.workspace_bytes:
             tensors.append(torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device))
         if self.device.type == "cuda" and driver.active.get_current_device() != self._index:
@@ -198,6 +227,11 @@ class _DirectLaunch:
             *[find(addresses) for find in self._addresses],
             *self._tail,
         )
+
+
+def _rounded_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    n_bytes = prod(shape) * dtype.itemsize
+    return -(-n_bytes // _WORKSPACE_STEP) * _WORKSPACE_STEP
 
 
 def _materialise(pointers: Pointers, tensors: Sequence[Tensor | None]) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..backend.kernels import fused_kernels
 from ..backend.torch.routing import region_means_gradient
 from ..kernels.grid import RegionGrid
+from ..kernels.padding import share_of_means
 from ..kernels.problem import statistic_dtype
 from .library import gradient_operator, operator, or_empty, without_autocast
 
@@ -55,13 +56,12 @@ def region_means_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the packed projection (zero in the values) and of the padding (empty without it)."""
     regions, width = RegionGrid(*grid), grad.shape[-1]
-    of_tokens, of_padding = region_means_gradient(grad, padding is not None, regions)
     grad_qkv = qkv.new_zeros(qkv.shape)
-    grad_qkv[..., :width] = of_tokens
+    grad_qkv[..., :width] = region_means_gradient(grad, padding is not None, regions)
     if padding is None:
         return grad_qkv, or_empty(None, qkv)
     grad_padding = padding.new_zeros(padding.shape)
-    grad_padding[:width] = of_padding
+    grad_padding[:width] = share_of_means(grad, regions)
     return grad_qkv, grad_padding
 
 

@@ -27,6 +27,18 @@ class Maps(NamedTuple):
     value: Buffer
 
 
+class PaddingRows(NamedTuple):
+    """What padding of keys and values holds.
+
+    Attributes:
+        key: `(NUM_HEADS * QK_HEAD_DIM,)`.
+        value: `(NUM_HEADS * V_HEAD_DIM,)`.
+    """
+
+    key: Buffer
+    value: Buffer
+
+
 class Lists(NamedTuple):
     """Which tokens a kernel owns, and which ones of the other side it walks; -1 is padding.
 
@@ -40,8 +52,8 @@ class Lists(NamedTuple):
             pair; None for 1.
     """
 
-    region_list: Buffer
-    token_list: Buffer
+    region_list: Buffer | None
+    token_list: Buffer | None
     factors: Buffer | None
 
 
@@ -53,12 +65,12 @@ class ForwardResults(NamedTuple):
         attention: of the same shape, the attention's output alone, for the backward; None where it is `out`
             or nobody needs it.
         lse: `(N, NUM_HEADS, H * W)` float32, base-2 logarithm of the softmax's denominator for logits times
-            `log2(e)`.
+            `log2(e)`; None where no backward follows.
     """
 
     out: Buffer
     attention: Buffer | None
-    lse: Buffer
+    lse: Buffer | None
 
 
 class Saved(NamedTuple):
@@ -114,7 +126,7 @@ class AttentionConfig(NamedTuple):
 
     Attributes:
         NUM_HEADS: attention heads.
-        N_GRAPHS: graphs an image.
+        N_GRAPHS: graphs an image; 0 for one graph of all images, in which the whole map is one region.
         QK_HEAD_DIM: channels of a query or key in one head.
         V_HEAD_DIM: channels of a value in one head.
         QUERY_STRIDE: elements from one token of the queries to the next.

@@ -196,5 +196,6 @@ def attention_forward_kernel(
         first_value = image * map_tokens * CONFIG.LEPE_STRIDE
         acc += _lepe_of_head(lepe, first_value, own, head, sizes, CONFIG)
     store_rows(results.out + head_start, own, v_channel, own >= 0, acc, DIM, V_HEAD_DIM)
-    lse_base = results.lse + (image * NUM_HEADS + head) * map_tokens
-    tl.store(lse_base + own, row_max + tl.log2(row_sum), mask=own >= 0)
+    if results.lse is not None:
+        lse_base = results.lse + (image * NUM_HEADS + head) * map_tokens
+        tl.store(lse_base + own, row_max + tl.log2(row_sum), mask=own >= 0)

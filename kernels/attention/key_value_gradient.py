@@ -160,7 +160,7 @@ def key_value_gradient_kernel(
     tiles = tl.cdiv(region_tokens, BLOCK_N)
     image, piece, tile, head = locate_program(n_pieces, tiles, NUM_HEADS)
     graph = graph_of(image, head, N_GRAPHS)
-    if marks is None:
+    if work is not None:
         piece_work = work + (graph * n_pieces + piece) * 4
         region = tl.load(piece_work)
         if region < 0:
@@ -233,7 +233,7 @@ def key_value_gradient_kernel(
         )
 
     grad_k *= scale
-    partial = -1 if marks is not None else tl.load(piece_work + 3)
+    partial = -1 if work is None else tl.load(piece_work + 3)
     if partial >= 0:
         row = ((image * NUM_HEADS + head) * n_partials + partial) * region_tokens
         store_rows(

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 from ..arrays import Buffer
-
 from ..lib.maps import row_stride
 from ..problem import Lepe
 
@@ -24,7 +23,7 @@ class LepeParts(NamedTuple):
     bias: Buffer | None
 
     @classmethod
-    def of(cls, lepe: Lepe) -> "LepeParts":
+    def of(cls, lepe: Lepe[Buffer]) -> "LepeParts":
         """The tensors of `lepe`."""
         return cls(lepe.value, lepe.weight, lepe.fill, lepe.bias)
 
@@ -53,6 +52,40 @@ class LepeConfig(NamedTuple):
     ROWS: int = 0
 
     @classmethod
-    def of(cls, lepe: Lepe, block_m: int, block_v: int) -> "LepeConfig":
+    def of(cls, lepe: Lepe[Buffer], block_m: int, block_v: int) -> "LepeConfig":
         """What both kernels take."""
         return cls(lepe.value.shape[-1], row_stride(lepe.value), lepe.kernel_size, block_m, block_v)
+
+
+class LepeSums(NamedTuple):
+    """Where the sums of the programs' shares go; None where one is not asked for.
+
+    Attributes:
+        weight: `(DIM, KERNEL * KERNEL)`.
+        bias: `(DIM,)`.
+        fill: `(DIM,)` float32.
+    """
+
+    weight: Buffer | None
+    bias: Buffer | None
+    fill: Buffer | None
+
+
+class LepeSumsConfig(NamedTuple):
+    """Compile-time numbers of `lepe_sums_kernel`.
+
+    Attributes:
+        DIM: channels of the values.
+        TAPS: elements of the convolution's kernel.
+        ROWS: rows of `partials`.
+        HAS_TAPS: the first TAPS + 1 rows are of weight and bias.
+        BLOCK_P: programs' shares in a step.
+        BLOCK_C: channels of a program.
+    """
+
+    DIM: int
+    TAPS: int
+    ROWS: int
+    HAS_TAPS: bool
+    BLOCK_P: int
+    BLOCK_C: int

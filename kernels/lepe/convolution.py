@@ -196,3 +196,26 @@ def lepe_backward_kernel(
     places = grad_value + token[:, None] * CONFIG.GRAD_STRIDE + channel[None, :]
     grad += tl.load(places, mask=map_mask, other=0.0).to(tl.float32)
     tl.store(places, grad.to(grad_value.dtype.element_ty), mask=map_mask)
+
+
+@triton.jit(do_not_specialize=["n_programs"])
+def lepe_sums_kernel(partials, sums, n_programs, CONFIG: tl.constexpr):
+    """Sums one row of `partials` over all programs, in order; grid (ROWS, blocks of channels)."""
+    row = tl.program_id(0)
+    channel = tl.program_id(1) * CONFIG.BLOCK_C + tl.arange(0, CONFIG.BLOCK_C)
+    live = channel < CONFIG.DIM
+    total = tl.zeros([CONFIG.BLOCK_P, CONFIG.BLOCK_C], tl.float32)
+    for first in tl.range(0, n_programs, CONFIG.BLOCK_P):
+        program = first + tl.arange(0, CONFIG.BLOCK_P)
+        at = (program.to(tl.int64) * CONFIG.ROWS + row)[:, None] * CONFIG.DIM + channel[None, :]
+        total += tl.load(partials + at, mask=(program < n_programs)[:, None] & live[None, :], other=0.0)
+    total = tl.sum(total, axis=0)
+    if CONFIG.HAS_TAPS:
+        if sums.weight is not None:
+            places = sums.weight + channel * CONFIG.TAPS + row
+            tl.store(places, total.to(sums.weight.dtype.element_ty), mask=live & (row < CONFIG.TAPS))
+        if sums.bias is not None:
+            places = sums.bias + channel
+            tl.store(places, total.to(sums.bias.dtype.element_ty), mask=live & (row == CONFIG.TAPS))
+    if sums.fill is not None:
+        tl.store(sums.fill + channel, total, mask=live & (row == CONFIG.ROWS - 1))

@@ -28,8 +28,10 @@ def locate_program(n_regions, tiles, NUM_HEADS: tl.constexpr):
 
 @triton.jit
 def graph_of(image, head, N_GRAPHS: tl.constexpr):
-    """Number of the graph that a head of an image follows: one for all heads, or one each."""
-    if N_GRAPHS == 1:
+    """Number of the graph that a head of an image follows: one for all images (0), one an image, or per head."""
+    if N_GRAPHS == 0:
+        graph = image * 0
+    elif N_GRAPHS == 1:
         graph = image
     else:
         graph = image * N_GRAPHS + head

@@ -1,16 +1,16 @@
-"""How the maps lie in memory that launches hand to kernels: NHWC, dense but for their channels."""
+"""How the maps lie in memory that kernels read and write: NHWC, dense except for their channels."""
 
-from torch import Tensor
+from ..arrays import Array
 
 
-def image_tokens(x: Tensor) -> int:
+def image_tokens(x: Array) -> int:
     """Tokens in one image of a map."""
     return x.shape[1] * x.shape[2]
 
 
-def row_stride(x: Tensor) -> int:
+def row_stride(x: Array) -> int:
     """Elements from one token of a map to the next."""
-    if not x.numel():
+    if 0 in x.shape:
         return x.shape[3]  # an empty batch is never read, and may have any strides
     images, rows, columns, channels = x.shape
     of_image, of_row, of_column, of_channel = x.stride()

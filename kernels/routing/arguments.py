@@ -21,20 +21,36 @@ class Marks(NamedTuple):
     key_marks: Buffer
 
 
+class Inverse(NamedTuple):
+    """The inverse graph, see `graph`.
+
+    Attributes:
+        row_start: `(N, G, P_kv + 1)` int32.
+        pairs: `(N, G, P * TOPK)` int32.
+        work: `(N, G, P_kv + extras, 4)` int32; None where only the rows are wanted.
+    """
+
+    row_start: Buffer
+    pairs: Buffer
+    work: Buffer | None
+
+
 class MeansConfig(NamedTuple):
-    """Compile-time numbers of `region_means_kernel`.
+    """Compile-time numbers of `region_means_kernel` and `spread_means_kernel`.
 
     Attributes:
         MEAN_DIM: channels to take the mean of, the first of a token.
         PACKED: channels of a token.
         BLOCK_TOKENS: tokens of a tile.
         BLOCK_C: channels of a tile.
+        COUNTS_PADDING: the gradient alone: tokens past the map's edge take part in the means.
     """
 
     MEAN_DIM: int
     PACKED: int
     BLOCK_TOKENS: int
     BLOCK_C: int
+    COUNTS_PADDING: bool = True
 
 
 class RouteConfig(NamedTuple):
@@ -48,6 +64,8 @@ class RouteConfig(NamedTuple):
         BLOCK_C: channels in a step of the product.
         BLOCK_K: `topk`, rounded up to a power of two.
         PRECISION: of the float32 product, as `tl.dot` names it.
+        BLOCK_TOKENS: tokens of a chosen region in a step of listing them.
+        BLOCK_REGION_TOKENS: tokens of a query region in a step of listing them.
     """
 
     DIM: int
@@ -57,19 +75,25 @@ class RouteConfig(NamedTuple):
     BLOCK_C: int
     BLOCK_K: int
     PRECISION: str
+    BLOCK_TOKENS: int
+    BLOCK_REGION_TOKENS: int
 
 
-class PairSumConfig(NamedTuple):
-    """Compile-time numbers of `sum_over_pairs_kernel`.
+class RoutingGradientConfig(NamedTuple):
+    """Compile-time numbers of the kernels that compute the router's gradient.
 
     Attributes:
-        DIM: channels of a region's row.
-        SOURCE_STRIDE: elements from one row of the source to the next.
+        DIM: channels of a region's query.
+        ROW_STRIDE: elements from one region's row to the next.
+        GRAD_STRIDE: elements from one row of the gradient to the next.
+        BLOCK_K: `topk`, rounded up to a power of two.
         BLOCK_C: channels of a program.
     """
 
     DIM: int
-    SOURCE_STRIDE: int
+    ROW_STRIDE: int
+    GRAD_STRIDE: int
+    BLOCK_K: int
     BLOCK_C: int
 
 
@@ -77,12 +101,10 @@ class ListConfig(NamedTuple):
     """Compile-time numbers of `list_tokens_kernel`.
 
     Attributes:
-        FROM_PAIRS: the entries are pairs, not regions.
         BLOCK_ENTRIES: entries of a program.
         BLOCK_TOKENS: tokens of a step.
     """
 
-    FROM_PAIRS: bool
     BLOCK_ENTRIES: int
     BLOCK_TOKENS: int
 
@@ -100,10 +122,14 @@ class MarkConfig(NamedTuple):
 
 
 class GraphConfig(NamedTuple):
-    """Compile-time number of `invert_graph_kernel` and `cut_rows_kernel`.
+    """Compile-time numbers of `invert_graph_kernel`.
 
     Attributes:
-        BLOCK: pairs or regions of a step.
+        BLOCK: pairs of a step.
+        BLOCK_ENTRIES: pairs in a step of listing their queries.
+        BLOCK_TOKENS: tokens in such a step.
     """
 
     BLOCK: int
+    BLOCK_ENTRIES: int
+    BLOCK_TOKENS: int

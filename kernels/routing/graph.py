@@ -1,18 +1,19 @@
 """Lists of tokens, and the inverse of the routing graph: everything the attention kernels walk.
 
 A "graph" is one image's, or one head's of an image (`G` an image). A "pair" is one choice, numbered
-`query_region * TOPK + slot`; every graph has exactly `P * TOPK`, so all shapes are static.
+`query_region * TOPK + slot`; every graph has exactly `P * TOPK`, so all shapes are static. A "row" is what a
+key region has in the inverse graph: the pairs that chose it. A "piece" is a part of a row, the work of one
+program for each tile and head.
 
 | array | shape | meaning |
 |---|---|---|
 | r_idx | (N, G, P, TOPK) int32 | key regions that each query region chose |
-| tokens | (entries, S) int32 | tokens of the listed regions; -1 is padding |
-| region_list | (regions, S) int32 | tokens of all regions in order |
-| factors | (entries, S) fp32 | factor of each listed token's region |
-| marks | | tables of masked attention, see `Marks` |
+| r_weight | (N, G, P, TOPK) fp32 | factor of each pair; None for 1 |
 | row_start | (N, G, P_kv + 1) int32 | where each key region's row starts in `pairs` |
 | pairs | (N, G, P * TOPK) int32 | the inverse graph: pairs by key region, ascending in each row |
-| work | (N, G, P_kv + extras, 4) int32 | pieces of rows: region (-1: none), first and last pair, partial |
+| work | (N, G, P_kv + extras, 4) int32 | pieces: region (-1: none), first and last pair, partial sum (-1: none) |
+
+Lists and marks are described in `attention.arguments.Lists` and `arguments.Marks`.
 """
 
 import triton
@@ -21,21 +22,42 @@ import triton.language as tl
 from ..lib.addressing import token_of
 
 
+@triton.jit
+def list_regions(tokens, factors, place, region, factor, live, sizes, BLOCK_TOKENS: tl.constexpr):
+    """Writes the tokens of some regions, each at its place, and as often the region's factor.
+
+    Args:
+        tokens: (places, region_tokens) int32.
+        factors: as `tokens`, fp32; None for none.
+        place: (entries,), where each region's tokens go.
+        region: (entries,).
+        factor: (entries,) fp32; read with `factors`.
+        live: (entries,), False for those not to be written.
+        sizes: region_height, region_width, columns, height and width, see `token_of`.
+        BLOCK_TOKENS: tokens of a step.
+    """
+    region_height, region_width, columns, height, width = sizes
+    region_tokens = region_height * region_width
+    for start in tl.range(0, region_tokens, BLOCK_TOKENS):
+        index = start + tl.arange(0, BLOCK_TOKENS)[None, :]
+        token = token_of(region[:, None], index, region_height, region_width, columns, height, width)
+        at = place.to(tl.int64)[:, None] * region_tokens + index
+        written = live[:, None] & (index < region_tokens)
+        tl.store(tokens + at, token, mask=written)
+        if factors is not None:
+            tl.store(factors + at, factor[:, None] + tl.zeros([1, BLOCK_TOKENS], tl.float32), mask=written)
+
+
 @triton.jit(
     do_not_specialize=[
-        *("n_entries", "n_pairs", "topk", "region_height", "region_width", "columns", "height", "width"),
-        "n_regions",
+        *("n_entries", "region_height", "region_width", "columns", "height", "width", "n_regions"),
     ]
 )
 def list_tokens_kernel(
-    entries,
-    entry_factor,
-    tokens,
-    region_list,
-    factors,
+    r_idx,
+    r_weight,
+    lists,
     n_entries,
-    n_pairs,
-    topk,
     region_height,
     region_width,
     columns,
@@ -44,37 +66,25 @@ def list_tokens_kernel(
     n_regions,
     CONFIG: tl.constexpr,
 ):
-    """Expands BLOCK_ENTRIES entries into their regions' tokens; after the last entry, all regions in order.
+    """Lists the tokens of BLOCK_ENTRIES chosen regions; after the last choice, those of all regions in order.
 
-    An entry is a region (FROM_PAIRS false) or a pair, whose query region it stands for. `entry_factor` holds
-    the factor of every pair; entries that are no pairs stand in the order of pairs. None writes no factors.
+    A list that is None is left out.
     """
-    FROM_PAIRS: tl.constexpr = CONFIG.FROM_PAIRS
-    BLOCK_ENTRIES: tl.constexpr = CONFIG.BLOCK_ENTRIES
-    BLOCK_TOKENS: tl.constexpr = CONFIG.BLOCK_TOKENS
-    region_tokens = region_height * region_width
-    place = tl.program_id(0).to(tl.int64) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
+    place = tl.program_id(0).to(tl.int64) * CONFIG.BLOCK_ENTRIES + tl.arange(0, CONFIG.BLOCK_ENTRIES)
     listed = place < n_entries
-    other_region = place - n_entries
-    entry = tl.load(entries + place, mask=listed, other=0)
-    region = tl.where(listed, entry // topk if FROM_PAIRS else entry, other_region.to(tl.int32))
-    if entry_factor is not None:
-        graph_start = place // n_pairs * n_pairs
-        factor = tl.load(
-            entry_factor + (graph_start + entry if FROM_PAIRS else place), mask=listed, other=0.0
+    sizes = (region_height, region_width, columns, height, width)
+    if lists.token_list is not None:
+        region = tl.load(r_idx + place, mask=listed, other=0)
+        factor = None
+        if lists.factors is not None:
+            factor = tl.load(r_weight + place, mask=listed, other=0.0)
+        list_regions(
+            lists.token_list, lists.factors, place, region, factor, listed, sizes, CONFIG.BLOCK_TOKENS
         )
-    for start in tl.range(0, region_tokens, BLOCK_TOKENS):
-        index = start + tl.arange(0, BLOCK_TOKENS)[None, :]
-        in_region = index < region_tokens
-        token = token_of(region[:, None], index, region_height, region_width, columns, height, width)
-        at = place[:, None] * region_tokens + index
-        tl.store(tokens + at, token, mask=listed[:, None] & in_region)
-        if entry_factor is not None:
-            spread = factor[:, None] + tl.zeros([1, BLOCK_TOKENS], tl.float32)
-            tl.store(factors + at, spread, mask=listed[:, None] & in_region)
-        at = other_region[:, None] * region_tokens + index
-        is_other = ~listed & (other_region < n_regions)
-        tl.store(region_list + at, token, mask=is_other[:, None] & in_region)
+    if lists.region_list is not None:
+        region = (place - n_entries).to(tl.int32)
+        exists = ~listed & (region < n_regions)
+        list_regions(lists.region_list, None, region, region, None, exists, sizes, CONFIG.BLOCK_TOKENS)
 
 
 @triton.jit(do_not_specialize=["n_rows", "topk", "n_queries", "region_tokens", "n_keys", "kv_region_tokens"])
@@ -98,39 +108,64 @@ def mark_choices_kernel(
     BLOCK_MARKS: tl.constexpr = CONFIG.BLOCK_MARKS
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     region = tl.arange(0, BLOCK_MARKS)[None, :]
-    row_marks = tl.full([BLOCK_ROWS, BLOCK_MARKS], -32768.0, tl.float16)
+    own_marks = tl.full([BLOCK_ROWS, BLOCK_MARKS], -32768.0, tl.float16)
     for slot in tl.range(0, topk):
         choice = tl.load(r_idx + row.to(tl.int64) * topk + slot, mask=row < n_rows, other=-1)
-        row_marks = tl.where(choice[:, None] == region, 0.0, row_marks).to(tl.float16)
+        own_marks = tl.where(choice[:, None] == region, 0.0, own_marks).to(tl.float16)
     at = row.to(tl.int64)[:, None] * BLOCK_MARKS + region
-    tl.store(marks.query_marks + at, row_marks, mask=(row < n_rows)[:, None])
+    tl.store(marks.query_marks + at, own_marks, mask=(row < n_rows)[:, None])
     tl.store(marks.query_regions + row, row // region_tokens, mask=row < n_queries)
     own = tl.where((row // kv_region_tokens)[:, None] == region, 32768.0, 0.0).to(tl.float16)
     tl.store(marks.key_marks + at, own, mask=(row < n_keys)[:, None])
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_regions"])
-def invert_graph_kernel(r_idx, row_start, pairs, n_pairs, n_regions, CONFIG: tl.constexpr):
-    """Row of one key region: who chose it, ascending, and where the row starts; grid (N * G * P_kv,).
+@triton.jit(
+    do_not_specialize=[
+        *("n_pairs", "n_regions", "topk", "longest"),
+        *("region_height", "region_width", "columns", "height", "width"),
+    ]
+)
+def invert_graph_kernel(
+    r_idx,
+    r_weight,
+    inverse,
+    lists,
+    n_pairs,
+    n_regions,
+    topk,
+    longest,
+    region_height,
+    region_width,
+    columns,
+    height,
+    width,
+    CONFIG: tl.constexpr,
+):
+    """One key region's row: who chose it, its pieces, and the queries of its pairs; grid (N * G * P_kv,).
 
     A stable counting sort without atomics: every program counts the choices of smaller regions to find its
     row's start, then writes its own in order. All programs of a graph read 2 * P_kv * P * TOPK numbers: 19
     thousand at 49 regions and topk 4, a billion at 4096 regions and topk 32, where a sort would be due.
+
+    Without `lists` the row is all that is written.
     """
     BLOCK: tl.constexpr = CONFIG.BLOCK
     region = tl.program_id(0) % n_regions
     graph = (tl.program_id(0) // n_regions).to(tl.int64)
     choices = r_idx + graph * n_pairs
     start = 0
+    length = 0
     for first in tl.range(0, n_pairs, BLOCK):
         index = first + tl.arange(0, BLOCK)
         choice = tl.load(choices + index, mask=index < n_pairs, other=n_regions)
         start += tl.sum((choice < region).to(tl.int32), axis=0)
-    tl.store(row_start + graph * (n_regions + 1) + region, start)
+        length += tl.sum((choice == region).to(tl.int32), axis=0)
+    tl.store(inverse.row_start + graph * (n_regions + 1) + region, start)
     if region == n_regions - 1:
-        tl.store(row_start + graph * (n_regions + 1) + n_regions, n_pairs)
+        tl.store(inverse.row_start + graph * (n_regions + 1) + n_regions, n_pairs)
 
-    next_free = pairs + graph * n_pairs + start
+    row = inverse.pairs + graph * n_pairs + start
+    next_free = row
     for first in tl.range(0, n_pairs, BLOCK):
         index = first + tl.arange(0, BLOCK)
         choice = tl.load(choices + index, mask=index < n_pairs, other=n_regions)
@@ -138,38 +173,62 @@ def invert_graph_kernel(r_idx, row_start, pairs, n_pairs, n_regions, CONFIG: tl.
         tl.store(next_free + tl.cumsum(chosen, axis=0) - 1, index, mask=chosen != 0)
         next_free += tl.sum(chosen, axis=0)
 
+    if lists is not None:
+        n_extras = n_pairs // longest
+        _cut_row(
+            inverse.work + graph * (n_regions + n_extras) * 4,
+            region,
+            start,
+            length,
+            n_regions,
+            longest,
+            BLOCK,
+        )
+        # The threads of this program read what others of its threads have written.
+        tl.debug_barrier()
+        for first in tl.range(0, length, CONFIG.BLOCK_ENTRIES):
+            index = first + tl.arange(0, CONFIG.BLOCK_ENTRIES)
+            live = index < length
+            pair = tl.load(row + index, mask=live, other=0)
+            factor = None
+            if lists.factors is not None:
+                factor = tl.load(r_weight + graph * n_pairs + pair, mask=live, other=0.0)
+            list_regions(
+                lists.token_list,
+                lists.factors,
+                graph * n_pairs + start + index,
+                pair // topk,
+                factor,
+                live,
+                (region_height, region_width, columns, height, width),
+                CONFIG.BLOCK_TOKENS,
+            )
 
-@triton.jit(do_not_specialize=["n_regions", "n_extras", "longest"])
-def cut_rows_kernel(row_start, work, n_regions, n_extras, longest, CONFIG: tl.constexpr):
-    """Cuts one graph's rows into pieces of at most `longest` pairs; grid (N * G,).
 
-    The first piece of every row stands at its region's number, further ones behind, in order; a row of one
-    piece has partial -1, the pieces of a longer one number the partial sums that they write.
+@triton.jit
+def _cut_row(work, region, start, length, n_regions, longest, BLOCK: tl.constexpr):
+    """Cuts one region's row into pieces of at most `longest` pairs.
+
+    The first piece stands at its region's number, further ones behind the last region's. Where they go needs
+    no word of the other rows: if all pairs are dealt out in lots of `longest`, a row that starts in lot `a`
+    and ends in lot `b` has at most `b - a` further pieces, and the extra places from `a` to `b` are its own.
+    Of 2 * extras partial sums those from `2 * a` are its own likewise. A row of one piece has partial sum -1.
     """
-    BLOCK: tl.constexpr = CONFIG.BLOCK
-    graph = tl.program_id(0).to(tl.int64)
-    graph_work = work + graph * (n_regions + n_extras) * 4
-    used_extras, used_partials = 0, 0
-    for block in tl.range(0, n_regions, BLOCK):
-        region = block + tl.arange(0, BLOCK)
-        exists = region < n_regions
-        starts = row_start + graph * (n_regions + 1) + region
-        first = tl.load(starts, mask=exists, other=0)
-        last = tl.load(starts + 1, mask=exists, other=0)
-        pieces = tl.maximum((last - first + longest - 1) // longest, 1)
-        partials = tl.where(pieces > 1, pieces, 0)
-        partial = tl.where(pieces > 1, used_partials + tl.cumsum(partials, axis=0) - partials, -1)
-        extra = n_regions + used_extras + tl.cumsum(pieces - 1, axis=0) - pieces
-        for piece in tl.range(0, tl.max(pieces, axis=0)):
-            start = first + piece * longest
-            at = graph_work + tl.where(piece == 0, region, extra + piece) * 4
-            live = exists & (piece < pieces)
-            tl.store(at, region, mask=live)
-            tl.store(at + 1, start, mask=live)
-            tl.store(at + 2, tl.minimum(start + longest, last), mask=live)
-            tl.store(at + 3, tl.where(partial < 0, -1, partial + piece), mask=live)
-        used_extras += tl.sum(pieces - 1, axis=0)
-        used_partials += tl.sum(partials, axis=0)
-    for unused in tl.range(used_extras, n_extras, BLOCK):
-        index = unused + tl.arange(0, BLOCK)
-        tl.store(graph_work + (n_regions + index) * 4, -1, mask=index < n_extras)
+    pieces = tl.maximum((length + longest - 1) // longest, 1)
+    first_lot = start // longest
+    last_lot = (start + length) // longest
+    is_cut = pieces > 1
+    tl.store(work + region * 4, region)
+    tl.store(work + region * 4 + 1, start)
+    tl.store(work + region * 4 + 2, start + tl.minimum(length, longest))
+    tl.store(work + region * 4 + 3, tl.where(is_cut, 2 * first_lot, -1))
+    for first in tl.range(first_lot, last_lot, BLOCK):
+        lot = first + tl.arange(0, BLOCK)
+        own = lot < last_lot
+        piece = lot - first_lot + 1
+        at = work + (n_regions + lot) * 4
+        piece_start = start + piece * longest
+        tl.store(at, tl.where(piece < pieces, region, -1), mask=own)
+        tl.store(at + 1, piece_start, mask=own)
+        tl.store(at + 2, tl.minimum(piece_start + longest, start + length), mask=own)
+        tl.store(at + 3, 2 * first_lot + piece, mask=own)

@@ -1,119 +1,172 @@
-"""Launches of the routing kernels."""
+"""Launches of the routing kernels, added to a plan."""
+
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from ..arrays import Buffer
+from ..attention.arguments import Lists
 from ..grid import RegionGrid
 from ..lib.integers import cdiv, next_power_of_2
-from .arguments import MeansConfig, PairSumConfig, RouteConfig
-from .lists import inverse_graph
-from .route import region_means_kernel, route_kernel, sum_over_pairs_kernel
+from ..plan import Plan
+from .arguments import Inverse, MeansConfig, RouteConfig, RoutingGradientConfig
+from .gradient import key_routing_gradient_kernel, query_routing_gradient_kernel, spread_means_kernel
+from .route import region_means_kernel, route_kernel
 
-# Query regions of a program of `route`: the least that a matrix unit takes. Routing of BiFormer's third stage
-# (batch 64) took 44 us on an H200 with products off the matrix units, and takes 13 with them.
+# Query regions of a program of `route_kernel`: the least that a matrix unit takes. Routing of BiFormer's third
+# stage (batch 64) took 44 us on an H200 with products off the matrix units, and takes 13 with them.
 _ROUTE_QUERIES = 16
 # So many key regions fit shared memory as an operand; with more a query region has a program of its own.
 _ROUTE_OPERAND = 256
 # Elements of an operand, and the most channels in it: of 16, 32 and 64, timed by hand on an H200, the fastest
 # for 49 and 64 regions.
 _ROUTE_TILE, _ROUTE_CHANNELS = 4096, 64
-# Elements of a tile of tokens, and the most tokens in it, of `region_means`. Regions of a few tokens, as in
-# BiFormer's later stages, take tiles of more channels instead of dead rows: six tiles from 1 to 32 tokens,
-# each compiled when first met. One warp a program, which has its loads in flight at once and nothing to wait
-# for: on an H200 the means of BiFormer's second stage take 11 us, with four warps 34.
+# Listed tokens of a step, of all the regions that a program's query regions chose: 16 per thread.
+_LISTED = 2048
+# Elements of a tile of tokens, and the most tokens in it, of `region_means_kernel`. Regions of a few tokens,
+# as in BiFormer's later stages, take tiles of more channels instead of dead rows: six tiles from 1 to 32
+# tokens, each compiled when first met. One warp a program, which has its loads in flight at once and nothing
+# to wait for: on an H200 the means of BiFormer's second stage take 11 us, with four warps 34.
 _MEANS_TILE, _MEANS_TOKENS = 2048, 32
 
 
-def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels: int) -> Tensor:
-    """Means over every region's tokens.
+def launch_region_means(
+    plan: Plan, qkv: Buffer, padding: Buffer | None, grid: RegionGrid, means: Buffer
+) -> None:
+    """Adds the means over every region's tokens.
 
     Args:
+        plan: where to add them.
         qkv: contiguous `(N, H, W, packed_dim)`; float32, float16 or bfloat16.
         padding: `(packed_dim,)`, what tokens past the map's edge hold; None to leave them out.
         grid: the regions; without `padding` each has a token of the map.
-        channels: how many of the first channels to take.
-
-    Returns:
-        `(N, P, channels)` float32.
+        means: where they go, `(N, P, channels)` float32: of the first channels.
     """
-    means = qkv.new_empty(qkv.shape[0], grid.n_regions, channels, dtype=torch.float32)
-    if not qkv.shape[0]:
-        return means
-    block_tokens = min(_MEANS_TOKENS, next_power_of_2(grid.region_tokens))
-    block_c = min(_MEANS_TILE // block_tokens, next_power_of_2(channels))
-    with torch.cuda.device_of(qkv):
-        region_means_kernel[(qkv.shape[0] * grid.n_regions, cdiv(channels, block_c))](
-            *(qkv, padding, means),
-            *(grid.region_height, grid.region_width, grid.columns, grid.height, grid.width, grid.n_regions),
-            CONFIG=MeansConfig(channels, qkv.shape[-1], block_tokens, block_c),
-            num_warps=1,
-        )
-    return means
+    config = _means_config(qkv, means, grid)
+    plan.launch(
+        region_means_kernel,
+        (qkv.shape[0] * grid.n_regions, cdiv(config.MEAN_DIM, config.BLOCK_C)),
+        (qkv, padding, means),
+        (*grid.geometry, grid.n_regions, config),
+        num_warps=1,
+    )
 
 
-def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Chooses the `topk` key regions of the largest logits for every query region.
+def launch_spread_means(
+    plan: Plan, grad_means: Buffer, grad_qkv: Buffer, grid: RegionGrid, counts_padding: bool
+) -> None:
+    """Adds the gradient of the means, `(N, P, channels)` float32, to that of the map, in place."""
+    config = _means_config(grad_qkv, grad_means, grid)._replace(COUNTS_PADDING=counts_padding)
+    plan.launch(
+        spread_means_kernel,
+        (grad_qkv.shape[0] * grid.n_regions, cdiv(config.MEAN_DIM, config.BLOCK_C)),
+        (grad_means, grad_qkv),
+        (*grid.geometry, grid.n_regions, config),
+        num_warps=1,
+    )
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Region queries and keys, and what is chosen of them.
+
+    Attributes:
+        query: `(N, P, qk_dim)` float32; rows may be slices of wider ones.
+        key: likewise, strided alike.
+        r_weight: `(N, P, topk)` float32; None where nobody needs it.
+        r_idx: `(N, P, topk)` int32.
+        scale: factor of the logits.
+    """
+
+    query: Buffer
+    key: Buffer
+    r_weight: Buffer | None
+    r_idx: Buffer
+    scale: float
+
+
+def launch_route(
+    plan: Plan, routing: Routing, lists: Lists | None = None, grid: RegionGrid | None = None
+) -> None:
+    """Adds the choice of the key regions with the largest logits for every query region.
 
     Args:
-        query: `(N, P, qk_dim)` float32, region queries; rows may be slices of wider ones.
-        key: `(N, P, qk_dim)` float32, region keys, strided alike.
-        topk: regions to choose.
-        scale: factor of the logits.
-
-    Returns:
-        `r_weight` (float32), the softmax over the chosen logits, and `r_idx` (int32), both `(N, P, topk)`.
+        plan: where to add it.
+        routing: what is routed, and where the choice goes.
+        lists: the tokens of the chosen regions to be listed, too.
+        grid: with `lists`, the regions of keys and queries.
     """
-    batch, n_regions, dim = query.shape
-    assert query.stride() == key.stride()
-    r_weight = query.new_empty(batch, n_regions, topk)
-    r_idx = torch.empty_like(r_weight, dtype=torch.int32)
-    if not batch:
-        return r_weight, r_idx
+    batch, n_regions, topk = routing.r_idx.shape
     block_r = max(16, next_power_of_2(n_regions))
     block_q = _ROUTE_QUERIES if block_r <= _ROUTE_OPERAND else 1
-    block_c = max(1, min(_ROUTE_CHANNELS, _ROUTE_TILE // block_r))
-    with torch.cuda.device_of(query):
-        route_kernel[batch, cdiv(n_regions, block_q)](
-            *(query, key, r_weight, r_idx, scale, n_regions, topk),
-            CONFIG=RouteConfig(
-                DIM=dim,
-                ROW_STRIDE=_row_stride(query),
-                BLOCK_Q=block_q,
-                BLOCK_R=block_r,
-                BLOCK_C=block_c,
-                BLOCK_K=next_power_of_2(topk),
-                PRECISION="ieee" if torch.version.hip else "tf32x3",
-            ),
-            num_warps=8 if block_r == _ROUTE_OPERAND else 4,  # with 4 it spills on sm_80
-        )
-    return r_weight, r_idx
+    block_k = next_power_of_2(topk)
+    config = RouteConfig(
+        DIM=routing.query.shape[-1],
+        ROW_STRIDE=_row_stride(routing.query),
+        BLOCK_Q=block_q,
+        BLOCK_R=block_r,
+        BLOCK_C=max(1, min(_ROUTE_CHANNELS, _ROUTE_TILE // block_r)),
+        BLOCK_K=block_k,
+        PRECISION="ieee" if torch.version.hip else "tf32x3",
+        BLOCK_TOKENS=max(1, _LISTED // (block_q * block_k)),
+        BLOCK_REGION_TOKENS=_LISTED // block_q,
+    )
+    plan.launch(
+        route_kernel,
+        (batch, cdiv(n_regions, block_q)),
+        (routing.query, routing.key, routing.r_weight, routing.r_idx, lists),
+        (routing.scale, n_regions, topk, *(grid.geometry if grid else (1,) * 5), config),
+        num_warps=8 if block_r == _ROUTE_OPERAND else 4,  # with 4 it spills on sm_80
+    )
 
 
-def route_backward(
-    grad_weight: Tensor, r_weight: Tensor, r_idx: Tensor, query: Tensor, key: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `route`'s query and key, `(N, P, qk_dim)` float32, for the gradient of `r_weight`."""
-    batch, n_regions, topk = r_idx.shape
-    grads = tuple(x.new_empty(x.shape) for x in (query, key))
-    if not batch:
-        return grads[0], grads[1]
-    grad_logits = r_weight * (grad_weight - (r_weight * grad_weight).sum(-1, keepdim=True)) * scale
-    row_start, pairs = inverse_graph(r_idx[:, None], n_regions)
-    block_c = min(128, next_power_of_2(query.shape[-1]))
-    grid = (batch * n_regions, cdiv(query.shape[-1], block_c))
-    with torch.cuda.device_of(query):
-        for own_pairs, source, grad in ((None, key, grads[0]), (pairs, query, grads[1])):
-            sum_over_pairs_kernel[grid](
-                *(r_idx, row_start, own_pairs, grad_logits.contiguous(), source, grad, n_regions, topk),
-                CONFIG=PairSumConfig(query.shape[-1], _row_stride(source), block_c),
-                num_warps=4,
-            )
-    return grads[0], grads[1]
+def launch_route_gradient(
+    plan: Plan, routing: Routing, shares: Buffer, inverse: Inverse, grad_query: Buffer, grad_key: Buffer
+) -> None:
+    """Adds the gradients of region queries and keys.
+
+    Args:
+        plan: where to add them.
+        routing: the forward's.
+        shares: `(N, heads, P, tiles, topk)` float32: shares of the gradient of `r_weight`.
+        inverse: the inverse graph.
+        grad_query: where they go, `(N, P, qk_dim)` float32; rows may be slices of wider ones.
+        grad_key: likewise, strided alike.
+    """
+    batch, n_regions, topk = routing.r_idx.shape
+    dim = routing.query.shape[-1]
+    block_c = min(128, next_power_of_2(dim))
+    grid = (batch * n_regions, cdiv(dim, block_c))
+    config = RoutingGradientConfig(
+        dim, _row_stride(routing.query), _row_stride(grad_query), next_power_of_2(topk), block_c
+    )
+    grad_logits = plan.scratch(routing.r_idx.shape, torch.float32)
+    plan.launch(
+        query_routing_gradient_kernel,
+        grid,
+        (shares, routing.r_weight, routing.r_idx, routing.key, grad_logits, grad_query),
+        (routing.scale, n_regions, topk, shares.shape[1], shares.shape[3], config),
+        num_warps=4,
+    )
+    plan.launch(
+        key_routing_gradient_kernel,
+        grid,
+        (inverse.row_start, inverse.pairs, grad_logits, routing.query, grad_key),
+        (n_regions, topk, config),
+        num_warps=4,
+    )
 
 
-def _row_stride(x: Tensor) -> int:
+def _means_config(qkv: Buffer, means: Buffer, grid: RegionGrid) -> MeansConfig:
+    channels = means.shape[-1]
+    block_tokens = min(_MEANS_TOKENS, next_power_of_2(grid.region_tokens))
+    block_c = min(_MEANS_TILE // block_tokens, next_power_of_2(channels))
+    return MeansConfig(channels, qkv.shape[-1], block_tokens, block_c)
+
+
+def _row_stride(x: Buffer) -> int:
     """Elements from one region to the next; images must follow without a gap."""
-    stride = x.stride(1) if x.shape[1] > 1 else x.stride(0)
-    assert x.stride(2) == 1 or x.shape[2] == 1
-    assert x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.shape[1] * stride
-    return stride
+    of_image, stride, of_channel = x.stride()
+    assert of_channel == 1 or x.shape[2] == 1
+    assert x.shape[0] == 1 or x.shape[1] == 1 or of_image == x.shape[1] * stride
+    return stride if x.shape[1] > 1 else of_image

@@ -1,201 +1,230 @@
-"""Launches of the kernels that write lists: tokens of routed regions, inverse graph, pieces of its rows."""
+"""What the attention kernels walk: which arrays there are in which form, and the launches that write them.
 
+An attention has one of three forms. "routed": every region has a list of the tokens that it attends to.
+"masked": all regions share one list, and marks say which tokens a region chose. "whole": the map is one
+region, which attends to itself.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
-from torch import Tensor
 
+from ..arrays import Buffer
+from ..attention import masking
+from ..attention.arguments import Lists
 from ..grid import RegionGrid
 from ..lib.integers import cdiv, next_power_of_2
+from ..plan import Plan
 from ..problem import RoutedAttention
-from .arguments import GraphConfig, ListConfig, MarkConfig, Marks
-from .graph import cut_rows_kernel, invert_graph_kernel, list_tokens_kernel, mark_choices_kernel
+from .arguments import GraphConfig, Inverse, ListConfig, MarkConfig, Marks
+from .graph import invert_graph_kernel, list_tokens_kernel, mark_choices_kernel
 
+ROUTED, MASKED, WHOLE = "routed", "masked", "whole"
 # A row of the inverse graph longer than this many times the mean is cut, so that one region chosen by all
 # does not stall the grid. The partial sums of cut rows take at most 2 / LONGEST_TO_MEAN of a float32 copy of
 # keys and values.
 LONGEST_TO_MEAN = 4
-_BLOCK_ENTRIES, _BLOCK_TOKENS, _BLOCK_PAIRS = 8, 32, 256
+BLOCK_ENTRIES, BLOCK_TOKENS, _BLOCK_PAIRS = 8, 32, 256
+
+Layout = list[tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
 class KeyLists:
-    """What the kernels that own queries walk.
+    """What the kernels that own queries walk; see `attention.arguments.Lists`.
 
     Attributes:
-        region_list: `(P, S)` int32, tokens of the query regions.
-        key_list: `(N, G, P, topk * S_kv)` int32, keys of every region; -1 is padding.
-        factors: `(N, G, P, topk * S_kv)` float32, or None.
-        marks: None; or what masked attention needs, whose one `key_list` is `(P_kv * S_kv,)`.
+        query_regions: `(P, S)` int32, tokens of the query regions.
+        key_regions: `(P_kv, S_kv)` int32, tokens of the key regions; `query_regions` where the grids agree.
+        key_list: `(N, G, P, topk * S_kv)` int32, keys of every region; else `key_regions` as one row.
+        factors: of the shape of `key_list`, float32; None for 1.
+        marks: what masked attention needs; None in the other forms.
     """
 
-    region_list: Tensor
-    key_list: Tensor
-    factors: Tensor | None
-    marks: Marks | None = None
+    query_regions: Buffer
+    key_regions: Buffer
+    key_list: Buffer
+    factors: Buffer | None
+    marks: Marks | None
+
+    @property
+    def arguments(self) -> Lists:
+        """The lists as the kernels take them."""
+        return Lists(self.query_regions, self.key_list, self.factors)
 
 
 @dataclass(frozen=True)
 class QueryLists:
-    """What the kernel that owns keys walks.
+    """What the kernels that own keys walk.
 
     Attributes:
-        region_list: `(P_kv, S_kv)` int32, tokens of the key regions.
-        query_list: `(N, G, P * topk * S)` int32, queries of every pair in the order of the inverse graph.
-        factors: of the same shape, float32, or None.
-        row_start: `(N, G, P_kv + 1)` int32, rows of the inverse graph, in pairs.
-        work: `(N, G, P_kv + extras, 4)` int32, see `graph`.
+        arguments: the lists as the kernels take them.
+        inverse: the inverse graph; None in the forms that need none.
         longest: pairs in the longest piece of a row.
+        n_pieces: pieces of one graph.
         n_partials: partial sums that pieces of one graph write, at most.
-        marks: None; or what masked attention needs, whose one `query_list` is `(P * S,)`; it has no inverse
-            graph and no pieces.
     """
 
-    region_list: Tensor
-    query_list: Tensor
-    factors: Tensor | None
-    row_start: Tensor | None
-    work: Tensor | None
-    longest: int
-    n_partials: int
-    marks: Marks | None = None
+    arguments: Lists
+    inverse: Inverse | None
+    longest: int = 0
+    n_pieces: int = 1
+    n_partials: int = 0
 
 
-def list_keys(problem: RoutedAttention, masked: bool = False) -> KeyLists:
-    """Tokens of the query regions, and keys that each of them attends to; masked: all, and marks of those."""
-    if masked:
-        query_regions, key_regions = _list_regions(problem)
-        return KeyLists(query_regions, key_regions.view(-1), None, mark_choices(problem))
-    shape = (*problem.r_idx.shape[:3], problem.topk * problem.kv_grid.region_tokens)
-    keys, key_regions, factors = _list_tokens(problem.r_idx, problem.kv_grid, problem)
-    if problem.query_grid == problem.kv_grid:
-        query_regions = key_regions
-    else:
-        _, query_regions, _ = _list_tokens(None, problem.query_grid, problem)
-    return KeyLists(query_regions, keys.view(shape), None if factors is None else factors.view(shape))
-
-
-def list_queries(problem: RoutedAttention, masked: bool = False) -> QueryLists:
-    """Tokens of the key regions, and queries that attend to each of them; masked: all, and marks of those."""
-    if masked:
-        query_regions, key_regions = _list_regions(problem)
-        return QueryLists(key_regions, query_regions.view(-1), None, None, None, 0, 0, mark_choices(problem))
-    row_start, pairs = inverse_graph(problem.r_idx, problem.kv_grid.n_regions)
-    work, longest, n_partials = cut_rows(row_start, pairs.shape[-1])
-    queries, query_regions, factors = _list_tokens(pairs, problem.query_grid, problem, from_pairs=True)
-    if problem.query_grid == problem.kv_grid:
-        key_regions = query_regions
-    else:
-        _, key_regions, _ = _list_tokens(None, problem.kv_grid, problem)
-    shape = (*pairs.shape[:2], pairs.shape[-1] * problem.query_grid.region_tokens)
-    return QueryLists(
-        key_regions,
-        queries.view(shape),
-        None if factors is None else factors.view(shape),
-        row_start,
-        work,
-        longest,
-        n_partials,
-    )
-
-
-def mark_choices(problem: RoutedAttention) -> Marks:
-    """Writes the tables of masked attention; at most 64 key regions."""
-    r_idx, block = problem.r_idx, max(16, next_power_of_2(problem.kv_grid.n_regions))
-    n_queries, n_keys = (
-        grid.n_regions * grid.region_tokens for grid in (problem.query_grid, problem.kv_grid)
-    )
-    n_rows = r_idx.shape[0] * r_idx.shape[1] * r_idx.shape[2]
-    marks = Marks(
-        r_idx.new_empty(n_queries),
-        r_idx.new_empty(*r_idx.shape[:3], block, dtype=torch.float16),
-        r_idx.new_empty(n_keys, block, dtype=torch.float16),
-    )
-    with torch.cuda.device_of(r_idx):
-        mark_choices_kernel[(cdiv(max(n_rows, n_queries, n_keys), _BLOCK_ENTRIES),)](
-            *(r_idx, marks),
-            *(n_rows, problem.topk, n_queries, problem.query_grid.region_tokens),
-            *(n_keys, problem.kv_grid.region_tokens),
-            CONFIG=MarkConfig(_BLOCK_ENTRIES, block),
-            num_warps=1,
-        )
-    return marks
-
-
-def inverse_graph(r_idx: Tensor, n_regions: int) -> tuple[Tensor, Tensor]:
-    """Inverts the routing graph into compressed rows.
+def form_of(problem: RoutedAttention[Buffer], routing_learns: bool = False) -> str:
+    """The form of an attention.
 
     Args:
-        r_idx: contiguous `(N, G, P, topk)` int32, entries in `[0, n_regions)`.
-        n_regions: key regions, `P_kv`.
+        problem: the attention.
+        routing_learns: whether the factor's gradient is asked for, which needs lists.
+    """
+    if problem.r_idx is None:
+        return WHOLE
+    return MASKED if not routing_learns and masking.is_cheaper(problem) else ROUTED
 
-    Returns:
-        `row_start` `(N, G, P_kv + 1)` and `pairs` `(N, G, P * topk)`, both int32: row `r` of a graph,
-        `pairs[row_start[r] : row_start[r + 1]]`, lists the pairs `query_region * topk + slot` that chose key
-        region `r`, ascending.
+
+def key_list_layout(problem: RoutedAttention[Buffer], form: str) -> Layout:
+    """Shapes and types of the arrays of `KeyLists`, those that are there, in order."""
+    grid, kv_grid = problem.query_grid, problem.kv_grid
+    layout: Layout = [((grid.n_regions, grid.region_tokens), torch.int32)]
+    if kv_grid != grid:
+        layout.append(((kv_grid.n_regions, kv_grid.region_tokens), torch.int32))
+    if form == ROUTED:
+        listed = (problem.batch, problem.n_graphs, grid.n_regions, problem.topk * kv_grid.region_tokens)
+        layout.append((listed, torch.int32))
+        if problem.factor is not None:
+            layout.append((listed, torch.float32))
+    if form == MASKED:
+        block = max(16, next_power_of_2(kv_grid.n_regions))
+        layout += [
+            ((grid.n_regions * grid.region_tokens,), torch.int32),
+            ((problem.batch, problem.n_graphs, grid.n_regions, block), torch.float16),
+            ((kv_grid.n_regions * kv_grid.region_tokens, block), torch.float16),
+        ]
+    return layout
+
+
+def key_lists(problem: RoutedAttention[Buffer], form: str, arrays: Sequence[Buffer]) -> KeyLists:
+    """The lists whose arrays, in the order of `key_list_layout`, these are."""
+    query_regions, *rest = arrays
+    key_regions = rest.pop(0) if problem.kv_grid != problem.query_grid else query_regions
+    key_list, factors, marks = key_regions.view(prod(key_regions.shape)), None, None
+    if form == ROUTED:
+        key_list, *rest = rest
+        factors = rest[0] if rest else None
+    if form == MASKED:
+        marks = Marks(*rest)
+    return KeyLists(query_regions, key_regions, key_list, factors, marks)
+
+
+def launch_key_lists(plan: Plan, problem: RoutedAttention[Buffer], lists: KeyLists) -> None:
+    """Adds the launches that write the lists."""
+    routed = lists.marks is None and problem.r_idx is not None
+    same_grid = problem.query_grid == problem.kv_grid
+    if routed or same_grid:
+        _launch_list_tokens(
+            plan,
+            problem,
+            problem.kv_grid,
+            Lists(
+                lists.key_regions if same_grid else None, lists.key_list if routed else None, lists.factors
+            ),
+        )
+    if not same_grid:
+        _launch_list_tokens(plan, problem, problem.query_grid, Lists(lists.query_regions, None, None))
+        if not routed:
+            _launch_list_tokens(plan, problem, problem.kv_grid, Lists(lists.key_regions, None, None))
+    if lists.marks is not None:
+        _launch_marks(plan, problem, lists.marks)
+
+
+def launch_query_lists(plan: Plan, problem: RoutedAttention[Buffer], key_lists: KeyLists) -> QueryLists:
+    """Adds the launches that write what the kernels that own keys walk, and returns it."""
+    grid, kv_grid = problem.query_grid, problem.kv_grid
+    own = key_lists.key_regions
+    if key_lists.marks is not None or problem.r_idx is None:
+        return QueryLists(
+            Lists(own, key_lists.query_regions.view(grid.n_regions * grid.region_tokens), None), None
+        )
+    batch, n_graphs, n_rows, topk = problem.r_idx.shape
+    n_pairs, n_regions = n_rows * topk, kv_grid.n_regions
+    longest = LONGEST_TO_MEAN * cdiv(n_pairs, n_regions)
+    n_extras = n_pairs // longest
+    listed = (batch, n_graphs, n_pairs * grid.region_tokens)
+    factors = None if problem.factor is None else plan.scratch(listed, torch.float32)
+    lists = Lists(own, plan.scratch(listed, torch.int32), factors)
+    work = plan.scratch((batch, n_graphs, n_regions + n_extras, 4), torch.int32)
+    inverse = launch_inverse(plan, problem.r_idx, n_regions, problem.factor, (lists, work, longest, grid))
+    return QueryLists(lists, inverse, longest, n_regions + n_extras, 2 * n_extras)
+
+
+def launch_inverse(
+    plan: Plan,
+    r_idx: Buffer,
+    n_regions: int,
+    factor: Buffer | None = None,
+    listing: tuple[Lists, Buffer, int, RegionGrid] | None = None,
+) -> Inverse:
+    """Adds the launch that inverts the routing graph into compressed rows.
+
+    Args:
+        plan: where to add it.
+        r_idx: `(N, G, P, topk)` int32, contiguous, entries in `[0, n_regions)`.
+        n_regions: key regions, `P_kv`.
+        factor: `(N, G, P, topk)` float32, factor of every pair.
+        listing: lists of the queries to write, pieces of rows, pairs in the longest piece, and the grid of the
+            queries; None for the rows alone.
     """
     batch, n_graphs, n_rows, topk = r_idx.shape
-    n_pairs = n_rows * topk
-    row_start = r_idx.new_empty(batch, n_graphs, n_regions + 1)
-    pairs = r_idx.new_empty(batch, n_graphs, n_pairs)
-    if batch:
-        with torch.cuda.device_of(r_idx):
-            invert_graph_kernel[(batch * n_graphs * n_regions,)](
-                *(r_idx, row_start, pairs, n_pairs, n_regions), CONFIG=GraphConfig(_BLOCK_PAIRS), num_warps=4
-            )
-    return row_start, pairs
+    lists, work, longest, grid = listing or (None, None, 1, None)
+    inverse = Inverse(
+        plan.scratch((batch, n_graphs, n_regions + 1), torch.int32),
+        plan.scratch((batch, n_graphs, n_rows * topk), torch.int32),
+        work,
+    )
+    plan.launch(
+        invert_graph_kernel,
+        (batch * n_graphs * n_regions,),
+        (r_idx, factor, inverse, lists),
+        (
+            *(n_rows * topk, n_regions, topk, longest),
+            *(grid.geometry if grid else (1,) * 5),
+            GraphConfig(_BLOCK_PAIRS, BLOCK_ENTRIES, BLOCK_TOKENS),
+        ),
+        num_warps=4,
+    )
+    return inverse
 
 
-def cut_rows(row_start: Tensor, n_pairs: int) -> tuple[Tensor, int, int]:
-    """Cuts the inverse graph's rows into pieces of at most `LONGEST_TO_MEAN` times the mean row.
-
-    Args:
-        row_start: `(N, G, P_kv + 1)` from `inverse_graph`.
-        n_pairs: pairs in a graph.
-
-    Returns:
-        `work` `(N, G, P_kv + extras, 4)` int32 (see `graph`), the pairs in the longest piece, and how
-        many partial sums the pieces of one graph write at most. Sizes depend on shapes alone.
-    """
-    batch, n_graphs, n_regions = *row_start.shape[:2], row_start.shape[2] - 1
-    longest = LONGEST_TO_MEAN * cdiv(n_pairs, n_regions)
-    # Every further piece follows a full one, and a cut row has one first piece for its further ones.
-    n_extras = n_pairs // longest
-    work = row_start.new_empty(batch, n_graphs, n_regions + n_extras, 4)
-    if batch:
-        with torch.cuda.device_of(row_start):
-            cut_rows_kernel[(batch * n_graphs,)](
-                *(row_start, work, n_regions, n_extras, longest),
-                CONFIG=GraphConfig(_BLOCK_PAIRS),
-                num_warps=4,
-            )
-    return work, longest, 2 * n_extras
+def _launch_list_tokens(plan: Plan, problem: RoutedAttention[Buffer], grid: RegionGrid, lists: Lists) -> None:
+    n_entries = 0
+    if lists.token_list is not None:
+        assert problem.r_idx is not None
+        n_entries = prod(problem.r_idx.shape)
+    n_regions = 0 if lists.region_list is None else grid.n_regions
+    plan.launch(
+        list_tokens_kernel,
+        (cdiv(n_entries + n_regions, BLOCK_ENTRIES),),
+        (problem.r_idx, problem.factor, lists),
+        (n_entries, *grid.geometry, grid.n_regions, ListConfig(BLOCK_ENTRIES, BLOCK_TOKENS)),
+        num_warps=4,
+    )
 
 
-def _list_regions(problem: RoutedAttention) -> tuple[Tensor, Tensor]:
-    """Tokens of all query regions, and of all key regions."""
-    keys = queries = _list_tokens(None, problem.kv_grid, problem)[1]
-    if problem.query_grid != problem.kv_grid:
-        queries = _list_tokens(None, problem.query_grid, problem)[1]
-    return queries, keys
-
-
-def _list_tokens(
-    entries: Tensor | None, grid: RegionGrid, problem: RoutedAttention, from_pairs: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tokens of the listed regions, of all regions in order, and the listed ones' factors."""
-    like = problem.r_idx
-    n_entries = 0 if entries is None else entries.numel()
-    tokens = like.new_empty(n_entries, grid.region_tokens)
-    region_list = like.new_empty(grid.n_regions, grid.region_tokens)
-    factor = problem.factor if n_entries else None
-    factors = None if factor is None else torch.empty_like(tokens, dtype=torch.float32)
-    with torch.cuda.device_of(like):
-        list_tokens_kernel[(cdiv(n_entries + grid.n_regions, _BLOCK_ENTRIES),)](
-            *(tokens if entries is None else entries, factor, tokens, region_list, factors),
-            *(n_entries, like.shape[2] * like.shape[3], like.shape[3]),
-            *(grid.region_height, grid.region_width, grid.columns, grid.height, grid.width, grid.n_regions),
-            CONFIG=ListConfig(from_pairs, _BLOCK_ENTRIES, _BLOCK_TOKENS),
-            num_warps=4,
-        )
-    return tokens, region_list, factors
+def _launch_marks(plan: Plan, problem: RoutedAttention[Buffer], marks: Marks) -> None:
+    grid, kv_grid = problem.query_grid, problem.kv_grid
+    n_rows = problem.batch * problem.n_graphs * grid.n_regions
+    n_queries, n_keys = grid.n_regions * grid.region_tokens, kv_grid.n_regions * kv_grid.region_tokens
+    plan.launch(
+        mark_choices_kernel,
+        (cdiv(max(n_rows, n_queries, n_keys), BLOCK_ENTRIES),),
+        (problem.r_idx, marks),
+        (
+            *(n_rows, problem.topk, n_queries, grid.region_tokens, n_keys, kv_grid.region_tokens),
+            MarkConfig(BLOCK_ENTRIES, marks.key_marks.shape[-1]),
+        ),
+        num_warps=1,
+    )

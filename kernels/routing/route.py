@@ -1,4 +1,4 @@
-"""Region-level routing: means of the regions' queries and keys, logits and top-k in one pass, its gradient.
+"""Region-level routing: means of the regions' queries and keys, then logits and top-k in one pass.
 
 | array | shape | meaning |
 |---|---|---|
@@ -8,13 +8,14 @@
 | query, key | (N, P, DIM) fp32 | region queries and keys, rows ROW_STRIDE apart |
 | r_weight | (N, P, TOPK) fp32 | softmax over the chosen logits, descending |
 | r_idx | (N, P, TOPK) int32 | chosen regions, by descending logit, equal ones by ascending index |
-| row_start, pairs | | the inverse graph, see `graph` |
+| lists | | tokens of the chosen regions, see `attention.arguments.Lists`; None where they are listed apart |
 """
 
 import triton
 import triton.language as tl
 
 from ..lib.addressing import token_of
+from .graph import list_regions
 
 
 @triton.jit(do_not_specialize=["region_height", "region_width", "columns", "height", "width", "n_regions"])
@@ -59,20 +60,31 @@ def region_means_kernel(
     tl.store(means + (image * n_regions + region) * MEAN_DIM + channel, mean, mask=channel_live)
 
 
-@triton.jit(do_not_specialize=["n_regions", "topk"])
+@triton.jit(
+    do_not_specialize=[
+        *("n_regions", "topk", "region_height", "region_width", "columns", "height", "width"),
+    ]
+)
 def route_kernel(
     query,
     key,
     r_weight,
     r_idx,
+    lists,
     scale,
     n_regions,
     topk,
+    region_height,
+    region_width,
+    columns,
+    height,
+    width,
     CONFIG: tl.constexpr,
 ):
     """Logits of BLOCK_Q query regions against all key regions, and each one's topk largest; grid (N, blocks).
 
-    Several query regions share the keys that they load, and are as many as a matrix unit takes.
+    Several query regions share the keys that they load, and are as many as a matrix unit takes. Where the
+    attention walks the regions just chosen, their tokens are listed at once, which spares a launch.
     """
     DIM: tl.constexpr = CONFIG.DIM
     ROW_STRIDE: tl.constexpr = CONFIG.ROW_STRIDE
@@ -116,48 +128,29 @@ def route_kernel(
     weight = weight / tl.sum(weight, axis=1)[:, None]
     place = (image * n_regions + query_region[:, None]) * topk + slot
     stored = exists[:, None] & (slot < topk)
-    tl.store(r_weight + place, weight, mask=stored)
+    if r_weight is not None:
+        tl.store(r_weight + place, weight, mask=stored)
     tl.store(r_idx + place, top_regions, mask=stored)
-
-
-@triton.jit(do_not_specialize=["n_regions", "topk"])
-def sum_over_pairs_kernel(
-    r_idx,
-    row_start,
-    pairs,
-    grad_logits,
-    source,
-    grad,
-    n_regions,
-    topk,
-    CONFIG: tl.constexpr,
-):
-    """Gradient of one region's query (`pairs` None) or key: grid (N*P, blocks of channels).
-
-    Sums, over the pairs that the region takes part in, the logit's gradient times the other side's row.
-    """
-    DIM: tl.constexpr = CONFIG.DIM
-    SOURCE_STRIDE: tl.constexpr = CONFIG.SOURCE_STRIDE
-    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
-    region = tl.program_id(0) % n_regions
-    image = (tl.program_id(0) // n_regions).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    live = channel < DIM
-    n_pairs = n_regions * topk
-    if pairs is None:
-        first, last = region * topk, (region + 1) * topk
-    else:
-        row = row_start + image * (n_regions + 1) + region
-        first, last = tl.load(row), tl.load(row + 1)
-    total = tl.zeros([BLOCK_C], tl.float32)
-    for index in tl.range(first, last):
-        if pairs is None:
-            pair = index
-            other = tl.load(r_idx + image * n_pairs + pair)
-        else:
-            pair = tl.load(pairs + image * n_pairs + index)
-            other = pair // topk
-        weight = tl.load(grad_logits + image * n_pairs + pair)
-        other_row = source + (image * n_regions + other) * SOURCE_STRIDE
-        total += weight * tl.load(other_row + channel, mask=live, other=0.0)
-    tl.store(grad + (image * n_regions + region) * DIM + channel, total, mask=live)
+    if lists is not None:
+        ENTRIES: tl.constexpr = BLOCK_Q * BLOCK_K
+        list_regions(
+            lists.token_list,
+            lists.factors,
+            tl.reshape(place, [ENTRIES]),
+            tl.reshape(top_regions, [ENTRIES]),
+            tl.reshape(weight, [ENTRIES]),
+            tl.reshape(stored, [ENTRIES]),
+            (region_height, region_width, columns, height, width),
+            CONFIG.BLOCK_TOKENS,
+        )
+        if image == 0:
+            list_regions(
+                lists.region_list,
+                None,
+                query_region,
+                query_region,
+                None,
+                exists,
+                (region_height, region_width, columns, height, width),
+                CONFIG.BLOCK_REGION_TOKENS,
+            )

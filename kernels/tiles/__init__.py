@@ -7,6 +7,7 @@ from .choice import (
     choose,
     forget,
     form_of,
+    in_force,
     use_architecture,
     use_tiles,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "choose",
     "forget",
     "form_of",
+    "in_force",
     "use_architecture",
     "use_tiles",
 ]

@@ -7,7 +7,7 @@ What was measured on this very card (`bra-autotune`, kept in the user's cache) c
 that the package ships for the card's architecture or the nearest older one, read at the first launch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -116,6 +116,12 @@ def use_tiles(by_kernel: Mapping[str, Tile]) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def in_force() -> Hashable:
+    """Stands for what `use_architecture` and `use_tiles` have set in this thread; None for nothing."""
+    forced, arch = _forced.get(), _architecture.get()
+    return (arch, tuple(forced.items())) if forced or arch else None
 
 
 def architecture_of(device: torch.device) -> str:

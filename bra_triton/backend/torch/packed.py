@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
+from ...kernels.padding import padding_gradient, share_of_means
 from ...kernels.problem import (
     AttentionResult,
     Gradients,
-    LepeGradients,
     Needs,
     PackedAttention,
     PackedGradients,
-    Padding,
     RoutedAttention,
 )
 from .attention import attend_routed, attention_backward
@@ -64,15 +63,20 @@ def attend_backward(
     if problem.routing_learns:
         assert small.factor is not None
         grad_means = _route_gradient(small.factor[:, 0], problem, result)
-    means_of_padding = None
     if grad_means is not None and problem.means is None:
-        of_tokens, means_of_padding = region_means_gradient(
+        grad_qkv[..., : 2 * qk_dim] += region_means_gradient(
             grad_means, settings.counts_padding, settings.grid
         )
-        grad_qkv[..., : 2 * qk_dim] += of_tokens
     grad_padding = None
     if problem.padding is not None and needs.padding:
-        grad_padding = _padding_gradient(problem, small.padding, of_lepe, means_of_padding)
+        of_means = None
+        if grad_means is not None and problem.means is None and settings.counts_padding:
+            of_means = share_of_means(grad_means, settings.grid)
+        of_keys_values = (
+            None if small.padding is None else torch.cat((small.padding.key, small.padding.value))
+        )
+        of_lepe_fill = None if of_lepe is None else of_lepe.fill
+        grad_padding = padding_gradient(problem.padding, qk_dim, of_keys_values, of_lepe_fill, of_means)
     return PackedGradients(
         grad_qkv,
         grad_kv if needs.kv else None,
@@ -110,26 +114,6 @@ def _route_gradient(grad_weight: Tensor, problem: PackedAttention[Tensor], resul
     query, key = _means(problem).split(problem.settings.qk_dim, dim=-1)
     scale = problem.settings.routing_scale
     return torch.cat(route_backward(grad_weight, result.r_weight, result.r_idx, query, key, scale), dim=-1)
-
-
-def _padding_gradient(
-    problem: PackedAttention[Tensor],
-    of_attention: Padding[Tensor] | None,
-    of_lepe: LepeGradients[Tensor] | None,
-    of_means: Tensor | None,
-) -> Tensor:
-    """Gradient of the packed row of padding, from the shares of attention, LePE and region means."""
-    padding, qk_dim = problem.padding, problem.settings.qk_dim
-    assert padding is not None
-    total = torch.zeros_like(padding, dtype=torch.promote_types(padding.dtype, torch.float32))
-    if of_attention is not None:
-        total[qk_dim : 2 * qk_dim] += of_attention.key
-        total[2 * qk_dim :] += of_attention.value
-    if of_lepe is not None and of_lepe.fill is not None:
-        total[2 * qk_dim :] += of_lepe.fill
-    if of_means is not None and problem.settings.counts_padding:
-        total[: 2 * qk_dim] += of_means
-    return total.to(padding.dtype)
 
 
 def _cast(x: Tensor | None, like: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...kernels.grid import RegionGrid
+from ...kernels.padding import tokens_inside
 
 
 def to_regions(x: Tensor, grid: RegionGrid, n_graphs: int = 1, padding: Tensor | None = None) -> Tensor:
@@ -56,18 +57,6 @@ def counted_tokens(grid: RegionGrid, padding: Tensor | None, device: torch.devic
     if padding is not None or not grid.is_padded:
         return grid.region_tokens
     return tokens_inside(grid, device).view(-1, 1)
-
-
-def tokens_inside(grid: RegionGrid, device: torch.device) -> Tensor:
-    """How many of each region's tokens are no padding, `(rows, columns)`; counted on the device."""
-    inside = []
-    for count, region_side, side in (
-        (grid.rows, grid.region_height, grid.height),
-        (grid.columns, grid.region_width, grid.width),
-    ):
-        first = torch.arange(count, device=device) * region_side
-        inside.append((side - first).clamp(0, region_side))
-    return inside[0][:, None] * inside[1]
 
 
 def sum_over_padding(regions: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Tensor:

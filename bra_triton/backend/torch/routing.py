@@ -5,9 +5,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ...kernels.grid import RegionGrid
+from ...kernels.padding import tokens_inside
 from ...kernels.problem import statistic_dtype
 from ...topk import select_topk
-from .regions import add_rows, counted_tokens, flat_index, pad_map, tokens_inside
+from .regions import add_rows, counted_tokens, flat_index, pad_map
 
 
 def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels: int) -> Tensor:
@@ -62,8 +63,8 @@ def route_backward(
     return grad_query.view_as(query), grad_key.view_as(key)
 
 
-def region_means_gradient(grad: Tensor, counts_padding: bool, grid: RegionGrid) -> tuple[Tensor, Tensor]:
-    """What tokens receive from the gradient of region means.
+def region_means_gradient(grad: Tensor, counts_padding: bool, grid: RegionGrid) -> Tensor:
+    """What the tokens of the map receive from the gradient of region means.
 
     Args:
         grad: `(N, P, C)`.
@@ -71,12 +72,9 @@ def region_means_gradient(grad: Tensor, counts_padding: bool, grid: RegionGrid) 
         grid: the regions.
 
     Returns:
-        For the map `(N, H, W, C)`, a view or not; for the row that all padding holds, `(C,)`.
+        `(N, H, W, C)`, a view or not.
     """
-    n_inside = tokens_inside(grid, grad.device)
-    per_token = grad / (grid.region_tokens if counts_padding else n_inside.view(-1, 1))
-    per_token = per_token.unflatten(1, (grid.rows, grid.columns))
+    counted = grid.region_tokens if counts_padding else tokens_inside(grid, grad.device).view(-1, 1)
+    per_token = (grad / counted).unflatten(1, (grid.rows, grid.columns))
     rows = per_token.repeat_interleave(grid.region_height, dim=1)[:, : grid.height]
-    tokens = rows.repeat_interleave(grid.region_width, dim=2)[:, :, : grid.width]
-    n_padded = grid.region_tokens - n_inside
-    return tokens, (per_token * n_padded[..., None]).sum(dim=(0, 1, 2))
+    return rows.repeat_interleave(grid.region_width, dim=2)[:, :, : grid.width]

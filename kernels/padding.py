@@ -1,0 +1,47 @@
+"""Gradient of the row that all padding holds, put together from its shares; plain PyTorch, for all backends."""
+
+import torch
+from torch import Tensor
+
+from .grid import RegionGrid
+
+
+def tokens_inside(grid: RegionGrid, device: torch.device) -> Tensor:
+    """How many of each region's tokens are no padding, `(rows, columns)`; counted on the device."""
+    inside = []
+    for count, region_side, side in (
+        (grid.rows, grid.region_height, grid.height),
+        (grid.columns, grid.region_width, grid.width),
+    ):
+        first = torch.arange(count, device=device) * region_side
+        inside.append((side - first).clamp(0, region_side))
+    return inside[0][:, None] * inside[1]
+
+
+def share_of_means(grad_means: Tensor, grid: RegionGrid) -> Tensor:
+    """What padding that takes part in region means receives: of `(N, P, C)`, `(C,)`."""
+    n_padded = (grid.region_tokens - tokens_inside(grid, grad_means.device)).view(-1, 1)
+    return (grad_means * n_padded).sum((0, 1)) / grid.region_tokens
+
+
+def padding_gradient(
+    padding: Tensor,
+    qk_dim: int,
+    of_keys_values: Tensor | None,
+    of_lepe: Tensor | None,
+    of_means: Tensor | None,
+) -> Tensor:
+    """Gradient of the packed row of padding.
+
+    Args:
+        padding: `(2*qk_dim + dim,)`.
+        qk_dim: channels of the queries and of the keys.
+        of_keys_values: `(qk_dim + dim,)`: the attention's share.
+        of_lepe: `(dim,)`: LePE's share.
+        of_means: `(2*qk_dim,)`: the region means' share.
+    """
+    total = torch.zeros_like(padding, dtype=torch.promote_types(padding.dtype, torch.float32))
+    for start, share in ((qk_dim, of_keys_values), (2 * qk_dim, of_lepe), (0, of_means)):
+        if share is not None:
+            total[start : start + share.shape[0]] += share
+    return total.to(padding.dtype)
