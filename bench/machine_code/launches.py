@@ -249,7 +249,7 @@ def _tensors(bound: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name, value in bound.items():
         if isinstance(value, Tensor):
             yield name, value
-        elif isinstance(value, tuple) and name != "CONFIG":
+        elif hasattr(value, "_asdict") and name != "CONFIG":
             yield from ((f"{name}.{inner}", x) for inner, x in value._asdict().items() if x is not None)
 
 

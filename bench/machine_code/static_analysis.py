@@ -269,11 +269,11 @@ def _triton_compile(specimen: KernelSpecimen, target: GPUTarget) -> Any:
 def _arguments(signature: Mapping[str, Any]) -> Iterator[tuple[tuple[int, ...], str, str]]:
     """Path, name and type of every argument, groups taken apart: ((0, 2), "maps.value", "*fp16")."""
     for index, (name, kind) in enumerate(signature.items()):
-        if isinstance(kind, tuple):
-            for inner, (field_name, member) in enumerate(zip(type(kind)._fields, kind, strict=True)):
-                yield (index, inner), f"{name}.{field_name}", member
-        else:
+        if isinstance(kind, str):
             yield (index,), name, kind
+        else:
+            for inner, (member, member_kind) in enumerate(kind._asdict().items()):
+                yield (index, inner), f"{name}.{member}", member_kind
 
 
 def _run_nvidia_tool(tool: str, flag: str, cubin: bytes) -> str:

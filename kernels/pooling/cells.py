@@ -6,14 +6,13 @@ pooling and strided convolution, and samples drawn on the device need never be k
 | array | shape | meaning |
 |---|---|---|
 | x, grad_x | (N, HEIGHT, WIDTH, TOKEN_STRIDE), of which CHANNELS | a slice of a packed NHWC map |
-| fill | (CHANNELS,) | what tokens past the map's edge hold; read where PADDED |
-| row_cells, column_cells | (cells, 2) int32 | start and end of each cell in a region; both ascend |
-| row_holders, column_holders | (h, 2), (w, 2) int32 | first cell that holds each token, and first past them |
-| weight | (KERNEL_HEIGHT * KERNEL_WIDTH, CHANNELS) fp32 | depthwise kernel, taps first; read where weighted |
-| bias | (CHANNELS,) fp32 | read where weighted |
+| fill | (CHANNELS,) | what tokens past the map's edge hold; None where the map is not padded |
+| taps | | weight and bias of a convolution, see `Taps`; None for other modes |
+| cells | | start and end of every cell, see `Cells` |
+| holders | | the cells that hold every token, see `Holders` |
 | pooled, grad_pooled | (N, rows * cells_high, columns * cells_wide, CHANNELS) | pooled map, NHWC |
-| argmax | as pooled, int32 | token of the region that is the maximum, row-major; where MODE is max |
-| fill_partials | (N * strips, CHANNELS) fp32 | each program's share of the gradient of fill; where PADDED |
+| argmax | as pooled, int32 | token of the region that is the maximum, row-major; None for other modes |
+| fill_partials | (N * strips, CHANNELS) fp32 | each program's share of the gradient of fill, or None |
 | weight_partials | (strips, taps, CHANNELS) fp32 | each program's share of the gradient of weight |
 
 A tile is BLOCK_T tokens of a map in row-major order times BLOCK_C channels. The backward owns tokens of the
@@ -47,30 +46,27 @@ def _load_tokens(
     live,
     height,
     width,
-    TOKEN_STRIDE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PADDED: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
-    """Channels of tokens of an image, (tokens, channels) in float32; `fill` past the map's edge."""
-    if PADDED:
+    """Channels of tokens of an image, (tokens, channels) in float32; `fill`, if any, past the map's edge."""
+    CHANNELS: tl.constexpr = CONFIG.CHANNELS
+    if fill is not None:
         live = live & (row < height) & (column < width)
     token = (row * width + column).to(tl.int64)
-    rows = image + token[:, None] * TOKEN_STRIDE + channel[None, :]
+    rows = image + token[:, None] * CONFIG.TOKEN_STRIDE + channel[None, :]
     value = tl.load(rows, mask=live[:, None] & (channel < CHANNELS)[None, :], other=0.0).to(tl.float32)
-    if PADDED:
+    if fill is not None:
         padding = tl.load(fill + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)
         value = tl.where(live[:, None], value, padding[None, :])
     return value
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def pool(
+def pool_kernel(
     x,
     fill,
-    weight,
-    bias,
-    row_cells,
-    column_cells,
+    taps,
+    cells,
     pooled,
     argmax,
     height,
@@ -81,29 +77,27 @@ def pool(
     columns,
     cells_high,
     cells_wide,
-    MODE: tl.constexpr,
-    KERNEL_WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """A tile of the pooled map; grid (N * tiles, channel blocks)."""
+    MODE: tl.constexpr = CONFIG.MODE
+    CHANNELS: tl.constexpr = CONFIG.CHANNELS
+    BLOCK_T: tl.constexpr = CONFIG.BLOCK_T
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     pooled_width = columns * cells_wide
     pooled_tokens = rows * cells_high * pooled_width
     tiles = tl.cdiv(pooled_tokens, BLOCK_T)
     # 64 bits, since the image's offset in the batch may pass 2**31 elements.
     image = (tl.program_id(0) // tiles).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    x += image * height * width * TOKEN_STRIDE
+    x += image * height * width * CONFIG.TOKEN_STRIDE
 
     cell = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     live = cell < pooled_tokens
     pooled_row = cell // pooled_width
     pooled_column = cell % pooled_width
-    row_start, row_end = _span(row_cells, pooled_row % cells_high, live)
-    column_start, column_end = _span(column_cells, pooled_column % cells_wide, live)
+    row_start, row_end = _span(cells.rows, pooled_row % cells_high, live)
+    column_start, column_end = _span(cells.columns, pooled_column % cells_wide, live)
     region_top = pooled_row // cells_high * region_height
     region_left = pooled_column // cells_wide * region_width
 
@@ -125,9 +119,7 @@ def pool(
                 inside,
                 height,
                 width,
-                TOKEN_STRIDE,
-                CHANNELS,
-                PADDED,
+                CONFIG,
             )
             if MODE == "max":
                 better = inside[:, None] & ((value > total) | (value != value))
@@ -136,12 +128,12 @@ def pool(
             elif MODE == "mean":
                 total += tl.where(inside[:, None], value, 0.0)
             else:
-                tap = weight + (i * KERNEL_WIDTH + j) * CHANNELS + channel
+                tap = taps.weight + (i * CONFIG.KERNEL_WIDTH + j) * CHANNELS + channel
                 total += value * tl.load(tap, mask=channel < CHANNELS, other=0.0)[None, :]
     if MODE == "mean":
         total = total / ((row_end - row_start) * (column_end - column_start)).to(tl.float32)[:, None]
     if MODE == "weighted":
-        total += tl.load(bias + channel, mask=channel < CHANNELS, other=0.0)[None, :]
+        total += tl.load(taps.bias + channel, mask=channel < CHANNELS, other=0.0)[None, :]
 
     element = image * pooled_tokens * CHANNELS + cell[:, None] * CHANNELS + channel[None, :]
     stored = live[:, None] & (channel < CHANNELS)[None, :]
@@ -151,12 +143,14 @@ def pool(
 
 
 @triton.jit(do_not_specialize=["count", "side"])
-def invert_cells(cells, holders, count, side, BLOCK: tl.constexpr, BLOCK_CELLS: tl.constexpr):
+def invert_cells_kernel(cells, holders, count, side, CONFIG: tl.constexpr):
     """Which cells hold each token of an axis; grid (blocks of tokens,).
 
     Of cells in ascending order those that end at or before a token come before its first, and those that
     start at or before it end with its last: both are counted.
     """
+    BLOCK: tl.constexpr = CONFIG.BLOCK
+    BLOCK_CELLS: tl.constexpr = CONFIG.BLOCK_CELLS
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = tl.zeros([BLOCK], tl.int32)
     stop = tl.zeros([BLOCK], tl.int32)
@@ -171,14 +165,12 @@ def invert_cells(cells, holders, count, side, BLOCK: tl.constexpr, BLOCK_CELLS: 
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def pool_backward(
+def pool_backward_kernel(
     grad_pooled,
     argmax,
     weight,
-    row_cells,
-    column_cells,
-    row_holders,
-    column_holders,
+    cells,
+    holders,
     grad_x,
     fill_partials,
     height,
@@ -191,23 +183,22 @@ def pool_backward(
     cells_wide,
     strips,
     strip_tiles,
-    MODE: tl.constexpr,
-    KERNEL_WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Gradient of a strip of the padded map; grid (N * strips, channel blocks)."""
+    MODE: tl.constexpr = CONFIG.MODE
+    CHANNELS: tl.constexpr = CONFIG.CHANNELS
+    BLOCK_T: tl.constexpr = CONFIG.BLOCK_T
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     pooled_width = columns * cells_wide
     image = (tl.program_id(0) // strips).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_live = (channel < CHANNELS)[None, :]
-    grad_x += image * height * width * TOKEN_STRIDE
+    grad_x += image * height * width * CONFIG.TOKEN_STRIDE
     first_element = image * (rows * cells_high * pooled_width) * CHANNELS
     grad_pooled += first_element
-    argmax += first_element
+    if MODE == "max":
+        argmax += first_element
 
     fill_total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     first_tile = tl.program_id(0) % strips * strip_tiles
@@ -218,18 +209,18 @@ def pool_backward(
         live = map_row < rows * region_height
         row = map_row % region_height
         column = map_column % region_width
-        first_row, stop_row = _span(row_holders, row, live)
-        first_column, stop_column = _span(column_holders, column, live)
+        first_row, stop_row = _span(holders.rows, row, live)
+        first_column, stop_column = _span(holders.columns, column, live)
         pooled_top = map_row // region_height * cells_high
         pooled_left = map_column // region_width * cells_wide
 
         total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
         for i in tl.range(0, tl.max(stop_row - first_row, axis=0)):
             row_inside = live & (first_row + i < stop_row)
-            row_start, row_end = _span(row_cells, first_row + i, row_inside)
+            row_start, row_end = _span(cells.rows, first_row + i, row_inside)
             for j in tl.range(0, tl.max(stop_column - first_column, axis=0)):
                 inside = row_inside & (first_column + j < stop_column)
-                column_start, column_end = _span(column_cells, first_column + j, inside)
+                column_start, column_end = _span(cells.columns, first_column + j, inside)
                 cell = (pooled_top + first_row + i) * pooled_width + pooled_left + first_column + j
                 element = cell[:, None] * CHANNELS + channel[None, :]
                 loaded = inside[:, None] & channel_live
@@ -241,28 +232,27 @@ def pool_backward(
                     size = (row_end - row_start) * (column_end - column_start)
                     total += grad / size.to(tl.float32)[:, None]
                 else:
-                    tap = (row - row_start) * KERNEL_WIDTH + column - column_start
-                    taps = weight + tap[:, None] * CHANNELS + channel[None, :]
-                    total += grad * tl.load(taps, mask=loaded, other=0.0)
+                    tap = (row - row_start) * CONFIG.KERNEL_WIDTH + column - column_start
+                    tap_weights = weight + tap[:, None] * CHANNELS + channel[None, :]
+                    total += grad * tl.load(tap_weights, mask=loaded, other=0.0)
 
         in_map = live & (map_row < height) & (map_column < width)
         token = (map_row * width + map_column).to(tl.int64)
-        tokens = grad_x + token[:, None] * TOKEN_STRIDE + channel[None, :]
+        tokens = grad_x + token[:, None] * CONFIG.TOKEN_STRIDE + channel[None, :]
         tl.store(tokens, total.to(grad_x.dtype.element_ty), mask=in_map[:, None] & channel_live)
-        if PADDED:
+        if fill_partials is not None:
             fill_total += tl.where((live & ~in_map)[:, None], total, 0.0)
-    if PADDED:
+    if fill_partials is not None:
         partial = fill_partials + tl.program_id(0).to(tl.int64) * CHANNELS + channel
         tl.store(partial, tl.sum(fill_total, axis=0), mask=channel < CHANNELS)
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def weight_gradient(
+def pool_weight_gradient_kernel(
     grad_pooled,
     x,
     fill,
-    row_cells,
-    column_cells,
+    cells,
     weight_partials,
     height,
     width,
@@ -274,14 +264,13 @@ def weight_gradient(
     cells_wide,
     tiles,
     strip_tiles,
-    KERNEL_WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Gradient of one tap from a strip of the pooled maps' N * tiles; grid (strips, channel blocks, taps)."""
+    KERNEL_WIDTH: tl.constexpr = CONFIG.KERNEL_WIDTH
+    CHANNELS: tl.constexpr = CONFIG.CHANNELS
+    BLOCK_T: tl.constexpr = CONFIG.BLOCK_T
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     pooled_width = columns * cells_wide
     pooled_tokens = rows * cells_high * pooled_width
     image_tiles = tl.cdiv(pooled_tokens, BLOCK_T)
@@ -296,10 +285,10 @@ def weight_gradient(
         live = cell < pooled_tokens
         pooled_row = cell // pooled_width
         pooled_column = cell % pooled_width
-        row_start, _ = _span(row_cells, pooled_row % cells_high, live)
-        column_start, _ = _span(column_cells, pooled_column % cells_wide, live)
+        row_start, _ = _span(cells.rows, pooled_row % cells_high, live)
+        column_start, _ = _span(cells.columns, pooled_column % cells_wide, live)
         value = _load_tokens(
-            x + image * height * width * TOKEN_STRIDE,
+            x + image * height * width * CONFIG.TOKEN_STRIDE,
             fill,
             pooled_row // cells_high * region_height + row_start + tap // KERNEL_WIDTH,
             pooled_column // cells_wide * region_width + column_start + tap % KERNEL_WIDTH,
@@ -307,9 +296,7 @@ def weight_gradient(
             live,
             height,
             width,
-            TOKEN_STRIDE,
-            CHANNELS,
-            PADDED,
+            CONFIG,
         )
         element = image * pooled_tokens * CHANNELS + cell[:, None] * CHANNELS + channel[None, :]
         loaded = live[:, None] & (channel < CHANNELS)[None, :]

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ..lib.integers import cdiv, next_power_of_2
 from ..lib.maps import row_stride
-from . import cells as kernels
+from .arguments import Cells, Holders, InvertConfig, PoolingConfig, Taps
+from .cells import invert_cells_kernel, pool_backward_kernel, pool_kernel, pool_weight_gradient_kernel
 from .problem import MAX, PoolingGradients, RegionPooling
 
 # Two 16-byte loads in flight a thread. Predicted, not measured; with twice as much float32 spills.
@@ -41,21 +42,15 @@ def pool_forward(
     pooled = x.new_empty(x.shape[0], grid.height, grid.width, x.shape[-1])
     argmax = torch.empty_like(pooled, dtype=torch.int32) if pooling.mode == MAX else None
     if pooled.numel():
-        constants = _constants(x, pooling, weight)
-        tiles = cdiv(grid.height * grid.width, constants["BLOCK_T"])
+        config = _config(x, pooling, weight)
+        tiles = cdiv(grid.height * grid.width, config.BLOCK_T)
+        taps = None if weight is None or bias is None else Taps(_taps_first(weight), bias.float())
         with torch.cuda.device_of(x):
-            kernels.pool[x.shape[0] * tiles, _channel_blocks(constants)](
-                x,
-                _or(fill, x),
-                x if weight is None else _taps_first(weight),
-                x if bias is None else bias.float(),
-                pooling.row_cells,
-                pooling.column_cells,
-                pooled,
-                _or(argmax, pooling.row_cells),
+            pool_kernel[x.shape[0] * tiles, _channel_blocks(config)](
+                *(x, fill if pooling.grid.is_padded else None, taps, _cells(pooling), pooled, argmax),
                 *_sizes(pooling),
-                MODE=pooling.mode,
-                **constants,
+                CONFIG=config,
+                num_warps=NUM_WARPS,
             )
     return pooled, argmax
 
@@ -81,28 +76,20 @@ def pool_backward(
         grad_x: where to write the gradient of `x`; `(N, H, W, C)` with the strides of `x`. Every element is
             written once.
     """
-    constants = _constants(grad_x, pooling, weight)
+    config = _config(grad_x, pooling, weight)
     grid = pooling.grid
     padded_tokens = grid.n_regions * grid.region_tokens
-    strips, strip_tiles = _strips(cdiv(padded_tokens, constants["BLOCK_T"]))
+    strips, strip_tiles = _strips(cdiv(padded_tokens, config.BLOCK_T))
     programs, channels = x.shape[0] * strips, x.shape[-1]
     partials = x.new_empty(programs if grid.is_padded else 0, channels, dtype=torch.float32)
     if grad_x.numel():
         with torch.cuda.device_of(x):
-            kernels.pool_backward[programs, _channel_blocks(constants)](
-                grad_pooled,
-                _or(argmax, pooling.row_cells),
-                x if weight is None else _taps_first(weight),
-                pooling.row_cells,
-                pooling.column_cells,
-                *_holders(pooling),
-                grad_x,
-                partials,
-                *_sizes(pooling),
-                strips,
-                strip_tiles,
-                MODE=pooling.mode,
-                **constants,
+            pool_backward_kernel[programs, _channel_blocks(config)](
+                *(grad_pooled, argmax, None if weight is None else _taps_first(weight)),
+                *(_cells(pooling), _holders(pooling), grad_x, partials if grid.is_padded else None),
+                *(*_sizes(pooling), strips, strip_tiles),
+                CONFIG=config,
+                num_warps=NUM_WARPS,
             )
     grad_fill = partials.sum(0) if grid.is_padded else None
     if weight is None:
@@ -111,19 +98,24 @@ def pool_backward(
     return PoolingGradients(grad_fill, _weight_gradient(grad_pooled, x, fill, pooling, weight), grad_bias)
 
 
-def _holders(pooling: RegionPooling) -> tuple[Tensor, Tensor]:
-    """For each axis `(tokens, 2)`: the first cell that holds each token, and the first past them."""
+def _cells(pooling: RegionPooling) -> Cells:
+    return Cells(pooling.row_cells, pooling.column_cells)
+
+
+def _holders(pooling: RegionPooling) -> Holders:
+    """The cells that hold each token; one table for both axes where they have the same cells."""
     grid = pooling.grid
     rows = _invert(pooling.row_cells, grid.region_height)
     if pooling.column_cells is pooling.row_cells and grid.region_width == grid.region_height:
-        return rows, rows
-    return rows, _invert(pooling.column_cells, grid.region_width)
+        return Holders(rows, rows)
+    return Holders(rows, _invert(pooling.column_cells, grid.region_width))
 
 
 def _invert(cells: Tensor, side: int) -> Tensor:
     holders = cells.new_empty(side, 2)
-    kernels.invert_cells[(cdiv(side, 32),)](
-        cells, holders, cells.shape[0], side, BLOCK=32, BLOCK_CELLS=32, num_warps=1
+    config = InvertConfig(BLOCK=32, BLOCK_CELLS=32)
+    invert_cells_kernel[(cdiv(side, config.BLOCK),)](
+        cells, holders, cells.shape[0], side, CONFIG=config, num_warps=1
     )
     return holders
 
@@ -131,42 +123,34 @@ def _invert(cells: Tensor, side: int) -> Tensor:
 def _weight_gradient(
     grad_pooled: Tensor, x: Tensor, fill: Tensor | None, pooling: RegionPooling, weight: Tensor
 ) -> Tensor:
-    constants = _constants(x, pooling, weight)
+    config = _config(x, pooling, weight)
     pooled = pooling.pooled_grid
-    tiles = x.shape[0] * cdiv(pooled.height * pooled.width, constants["BLOCK_T"])
+    tiles = x.shape[0] * cdiv(pooled.height * pooled.width, config.BLOCK_T)
     strips, strip_tiles = _strips(tiles)
     channels, taps = x.shape[-1], weight[0].numel()
     partials = x.new_empty(strips, taps, channels, dtype=torch.float32)
     if partials.numel():
         with torch.cuda.device_of(x):
-            kernels.weight_gradient[strips, _channel_blocks(constants), taps](
-                grad_pooled,
-                x,
-                _or(fill, x),
-                pooling.row_cells,
-                pooling.column_cells,
-                partials,
-                *_sizes(pooling),
-                tiles,
-                strip_tiles,
-                **constants,
+            pool_weight_gradient_kernel[strips, _channel_blocks(config), taps](
+                *(grad_pooled, x, fill if pooling.grid.is_padded else None, _cells(pooling), partials),
+                *(*_sizes(pooling), tiles, strip_tiles),
+                CONFIG=config,
+                num_warps=NUM_WARPS,
             )
     return partials.sum(0).t().reshape(weight.shape)
 
 
-def _constants(x: Tensor, pooling: RegionPooling, weight: Tensor | None) -> dict:
-    """Compile-time arguments that the kernels have in common."""
+def _config(x: Tensor, pooling: RegionPooling, weight: Tensor | None) -> PoolingConfig:
     channels = x.shape[-1]
     block_c = min(MAX_BLOCK_CHANNELS, next_power_of_2(channels))
-    return {
-        "KERNEL_WIDTH": 1 if weight is None else weight.shape[-1],
-        "PADDED": pooling.grid.is_padded,
-        "TOKEN_STRIDE": row_stride(x),
-        "CHANNELS": channels,
-        "BLOCK_T": TILE_BYTES // (x.element_size() * block_c),
-        "BLOCK_C": block_c,
-        "num_warps": NUM_WARPS,
-    }
+    return PoolingConfig(
+        MODE=pooling.mode,
+        KERNEL_WIDTH=1 if weight is None else weight.shape[-1],
+        TOKEN_STRIDE=row_stride(x),
+        CHANNELS=channels,
+        BLOCK_T=TILE_BYTES // (x.element_size() * block_c),
+        BLOCK_C=block_c,
+    )
 
 
 def _sizes(pooling: RegionPooling) -> tuple[int, ...]:
@@ -178,8 +162,8 @@ def _sizes(pooling: RegionPooling) -> tuple[int, ...]:
     )
 
 
-def _channel_blocks(constants: dict) -> int:
-    return cdiv(constants["CHANNELS"], constants["BLOCK_C"])
+def _channel_blocks(config: PoolingConfig) -> int:
+    return cdiv(config.CHANNELS, config.BLOCK_C)
 
 
 def _strips(tiles: int) -> tuple[int, int]:
@@ -191,8 +175,3 @@ def _strips(tiles: int) -> tuple[int, int]:
 def _taps_first(weight: Tensor) -> Tensor:
     """`(C, kernel height, kernel width)` to `(taps, C)` in float32."""
     return weight.flatten(1).t().float().contiguous()
-
-
-def _or(tensor: Tensor | None, unread: Tensor) -> Tensor:
-    """Some pointer for an argument that the kernel will not read."""
-    return unread if tensor is None else tensor

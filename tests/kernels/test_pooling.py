@@ -281,7 +281,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = {
     "mean": {"pool", "invert_cells", "pool_backward"},
     "max": {"pool", "invert_cells", "pool_backward"},
-    "weighted": {"pool", "invert_cells", "pool_backward", "weight_gradient"},
+    "weighted": {"pool", "invert_cells", "pool_backward", "pool_weight_gradient"},
 }
 
 

@@ -1,0 +1,77 @@
+"""Groups of arguments that the pooling kernels take. Needs no Triton.
+
+A group of pointers holds tensors on the host and pointers in a kernel.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Taps(NamedTuple):
+    """A depthwise convolution.
+
+    Attributes:
+        weight: `(KERNEL_HEIGHT * KERNEL_WIDTH, CHANNELS)` float32, taps first.
+        bias: `(CHANNELS,)` float32.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+class Cells(NamedTuple):
+    """The cells of a region, an axis at a time; see `RegionPooling`.
+
+    Attributes:
+        rows: `(h', 2)` int32, the row of a region at which each cell starts, and the first row past it; both
+            ascend.
+        columns: `(w', 2)` int32, likewise for columns.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+
+class Holders(NamedTuple):
+    """The cells that hold each token of a region, an axis at a time.
+
+    Attributes:
+        rows: `(h, 2)` int32, the first cell that holds a token of each row, and the first cell past those.
+        columns: `(w, 2)` int32, likewise for columns.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+
+class PoolingConfig(NamedTuple):
+    """Compile-time numbers of the pooling kernels.
+
+    Attributes:
+        MODE: how a cell is reduced, one of `problem.MODES`.
+        KERNEL_WIDTH: taps in a row of the convolution; 1 without one.
+        TOKEN_STRIDE: elements from one token of the map to the next.
+        CHANNELS: channels of a token.
+        BLOCK_T: tokens of a tile.
+        BLOCK_C: channels of a tile.
+    """
+
+    MODE: str
+    KERNEL_WIDTH: int
+    TOKEN_STRIDE: int
+    CHANNELS: int
+    BLOCK_T: int
+    BLOCK_C: int
+
+
+class InvertConfig(NamedTuple):
+    """Compile-time numbers of `invert_cells_kernel`.
+
+    Attributes:
+        BLOCK: tokens of a program.
+        BLOCK_CELLS: cells of a step.
+    """
+
+    BLOCK: int
+    BLOCK_CELLS: int
