@@ -48,7 +48,7 @@ class Buffer:
         return self.strides
 
     def data_ptr(self) -> int:
-        """Stands for the address, on whose alignment Triton specialises: tensors that hold buffers are aligned."""
+        """Stands for the address, on whose alignment Triton specialises; what holds buffers is aligned."""
         return self.offset
 
     def ptr_range(self) -> int:

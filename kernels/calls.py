@@ -33,6 +33,7 @@ from .problem import (
     PackedGradients,
     Padding,
     RoutedAttention,
+    Settings,
 )
 from .routing.launch import (
     Routing,
@@ -79,8 +80,8 @@ def _plan(make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any)
 
     Args:
         make: makes the plan.
-        key: all that the plan depends on, except what launches depend on besides: PyTorch's setting of float32
-            products and the tiles in force.
+        key: all that the plan depends on, except PyTorch's setting of float32 products and the tiles in
+            force.
         arguments: of `make`.
     """
     full_key = (make, *key, dot_precision(torch.float32), tiles.in_force())
@@ -98,7 +99,8 @@ def attend(problem: PackedAttention[Tensor], trains: bool, keeps_lists: bool = F
     """See `FusedKernels`."""
     plan = _plan(_plan_attend, (_key(problem), trains, keeps_lists), problem, trains, keeps_lists)
     outputs = iter(plan.run(*problem.tensors))
-    return AttentionResult(*[next(outputs) if wanted else None for wanted in plan.wanted])
+    out = next(outputs)
+    return AttentionResult(out, *[next(outputs) if wanted else None for wanted in plan.wanted])
 
 
 def attend_backward(
@@ -115,10 +117,10 @@ def attend_backward(
     key = (_key(problem), needs, result.lists is None)
     plan = _plan(_plan_attend_backward, key, problem, saved, needs)
     outputs = iter(plan.run(*problem.tensors, *saved))
-    grad_qkv, grad_kv, grad_means, grad_weight, grad_bias, shares, fill = (
+    grad_qkv = next(outputs)
+    grad_kv, grad_means, grad_weight, grad_bias, shares, fill = (
         next(outputs) if wanted else None for wanted in plan.wanted
     )
-    assert grad_qkv is not None
     grad_padding = None
     if problem.padding is not None and needs.padding:
         settings = problem.settings
@@ -157,7 +159,7 @@ def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels
     def make() -> Plan:
         plan = Plan((qkv, padding), qkv.device)
         means = plan.output((qkv.shape[0], grid.n_regions, channels), torch.float32)
-        launch_region_means(plan, plan.inputs[0], plan.inputs[1], grid, means)
+        launch_region_means(plan, plan.given[0], plan.inputs[1], grid, means)
         return plan
 
     return make().run(qkv, padding)[0]
@@ -168,7 +170,8 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
     plan = Plan((query, key), query.device)
     shape = (*query.shape[:2], topk)
     r_weight, r_idx = plan.output(shape, torch.float32), plan.output(shape, torch.int32)
-    launch_route(plan, Routing(*plan.given[:2], r_weight, r_idx, scale))
+    region_query, region_key = plan.given
+    launch_route(plan, Routing(region_query, region_key, r_weight, r_idx, scale))
     outputs = plan.run(query, key)
     return outputs[0], outputs[1]
 
@@ -193,7 +196,7 @@ def route_backward(
 
 def _plan_attend(problem: PackedAttention[Tensor], trains: bool, keeps_lists: bool) -> Plan:
     plan = Plan(problem.tensors, problem.qkv.device)
-    packed = PackedAttention(plan.given[0], *plan.inputs[1:], problem.settings)
+    packed = _packed(plan, problem.settings)
     settings, (batch, height, width, _) = packed.settings, packed.qkv.shape
     dtype, map_shape = packed.qkv.dtype, (batch, height, width, packed.dim)
     lepe = packed.lepe()
@@ -206,7 +209,7 @@ def _plan_attend(problem: PackedAttention[Tensor], trains: bool, keeps_lists: bo
     routed = _routed(packed, r_weight, r_idx)
     form, keeps = form_of(routed, packed.routing_learns), trains and keeps_lists
     lists = key_lists(routed, form, plan.arrays(key_list_layout(routed, form), kept=keeps))
-    plan.wanted = [True, attention is not None, trains, r_weight is not None, r_idx is not None, keeps]
+    plan.wanted = [attention is not None, trains, r_weight is not None, r_idx is not None, keeps]
 
     listed = False
     if r_idx is not None:
@@ -228,7 +231,7 @@ def _plan_attend_backward(
 ) -> Plan:
     plan = Plan((*problem.tensors, *saved), problem.qkv.device)
     n_tensors = len(problem.tensors)
-    packed = PackedAttention(plan.given[0], *plan.inputs[1:n_tensors], problem.settings)
+    packed = _packed(plan, problem.settings)
     grad_out, attention_out, lse, r_weight, r_idx, kept = plan.inputs[n_tensors:]
     assert grad_out is not None
     assert attention_out is not None
@@ -289,9 +292,7 @@ def _plan_attend_backward(
         )
         if packed.means is None:
             launch_spread_means(plan, grad_means, grad_qkv, settings.grid, settings.counts_padding)
-    plan.wanted = [
-        x is not None for x in (grad_qkv, grad_kv, grad_means, grad_weight, grad_bias, shares, fill)
-    ]
+    plan.wanted = [x is not None for x in (grad_kv, grad_means, grad_weight, grad_bias, shares, fill)]
     return plan
 
 
@@ -316,6 +317,13 @@ def _plan_attend_routed_backward(
     query_lists = launch_query_lists(plan, routed, attention.lists)
     launch_key_value_gradient(plan, attention, query_lists, statistics, grad_out, gradients, False)
     return plan
+
+
+def _packed(plan: Plan, settings: Settings) -> PackedAttention[Buffer]:
+    """The problem of the plan's first inputs."""
+    qkv, kv, padding, means, lepe_weight, lepe_bias = plan.inputs[:6]
+    assert qkv is not None
+    return PackedAttention(qkv, kv, padding, means, lepe_weight, lepe_bias, settings)
 
 
 def _region_queries_keys(plan: Plan, packed: PackedAttention[Buffer]) -> tuple[Buffer, Buffer]:

@@ -1,4 +1,4 @@
-"""Gradient of the row that all padding holds, put together from its shares; plain PyTorch, for all backends."""
+"""Gradient of the row that all padding holds, put together from its shares, in plain PyTorch."""
 
 import torch
 from torch import Tensor

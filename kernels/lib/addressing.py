@@ -28,7 +28,7 @@ def locate_program(n_regions, tiles, NUM_HEADS: tl.constexpr):
 
 @triton.jit
 def graph_of(image, head, N_GRAPHS: tl.constexpr):
-    """Number of the graph that a head of an image follows: one for all images (0), one an image, or per head."""
+    """Number of the graph that a head follows: of one for all images (0), one per image, or one per head."""
     if N_GRAPHS == 0:
         graph = image * 0
     elif N_GRAPHS == 1:

@@ -17,7 +17,7 @@ NUM_WARPS = 4
 MAX_STRIPS = 1024
 
 
-def pool_forward(
+def pool(
     x: Tensor,
     fill: Tensor | None,
     pooling: RegionPooling,
@@ -64,7 +64,7 @@ def pool_backward(
     weight: Tensor | None,
     grad_x: Tensor,
 ) -> PoolingGradients:
-    """Gradients of `pool_forward`, the same bits for the same input.
+    """Gradients of `pool`, the same bits for the same input.
 
     Args:
         grad_pooled: `(N, rows*h', columns*w', C)`, contiguous.

@@ -11,7 +11,7 @@ program for each tile and head.
 | r_weight | (N, G, P, TOPK) fp32 | factor of each pair; None for 1 |
 | row_start | (N, G, P_kv + 1) int32 | where each key region's row starts in `pairs` |
 | pairs | (N, G, P * TOPK) int32 | the inverse graph: pairs by key region, ascending in each row |
-| work | (N, G, P_kv + extras, 4) int32 | pieces: region (-1: none), first and last pair, partial sum (-1: none) |
+| work | (N, G, P_kv + extras, 4) int32 | pieces: region, first and last pair, partial sum; -1 for none |
 
 Lists and marks are described in `attention.arguments.Lists` and `arguments.Marks`.
 """

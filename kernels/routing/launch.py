@@ -13,8 +13,8 @@ from .arguments import Inverse, MeansConfig, RouteConfig, RoutingGradientConfig
 from .gradient import key_routing_gradient_kernel, query_routing_gradient_kernel, spread_means_kernel
 from .route import region_means_kernel, route_kernel
 
-# Query regions of a program of `route_kernel`: the least that a matrix unit takes. Routing of BiFormer's third
-# stage (batch 64) took 44 us on an H200 with products off the matrix units, and takes 13 with them.
+# Query regions of a program of `route_kernel`: the least that a matrix unit takes. Routing of BiFormer's
+# third stage (batch 64) took 44 us on an H200 with products off the matrix units, and takes 13 with them.
 _ROUTE_QUERIES = 16
 # So many key regions fit shared memory as an operand; with more a query region has a program of its own.
 _ROUTE_OPERAND = 256

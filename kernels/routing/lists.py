@@ -123,20 +123,10 @@ def key_lists(problem: RoutedAttention[Buffer], form: str, arrays: Sequence[Buff
 def launch_key_lists(plan: Plan, problem: RoutedAttention[Buffer], lists: KeyLists) -> None:
     """Adds the launches that write the lists."""
     routed = lists.marks is None and problem.r_idx is not None
-    same_grid = problem.query_grid == problem.kv_grid
-    if routed or same_grid:
-        _launch_list_tokens(
-            plan,
-            problem,
-            problem.kv_grid,
-            Lists(
-                lists.key_regions if same_grid else None, lists.key_list if routed else None, lists.factors
-            ),
-        )
-    if not same_grid:
+    of_keys = Lists(lists.key_regions, lists.key_list if routed else None, lists.factors)
+    _launch_list_tokens(plan, problem, problem.kv_grid, of_keys)
+    if problem.query_grid != problem.kv_grid:
         _launch_list_tokens(plan, problem, problem.query_grid, Lists(lists.query_regions, None, None))
-        if not routed:
-            _launch_list_tokens(plan, problem, problem.kv_grid, Lists(lists.key_regions, None, None))
     if lists.marks is not None:
         _launch_marks(plan, problem, lists.marks)
 
@@ -175,8 +165,8 @@ def launch_inverse(
         r_idx: `(N, G, P, topk)` int32, contiguous, entries in `[0, n_regions)`.
         n_regions: key regions, `P_kv`.
         factor: `(N, G, P, topk)` float32, factor of every pair.
-        listing: lists of the queries to write, pieces of rows, pairs in the longest piece, and the grid of the
-            queries; None for the rows alone.
+        listing: lists of the queries to write, pieces of rows, pairs in the longest piece, and the grid of
+            the queries; None for the rows alone.
     """
     batch, n_graphs, n_rows, topk = r_idx.shape
     lists, work, longest, grid = listing or (None, None, 1, None)
