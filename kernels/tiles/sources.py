@@ -54,7 +54,7 @@ def imported_names(source: str, package: str) -> set[str]:
 
 
 def _files(name: str, root: Path) -> Iterator[str]:
-    """Files in `kernels` that a name may be imported from: its own, where it is a module, and its parent's."""
+    """Files in `kernels` that a name may come from: its own, where it is a module, and its parent's."""
     for module in (name, name.rpartition(".")[0]):
         if f"{module}.".startswith(f"{_PACKAGE}."):
             path = module.removeprefix(_PACKAGE).removeprefix(".").replace(".", "/")
