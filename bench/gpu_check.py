@@ -254,6 +254,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     if __package__:
         sys.exit(main())
-    import in_tree  # beside this file: it was called by its path
+    import in_tree  # type: ignore[import-not-found]  # beside this file: it was called by its path
 
     in_tree.main(["bra_triton.bench.gpu_check", *sys.argv[1:]])

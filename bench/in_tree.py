@@ -40,7 +40,10 @@ class InTreeFinder(importlib.abc.MetaPathFinder):
 
 def package_folders(root: Path) -> dict[str, str]:
     """Folder of every package, relative to the root."""
-    import tomllib  # Python 3.11
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
 
     settings = tomllib.loads((root / "pyproject.toml").read_text())
     folders: dict[str, str] = settings["tool"]["setuptools"]["package-dir"]

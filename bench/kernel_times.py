@@ -81,7 +81,7 @@ def measure(preset: Preset, dtype: torch.dtype, device: torch.device) -> dict[st
 def predicted(row: kernel_report.Row) -> tuple[float, str] | None:
     """Seconds of the bound that binds a launch, and its name; None where the report has none."""
     cost = row.cost or row.small
-    return cost and (cost.bounds[cost.binding], cost.binding)
+    return None if cost is None else (cost.bounds[cost.binding], cost.binding)
 
 
 def compare_all(rows: Sequence[kernel_report.Row], measured: dict[str, list[float]]) -> list[dict[str, Any]]:

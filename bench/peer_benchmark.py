@@ -119,7 +119,7 @@ def measure(
     for peer in peers.values():
         if options.peers and peer.name not in options.peers:
             continue
-        figures = {"includes": peer.includes, "compared_with": peer.compared_with}
+        figures: dict[str, Any] = {"includes": peer.includes, "compared_with": peer.compared_with}
         row["peers"][peer.name] = figures
         for which in PASSES:
             figures[which] = _figures_or_reason(peer, which, inputs, truths[peer.is_routed], device, options)

@@ -3,4 +3,6 @@
 from .modules.nchw import NCHWBiLevelRoutingAttention, nchwBRA
 from .modules.nhwc import BiLevelRoutingAttention
 
+__version__ = "0.1.0"  # pyproject.toml reads it from here
+
 __all__ = ["BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention", "nchwBRA"]

@@ -61,7 +61,7 @@ class KernelSpecimen:
     name: str  # for reports
     kernel: Any  # a @triton.jit function, or autotune and heuristics wrappers around one
     signature: Mapping[str, Any]  # Triton type of each run-time argument: "*fp16", "i32", "fp32", ...
-    constexprs: Mapping[str, object] = field(default_factory=dict)  # value of each other argument
+    constexprs: Mapping[str, Any] = field(default_factory=dict)  # value of each other argument
     divisible: frozenset[str] | None = None
     num_warps: int = 4
     num_stages: int = 3

@@ -37,7 +37,9 @@ class Inputs:
     def _expected(self) -> dict[str, list[Tensor]]:
         problem = _widened(self.problems[0])
         gradients = _gradients(problem)
-        lepe = _lepe(problem, self.lepes[0].weight.float(), self.lepes[0].bias.float())
+        drawn = self.lepes[0]
+        assert drawn.bias is not None
+        lepe = _lepe(problem, drawn.weight.float(), drawn.bias.float())
         out, share, lse = torch_backend.attention_forward(problem, lepe)
         assert share is not None  # there is LePE
         arguments = (self.grad_out.float(), problem, share, lse, gradients, self.needs_factor)
@@ -104,7 +106,8 @@ def _draw(
 
 
 def _lepe(problem: RoutedAttention, weight: Tensor, bias: Tensor) -> Lepe:
-    return Lepe(problem.value, weight, bias, problem.kv_grid, problem.padding and problem.padding.value)
+    fill = None if problem.padding is None else problem.padding.value
+    return Lepe(problem.value, weight, bias, problem.kv_grid, fill)
 
 
 def _gradients(problem: RoutedAttention) -> Gradients:

@@ -180,7 +180,7 @@ def _fuses_lepe(key: Key, arch: str, tile: Tile, by_version: ByVersion) -> bool:
     jobs = (_job(key, arch, tile), *_apart(key, arch, tile))
     ratios = []
     for found in by_version.values():
-        codes = [found[job.key].code for job in jobs if job.key in found]
-        if len(codes) == len(jobs) and all(codes):
-            ratios.append(time_apart(jobs[0], *codes, key.size))
+        fused, bare, lepe = (found[job.key].code if job.key in found else None for job in jobs)
+        if fused and bare and lepe:
+            ratios.append(time_apart(jobs[0], fused, bare, lepe, key.size))
     return not ratios or max(ratios) * TIED > 1

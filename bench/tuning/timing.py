@@ -192,8 +192,10 @@ def parse_trial(text: str) -> Trial:
     call = ast.parse(f"f({match['setting']})", mode="eval").body
     assert isinstance(call, ast.Call)
     arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
-    sizes = map(int, match.group("own", "step", "num_warps", "num_stages"))
-    tile = Tile(*sizes, exp_share=int(match["share"] or 0), fuses_lepe=not match["apart"])
+    own, step, num_warps, num_stages = map(int, match.group("own", "step", "num_warps", "num_stages"))
+    tile = Tile(
+        own, step, num_warps, num_stages, exp_share=int(match["share"] or 0), fuses_lepe=not match["apart"]
+    )
     return Trial(Setting(**arguments), getattr(torch, match["dtype"]), match["kernel"], tile)
 
 

@@ -5,7 +5,6 @@ versions of PyTorch and Triton, and for the kernels it was measured with. Nothin
 a launch: what cannot be used is left out, with one warning.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,11 +17,11 @@ from typing import Any
 
 import torch
 
-from .table import Entry, Key, entry_row, format_rows, parse_entry
+from . import sources
+from .table import Entry, Key, entry_row, format_rows, parse_entry, require
 
 logger = logging.getLogger(__name__)
 _FORMAT = 1
-_SHARED_SOURCE = ("lib/addressing", "lib/exponential", "lepe/convolution", "lib/matrix")
 _warned: set[str] = set()
 
 
@@ -55,10 +54,8 @@ def triton_version() -> str:
 
 @cache
 def source_digest(kernel: str) -> str:
-    """Stands for a kernel's source: what was found for another does not count."""
-    here = Path(__file__).parents[1]
-    source = b"".join((here / f"{name}.py").read_bytes() for name in (*_SHARED_SOURCE, f"attention/{kernel}"))
-    return hashlib.sha256(source).hexdigest()[:12]
+    """Stands for the source of a kernel and of what it imports; tiles measured with another do not count."""
+    return sources.digest(f"attention/{kernel}.py")
 
 
 def read(card: str) -> dict[Key, Entry]:
@@ -109,15 +106,17 @@ def _read_rows(source: Path) -> list[dict[str, Any]]:
     """All entries of the file, checked; none if the file is missing or not wholly readable."""
     try:
         content = json.loads(source.read_text())
+        require(content, "the cache of tiles", {"format": (int,), "entries": (list,)})
         if content["format"] != _FORMAT:
-            raise ValueError(f"format {content['format']!r}, not {_FORMAT}")
-        for row in content["entries"]:
+            raise ValueError(f"its format is {content['format']}, not {_FORMAT}")
+        rows: list[dict[str, Any]] = content["entries"]
+        for row in rows:
             parse_entry(row)
-        return content["entries"]
+        return rows
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        _warn(f"ignoring {source}, which is no readable cache of tiles ({type(error).__name__}: {error})")
+    except (OSError, ValueError) as error:
+        _warn(f"ignoring {source}, which is no readable cache of tiles: {error}")
         return []
 
 

@@ -19,7 +19,13 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 SIZES = (16, 32, 64, 128)
 PLAIN, PADDED, WEIGHTED = FORMS = ("plain", "padded", "weighted")
 FALLBACK = "sm_80"
+_HEAD = ("arch", "origin", "torch", "triton")
 _SHAPE = ("own", "step", "num_warps", "num_stages")
+_ROW_TYPES: dict[str, tuple[type, ...]] = {
+    **{"kernel": (str,), "bits": (int,), "head_dim": (int,), "size": (int,), "form": (str,)},
+    **dict.fromkeys(_SHAPE, (int,)),
+    **{"cost": (float, int, type(None)), "options": (dict,), "measured_on": (str,)},
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Tile:
         return f"{self.own}x{self.step} {self.num_warps}w {self.num_stages}s{exponentials}{lepe}"
 
 
-_DEFAULTS = {field.name: field.default for field in fields(Tile)}
+_OPTIONS = {field.name: field.default for field in fields(Tile) if field.name not in _SHAPE}
 
 
 @dataclass(frozen=True)
@@ -155,24 +161,30 @@ def parse_entry(row: Mapping[str, Any]) -> tuple[Key, Entry]:
     """Reads one line of a table.
 
     Raises:
-        ValueError: it lacks something or holds something impossible.
+        ValueError: the line is no JSON object, lacks a field, or has a field or an option of a wrong type or
+            value; says which.
     """
+    require({"measured_on": "", **row} if isinstance(row, Mapping) else row, "a tile's entry", _ROW_TYPES)
+    if unknown := row["options"].keys() - _OPTIONS.keys():
+        raise ValueError(
+            f"a tile's entry has the unknown option {min(unknown)!r}, not one of {', '.join(_OPTIONS)}: {row}"
+        )
     try:
-        key = Key(*(row[name] for name in ("kernel", "bits", "head_dim", "size", "form")))
+        key = Key(*(row[field.name] for field in fields(Key)))
         tile = Tile(*(row[name] for name in _SHAPE), **row["options"])
-        if tile.exp_share and key.bits == 32:
-            raise ValueError(f"exp_share is too inexact for float32: {row}")
-        cost = None if row["cost"] is None else float(row["cost"])
-        return key, Entry(tile, cost, row.get("measured_on", ""))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"an entry without {error}: {row}") from error
+    except ValueError as error:
+        raise ValueError(f"a tile's entry is impossible: {error}: {row}") from error
+    if tile.exp_share and key.bits == 32:
+        raise ValueError(f"exp_share is too inexact for float32: {row}")
+    cost = None if row["cost"] is None else float(row["cost"])
+    return key, Entry(tile, cost, row.get("measured_on", ""))
 
 
 def entry_row(key: Key, entry: Entry) -> dict[str, Any]:
     """One line of a table; "options" holds what differs from a tile's defaults."""
     tile = asdict(entry.tile)
     shape = {name: tile.pop(name) for name in _SHAPE}
-    options = {name: value for name, value in tile.items() if value != _DEFAULTS[name]}
+    options = {name: value for name, value in tile.items() if value != _OPTIONS[name]}
     row = {**asdict(key), **shape, "cost": entry.cost, "options": options}
     return row | {"measured_on": entry.measured_on} if entry.measured_on else row
 
@@ -181,21 +193,33 @@ def parse_table(text: str) -> Table:
     """Reads a table's file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the file is no JSON object, or lacks a field or has one of a wrong type; says which.
     """
     content = json.loads(text)
-    try:
-        entries = dict(parse_entry(row) for row in content["entries"])
-        return Table(
-            **{name: content[name] for name in ("arch", "origin", "torch", "triton")}, entries=entries
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"no table of tiles: {error}") from error
+    require(content, "a table of tiles", {**dict.fromkeys(_HEAD, (str,)), "entries": (list,)})
+    entries = dict(parse_entry(row) for row in content["entries"])
+    return Table(**{name: content[name] for name in _HEAD}, entries=entries)
+
+
+def require(content: Any, what: str, types: Mapping[str, tuple[type, ...]]) -> None:
+    """Checks that what a JSON file holds is an object with these fields, of these types.
+
+    Raises:
+        ValueError: it is not; names `what`, the field, and what stands there.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} must be a JSON object, got {content!r}")
+    for name, allowed in types.items():
+        if name not in content:
+            raise ValueError(f"{what} lacks the field {name!r}: {content}")
+        if type(content[name]) not in allowed:  # not `isinstance`: a bool is no number here
+            choices = " or ".join(kind.__name__ for kind in allowed)
+            raise ValueError(f"{what} must have a {name!r} of type {choices}, got {content[name]!r}")
 
 
 def format_table(table: Table) -> str:
     """A table's file."""
-    head = {name: getattr(table, name) for name in ("arch", "origin", "torch", "triton")}
+    head = {name: getattr(table, name) for name in _HEAD}
     return format_rows(head, [entry_row(*item) for item in table.entries.items()])
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bra_triton.kernels import tiles
+from bra_triton.kernels.tiles import choice
 from bra_triton.kernels.tiles import table as tile_table
 from bra_triton.kernels.tiles.table import BITS, FORMS, HEAD_DIMS, KERNELS, SIZES, Entry, Key, Table, Tile
 
@@ -115,8 +116,8 @@ def test_tensors_on_no_gpu_stand_for_the_architecture_asked_for(monkeypatch):
         arch: Table(arch, "predicted", "", "", dict.fromkeys(ALL_KEYS, Entry(Tile(16, 16, 1, stages))))
         for stages, arch in enumerate(("sm_80", "sm_90"), 1)
     }
-    monkeypatch.setattr(tiles, "packaged", lambda arch: tables[arch])
-    tiles._of_architecture.cache_clear()
+    monkeypatch.setattr(choice, "packaged", lambda arch: tables[arch])
+    choice._of_architecture.cache_clear()
 
     def stages():
         return tiles.choose(tiles.FORWARD, torch.float16, 32, 100, torch.device("meta")).num_stages
@@ -127,7 +128,7 @@ def test_tensors_on_no_gpu_stand_for_the_architecture_asked_for(monkeypatch):
             assert stages() == 1
         assert stages() == 2
     finally:
-        tiles._of_architecture.cache_clear()
+        choice._of_architecture.cache_clear()
 
 
 def test_forced_tiles_are_of_the_kernels_named_alone():
@@ -156,19 +157,60 @@ def test_float32_takes_no_inexact_exponentials():
         tile_table.parse_entry(row)
 
 
-@pytest.mark.parametrize("option", [{"exp_share": 5}, {"colour": 1}])
-def test_an_impossible_option_is_refused(option):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"options": {"colour": 1}}, "has the unknown option 'colour', not one of exp_share, fuses_lepe: "),
+        ({"options": {"own": 16}}, "has the unknown option 'own'"),
+        ({"options": {"exp_share": 5}}, "is impossible: exp_share must be a power of two"),
+        ({"options": {"fuses_lepe": "no"}}, "is impossible: fuses_lepe must be a bool, got 'no'"),
+        ({"options": ["exp_share"]}, "must have a 'options' of type dict, got \\['exp_share'\\]"),
+        ({"own": 48}, "is impossible: own must be a power of two of at least 16, got 48"),
+        ({"num_warps": "4"}, "must have a 'num_warps' of type int, got '4'"),
+        ({"bits": True}, "must have a 'bits' of type int, got True"),
+        ({"size": 100}, "is impossible: size must be one of 16, 32, 64, 128, got 100"),
+        ({"cost": "0.5"}, "must have a 'cost' of type float or int or NoneType, got '0.5'"),
+        ({"measured_on": None}, "must have a 'measured_on' of type str, got None"),
+    ],
+)
+def test_what_is_wrong_with_an_entry_is_said(wrong, message):
     row = tile_table.entry_row(ALL_KEYS[0], Entry(Tile(16, 32, 1, 2)))
-    with pytest.raises(ValueError, match=next(iter(option))):
-        tile_table.parse_entry(row | {"options": option})
+    with pytest.raises(ValueError, match=f"^a tile's entry {message}"):
+        tile_table.parse_entry(row | wrong)
 
 
-@pytest.mark.parametrize("missing", ["own", "kernel", "cost", "form", "options"])
-def test_a_line_that_lacks_something_is_refused(missing):
-    row = tile_table.entry_row(ALL_KEYS[0], Entry(Tile(16, 32, 1, 2)))
-    del row[missing]
-    with pytest.raises(ValueError, match=missing):
+FIELDS = tile_table.entry_row(ALL_KEYS[0], Entry(Tile(16, 32, 1, 2)))
+
+
+@pytest.mark.parametrize("missing", FIELDS)
+def test_the_field_that_an_entry_lacks_is_named(missing):
+    row = {name: value for name, value in FIELDS.items() if name != missing}
+    with pytest.raises(ValueError, match=f"^a tile's entry lacks the field '{missing}': "):
         tile_table.parse_entry(json.loads(json.dumps(row)))
+
+
+@pytest.mark.parametrize("row", [5, None, [], "own"])
+def test_an_entry_is_an_object(row):
+    with pytest.raises(ValueError, match=r"^a tile's entry must be a JSON object, got "):
+        tile_table.parse_entry(row)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"arch": None}, "must have a 'arch' of type str, got None"),
+        ({"entries": {}}, "must have a 'entries' of type list, got {}"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said(wrong, message):
+    content = {"arch": "sm_90", "origin": "default", "torch": "", "triton": "", "entries": []}
+    with pytest.raises(ValueError, match=f"^a table of tiles {message}"):
+        tile_table.parse_table(json.dumps(content | wrong))
+    del content[next(iter(wrong))]
+    with pytest.raises(ValueError, match=f"^a table of tiles lacks the field '{next(iter(wrong))}': "):
+        tile_table.parse_table(json.dumps(content))
+    with pytest.raises(ValueError, match=r"^a table of tiles must be a JSON object, got \[\]"):
+        tile_table.parse_table("[]")
 
 
 @pytest.mark.parametrize(("head_dim", "block"), [(1, 16), (5, 16), (16, 16), (24, 32), (33, 64), (256, 256)])

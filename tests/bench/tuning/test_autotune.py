@@ -98,7 +98,7 @@ class Stopwatch:
         if len(self.timed) == self.stop_after:
             raise KeyboardInterrupt
         run(n_sets - 1)
-        tile = next(iter(tiles._forced.get().values()))
+        tile = next(iter(tiles.choice._forced.get().values()))
         self.timed.append(tile)
         return self.milliseconds.get(tile, 1.0)
 
@@ -147,7 +147,7 @@ def test_what_compiles_ahead_launches_every_trial_and_minds_no_failure(device, m
     launched, error = [], inputs.Inputs.error
 
     def note(self, kernel):
-        launched.append((self.setting.batch, kernel, tiles._forced.get()))
+        launched.append((self.setting.batch, kernel, tiles.choice._forced.get()))
         if len(launched) == 1:
             raise RuntimeError("out of resource: shared memory")
         return error(self, kernel)
