@@ -5,14 +5,14 @@ A call with a signature (shapes, dtypes, numbers) that passed the checks before 
 """
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .export import is_eager
 from .kernels.grid import RegionGrid
 from .kernels.problem import Settings
 from .modules.downsampling import KVDownsampling
@@ -53,6 +53,8 @@ class Call:
         router_bias: `(qk_dim,)`; only with `router_weight`.
         kv_downsampling: reduces keys and values inside each region.
         given_grid: the regions, where they are not `n_win` a side.
+        eager: whether no graph is being recorded, see `export.is_eager`.
+        known_settings: what `settings` is, where a call with the same signature has been seen before.
     """
 
     qkv: Tensor
@@ -64,13 +66,17 @@ class Call:
     router_bias: Tensor | None = None
     kv_downsampling: KVDownsampling | None = None
     given_grid: RegionGrid | None = None
+    eager: bool = field(default_factory=is_eager)
+    known_settings: Settings | None = None
 
     @property
     def settings(self) -> Settings:
         """The specification's numbers for a map of this size."""
-        _, height, width, _ = self.qkv.shape
-        settings_of = _settings_of.__wrapped__ if torch.compiler.is_compiling() else _settings_of
-        return settings_of(self.spec, height, width, self.given_grid)
+        if self.known_settings is None:
+            _, height, width, _ = self.qkv.shape
+            grid = self.given_grid or RegionGrid.of_windows(height, width, self.spec.n_win)
+            self.known_settings = self.spec.settings(grid)
+        return self.known_settings
 
     @property
     def grid(self) -> RegionGrid:
@@ -145,11 +151,6 @@ class Call:
                 f"kv_downsampling must be for qk_dim={spec.qk_dim} and dim={spec.dim}, got {down.qk_dim} and "
                 f"{down.dim}"
             )
-
-
-@lru_cache(1024)
-def _settings_of(spec: AttentionSpec, height: int, width: int, given_grid: RegionGrid | None) -> Settings:
-    return spec.settings(given_grid or RegionGrid.of_windows(height, width, spec.n_win))
 
 
 @dataclass(slots=True)

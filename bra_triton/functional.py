@@ -4,21 +4,20 @@ import math
 from collections.abc import Hashable
 from threading import Lock
 
-import torch
 from torch import Tensor
 
 from .backend.protocol import Backend
 from .backend.select import select
 from .call import Call, regional_call
-from .export import being_exported
+from .kernels.problem import Settings
 from .modules.downsampling import KVDownsampling
 from .spec import AttentionSpec
 
-# Signatures that have passed the checks, and the backend that serves them. Emptied when full: a data set of
-# images of all sizes may bring more.
+# Signatures that have passed the checks, what serves them, and their numbers. Emptied when full: a data set
+# of images of all sizes may bring more.
 _MOST_SIGNATURES = 1024
-_chosen: dict[Hashable, Backend] = {}
-_choosing = Lock()
+_known: dict[Hashable, tuple[Backend, Settings]] = {}
+_knowing = Lock()
 
 
 def bi_level_routing_attention(
@@ -166,19 +165,20 @@ def _backend_of(call: Call, name: str) -> Backend:
 
     A signature that has passed once is known by itself: the checks would cost as much as the launches.
     """
-    if torch.compiler.is_compiling() or being_exported():
+    if not call.eager:
         call.check()
         return select(name, call)
     signature = (name, call.signature)
-    chosen = _chosen.get(signature)
-    if chosen is None:
+    known = _known.get(signature)
+    if known is None:
         call.check()
-        chosen = select(name, call)
-        with _choosing:
-            if len(_chosen) >= _MOST_SIGNATURES:
-                _chosen.clear()
-            _chosen[signature] = chosen
-    return chosen
+        known = select(name, call), call.settings
+        with _knowing:
+            if len(_known) >= _MOST_SIGNATURES:
+                _known.clear()
+            _known[signature] = known
+    backend, call.known_settings = known
+    return backend
 
 
 def _spec_of(

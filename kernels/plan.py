@@ -10,8 +10,8 @@ A kernel's parameters stand in this order: pointers, each one alone or in a grou
 compile-time numbers as one group.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from math import prod
 from operator import itemgetter, or_
@@ -25,18 +25,20 @@ from triton.runtime import JITFunction, driver
 
 from .arrays import Buffer, contiguous_strides
 
-# Source of the buffers in a plan's workspace, which is the last of the tensors it runs with.
-_WORKSPACE = -1
+# Sources of the buffers in a plan's workspace and among what it keeps: the last of the tensors it runs with.
+_WORKSPACE, _KEPT = -1, -2
 # Arrays in the workspace start at multiples of so many bytes: a cache line of the GPU.
 _WORKSPACE_STEP = 128
 # Triton compiles pointers that are multiples of 16 bytes with wider loads.
 _ALIGNMENT = 16
 
+_runtime = triton.knobs.runtime
+
 Pointers = Buffer | None | tuple[Buffer | None, ...]
-Layout = Sequence[tuple[tuple[int, ...], torch.dtype]]
+Take = Callable[[tuple[int, ...], torch.dtype], Buffer]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Launch:
     """One launch of a kernel.
 
@@ -53,7 +55,6 @@ class Launch:
     pointers: tuple[Pointers, ...]
     numbers: tuple[Any, ...]
     options: dict[str, int]
-    _direct: "_DirectLaunch | None" = field(default=None, repr=False)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -78,6 +79,7 @@ class Plan:
         inputs: the buffers of the inputs, in order; None for one that is not there.
         launches: the launches, in order.
         workspace_bytes: size of the workspace.
+        kept_bytes: size of what is kept.
         wanted: a note of the plan's maker, who has optional outputs: which of them there are.
     """
 
@@ -89,9 +91,11 @@ class Plan:
         )
         self.launches: list[Launch] = []
         self.wanted: list[bool] = []
-        self.workspace_bytes = 0
+        self.workspace_bytes = self.kept_bytes = 0
         self._outputs: list[tuple[tuple[int, ...], torch.dtype, bool]] = []
-        self._places: dict[tuple[int, int], int] = {}
+        self._places: tuple[tuple[int, int], ...] = ()
+        self._direct: list[_DirectLaunch] = []
+        self._current_stream: Any = None
         self._compiling = Lock()
         self._index = (device.index or 0) if device.type == "cuda" else 0
 
@@ -111,21 +115,11 @@ class Plan:
         self.workspace_bytes += _rounded_bytes(shape, dtype)
         return Buffer(_WORKSPACE, start, shape, contiguous_strides(shape), dtype)
 
-    def arrays(self, layout: Layout, kept: bool = False) -> list[Buffer]:
-        """Arrays of these shapes and types: scratch or, kept, side by side in one output of bytes."""
-        if not kept:
-            return [self.scratch(*entry) for entry in layout]
-        n_bytes = sum(_rounded_bytes(*entry) for entry in layout)
-        return self.unpack(self.output((n_bytes,), torch.uint8), layout)
-
-    @staticmethod
-    def unpack(holder: Buffer, layout: Layout) -> list[Buffer]:
-        """The arrays that lie side by side in a buffer of bytes."""
-        arrays, start = [], holder.offset
-        for shape, dtype in layout:
-            arrays.append(Buffer(holder.source, start, shape, contiguous_strides(shape), dtype))
-            start += _rounded_bytes(shape, dtype)
-        return arrays
+    def keep(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
+        """An array in the last output, of bytes, which a later plan reads through `Kept`."""
+        start = self.kept_bytes
+        self.kept_bytes += _rounded_bytes(shape, dtype)
+        return Buffer(_KEPT, start, shape, contiguous_strides(shape), dtype)
 
     def launch(
         self,
@@ -140,19 +134,23 @@ class Plan:
             self.launches.append(Launch(kernel, grid, pointers, numbers, options))
 
     def run(self, *inputs: Tensor | None) -> list[Tensor]:
-        """Runs the launches on the current stream, without waiting for the device; returns the outputs."""
+        """Runs the launches on the current stream, without waiting for the device.
+
+        Returns:
+            The outputs and, if there is any, what is kept.
+        """
         tensors: list[Tensor | None] = [*inputs]
         for shape, dtype, zeroed in self._outputs:
             allocate = torch.zeros if zeroed else torch.empty
             tensors.append(allocate(shape, dtype=dtype, device=self.device))
-        if self.workspace_bytes:
-            tensors.append(torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device))
+        for n_bytes in (self.kept_bytes, self.workspace_bytes):
+            tensors.append(torch.empty(n_bytes, dtype=torch.uint8, device=self.device) if n_bytes else None)
         if self.device.type == "cuda" and driver.active.get_current_device() != self._index:
             with torch.cuda.device(self._index):
                 self._launch(tensors)
         else:
             self._launch(tensors)
-        outputs: list[Any] = tensors[len(inputs) : len(inputs) + len(self._outputs)]
+        outputs: list[Any] = tensors[len(inputs) : len(tensors) - (1 if self.kept_bytes else 2)]
         return outputs
 
     def _launch(self, tensors: list[Tensor | None]) -> None:
@@ -162,20 +160,20 @@ class Plan:
             return
         addresses: list[int | None] = [None]
         addresses += [starts[source] + offset for source, offset in self._places]
-        stream = driver.active.get_current_stream(self._index)
-        for launch in self.launches:
-            assert launch._direct is not None
-            launch._direct(stream, addresses)
+        stream = self._current_stream(self._index)
+        for launch in self._direct:
+            launch(stream, addresses)
 
     def _compile(self) -> bool:
-        """Whether every launch can be made directly; compiles them where that has not been done."""
-        launches = self.launches
-        if launches and launches[-1]._direct is None:
-            if any(not isinstance(launch.kernel, JITFunction) for launch in launches):
+        """Whether launches can be made directly; compiles them where that has not been done."""
+        if len(self._direct) < len(self.launches):
+            if any(not isinstance(launch.kernel, JITFunction) for launch in self.launches):
                 return False  # under the interpreter
             with self._compiling:
-                for launch in launches:
-                    launch._direct = launch._direct or _DirectLaunch(launch, self._places)
+                places: dict[tuple[int, int], int] = {}
+                direct = [_DirectLaunch(launch, places) for launch in self.launches]
+                self._places, self._current_stream = tuple(places), driver.active.get_current_stream
+                self._direct = direct
         return True
 
     def _launch_by_triton(self, tensors: list[Tensor | None]) -> None:
@@ -188,6 +186,24 @@ class Plan:
             )
 
 
+class Kept:
+    """Reads what another plan has kept: the same arrays, taken in the same order.
+
+    Args:
+        holder: the other plan's last output, as an input of this one.
+    """
+
+    def __init__(self, holder: Buffer) -> None:
+        self._holder = holder
+        self._start = holder.offset
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
+        """The next array."""
+        start = self._start
+        self._start += _rounded_bytes(shape, dtype)
+        return Buffer(self._holder.source, start, shape, contiguous_strides(shape), dtype)
+
+
 class _DirectLaunch:
     """A compiled launch, called with the stream and the addresses of a run.
 
@@ -197,7 +213,7 @@ class _DirectLaunch:
             which the first is None.
     """
 
-    __slots__ = ("_addresses", "_compiled", "_head", "_middle", "_run", "_tail")
+    __slots__ = ("_arguments", "_compiled", "_grid", "_head", "_run", "_tail")
 
     def __init__(self, launch: Launch, places: dict[tuple[int, int], int]) -> None:
         def position(buffer: Buffer | None) -> int:
@@ -205,7 +221,7 @@ class _DirectLaunch:
                 return 0
             return places.setdefault((buffer.source, buffer.offset), len(places) + 1)
 
-        self._addresses = tuple(
+        self._arguments = tuple(
             itemgetter(*map(position, pointers))
             if isinstance(pointers, tuple)
             else itemgetter(position(pointers))
@@ -214,19 +230,21 @@ class _DirectLaunch:
         # Kept, since Triton 3.8 unloads the code with it.
         self._compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
         self._run = self._compiled.run  # before `function`, which Triton 3.4 fills in when this is read
-        self._head = (*launch.grid, 1, 1)[:3]
-        # Metadata for hooks, and the hooks of a launch: there are none, or the launch would not be direct.
-        self._middle = (self._compiled.function, self._compiled.packed_metadata, None, None, None)
+        self._grid = (*launch.grid, 1, 1)[:3]
+        self._head = self._head_on(0)
         self._tail = launch.numbers
 
+    def _head_on(self, stream: int) -> tuple[Any, ...]:
+        """The launcher's arguments before the kernel's own."""
+        compiled = self._compiled
+        # Metadata for hooks, and the hooks of a launch: there are none, or it would not be direct.
+        return (*self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None)
+
     def __call__(self, stream: int, addresses: Sequence[int | None]) -> None:
-        self._run(
-            *self._head,
-            stream,
-            *self._middle,
-            *[find(addresses) for find in self._addresses],
-            *self._tail,
-        )
+        head = self._head
+        if head[3] != stream:
+            self._head = head = self._head_on(stream)
+        self._run(*head, *[find(addresses) for find in self._arguments], *self._tail)
 
 
 def _rounded_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -250,10 +268,9 @@ def _materialise(pointers: Pointers, tensors: Sequence[Tensor | None]) -> Any:
 
 def _is_watched() -> bool:
     """Whether someone wants to be told of launches, as profilers do, which only Triton's launcher does."""
-    runtime = triton.knobs.runtime
-    return _is_set(runtime.launch_enter_hook) or _is_set(runtime.launch_exit_hook)
-
-
-def _is_set(hook: Any) -> bool:
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     # Since Triton 3.6 a hook is a chain, in which there may be none.
-    return hook is not None and bool(getattr(hook, "calls", True))
+    return bool(
+        (enter is not None and getattr(enter, "calls", True))
+        or (leave is not None and getattr(leave, "calls", True))
+    )

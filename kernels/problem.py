@@ -58,7 +58,7 @@ class Settings:
         return self.routing_weight == "none" and self.topk == self.grid.n_regions
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which would take three times as long to make
 class PackedAttention(Generic[A]):
     """Routing, attention and LePE of one packed projection: what a fused backend computes.
 
@@ -151,8 +151,7 @@ class PackedAttention(Generic[A]):
         return Lepe(value, self.lepe_weight, self.lepe_bias, self.settings.grid, fill)
 
 
-@dataclass(frozen=True)
-class AttentionResult:
+class AttentionResult(NamedTuple):
     """What a fused backend returns of a `PackedAttention`.
 
     Attributes:
@@ -162,15 +161,16 @@ class AttentionResult:
         lse: `(N, num_heads, H, W)`: the backend's softmax statistic; None where no backward will follow.
         r_weight: `(N, P, topk)`: routing weights; None where they do not enter.
         r_idx: `(N, P, topk)` int32: the chosen regions; None where every region attends to all.
-        lists: what else the backend keeps for its backward; None for nothing.
+        kept: all that the backward reads, in a form of the backend's own, in place of the four before; None
+            where it is in those.
     """
 
     out: Tensor
-    attention: Tensor | None
-    lse: Tensor | None
-    r_weight: Tensor | None
-    r_idx: Tensor | None
-    lists: Tensor | None = None
+    attention: Tensor | None = None
+    lse: Tensor | None = None
+    r_weight: Tensor | None = None
+    r_idx: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class Needs(NamedTuple):

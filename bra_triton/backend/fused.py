@@ -23,19 +23,25 @@ class FusedBackend:
     def attend(self, call: Call) -> Tensor:
         """See `Backend`."""
         settings, qkv = call.settings, call.qkv.contiguous()
-        padding = _like(call.padding, qkv) if settings.grid.is_padded else None
+        weight, bias, padding = call.lepe_weight, call.lepe_bias, call.padding
+        if padding is not None:
+            padding = _like(padding, qkv) if settings.grid.is_padded else None
+        if weight is not None:
+            weight, bias = _like(weight, qkv), None if bias is None else _like(bias, qkv)
         kv = means = None
         if call.kv_downsampling is not None:
             kv = call.kv_downsampling.pool(qkv, settings.grid, padding, backend=self.name)
         if call.router_weight is not None:
             means = self._region_means(call, qkv, padding)
-        weight, bias = _like(call.lepe_weight, qkv), _like(call.lepe_bias, qkv)
-        return attend(PackedAttention(qkv, kv, padding, means, weight, bias, settings), self.name)
+        problem = PackedAttention(qkv, kv, padding, means, weight, bias, settings)
+        return attend(problem, self.name, call.eager)
 
     def route(self, call: Call) -> tuple[Tensor, Tensor]:
         """See `Backend`."""
         settings, qkv = call.settings, call.qkv.contiguous()
-        padding = _like(call.padding, qkv) if settings.grid.is_padded else None
+        padding = call.padding
+        if padding is not None:
+            padding = _like(padding, qkv) if settings.grid.is_padded else None
         if not call.spec.diff_routing:
             qkv, padding = qkv.detach(), None if padding is None else padding.detach()
         query, key = self._region_means(call, qkv, padding).split(settings.qk_dim, dim=-1)
@@ -74,8 +80,6 @@ class FusedBackend:
         return call.emb(means.unflatten(-1, (2, settings.qk_dim))).flatten(-2)
 
 
-def _like(x: Tensor | None, qkv: Tensor) -> Tensor | None:
+def _like(x: Tensor, qkv: Tensor) -> Tensor:
     """Contiguous and in the projection's dtype: under autocast parameters are wider."""
-    if x is None:
-        return None
     return (x if x.dtype == qkv.dtype else x.to(qkv.dtype)).contiguous()

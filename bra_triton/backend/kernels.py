@@ -1,5 +1,6 @@
 """The functions behind the operators of a fused backend: what they do, and where they are."""
 
+from functools import cache
 from typing import Protocol
 
 from torch import Tensor
@@ -24,14 +25,14 @@ class FusedKernels(Protocol):
     """
 
     def attend(
-        self, problem: PackedAttention[Tensor], trains: bool, keeps_lists: bool = False
+        self, problem: PackedAttention[Tensor], trains: bool, own_form: bool = False
     ) -> AttentionResult:
         """Routes, attends and adds LePE.
 
         Args:
             problem: what to compute.
             trains: whether a backward will follow.
-            keeps_lists: keep for it what it would compute again.
+            own_form: keep for it whatever the backend likes, not the tensors that an operator's schema names.
         """
 
     def attend_backward(
@@ -46,7 +47,7 @@ class FusedKernels(Protocol):
         Args:
             grad_out: contiguous `(N, H, W, dim)`.
             problem: the forward's.
-            result: the forward's, of which `attention` is not None here.
+            result: the forward's; without LePE, `attention` is its output.
             needs: which gradients to return.
         """
 
@@ -144,6 +145,7 @@ class FusedKernels(Protocol):
         """
 
 
+@cache
 def fused_kernels(backend: str) -> FusedKernels:
     """The functions of the backend "triton" or "torch"; imports Triton for the former."""
     if backend == "triton":

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..backend.select import check_name
 from ..call import Call
-from ..export import being_exported
+from ..export import being_exported, is_eager
 from ..functional import attend
 from ..kernels.grid import RegionGrid
 from ..spec import AttentionSpec
@@ -149,21 +149,30 @@ class BiLevelRoutingAttention(nn.Module):
         """
         if x.dim() != 4 or x.shape[-1] != self.spec.dim:
             raise ValueError(f"x must be (N, H, W, dim) with dim={self.spec.dim}, got shape {tuple(x.shape)}")
-        if being_exported():
+        eager = is_eager()
+        if not eager and being_exported():
             return self._export(x, ret_attn_mask)
-        call = self._call(self.qkv(x), self._padding(x))
+        call = self._call(self.qkv(x), self._padding(x), eager)
         if ret_attn_mask:
             out, *routing_and_scores = reference.attend(call)
             return self.wo(out), *routing_and_scores
         return self.wo(attend(call, self._backend))
 
-    def _call(self, qkv: Tensor, padding: Tensor | None) -> Call:
+    def _call(self, qkv: Tensor, padding: Tensor | None, eager: bool) -> Call:
         """One call, with the parameters that take part in it."""
-        lepe, emb, kv_down = self.lepe, self.router.emb, self.kv_down
-        weight, bias = (None, None) if lepe is None else (lepe.weight, lepe.bias)
-        router: tuple[Any, Any] = (emb.weight, emb.bias) if isinstance(emb, nn.Linear) else (None, None)
-        reduction = None if isinstance(kv_down, nn.Identity) else kv_down
-        return Call(qkv, self.spec, weight, bias, padding, *router, reduction)
+        modules: dict[str, Any] = (
+            self._modules
+        )  # looking a module or parameter up as an attribute costs a microsecond
+        lepe, kv_down, emb = modules.get("lepe"), modules["kv_down"], modules["router"]._modules["emb"]
+        weight = bias = router_weight = router_bias = None
+        if lepe is not None:
+            weight, bias = lepe.weight, lepe.bias
+        if type(emb) is not nn.Identity:
+            router_weight, router_bias = emb.weight, emb.bias
+        if type(kv_down) is nn.Identity:
+            kv_down = None
+        tensors = (weight, bias, padding, router_weight, router_bias)
+        return Call(qkv, self.spec, *tensors, kv_down, None, eager)
 
     def _padding(self, x: Tensor) -> Tensor | None:
         """What the projection makes of the zero tokens that pad the map, `(2*qk_dim + dim,)`; None without.
@@ -193,7 +202,7 @@ class BiLevelRoutingAttention(nn.Module):
         if self.auto_pad:
             bottom, right = grid.padding
             padded = F.pad(x, (0, 0, 0, right, 0, bottom))
-        call = self._call(self.qkv(padded), None)
+        call = self._call(self.qkv(padded), None, False)
         if ret_attn_mask or self._backend == "reference":
             out, *routing_and_scores = reference.attend(call)
         else:

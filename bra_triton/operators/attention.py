@@ -13,12 +13,14 @@ This file is the only one that takes a `PackedAttention` apart for a schema and 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backend.kernels import fused_kernels
+from ..kernels import tiles
 from ..kernels.grid import RegionGrid
 from ..kernels.problem import (
     AttentionResult,
@@ -30,12 +32,12 @@ from ..kernels.problem import (
 )
 from .library import (
     gradient_operator,
-    is_plain,
+    is_seen_by_none,
     needs_gradient,
     operator,
     or_empty,
     or_none,
-    without_autocast,
+    refusing_second_derivative,
 )
 
 _TENSORS = "Tensor qkv, Tensor? kv, Tensor? padding, Tensor? means, Tensor? lepe_weight, Tensor? lepe_bias"
@@ -46,20 +48,21 @@ _RESULT = "Tensor attention, Tensor lse, Tensor r_weight, Tensor r_idx"
 _N_RESULT = 4
 
 
-def attend(problem: PackedAttention[Tensor], backend: str) -> Tensor:
+def attend(problem: PackedAttention[Tensor], backend: str, eager: bool) -> Tensor:
     """Routes, attends and adds LePE: `(N, H, W, dim)`; differentiable.
 
     Args:
         problem: what to compute.
         backend: "triton" or "torch".
+        eager: whether no graph is being recorded.
     """
-    trains = needs_gradient(*problem.tensors)
-    if not is_plain(*problem.tensors):
-        return torch.ops.bra_triton.attend(*problem.tensors, *_numbers(problem.settings, backend), trains)[0]
+    tensors = problem.tensors
+    trains = needs_gradient(tensors)
+    if not eager or not is_seen_by_none(tensors):
+        return torch.ops.bra_triton.attend(*tensors, *_numbers(problem.settings, backend), trains)[0]
     if trains:
-        return _Attend.apply(problem.settings, backend, *problem.tensors)
-    with without_autocast(problem.qkv):
-        return fused_kernels(backend).attend(problem, trains=False).out
+        return _Attend.apply(problem.settings, backend, *tensors)
+    return fused_kernels(backend).attend(problem, trains=False, own_form=True).out
 
 
 class _Attend(torch.autograd.Function):
@@ -72,37 +75,30 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: Settings, backend: str, *tensors: Tensor | None) -> Tensor:
         problem = _problem(tensors, settings)
-        with without_autocast(problem.qkv):
-            result = fused_kernels(backend).attend(problem, trains=True, keeps_lists=True)
-        ctx.save_for_backward(
-            *(*tensors, result.out if result.attention is None else result.attention),
-            *(result.lse, result.r_weight, result.r_idx, result.lists),
-        )
-        ctx.settings, ctx.backend = settings, backend
-        return result.out
+        out, attention, *rest = fused_kernels(backend).attend(problem, trains=True, own_form=True)
+        if problem.lepe_weight is None:
+            attention = out
+        ctx.save_for_backward(*tensors, attention, *rest)
+        ctx.settings, ctx.backend, ctx.tiles = settings, backend, tiles.in_force()
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-        *saved, lists = ctx.saved_tensors  # once: non-reentrant checkpointing lets no one ask again
-        tensors, result = saved[:_N_TENSORS], saved[_N_TENSORS:]
-        needs = ctx.needs_input_grad[2:]
-        # With create_graph=True the operator, since it refuses a second derivative.
-        if torch.is_grad_enabled() or not is_plain(grad_out):
-            saved = [*tensors, *(or_empty(x, result[0]) for x in result)]
-            return None, None, *_by_operator(grad_out, saved, _numbers(ctx.settings, ctx.backend), needs)
+        saved = ctx.saved_tensors  # once: non-reentrant checkpointing lets no one ask again
+        tensors, rest, needs = saved[:_N_TENSORS], saved[_N_TENSORS:], ctx.needs_input_grad[2:]
         problem = _problem(tensors, ctx.settings)
-        gradients = _backward(
-            grad_out, problem, AttentionResult(result[0], *result, lists), ctx.backend, needs
-        )
-        return None, None, *gradients
+        result = AttentionResult(problem.qkv, *rest)
+        # Autograd runs this in a thread of its own, to which what is in force must be taken along.
+        with nullcontext() if ctx.tiles is None else tiles.restored(ctx.tiles):
+            gradients = _backward(grad_out, problem, result, ctx.backend, needs)
+        return None, None, *refusing_second_derivative(gradients, grad_out, *tensors)
 
 
 @operator("attend", f"({_TENSORS}, {_NUMBERS}, bool trains) -> (Tensor out, {_RESULT})")
 def _attend_operator(*arguments: Any) -> tuple[Tensor, ...]:
     """See `attend`: the output and, empty where there is none, what `AttentionResult` has besides."""
     problem, backend, (trains,) = _unpack(arguments)
-    with without_autocast(problem.qkv):
-        result = fused_kernels(backend).attend(problem, trains)
+    result = fused_kernels(backend).attend(problem, trains)
     out = result.out
     small = (result.attention, result.lse, result.r_weight, result.r_idx)
     return out, *(or_empty(x, out) for x in small)
@@ -163,8 +159,7 @@ def _backward(
     backend: str,
     needs: Sequence[bool],
 ) -> PackedGradients:
-    with without_autocast(problem.qkv):
-        return fused_kernels(backend).attend_backward(grad_out.contiguous(), problem, result, Needs(*needs))
+    return fused_kernels(backend).attend_backward(grad_out.contiguous(), problem, result, Needs(*needs))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -212,7 +207,19 @@ def _unpack(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], str, Seq
     """Undoes `_numbers`: the problem, the backend, and the arguments that follow."""
     tensors, rest = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
     (qk_dim, num_heads, topk, *grid), scales, routing_weight, flags, backend = rest[:_N_NUMBERS]
-    settings = Settings(qk_dim, num_heads, RegionGrid(*grid), topk, *scales, routing_weight, *flags)
+    scale, routing_scale = scales
+    diff_routing, counts_padding = flags
+    settings = Settings(
+        qk_dim,
+        num_heads,
+        RegionGrid(*grid),
+        topk,
+        scale,
+        routing_scale,
+        routing_weight,
+        diff_routing,
+        counts_padding,
+    )
     return _problem(tensors, settings), backend, rest[_N_NUMBERS:]
 
 

@@ -1,7 +1,6 @@
 """How an operator is entered in PyTorch's dispatcher, and what the operators have in common."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,32 +46,50 @@ def _refuse(ctx: Any, *grads: Tensor) -> Any:
     raise RuntimeError("the fused backends have no second derivatives; backend='reference' has")
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether a call may leave PyTorch's dispatcher out: then an `autograd.Function` serves for less.
+class _RefuseSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *others: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
 
-    Not where something wants to see operators: a compiler, a dispatch mode such as a FLOP counter, a
-    transform of `torch.func`, or a subclass of Tensor.
+    backward = staticmethod(_refuse)
+
+
+def refusing_second_derivative(
+    gradients: Sequence[Tensor | None], *inputs: Tensor | None
+) -> Sequence[Tensor | None]:
+    """Gradients that an `autograd.Function` returns, such that differentiating them raises.
+
+    They have no graph: without this, their own gradient under `create_graph=True` would silently be none.
     """
-    if torch.compiler.is_compiling():
-        return False
+    if not torch.is_grad_enabled():
+        return gradients
+    return [None if x is None else _RefuseSecondDerivative.apply(x, *inputs) for x in gradients]
+
+
+def is_seen_by_none(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether an eager call may leave PyTorch's dispatcher out: then an `autograd.Function` serves for less.
+
+    Not where something wants to see operators: a dispatch mode such as a FLOP counter, a transform of
+    `torch.func`, or a subclass of Tensor.
+    """
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(x is None or type(x) in _PLAIN_TYPES for x in tensors)
+    for x in tensors:  # noqa: SIM110  a generator would cost a call a tensor
+        if x is not None and type(x) not in _PLAIN_TYPES:
+            return False
+    return True
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
+def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a backward will follow."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Inside an operator the types are decided; autocast would round float32 statistics to half precision."""
-    kind = x.device.type
-    # Turning off what is not on costs 6 us a time, four times a training step.
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backend.kernels import fused_kernels
 from ..kernels.grid import RegionGrid
 from ..kernels.pooling.problem import MAX, RegionPooling
-from .library import gradient_operator, operator, or_empty, without_autocast
+from .library import gradient_operator, operator, or_empty
 
 _CELLS = "Tensor row_cells, Tensor column_cells"
 _NUMBERS = "SymInt qk_dim, SymInt[] grid, str mode, str backend"
@@ -58,10 +58,9 @@ def pool_regions(
         that are the maxima, int32, empty but for `MAX`.
     """
     pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid))
-    with without_autocast(qkv):
-        pooled, argmax = fused_kernels(backend).pool(
-            qkv[..., qk_dim:], _fill_of(fill, qkv, qk_dim), pooling, weight, bias
-        )
+    pooled, argmax = fused_kernels(backend).pool(
+        qkv[..., qk_dim:], _fill_of(fill, qkv, qk_dim), pooling, weight, bias
+    )
     return pooled, or_empty(argmax, qkv)
 
 
@@ -109,16 +108,15 @@ def pool_regions_backward(
     pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid))
     grad_qkv = qkv.new_empty(qkv.shape)
     grad_qkv[..., :qk_dim] = 0
-    with without_autocast(qkv):
-        gradients = fused_kernels(backend).pool_backward(
-            grad_pooled.contiguous(),
-            qkv[..., qk_dim:],
-            _fill_of(fill, qkv, qk_dim),
-            argmax if mode == MAX else None,
-            pooling,
-            weight,
-            grad_qkv[..., qk_dim:],
-        )
+    gradients = fused_kernels(backend).pool_backward(
+        grad_pooled.contiguous(),
+        qkv[..., qk_dim:],
+        _fill_of(fill, qkv, qk_dim),
+        argmax if mode == MAX else None,
+        pooling,
+        weight,
+        grad_qkv[..., qk_dim:],
+    )
     grad_fill = qkv.new_empty(0)
     if fill is not None:
         grad_fill = torch.zeros_like(fill)

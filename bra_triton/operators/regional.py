@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..backend.kernels import fused_kernels
+from ..export import is_eager
 from ..kernels.grid import RegionGrid
 from ..kernels.problem import Padding, RoutedAttention, statistic_dtype
-from .library import gradient_operator, is_plain, needs_gradient, operator, without_autocast
+from .library import gradient_operator, is_seen_by_none, needs_gradient, operator, refusing_second_derivative
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor r_idx, SymInt[] query_grid, SymInt[] kv_grid, "
@@ -47,23 +48,21 @@ def attend_regional(
         backend: "triton" or "torch".
     """
     arguments = (*maps, r_idx, *(grid.numbers for grid in grids), num_heads, scale, backend)
-    if not is_plain(*maps):
+    if not is_eager() or not is_seen_by_none(maps):
         return torch.ops.bra_triton.attend_regional(*arguments)[0]
-    if needs_gradient(*maps):
+    if needs_gradient(maps):
         return _AttendRegional.apply(*arguments)
     return _forward(*arguments)[0]
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem, backend = _problem(*arguments)
-    with without_autocast(problem.query):
-        return fused_kernels(backend).attend_routed(problem)
+    return fused_kernels(backend).attend_routed(problem)
 
 
 def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem, backend = _problem(*arguments)
-    with without_autocast(grad_out):
-        gradients = fused_kernels(backend).attend_routed_backward(grad_out.contiguous(), problem, out, lse)
+    gradients = fused_kernels(backend).attend_routed_backward(grad_out.contiguous(), problem, out, lse)
     return gradients.query, gradients.key, gradients.value
 
 
@@ -79,9 +78,9 @@ class _AttendRegional(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        # With create_graph=True the operator, since it refuses a second derivative.
-        run = _backward if is_plain(grad_out) and not torch.is_grad_enabled() else _backward_operator
-        return *run(grad_out, *ctx.saved_tensors, *ctx.numbers), *(None,) * (1 + _N_NUMBERS)
+        saved = ctx.saved_tensors
+        gradients = _backward(grad_out, *saved, *ctx.numbers)
+        return *refusing_second_derivative(gradients, grad_out, *saved), *(None,) * (1 + _N_NUMBERS)
 
 
 _operator = operator("attend_regional", f"({_PROBLEM}, str backend) -> (Tensor out, Tensor lse)")(_forward)

@@ -24,7 +24,7 @@ from ..backend.torch.routing import region_means_gradient
 from ..kernels.grid import RegionGrid
 from ..kernels.padding import share_of_means
 from ..kernels.problem import statistic_dtype
-from .library import gradient_operator, operator, or_empty, without_autocast
+from .library import gradient_operator, operator, or_empty
 
 
 @operator(
@@ -38,8 +38,7 @@ def region_means(
     `qkv` `(N, H, W, 2*qk_dim + dim)` is contiguous; `padding` `(2*qk_dim + dim,)` is what tokens past the
     map's edge hold. Without it they are left out of the means.
     """
-    with without_autocast(qkv):
-        return fused_kernels(backend).region_means(qkv.contiguous(), padding, RegionGrid(*grid), 2 * qk_dim)
+    return fused_kernels(backend).region_means(qkv.contiguous(), padding, RegionGrid(*grid), 2 * qk_dim)
 
 
 @torch.library.register_fake(region_means)
@@ -90,8 +89,7 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float, backend: str) -> 
 
     Returns `r_weight` (the dtype of `query`) and `r_idx` (int32), both `(N, P, topk)`.
     """
-    with without_autocast(query):
-        return fused_kernels(backend).route(*_alike(query, key), topk, scale)
+    return fused_kernels(backend).route(*_alike(query, key), topk, scale)
 
 
 @torch.library.register_fake(route)
@@ -115,10 +113,9 @@ def route_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `query` and `key`, contiguous."""
-    with without_autocast(query):
-        return fused_kernels(backend).route_backward(
-            grad_weight.contiguous(), r_weight, r_idx, *_alike(query, key), scale
-        )
+    return fused_kernels(backend).route_backward(
+        grad_weight.contiguous(), r_weight, r_idx, *_alike(query, key), scale
+    )
 
 
 @torch.library.register_fake(route_backward)

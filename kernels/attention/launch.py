@@ -1,7 +1,9 @@
 """Launches of the attention kernels, added to a plan."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -280,10 +282,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
-    return "tf32" if _tf32_is_allowed() else "tf32x3"
+    return "tf32" if float32_setting() in ("tf32", "high", "medium") else "tf32x3"
 
 
-def _tf32_is_allowed() -> bool:
-    # PyTorch 2.9 brought this setting, and lets no one read the older one once it has been used.
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    return torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32"
+# PyTorch 2.9 brought this setting, and lets no one read the older one once it has been used. It is read every
+# call: through `torch.backends.cuda.matmul` that takes 1.7 us.
+float32_setting: Callable[[], str] = (
+    partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
+    if hasattr(torch._C, "_get_fp32_precision_getter")
+    else torch.get_float32_matmul_precision
+)

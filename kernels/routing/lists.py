@@ -5,7 +5,6 @@ An attention has one of three forms. "routed": every region has a list of the to
 region, which attends to itself.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -16,7 +15,7 @@ from ..attention import masking
 from ..attention.arguments import Lists
 from ..grid import RegionGrid
 from ..lib.integers import cdiv, next_power_of_2
-from ..plan import Plan
+from ..plan import Plan, Take
 from ..problem import RoutedAttention
 from .arguments import GraphConfig, Inverse, ListConfig, MarkConfig, Marks
 from .graph import invert_graph_kernel, list_tokens_kernel, mark_choices_kernel
@@ -27,8 +26,6 @@ ROUTED, MASKED, WHOLE = "routed", "masked", "whole"
 # keys and values.
 LONGEST_TO_MEAN = 4
 BLOCK_ENTRIES, BLOCK_TOKENS, _BLOCK_PAIRS = 8, 32, 256
-
-Layout = list[tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -86,37 +83,25 @@ def form_of(problem: RoutedAttention[Buffer], routing_learns: bool = False) -> s
     return MASKED if not routing_learns and masking.is_cheaper(problem) else ROUTED
 
 
-def key_list_layout(problem: RoutedAttention[Buffer], form: str) -> Layout:
-    """Shapes and types of the arrays of `KeyLists`, those that are there, in order."""
+def take_key_lists(problem: RoutedAttention[Buffer], form: str, take: Take) -> KeyLists:
+    """The lists in arrays that `take` makes, or finds where an earlier plan has kept them."""
     grid, kv_grid = problem.query_grid, problem.kv_grid
-    layout: Layout = [((grid.n_regions, grid.region_tokens), torch.int32)]
+    query_regions = key_regions = take((grid.n_regions, grid.region_tokens), torch.int32)
     if kv_grid != grid:
-        layout.append(((kv_grid.n_regions, kv_grid.region_tokens), torch.int32))
-    if form == ROUTED:
-        listed = (problem.batch, problem.n_graphs, grid.n_regions, problem.topk * kv_grid.region_tokens)
-        layout.append((listed, torch.int32))
-        if problem.factor is not None:
-            layout.append((listed, torch.float32))
-    if form == MASKED:
-        block = max(16, next_power_of_2(kv_grid.n_regions))
-        layout += [
-            ((grid.n_regions * grid.region_tokens,), torch.int32),
-            ((problem.batch, problem.n_graphs, grid.n_regions, block), torch.float16),
-            ((kv_grid.n_regions * kv_grid.region_tokens, block), torch.float16),
-        ]
-    return layout
-
-
-def key_lists(problem: RoutedAttention[Buffer], form: str, arrays: Sequence[Buffer]) -> KeyLists:
-    """The lists whose arrays, in the order of `key_list_layout`, these are."""
-    query_regions, *rest = arrays
-    key_regions = rest.pop(0) if problem.kv_grid != problem.query_grid else query_regions
+        key_regions = take((kv_grid.n_regions, kv_grid.region_tokens), torch.int32)
     key_list, factors, marks = key_regions.view(prod(key_regions.shape)), None, None
     if form == ROUTED:
-        key_list, *rest = rest
-        factors = rest[0] if rest else None
+        listed = (problem.batch, problem.n_graphs, grid.n_regions, problem.topk * kv_grid.region_tokens)
+        key_list = take(listed, torch.int32)
+        if problem.factor is not None:
+            factors = take(listed, torch.float32)
     if form == MASKED:
-        marks = Marks(*rest)
+        block = max(16, next_power_of_2(kv_grid.n_regions))
+        marks = Marks(
+            take((grid.n_regions * grid.region_tokens,), torch.int32),
+            take((problem.batch, problem.n_graphs, grid.n_regions, block), torch.float16),
+            take((kv_grid.n_regions * kv_grid.region_tokens, block), torch.float16),
+        )
     return KeyLists(query_regions, key_regions, key_list, factors, marks)
 
 

@@ -8,6 +8,7 @@ from .choice import (
     forget,
     form_of,
     in_force,
+    restored,
     use_architecture,
     use_tiles,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "forget",
     "form_of",
     "in_force",
+    "restored",
     "use_architecture",
     "use_tiles",
 ]

@@ -7,7 +7,7 @@ What was measured on this very card (`bra-autotune`, kept in the user's cache) c
 that the package ships for the card's architecture or the nearest older one, read at the first launch.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -118,10 +118,25 @@ def use_tiles(by_kernel: Mapping[str, Tile]) -> Iterator[None]:
         _forced.reset(token)
 
 
-def in_force() -> Hashable:
-    """Stands for what `use_architecture` and `use_tiles` have set in this thread; None for nothing."""
+InForce = tuple[str | None, tuple[tuple[str, Tile], ...]]
+
+
+def in_force() -> InForce | None:
+    """What `use_architecture` and `use_tiles` have set in this thread; None for nothing."""
     forced, arch = _forced.get(), _architecture.get()
     return (arch, tuple(forced.items())) if forced or arch else None
+
+
+@contextmanager
+def restored(what: InForce) -> Iterator[None]:
+    """Within it, in another thread, what was `in_force`."""
+    arch, forced = what
+    tokens = _architecture.set(arch), _forced.set(dict(forced))
+    try:
+        yield
+    finally:
+        _architecture.reset(tokens[0])
+        _forced.reset(tokens[1])
 
 
 def architecture_of(device: torch.device) -> str:

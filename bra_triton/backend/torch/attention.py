@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...kernels.problem import Gradients, Padding, RoutedAttention, SmallGradients, statistic_dtype
 from . import chunks
+from .autocast import outside_autocast
 from .regions import add_rows, flat_index, from_regions, sum_over_padding, to_regions
 
 # Elements of a chunk's gathered keys and values. Measured on two cores of an x86 server over maps of 14 to
@@ -20,6 +21,7 @@ from .regions import add_rows, flat_index, from_regions, sum_over_padding, to_re
 CHUNK_ELEMENTS = 1 << 19
 
 
+@outside_autocast
 def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     """See `FusedKernels`; the statistic is the natural logarithm of the softmax's denominator."""
     regions = _Regions.of(problem)
@@ -36,6 +38,7 @@ def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     return out, rearrange(lse_map, "n h w m -> n m h w").contiguous()
 
 
+@outside_autocast
 def attend_routed_backward(
     grad_out: Tensor, problem: RoutedAttention[Tensor], out: Tensor, lse: Tensor
 ) -> Gradients[Tensor]:

@@ -13,12 +13,14 @@ from ...kernels.problem import (
     RoutedAttention,
 )
 from .attention import attend_routed, attention_backward
+from .autocast import outside_autocast
 from .lepe import lepe_backward, lepe_forward
 from .routing import region_means, region_means_gradient, route, route_backward
 
 
-def attend(problem: PackedAttention[Tensor], trains: bool, keeps_lists: bool = False) -> AttentionResult:
-    """See `FusedKernels`; keeps no lists."""
+@outside_autocast
+def attend(problem: PackedAttention[Tensor], trains: bool, own_form: bool = False) -> AttentionResult:
+    """See `FusedKernels`; it has no form of its own."""
     settings, r_weight, r_idx = problem.settings, None, None
     if not settings.chooses_all:
         query, key = _means(problem).split(settings.qk_dim, dim=-1)
@@ -36,6 +38,7 @@ def attend(problem: PackedAttention[Tensor], trains: bool, keeps_lists: bool = F
     )
 
 
+@outside_autocast
 def attend_backward(
     grad_out: Tensor, problem: PackedAttention[Tensor], result: AttentionResult, needs: Needs
 ) -> PackedGradients:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ...kernels.grid import RegionGrid
 from ...kernels.pooling.problem import MAX, PoolingGradients, RegionPooling
+from .autocast import outside_autocast
 
 
+@outside_autocast
 def pool(
     x: Tensor,
     fill: Tensor | None,
@@ -37,6 +39,7 @@ def pool(
     return pooled.to(x.dtype).reshape(shape), None
 
 
+@outside_autocast
 def pool_backward(
     grad_pooled: Tensor,
     x: Tensor,

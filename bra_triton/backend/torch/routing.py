@@ -8,9 +8,11 @@ from ...kernels.grid import RegionGrid
 from ...kernels.padding import tokens_inside
 from ...kernels.problem import statistic_dtype
 from ...topk import select_topk
+from .autocast import outside_autocast
 from .regions import add_rows, counted_tokens, flat_index, pad_map
 
 
+@outside_autocast
 def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels: int) -> Tensor:
     """Means over every region's tokens.
 
@@ -32,6 +34,7 @@ def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels
     return sums / counted_tokens(grid, padding, qkv.device)
 
 
+@outside_autocast
 def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
     """Chooses the `topk` key regions of the largest logits for every query region.
 
@@ -49,6 +52,7 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
     return top_logits.softmax(dim=-1), r_idx.int()
 
 
+@outside_autocast
 def route_backward(
     grad_weight: Tensor, r_weight: Tensor, r_idx: Tensor, query: Tensor, key: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,28 @@
+"""Inside a computation the types are decided: autocast would round float32 statistics to half precision."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_KINDS = ("cpu", "cuda", "mps", "xpu")
+
+
+def outside_autocast(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Decorator: runs the function with autocast off."""
+
+    @wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        on = [kind for kind in _KINDS if torch.is_autocast_enabled(kind)]
+        if not on:  # turning off what is not on costs 6 us a time
+            return function(*args, **kwargs)
+        with ExitStack() as stack:
+            for kind in on:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return run

@@ -1,0 +1,252 @@
+"""Plans of a packed attention, forward and backward: routing, lists, attention, LePE."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .arrays import Buffer, channels
+from .attention.arguments import ForwardResults, Saved
+from .attention.launch import (
+    Attention,
+    launch_attention,
+    launch_key_value_gradient,
+    launch_query_gradient,
+)
+from .lepe.launch import LepeGradients, launch_lepe_gradient
+from .plan import Kept, Plan, Take
+from .problem import Gradients, Needs, PackedAttention, RoutedAttention, Settings
+from .routing.launch import (
+    Routing,
+    launch_region_means,
+    launch_route,
+    launch_route_gradient,
+    launch_spread_means,
+)
+from .routing.lists import (
+    ROUTED,
+    KeyLists,
+    form_of,
+    launch_key_lists,
+    launch_query_lists,
+    take_key_lists,
+)
+
+
+@dataclass(frozen=True)
+class ForwardArrays:
+    """What the forward leaves to the backward.
+
+    Attributes:
+        attention: `(N, H, W, dim)`: the attention's share of the output; None where that is the output.
+        lse: `(N, num_heads, H, W)` float32.
+        r_weight: `(N, P, topk)` float32; None where routing weights do not enter.
+        r_idx: `(N, P, topk)` int32; None where every region attends to all.
+        routed: the attention that remains once regions are chosen.
+        form: its form, one of `routing.lists`.
+        lists: what the kernels that own queries walk.
+    """
+
+    attention: Buffer | None
+    lse: Buffer | None
+    r_weight: Buffer | None
+    r_idx: Buffer | None
+    routed: RoutedAttention[Buffer]
+    form: str
+    lists: KeyLists
+
+    @classmethod
+    def take(cls, packed: PackedAttention[Buffer], trains: bool, small: Take, lists: Take) -> "ForwardArrays":
+        """The arrays that `small` makes or finds, and the lists that `lists` makes or finds."""
+        settings, (batch, height, width, _) = packed.settings, packed.qkv.shape
+        attention = lse = r_weight = r_idx = None
+        if trains and packed.lepe_weight is not None:
+            attention = small((batch, height, width, packed.dim), packed.qkv.dtype)
+        if trains:
+            lse = small((batch, settings.num_heads, height, width), torch.float32)
+        choices = (batch, settings.grid.n_regions, settings.topk)
+        if packed.weighs:
+            r_weight = small(choices, torch.float32)
+        if not settings.chooses_all:
+            r_idx = small(choices, torch.int32)
+        routed = _routed(packed, r_weight, r_idx)
+        form = form_of(routed, packed.routing_learns)
+        return cls(attention, lse, r_weight, r_idx, routed, form, take_key_lists(routed, form, lists))
+
+
+def plan_attend(problem: PackedAttention[Tensor], trains: bool, own_form: bool) -> Plan:
+    """The forward: its inputs are the problem's tensors.
+
+    Its outputs are the attention's and, for a backward, in its own form what is kept; else the arrays of
+    `ForwardArrays`, those that there are, of which `wanted` tells.
+    """
+    plan = Plan(problem.tensors, problem.qkv.device)
+    packed = _packed(plan, problem.settings)
+    out = plan.output((*packed.qkv.shape[:3], packed.dim), packed.qkv.dtype)
+    if own_form:
+        take = plan.keep if trains else plan.scratch
+        arrays = ForwardArrays.take(packed, trains, take, take)
+    else:
+        arrays = ForwardArrays.take(packed, trains, plan.output, plan.scratch)
+        small = (arrays.attention, arrays.lse, arrays.r_weight, arrays.r_idx)
+        plan.wanted = [x is not None for x in small]
+
+    routed, lists, settings, listed = arrays.routed, arrays.lists, packed.settings, False
+    if arrays.r_idx is not None:
+        query, key = _region_queries_keys(plan, packed)
+        listed = arrays.form == ROUTED and routed.query_grid == routed.kv_grid
+        launch_route(
+            plan,
+            Routing(query, key, arrays.r_weight, arrays.r_idx, settings.routing_scale),
+            *((lists.arguments, settings.grid) if listed else ()),
+        )
+    if not listed:
+        launch_key_lists(plan, routed, lists)
+    results = ForwardResults(out, arrays.attention, arrays.lse)
+    launch_attention(plan, Attention(routed, arrays.form, lists), packed.lepe(), results)
+    return plan
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Where a backward writes, all outputs of its plan; None where there is nothing to write."""
+
+    qkv: Buffer
+    kv: Buffer | None
+    means: Buffer | None
+    lepe_weight: Buffer | None
+    lepe_bias: Buffer | None
+    lepe_fill: Buffer | None
+
+    @classmethod
+    def output(cls, plan: Plan, packed: PackedAttention[Buffer], needs: Needs) -> "_Gradients":
+        def like(x: Buffer | None, needed: bool) -> Buffer | None:
+            return plan.output(x.shape, x.dtype) if x is not None and needed else None
+
+        qkv, settings = packed.qkv, packed.settings
+        means_shape = (qkv.shape[0], settings.grid.n_regions, 2 * settings.qk_dim)
+        has_fill = packed.lepe_weight is not None and packed.padding is not None and needs.padding
+        return cls(
+            # With keys and values of their own, those of the packed gradient get LePE's share alone.
+            plan.output(qkv.shape, qkv.dtype, zeroed=packed.kv is not None),
+            like(packed.kv, True),
+            plan.output(means_shape, torch.float32) if packed.routing_learns else None,
+            like(packed.lepe_weight, needs.lepe_weight),
+            like(packed.lepe_bias, needs.lepe_bias),
+            plan.output((packed.dim,), torch.float32) if has_fill else None,
+        )
+
+    def maps(self, packed: PackedAttention[Buffer]) -> Gradients[Buffer]:
+        """The slices of queries, keys and values."""
+        qk_dim, last = packed.settings.qk_dim, self.qkv.shape[-1]
+        keys_values = channels(self.qkv, qk_dim, last) if self.kv is None else self.kv
+        return Gradients(
+            channels(self.qkv, 0, qk_dim),
+            channels(keys_values, 0, qk_dim),
+            channels(keys_values, qk_dim, qk_dim + packed.dim),
+        )
+
+
+def plan_attend_backward(
+    problem: PackedAttention[Tensor], saved: tuple[Tensor | None, ...], needs: Needs
+) -> Plan:
+    """The backward: its inputs are the problem's tensors, the output's gradient, and what the forward left.
+
+    Its outputs are gradients of `qkv`, `kv`, region means, LePE's weight and bias, and what padding holds by
+    LePE; then the shares of padding by the attention. `wanted` tells which of them there are.
+    """
+    plan = Plan((*problem.tensors, *saved), problem.qkv.device)
+    packed = _packed(plan, problem.settings)
+    grad_out, *small, kept = plan.inputs[len(problem.tensors) :]
+    assert grad_out is not None
+    arrays = _arrays_of_forward(plan, packed, small, kept)
+    attention_out = arrays.attention or small[0]
+    assert attention_out is not None
+    assert arrays.lse is not None
+    if kept is None:
+        launch_key_lists(plan, arrays.routed, arrays.lists)
+
+    gradients = _Gradients.output(plan, packed, needs)
+    maps = gradients.maps(packed)
+    attention = Attention(arrays.routed, arrays.form, arrays.lists)
+    statistics, factor_shares = launch_query_gradient(
+        plan, attention, Saved(attention_out, arrays.lse, grad_out), maps.query, packed.routing_learns
+    )
+    query_lists = launch_query_lists(plan, arrays.routed, arrays.lists)
+    has_padding = arrays.routed.padding is not None and needs.padding
+    shares = launch_key_value_gradient(plan, attention, query_lists, statistics, grad_out, maps, has_padding)
+    lepe = packed.lepe()
+    if lepe is not None:
+        value = channels(gradients.qkv, 2 * packed.settings.qk_dim, packed.qkv.shape[-1])
+        of_lepe = LepeGradients(gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
+        launch_lepe_gradient(plan, grad_out, value, lepe, of_lepe)
+    if gradients.means is not None:
+        assert factor_shares is not None
+        assert query_lists.inverse is not None
+        assert arrays.r_idx is not None
+        settings, qk_dim = packed.settings, packed.settings.qk_dim
+        query, key = _region_queries_keys(plan, packed)
+        launch_route_gradient(
+            plan,
+            Routing(query, key, arrays.r_weight, arrays.r_idx, settings.routing_scale),
+            factor_shares,
+            query_lists.inverse,
+            channels(gradients.means, 0, qk_dim),
+            channels(gradients.means, qk_dim, 2 * qk_dim),
+        )
+        if packed.means is None:
+            launch_spread_means(plan, gradients.means, gradients.qkv, settings.grid, settings.counts_padding)
+    outputs = (gradients.kv, gradients.means, gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
+    plan.wanted = [x is not None for x in (*outputs, shares)]
+    return plan
+
+
+def _arrays_of_forward(
+    plan: Plan, packed: PackedAttention[Buffer], small: list[Buffer | None], kept: Buffer | None
+) -> ForwardArrays:
+    """Where the forward's arrays are: among what it kept, or among these inputs, with lists to be written."""
+    if kept is not None:
+        reader = Kept(kept)
+        return ForwardArrays.take(packed, True, reader.take, reader.take)
+    # Without LePE the attention's share of the output is the output, which is not among the arrays.
+    inputs = iter(x for x in small[1 if packed.lepe_weight is None else 0 :] if x is not None)
+    return ForwardArrays.take(packed, True, _next_of(inputs), plan.scratch)
+
+
+def _next_of(inputs: Iterator[Buffer]) -> Take:
+    def take(shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
+        found = next(inputs)
+        assert found.dtype == dtype
+        return found.view(*shape)
+
+    return take
+
+
+def _packed(plan: Plan, settings: Settings) -> PackedAttention[Buffer]:
+    """The problem of the plan's first inputs."""
+    qkv, kv, padding, means, lepe_weight, lepe_bias = plan.inputs[:6]
+    assert qkv is not None
+    return PackedAttention(qkv, kv, padding, means, lepe_weight, lepe_bias, settings)
+
+
+def _region_queries_keys(plan: Plan, packed: PackedAttention[Buffer]) -> tuple[Buffer, Buffer]:
+    """Region queries and keys, those given or the means of the map."""
+    settings, means = packed.settings, packed.means
+    if means is None:
+        shape = (packed.qkv.shape[0], settings.grid.n_regions, 2 * settings.qk_dim)
+        means = plan.scratch(shape, torch.float32)
+        padding = packed.padding if settings.counts_padding else None
+        launch_region_means(plan, packed.qkv, padding, settings.grid, means)
+    return channels(means, 0, settings.qk_dim), channels(means, settings.qk_dim, 2 * settings.qk_dim)
+
+
+def _routed(
+    packed: PackedAttention[Buffer], r_weight: Buffer | None, r_idx: Buffer | None
+) -> RoutedAttention[Buffer]:
+    if r_idx is None:
+        return packed.routed(None)
+    batch, n_regions, topk = r_idx.shape
+    factor = r_weight if packed.settings.routing_weight == "soft" else None
+    shape = (batch, 1, n_regions, topk)
+    return packed.routed(r_idx.view(*shape), None if factor is None else factor.view(*shape))
