@@ -156,6 +156,8 @@ def lepe_backward_kernel(
     DIM: tl.constexpr = CONFIG.DIM
     KERNEL: tl.constexpr = CONFIG.KERNEL
     ROWS: tl.constexpr = CONFIG.ROWS
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_V: tl.constexpr = CONFIG.BLOCK_V
     HALF: tl.constexpr = KERNEL // 2
     image, row, column, channel, channel_live = _locate_tile(reach_height, reach_width, CONFIG)
     live = row < reach_height
@@ -172,7 +174,7 @@ def lepe_backward_kernel(
             x = tl.where((live & ~in_map)[:, None], padding[None, :], x)
         x = x.to(tl.float32)
 
-    grad = tl.zeros([CONFIG.BLOCK_M, CONFIG.BLOCK_V], tl.float32)
+    grad = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     row = tl.where(live, row, -KERNEL)  # as in the forward
     centre = grad_out + token[:, None] * DIM + channel[None, :]
     for tap in tl.range(KERNEL * KERNEL):
