@@ -59,6 +59,8 @@ def convolve_tile(
     row = tl.where(live, row, -KERNEL)
     token = (row * width + column).to(tl.int64)
     centre = lepe.value + first_value + token[:, None] * VALUE_STRIDE + channel[None, :]
+    if lepe.fill is not None:
+        fill = lepe.fill + tl.zeros_like(row)[:, None] + channel[None, :]
     # The taps stay a loop: unrolled, the compiler starts all their loads at once and spills registers.
     for tap in tl.range(KERNEL * KERNEL):
         row_step, column_step = tap // KERNEL - HALF, tap % KERNEL - HALF
@@ -69,7 +71,6 @@ def convolve_tile(
         x = tl.load(taps, mask=(inside & in_map)[:, None] & channel_live[None, :], other=0.0)
         if lepe.fill is not None:
             # A choice of pointers would spare this second load, but Triton 3.6 cannot compile one for AMD.
-            fill = lepe.fill + tl.zeros_like(row)[:, None] + channel[None, :]
             padding = inside & ~in_map & (tap_row < padded_height) & (tap_column < padded_width)
             x = tl.load(fill, mask=padding[:, None] & channel_live[None, :], other=x)
         acc += x.to(tl.float32) * _load_tap_weight(lepe.weight, channel, channel_live, tap, KERNEL)
