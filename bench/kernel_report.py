@@ -164,7 +164,7 @@ def _dense_tiles(launch: Launch) -> tuple[dense_floor.DenseTile, ...]:
     kernel = launch.specimen
     if kernel.name not in ATTENTION_KERNELS:
         return ()
-    sides = (kernel.constexprs["BLOCK_M"], kernel.constexprs["BLOCK_N"])
+    sides = (kernel.constants["BLOCK_M"], kernel.constants["BLOCK_N"])
     own, step = reversed(sides) if kernel.name == "key_value_gradient" else sides
     return dense_floor.of_tile(own, step, kernel.num_warps, kernel.num_stages)
 
@@ -172,17 +172,24 @@ def _dense_tiles(launch: Launch) -> tuple[dense_floor.DenseTile, ...]:
 def _with_shared(rows: list[Row], jobs: Sequence[Problem], dtype: str, workers: int) -> list[Row]:
     """The rows, with `Row.shared` where the exponential unit binds."""
     bound = [
-        (index, replace(specimen, constexprs={**specimen.constexprs, "EXP_SHARE": EXP_SHARE}))
+        (
+            index,
+            replace(
+                specimen, constexprs={**specimen.constexprs, "CONFIG": config._replace(EXP_SHARE=EXP_SHARE)}
+            ),
+        )
         for index, (row, (_, _, launch)) in enumerate(zip(rows, jobs, strict=True))
         for specimen in [launch.specimen]
+        for config in [specimen.constexprs["CONFIG"]]
         if DTYPES[dtype].itemsize == 2 and row.cost and row.cost.binding == "exponential"
-        if specimen.constexprs.get("EXP_SHARE") == 0 and specimen.constexprs["BLOCK_N"] >= 8 * EXP_SHARE
+        if specimen.name in ("attention_forward", "query_gradient")
+        if config.EXP_SHARE == 0 and config.BLOCK_N >= 8 * EXP_SHARE
     ]
     analyses = analyse_all([(specimen, rows[index].arch) for index, specimen in bound], workers)
     for (index, specimen), analysis in zip(bound, analyses, strict=True):
         if isinstance(analysis, Analysis):
             row, (preset, _, _) = rows[index], jobs[index]
-            problem = preset.sizes(2, "query_marks" in specimen.signature)
+            problem = preset.sizes(2, "marks" in specimen.signature)
             cost = predict(row.kernel, analysis, problem, HARDWARE[row.arch])
             rows[index] = replace(row, shared=Shared(analysis, cost))
     return rows
@@ -198,9 +205,9 @@ def _row(job: Problem, result: Analysis | Exception, dtype: str, floor: dense_fl
     analysis = None if isinstance(result, Exception) else result
     cost = small = target = None
     if specimen.name in ATTENTION_KERNELS:
-        passes = 3 if specimen.constexprs.get("PRECISION") == "tf32x3" else 1
+        passes = 3 if specimen.constants.get("PRECISION") == "tf32x3" else 1
         if analysis is not None and analysis.loop is not None:
-            problem = preset.sizes(DTYPES[dtype].itemsize, "query_marks" in specimen.signature)
+            problem = preset.sizes(DTYPES[dtype].itemsize, "marks" in specimen.signature)
             cost = predict(specimen.name, analysis, problem, HARDWARE[arch], passes)
         target = target_of(specimen.name, preset, arch, dtype)
     elif analysis is not None:

@@ -68,7 +68,7 @@ class KernelSpecimen:
     options: Mapping[str, object] = field(default_factory=dict)  # for the compiler: {"maxnreg": 128}
 
     @property
-    def constants(self) -> dict[str, object]:
+    def constants(self) -> dict[str, Any]:
         """Compile-time arguments by name, those of the group ``CONFIG`` by their own names."""
         config: Any = self.constexprs.get("CONFIG")
         return {**self.constexprs, **(config._asdict() if config is not None else {})}

@@ -191,7 +191,8 @@ def attention_forward_kernel(
     head_start = image * map_tokens * DIM + head * V_HEAD_DIM
     if results.attention is not None:
         store_rows(results.attention + head_start, own, v_channel, own >= 0, acc, DIM, V_HEAD_DIM)
-    if lepe is not None:
+    # Not `lepe is not None`: Triton 3.4 cannot compare a group with None if some member of it is None.
+    if CONFIG.LEPE_KERNEL > 0:
         sizes = (height, width, padded_height, padded_width)
         first_value = image * map_tokens * CONFIG.LEPE_STRIDE
         acc += _lepe_of_head(lepe, first_value, own, head, sizes, CONFIG)

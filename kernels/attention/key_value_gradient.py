@@ -50,7 +50,7 @@ def _key_value_gradient_tile(
     own_marks,
     marks,
     logit_scale,
-    PRECISION: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Adds what the queries of a tile contribute to the gradients of BLOCK_N keys and values.
 
@@ -59,6 +59,7 @@ def _key_value_gradient_tile(
     adds 0 whatever its probability, 2**0. The products that need no exponential come first, which frees
     registers (128 keys x 64 queries, 4 warps, head 32, sm_90: the tile spills otherwise).
     """
+    PRECISION: tl.constexpr = CONFIG.PRECISION
     lse, delta = statistics
     grad_probs = matmul(value, tl.trans(grad_out), PRECISION)
     scores = matmul(key, tl.trans(query), PRECISION)
@@ -211,7 +212,7 @@ def key_value_gradient_kernel(
             query_region = tl.load(marks.query_regions + start + position)
             other_marks = load_rows(query_marks, None, query_region, mark, None, BLOCK_MARKS, BLOCK_MARKS)
         grad_k, grad_v = _key_value_gradient_tile(
-            grad_k, grad_v, k, v, q, do, pair, factor, own_marks, other_marks, logit_scale, CONFIG.PRECISION
+            grad_k, grad_v, k, v, q, do, pair, factor, own_marks, other_marks, logit_scale, CONFIG
         )
     position = tl.arange(0, BLOCK_TAIL)
     for start in tl.range(full, list_length, BLOCK_TAIL, num_stages=1):
@@ -229,7 +230,7 @@ def key_value_gradient_kernel(
             query_region = tl.load(marks.query_regions + start + position, mask=in_list, other=0)
             other_marks = load_rows(query_marks, None, query_region, mark, in_list, BLOCK_MARKS, BLOCK_MARKS)
         grad_k, grad_v = _key_value_gradient_tile(
-            grad_k, grad_v, k, v, q, do, pair, factor, own_marks, other_marks, logit_scale, CONFIG.PRECISION
+            grad_k, grad_v, k, v, q, do, pair, factor, own_marks, other_marks, logit_scale, CONFIG
         )
 
     grad_k *= scale

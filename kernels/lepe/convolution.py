@@ -59,6 +59,8 @@ def convolve_tile(
     row = tl.where(live, row, -KERNEL)
     token = (row * width + column).to(tl.int64)
     centre = lepe.value + first_value + token[:, None] * VALUE_STRIDE + channel[None, :]
+    if lepe.fill is not None:
+        fill = lepe.fill + tl.zeros_like(row)[:, None] + channel[None, :]
     # The taps stay a loop: unrolled, the compiler starts all their loads at once and spills registers.
     for tap in tl.range(KERNEL * KERNEL):
         row_step, column_step = tap // KERNEL - HALF, tap % KERNEL - HALF
@@ -69,7 +71,6 @@ def convolve_tile(
         x = tl.load(taps, mask=(inside & in_map)[:, None] & channel_live[None, :], other=0.0)
         if lepe.fill is not None:
             # A choice of pointers would spare this second load, but Triton 3.6 cannot compile one for AMD.
-            fill = lepe.fill + tl.zeros_like(row)[:, None] + channel[None, :]
             padding = inside & ~in_map & (tap_row < padded_height) & (tap_column < padded_width)
             x = tl.load(fill, mask=padding[:, None] & channel_live[None, :], other=x)
         acc += x.to(tl.float32) * _load_tap_weight(lepe.weight, channel, channel_live, tap, KERNEL)
@@ -156,6 +157,8 @@ def lepe_backward_kernel(
     DIM: tl.constexpr = CONFIG.DIM
     KERNEL: tl.constexpr = CONFIG.KERNEL
     ROWS: tl.constexpr = CONFIG.ROWS
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_V: tl.constexpr = CONFIG.BLOCK_V
     HALF: tl.constexpr = KERNEL // 2
     image, row, column, channel, channel_live = _locate_tile(reach_height, reach_width, CONFIG)
     live = row < reach_height
@@ -172,7 +175,7 @@ def lepe_backward_kernel(
             x = tl.where((live & ~in_map)[:, None], padding[None, :], x)
         x = x.to(tl.float32)
 
-    grad = tl.zeros([CONFIG.BLOCK_M, CONFIG.BLOCK_V], tl.float32)
+    grad = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     row = tl.where(live, row, -KERNEL)  # as in the forward
     centre = grad_out + token[:, None] * DIM + channel[None, :]
     for tap in tl.range(KERNEL * KERNEL):

@@ -10,6 +10,8 @@ import triton.language as tl
 
 # 1.5 * 2**23: added to a number of at most 22 bits, it leaves the nearest integer in the lowest bits.
 _TO_INTEGER = tl.constexpr(12582912.0)
+# SHARE is at most 2 to this power.
+_MOST_HALVINGS = tl.constexpr(8)
 
 
 @triton.jit
@@ -24,13 +26,34 @@ def exp2(x, SHARE: tl.constexpr):
     elif SHARE == 1:
         return _exp2_by_polynomial(x)
     else:
-        rows: tl.constexpr = x.shape[0]
-        columns: tl.constexpr = x.shape[1]
-        # Halves of the columns, not alternate ones: those lie in the same registers either way.
-        halves = tl.permute(tl.reshape(x, (rows, 2, columns // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        powers = tl.join(tl.exp2(left), exp2(right, SHARE // 2))
-        return tl.reshape(tl.permute(powers, (0, 2, 1)), (rows, columns))
+        left, right = _last_halves(x, SHARE)
+        powers = _side_by_side(tl.exp2(left), _exp2_by_polynomial(right))
+        # A loop, since Triton 3.4 cannot compile a function that calls itself.
+        for level in tl.static_range(_MOST_HALVINGS):
+            if (2 << level) < SHARE:
+                left, _ = _last_halves(x, SHARE >> (level + 1))
+                powers = _side_by_side(tl.exp2(left), powers)
+        return powers
+
+
+@triton.jit
+def _last_halves(x, SHARE: tl.constexpr):
+    """The last two of `x`'s SHARE equal parts by columns."""
+    left = x
+    right = x
+    for level in tl.static_range(_MOST_HALVINGS):
+        if (2 << level) <= SHARE:
+            # Halves of the columns, not alternate ones: those lie in the same registers either way.
+            halves = tl.reshape(right, (right.shape[0], 2, right.shape[1] // 2))
+            left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+    return left, right
+
+
+@triton.jit
+def _side_by_side(left, right):
+    """One tile (rows, 2 * columns) of two (rows, columns)."""
+    both = tl.permute(tl.join(left, right), (0, 2, 1))
+    return tl.reshape(both, (left.shape[0], 2 * left.shape[1]))
 
 
 @triton.jit
