@@ -2,10 +2,10 @@
 
 On a GPU it times every configuration worth trying that computes the right result, and keeps the winners in
 the user's cache, where later launches find them. Soft routing has entries of its own, of which hard routing
-shares that of dQ: ask for them by `--routing-weight`. Padding has, too: by a padded preset or `--shape`.
+shares that of dQ: ask for them by `--routing-weight`. Padding has, too: by a padded problem or `--shape`.
 
-    bra-autotune                                        # the presets, forward and backward, float16
-    bra-autotune --preset yolo_p3 --dtype bfloat16
+    bra-autotune                                        # all problems, forward and backward, float16
+    bra-autotune --problem yolo_p3 --dtype bfloat16
     bra-autotune --routing-weight soft
     bra-autotune --shape 16x80x80x64 --num-heads 2 --n-win 8 --topk 4 --pass backward
 
@@ -17,7 +17,6 @@ and writes the shipped table of that architecture:
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +25,7 @@ import torch
 import triton
 
 from bra_triton.bench.machine_code.hardware import HARDWARE
-from bra_triton.bench.machine_code.launches import Setting
-from bra_triton.bench.presets import PRESETS
+from bra_triton.bench.problems import MODELS, Problem
 from bra_triton.bench.tuning import prediction, ranking, timing
 from bra_triton.bench.tuning.prediction import Job, Outcome
 from bra_triton.bench.tuning.search_space import EXP_SHARE
@@ -53,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        settings = _settings(args)
+        problems = _problems(args)
     except ValueError as error:
         parser.error(str(error))
     if args.dry_run:
-        list_trials(args, settings, device)
+        list_trials(args, problems, device)
     else:
-        measure(args, settings, device)
+        measure(args, problems, device)
     return 0
 
 
@@ -120,14 +118,14 @@ def _jobs(args: argparse.Namespace, keys: Sequence[Key], arch: str) -> list[Job]
 
 def measure(
     args: argparse.Namespace,
-    settings: Sequence[Setting],
+    problems: Sequence[Problem],
     device: torch.device,
     timer: timing.Timer = timing.device_milliseconds,
 ) -> None:
     """Times on `device` and keeps the winners in the user's cache."""
     entries: dict[Key, Entry] = {}
     for name in args.dtype:
-        trials = timing.trials(settings, DTYPES[name], _kernels(args), device)
+        trials = timing.trials(problems, DTYPES[name], _kernels(args), device)
         kept = tile_cache.folder() / "timings.jsonl"
         results = timing.time_all(trials, device, timer, kept, args.workers)
         results |= timing.time_all(timing.refinements(results), device, timer, kept, args.workers)
@@ -144,16 +142,11 @@ def measure(
         _write_table(replace(shipped, entries={**shipped.entries, **measured}), args.output)
 
 
-def list_trials(args: argparse.Namespace, settings: Sequence[Setting], device: torch.device) -> None:
+def list_trials(args: argparse.Namespace, problems: Sequence[Problem], device: torch.device) -> None:
     """Prints what `measure` would time."""
     for name in args.dtype:
-        for trial in timing.trials(settings, DTYPES[name], _kernels(args), device):
-            s = trial.setting
-            shape = (
-                f"{s.batch}x{s.height}x{s.width}x{s.dim} heads {s.num_heads} n_win {s.n_win} topk {s.topk}"
-            )
-            weight = "" if s.routing_weight == "none" else f" {s.routing_weight}"
-            print(f"{shape}{weight} {name} {trial.kernel} {trial.tile}")
+        for trial in timing.trials(problems, DTYPES[name], _kernels(args), device):
+            print(trial)
     print(
         "then the fastest of each: forward with LePE apart; forward and dQ, half precision, with "
         f"1/{EXP_SHARE} of the exponentials by multiply-adds"
@@ -170,22 +163,19 @@ def _kernels(args: argparse.Namespace) -> list[str]:
     return [kernel for kernel in timing.PASSES[args.passes] if kernel in args.kernel]
 
 
-def _settings(args: argparse.Namespace) -> list[Setting]:
+def _problems(args: argparse.Namespace) -> list[Problem]:
     if args.shape is None:
-        settings = [PRESETS[name].setting for name in args.preset]
-        return [replace(setting, routing_weight=args.routing_weight) for setting in settings]
+        return [replace(MODELS[name], routing_weight=args.routing_weight) for name in args.problem]
     missing = [f"--{n.replace('_', '-')}" for n in ("num_heads", "n_win", "topk") if not getattr(args, n)]
     if missing:
         raise ValueError(f"--shape needs {', '.join(missing)}")
-    batch, height, width, dim = args.shape
+    dim = args.shape[-1]
     if dim % args.num_heads or args.topk > args.n_win**2:
         raise ValueError(
             f"--num-heads must divide {dim} channels, got {args.num_heads}, and --topk be at most "
             f"{args.n_win**2} regions, got {args.topk}"
         )
-    head_dim = dim // args.num_heads
-    sizes = (batch, height, width, args.n_win, args.topk, args.num_heads, head_dim, head_dim)
-    return [Setting(*sizes, routing_weight=args.routing_weight)]
+    return [Problem("", *args.shape, args.num_heads, args.n_win, args.topk, args.routing_weight)]
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -210,8 +200,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=cores, help="processes that compile (default: %(default)s)")
 
     timed = parser.add_argument_group("on a GPU").add_argument
-    timed("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
-    timed("--shape", type=_shape, metavar="NxHxWxDIM", help="one map instead of presets, with:")
+    timed("--problem", nargs="+", choices=MODELS, default=list(MODELS))
+    timed("--shape", type=_shape, metavar="NxHxWxDIM", help="one map instead of these problems, with:")
     for name in ("--num-heads", "--n-win", "--topk"):
         timed(name, type=int)
     timed("--routing-weight", choices=("none", "soft", "hard"), default="none", help="of every problem")
@@ -236,7 +226,3 @@ def _parser() -> argparse.ArgumentParser:
         help="compile only the N best of every entry by the results of other Triton versions, write no table",
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -183,6 +183,17 @@ def dense_attention(qkv: Tensor, r_idx: Tensor, spec: AttentionSpec) -> Tensor:
     return rearrange(out, "n m (h w) c -> n h w (m c)", h=qkv.shape[1])
 
 
+def dense_by_definition(spec: AttentionSpec) -> Attention:
+    """What `dense_attention` computes, with all scores in memory: for checking it, not for timing."""
+
+    def attend(qkv: Tensor, r_idx: Tensor) -> Tensor:
+        query, key, value = rearrange(qkv, "n h w (t m c) -> t n m (h w) c", t=3, m=spec.num_heads)
+        out = ((query @ key.transpose(-2, -1)) * spec.scale).softmax(-1) @ value
+        return rearrange(out, "n m (h w) c -> n h w (m c)", h=qkv.shape[1])
+
+    return attend
+
+
 def flex_peer_attention(
     qkv: Tensor, r_idx: Tensor, spec: AttentionSpec, compiled: bool = True, mask: BlockMask | None = None
 ) -> Tensor:

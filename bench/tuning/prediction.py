@@ -7,22 +7,21 @@ makes a cost of it, a size class's problems together.
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from bra_triton.bench.machine_code.analysis import Analysis, analyse
+from bra_triton.bench.machine_code.analysis import Analysis, Result, analyse_each
 from bra_triton.bench.machine_code.cost_model import lepe_apart_over_fused, predict
-from bra_triton.bench.machine_code.hardware import HARDWARE
-from bra_triton.bench.machine_code.launches import Setting, record_attention
+from bra_triton.bench.machine_code.hardware import HARDWARE, table_shared_bytes
+from bra_triton.bench.machine_code.launches import record_attention
 from bra_triton.bench.machine_code.static_analysis import KernelSpecimen, LoopMix, Usage
-from bra_triton.bench.tuning.search_space import SHARED_BYTES, problems
+from bra_triton.bench.problems import Problem
+from bra_triton.bench.tuning.search_space import problems
 from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import Tile
 from bra_triton.kernels.tiles.cache import source_digest
@@ -82,23 +81,22 @@ class Outcome:
             return False
         usage = self.code.usage
         keeps = spilling or not (usage.spills or usage.stack_bytes)
-        return keeps and usage.shared_bytes <= SHARED_BYTES[arch]
+        return keeps and usage.shared_bytes <= table_shared_bytes(arch)
 
 
 def cost(job: Job, code: Analysis, size: int) -> float:
     """`Cost.cost`: the geometric mean over the problems of a size class."""
-    hardware = HARDWARE[job.arch]
-    kernel = KERNEL_NAMES[job.kernel]
     return _geometric_mean(
-        predict(kernel, code, problem, hardware).cost for problem in problems(size, job.head_dim, job.bits)
+        predict(KERNEL_NAMES[job.kernel], code, problem, HARDWARE[job.arch], job.bits // 8).cost
+        for problem in problems(size, job.head_dim)
     )
 
 
-def time_apart(job: Job, fused: Analysis, bare: Analysis, lepe: Analysis, size: int) -> float:
+def time_apart(job: Job, codes: tuple[Analysis, Analysis, Analysis], size: int) -> float:
     """Predicted time of a forward and LePE in two launches over that in one: the mean as in `cost`."""
     return _geometric_mean(
-        lepe_apart_over_fused(fused, bare, lepe, problem, HARDWARE[job.arch])
-        for problem in problems(size, job.head_dim, job.bits)
+        lepe_apart_over_fused(codes, problem, HARDWARE[job.arch], job.bits // 8)
+        for problem in problems(size, job.head_dim)
     )
 
 
@@ -122,9 +120,11 @@ def compile_all(jobs: Iterable[Job], folder: Path, workers: int = 2) -> dict[Job
         results |= {job: known[job.key] for job in jobs if job.arch == arch and job.key in known}
     missing = [job for job in jobs if job not in results]
     folder.mkdir(parents=True, exist_ok=True)
-    for done, (job, outcome) in enumerate(_compiled(missing, workers), 1):
+    todo = [(specimen(job), job.arch) for job in missing]
+    for done, (index, result) in enumerate(analyse_each(todo, workers), 1):
+        job, outcome = missing[index], _judge(missing[index], result)
         results[job] = outcome
-        row = {"source": source_digest(job.kernel), "key": job.key, **asdict(outcome)}
+        row = {"source": _source(job.kernel), "key": job.key, **asdict(outcome)}
         with results_path(folder, triton.__version__, job.arch).open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"\r{done}/{len(missing)} {job.key:<60}", end="", file=sys.stderr, flush=True)
@@ -144,11 +144,16 @@ def read_results(folder: Path, version: str, arch: str) -> dict[str, Outcome]:
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-            if row["source"] == source_digest(row["key"].split()[0]):
+            if row["source"] == _source(row["key"].split()[0]):
                 results[row["key"]] = _outcome(row)
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a run that was stopped
     return results
+
+
+def _source(kernel: str) -> str:
+    """Digest of a kernel's source; the forward's includes LePE's."""
+    return source_digest(tiles.FORWARD if kernel == LEPE else kernel)
 
 
 def versions(folder: Path, arch: str) -> list[str]:
@@ -161,55 +166,23 @@ def specimen(job: Job) -> KernelSpecimen:
     forced = tiles.FORWARD if job.kernel == LEPE else job.kernel
     side = 80 if job.form == tiles.PLAIN else 79
     routing_weight = "soft" if job.form == tiles.WEIGHTED else "none"
-    heads = (job.head_dim, job.head_dim)
-    setting = Setting(2, side, side, 8, 4, 2, *heads, routing_weight=routing_weight)
+    problem = Problem("", 2, side, side, 2 * job.head_dim, 2, 8, 4, routing_weight)
     with tiles.use_tiles({forced: job.tile}):
-        launched = record_attention(setting, _DTYPES[job.bits])
+        launched = record_attention(problem, _DTYPES[job.bits])
     return next(x.specimen for x in launched if x.specimen.name == KERNEL_NAMES[job.kernel])
 
 
-def compile_one(job: Job) -> Outcome:
-    """Compiles one configuration; the compiler's errors are results, too."""
-    try:
-        code = analyse(specimen(job), job.arch)
-    except Exception as error:  # Triton's compiler raises errors of many kinds
-        return Outcome(None, f"{type(error).__name__}: {error}"[:200])
-    if code.loop is None and job.kernel != LEPE:
+def _judge(job: Job, result: Result) -> Outcome:
+    if isinstance(result, Exception):
+        return Outcome(None, f"{type(result).__name__}: {result}"[:200])
+    if result.loop is None and job.kernel != LEPE:
         return Outcome(None, "no loop of matrix instructions")
-    return Outcome(code)
+    return Outcome(result)
 
 
 def _outcome(row: dict[str, Any]) -> Outcome:
     code = row["code"]
     if code is not None:
-        names = ("loop", "tail", "taps", "rest", "straight")
-        mixes = {name: LoopMix(**code[name]) for name in names if code.get(name)}
-        loops = tuple(LoopMix(**mix) for mix in code.get("loops", ()))
-        code = Analysis(**(code | mixes | {"usage": Usage(**code["usage"]), "loops": loops}))
+        mixes = {name: LoopMix(**code[name]) for name in ("loop", "tail", "taps", "rest") if code[name]}
+        code = Analysis(**(code | mixes | {"usage": Usage(**code["usage"])}))
     return Outcome(code, row["error"])
-
-
-def _compiled(jobs: list[Job], workers: int) -> Iterable[tuple[Job, Outcome]]:
-    if workers == 1 or len(jobs) <= workers:
-        yield from ((job, compile_one(job)) for job in jobs)
-        return
-    # Spawned, not forked: PyTorch's threads do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = iter(jobs)
-        running: dict[Future, Job] = {}
-        _submit(pool, compile_one, waiting, running, 2 * workers)
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-            _submit(pool, compile_one, waiting, running, 2 * workers)
-
-
-def _submit(
-    pool: ProcessPoolExecutor,
-    work: Callable[[Job], Outcome],
-    waiting: Iterator[Job],
-    running: dict[Future, Job],
-    at_most: int,
-) -> None:
-    while len(running) < at_most and (job := next(waiting, None)) is not None:
-        running[pool.submit(work, job)] = job

@@ -182,5 +182,5 @@ def _fuses_lepe(key: Key, arch: str, tile: Tile, by_version: ByVersion) -> bool:
     for found in by_version.values():
         codes = [found[job.key].code for job in jobs if job.key in found]
         if len(codes) == len(jobs) and all(codes):
-            ratios.append(time_apart(jobs[0], *codes, key.size))
+            ratios.append(time_apart(jobs[0], codes, key.size))
     return not ratios or max(ratios) * TIED > 1

@@ -8,7 +8,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from bra_triton import functional, reference
 from bra_triton.backend.region_layout import pad_map
-from bra_triton.bench import peer_benchmark, peers
+from bra_triton.bench import peer_times, peers
+from bra_triton.bench.problems import Problem
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.spec import AttentionSpec
 
@@ -50,7 +51,7 @@ def test_dense_peer_is_attention_to_all_regions_and_sees_no_padding():
     every = AttentionSpec(32, 32, 2, n_win=3, topk=9)
     actual = peers.peers_for(SPEC, "torch")["dense"].prepare(qkv, None)(qkv, None)
     assert torch.allclose(actual, reference.attend(qkv, every), rtol=1e-10, atol=1e-10)
-    assert torch.allclose(peer_benchmark._dense(qkv, SPEC), actual, rtol=1e-10, atol=1e-10)
+    assert torch.allclose(peers.dense_by_definition(SPEC)(qkv, None), actual, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +82,12 @@ class TestBenchmark:
 
     def test_figures_of_a_row(self, tmp_path, capsys):
         names = ["fused, regions given", "reference, regions given"]
-        flags = self.options("--shapes", "tiny-padded", "--out", str(tmp_path), "--peers", *names)
-        assert peer_benchmark.main(flags) == 0
-        row = json.loads((tmp_path / "tiny-padded-batch1-float32.json").read_text())
+        flags = self.options("--problem", "tiny_padded", "--out", str(tmp_path), "--peers", *names)
+        assert peer_times.main(flags) == 0
+        row = json.loads((tmp_path / "tiny_padded-batch1-float32.json").read_text())
         assert list(row["peers"]) == names
         for peer in row["peers"].values():
-            for which in peer_benchmark.PASSES:
+            for which in peer_times.PASSES:
                 assert peer[which]["work_seconds"] > 0
                 assert peer[which]["peak_bytes"] > 0
         assert row["versions"]["torch"] == torch.__version__
@@ -103,7 +104,7 @@ class TestBenchmark:
                 return right(qkv, r_idx, spec) * float("nan")
             return right(torch.cat((qkv[..., :32].detach(), qkv[..., 32:]), -1), r_idx, spec)
 
-        truth = peer_benchmark._truth
+        truth = peer_times.truth_of
         monkeypatch.setattr(peers, "reference_attention", attend)
 
         def true_truth(*args):
@@ -111,9 +112,9 @@ class TestBenchmark:
                 context.setattr(peers, "reference_attention", right)
                 return truth(*args)
 
-        monkeypatch.setattr(peer_benchmark, "_truth", true_truth)
+        monkeypatch.setattr(peer_times, "truth_of", true_truth)
         flags = self.options("--check-only", "--peers", "fused", "reference, regions given")
-        assert peer_benchmark.main(flags) == 1
+        assert peer_times.main(flags) == 1
         out = capsys.readouterr().out
         assert "FAILED: tiny, reference, regions given" in out
         assert "tiny, fused" not in out
@@ -123,7 +124,7 @@ class TestBenchmark:
             raise RuntimeError("no kernel\nfor this")
 
         monkeypatch.setattr(peers, "dense_attention", broken)
-        assert peer_benchmark.main(self.options("--check-only", "--peers", "dense", "fused")) == 0
+        assert peer_times.main(self.options("--check-only", "--peers", "dense", "fused")) == 0
         out = capsys.readouterr().out
         assert "- dense, forward: RuntimeError: no kernel for this" in out
         assert "checked" in out
@@ -133,17 +134,14 @@ class TestBenchmark:
             raise RuntimeError("no kernel")
 
         monkeypatch.setattr(peers, "fused_attention", broken)
-        assert peer_benchmark.main(self.options("--check-only", "--peers", "fused", "dense")) == 1
+        assert peer_times.main(self.options("--check-only", "--peers", "fused", "dense")) == 1
         assert "FAILED: tiny, fused, forward: RuntimeError: no kernel" in capsys.readouterr().out
 
     def test_data_that_routes_differently_for_every_input_set(self):
         """Timing one routing again and again would keep its regions in the cache."""
-        options = peer_benchmark._parse(self.options())
-        torch.manual_seed(0)
-        shape = peer_benchmark.Shape(8, 32, 4, 3)
-        sets = [
-            peer_benchmark._inputs(shape, options, torch.float32, torch.device("cpu"), None) for _ in range(2)
-        ]
+        problem = Problem("", 1, 8, 8, 32, 1, 4, 3)
+        drawn = (problem, torch.float32, torch.device("cpu"), None)
+        sets = [peer_times.make_inputs(*drawn) for _ in range(2)]
         assert not torch.equal(sets[0].r_idx, sets[1].r_idx)
 
 

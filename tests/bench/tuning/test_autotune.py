@@ -2,21 +2,25 @@
 
 import json
 import math
+import re
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from bra_triton.bench import autotune
-from bra_triton.bench.machine_code.hardware import HARDWARE
+from bra_triton.bench.machine_code.hardware import table_shared_bytes
 from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES
+from bra_triton.bench.problems import Problem
 from bra_triton.bench.tuning import inputs, prediction, ranking, timing
 from bra_triton.bench.tuning.prediction import Job, Outcome
 from bra_triton.bench.tuning.search_space import candidates, problems, serves
 from bra_triton.kernels import tiles
 from bra_triton.kernels.attention import launch as attention
 from bra_triton.kernels.tiles import cache as tile_cache
+from bra_triton.kernels.tiles import choice
 from bra_triton.kernels.tiles import table as tile_table
 from bra_triton.kernels.tiles.table import BITS, HEAD_DIMS, KERNELS, SIZES, Key, Tile
 
@@ -42,8 +46,8 @@ def test_every_entry_has_something_to_try(kernel, bits, head_dim):
 
 def test_problems_are_of_their_size_class():
     for size in SIZES:
-        for problem in problems(size, 32, 16):
-            assert Key.of(tiles.FORWARD, 16, 32, problem.region_tokens).size == size
+        for problem in problems(size, 32):
+            assert Key.of(tiles.FORWARD, 16, 32, problem.grid.region_tokens).size == size
 
 
 def test_a_dry_run_lists_and_writes_nothing(capsys, tmp_path):
@@ -98,14 +102,14 @@ class Stopwatch:
         if len(self.timed) == self.stop_after:
             raise KeyboardInterrupt
         run(n_sets - 1)
-        tile = next(iter(tiles._forced.get().values()))
+        tile = next(iter(choice._forced.get().values()))
         self.timed.append(tile)
         return self.milliseconds.get(tile, 1.0)
 
 
 def measure(argv, timer, device):
     args = autotune._parser().parse_args(argv)
-    autotune.measure(args, autotune._settings(args), device, timer)
+    autotune.measure(args, autotune._problems(args), device, timer)
 
 
 @pytest.fixture
@@ -141,13 +145,13 @@ def test_saving_writes_what_was_measured_into_the_shipped_table(tried, device, m
 
 
 def test_what_compiles_ahead_launches_every_trial_and_minds_no_failure(device, monkeypatch):
-    """On two images of the setting, whatever it has: kernels are the same."""
-    setting = autotune._settings(autotune._parser().parse_args(TINY))[0]
-    good = timing.Trial(replace(setting, batch=50), torch.float16, tiles.FORWARD, Tile(16, 32, 1, 2))
+    """On two images of the problem, whatever it has: kernels are the same."""
+    problem = autotune._problems(autotune._parser().parse_args(TINY))[0]
+    good = timing.Trial(replace(problem, batch=50), torch.float16, tiles.FORWARD, Tile(16, 32, 1, 2))
     launched, error = [], inputs.Inputs.error
 
     def note(self, kernel):
-        launched.append((self.setting.batch, kernel, tiles._forced.get()))
+        launched.append((self.problem.batch, kernel, choice._forced.get()))
         if len(launched) == 1:
             raise RuntimeError("out of resource: shared memory")
         return error(self, kernel)
@@ -196,7 +200,7 @@ def test_what_else_a_tile_can_be():
 def test_trials_compete_for_the_entry_that_launches_take(side, dim, form):
     argv = ["--shape", f"1x{side}x{side}x{dim}", "--num-heads", "1", "--n-win", "2", "--topk", "1"]
     args = autotune._parser().parse_args(argv)
-    trial = timing.Trial(autotune._settings(args)[0], torch.float16, tiles.FORWARD, Tile(16, 16, 1, 1))
+    trial = timing.Trial(autotune._problems(args)[0], torch.float16, tiles.FORWARD, Tile(16, 16, 1, 1))
     assert trial.key.form == form
 
 
@@ -275,7 +279,7 @@ def test_a_broken_context_ends_the_run(device, monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     args = autotune._parser().parse_args(FORWARD_TINY)
-    drawn = inputs.Inputs(autotune._settings(args)[0], torch.float16, device)
+    drawn = inputs.Inputs(autotune._problems(args)[0], torch.float16, device)
     monkeypatch.setattr(timing, "Inputs", lambda *args: drawn)
     monkeypatch.setattr(attention, "attention_forward", forward)
     with pytest.raises(RuntimeError, match="broke the GPU's context"):
@@ -283,11 +287,11 @@ def test_a_broken_context_ends_the_run(device, monkeypatch):
     assert len((tile_cache.folder() / "timings.jsonl").read_text().splitlines()) == 1
 
 
-def test_winners_weigh_settings_alike():
+def test_winners_weigh_problems_alike():
     """A tenth of a short setting's time is worth more than a twentieth of a long one's."""
     args = autotune._parser().parse_args(TINY)
-    short = timing.Trial(autotune._settings(args)[0], torch.float16, tiles.FORWARD, Tile(16, 32, 1, 3))
-    long = replace(short, setting=replace(short.setting, batch=100))
+    short = timing.Trial(autotune._problems(args)[0], torch.float16, tiles.FORWARD, Tile(16, 32, 1, 3))
+    long = replace(short, problem=replace(short.problem, batch=100))
     other = Tile(16, 64, 1, 3)
     only_short = Tile(16, 64, 2, 3)
     times = {
@@ -338,7 +342,7 @@ class TestRanking:
         assert self.best(new={0: outcome(700, waits=1), 1: outcome(900)}) == [0, 1]
 
     def test_what_spills_or_does_not_fit_or_compile_is_out(self):
-        too_much = HARDWARE["sm_90"].block_shared_bytes + 1
+        too_much = table_shared_bytes("sm_90") + 1
         outcomes = {0: outcome(500, spills=1), 1: outcome(500, shared=too_much), 2: Outcome(None, "no")}
         assert self.best(new=outcomes) == []
 
@@ -386,6 +390,36 @@ def test_a_prediction_writes_a_table_and_keeps_what_it_compiled(monkeypatch, tmp
             assert entry == shipped[key]
     assert "nothing fits" in capsys.readouterr().out
 
-    monkeypatch.setattr(prediction, "compile_one", lambda job: pytest.fail("compiled twice"))
+    monkeypatch.setattr(
+        prediction, "analyse_each", lambda jobs, workers: [pytest.fail(str(job)) for job in jobs]
+    )
     assert autotune.main(argv) == 0
     assert tile_table.parse_table((tmp_path / "sm_90.json").read_text()) == table
+
+
+def test_what_the_shipped_table_says_was_measured_is_in_the_timings_kept():
+    """With its mean time, at most 8 % over the fastest, which is left out if it spills under Triton 3.8."""
+    path = Path(__file__).parents[3] / "docs" / "measured" / "h200-timings.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    timed = {kept_trial(row["trial"]): row["milliseconds"] for row in rows}
+    means = timing.means({trial: time for trial, time in timed.items() if math.isfinite(time)})
+    entries = {key: e for key, e in tile_table.packaged("sm_90").entries.items() if e.measured_on}
+    assert set(entries) == set(means)
+    for key, entry in entries.items():
+        assert entry.cost == pytest.approx(means[key][entry.tile], abs=1e-4), key
+        assert entry.cost < 1.08 * min(means[key].values()), key
+
+
+def kept_trial(text):
+    """The trial of a row that was kept when problems were called settings."""
+    sizes, dtype, kernel, tile = re.fullmatch(r"Setting\((.*)\) torch\.(\w+) (\w+) (.*)", text).groups()
+    s = eval(f"dict({sizes})", {"__builtins__": {}}, {"dict": dict})
+    problem = Problem(
+        *("", s["batch"], s["height"], s["width"], s["num_heads"] * s["v_head_dim"], s["num_heads"]),
+        *(s["n_win"], s["topk"], s["routing_weight"], s["kv_per_win"], s["kv_pooling"], s["head_graphs"]),
+        qk_dim=s["num_heads"] * s["qk_head_dim"],
+    )
+    numbers = re.match(r"(\d+)x(\d+) (\d+)w (\d+)s(?: 1/(\d+) exp)?", tile).groups(default=0)
+    *sides, share = map(int, numbers)
+    tile = Tile(*sides, exp_share=share, fuses_lepe="lepe apart" not in tile)
+    return timing.Trial(problem, getattr(torch, dtype), kernel, tile)

@@ -1,10 +1,10 @@
-"""The results of `gpu_check` as markdown."""
+"""The results of `bra-bench check` as markdown."""
 
 import re
 from typing import Any
 
 from bra_triton.bench.jobs import FAILED, NOT_FINISHED, PASSED, SKIPPED
-from bra_triton.bench.peer_benchmark import table
+from bra_triton.bench.peer_times import table
 
 DTYPES = ("fp32", "fp16", "bf16")
 

@@ -1,4 +1,4 @@
-"""Times the kernels beside their peers: `python -m bra_triton.bench.peer_benchmark --help`.
+"""Times the kernels beside their peers.
 
 Every peer is first held against the float64 definition; one that computes something else is refused and not
 timed, and the exit status is 1. One that cannot run is reported, and the rest goes on. `peers` says what each
@@ -9,10 +9,9 @@ what a caller waits who waits for every call; on the CPU both are wall time.
 import argparse
 import json
 import re
-import sys
 import traceback
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,11 @@ import torch
 from torch import Tensor
 
 from bra_triton import functional
-from bra_triton.bench import cost, versions
-from bra_triton.bench.peers import Attention, Peer, peers_for
-from bra_triton.kernels.grid import RegionGrid
+from bra_triton.bench import measure
+from bra_triton.bench.peers import Attention, Peer, dense_by_definition, peers_for
+from bra_triton.bench.problems import PROBLEMS, Problem
 from bra_triton.spec import AttentionSpec
 
-HEAD_DIM = 32
 INPUT_SETS = 4
 # Norm of the difference over the norm, for outputs and gradients whose scores and sums are kept in float32 or
 # rounded to the dtype; a region missed or mistaken gives 0.1 and more.
@@ -34,37 +32,12 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
 PASSES = ("forward", "training")
 FAILURES = ("refused", "error")
 NOT_RUN = "not run"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A map, its regions and what they attend to; heads are 32 wide."""
-
-    side: int
-    dim: int
-    n_win: int
-    topk: int
-
-    @property
-    def spec(self) -> AttentionSpec:
-        """What is computed."""
-        return AttentionSpec(self.dim, self.dim, max(1, self.dim // HEAD_DIM), self.n_win, self.topk)
-
-
-SHAPES = {
-    # BiFormer-T at 224 pixels, its four stages.
-    "biformer-1": Shape(56, 64, 7, 1),
-    "biformer-2": Shape(28, 128, 7, 4),
-    "biformer-3": Shape(14, 256, 7, 16),
-    "biformer-4": Shape(7, 512, 7, 49),
-    # YOLO at 640 pixels; regions do not divide the last map.
-    "yolo-p3": Shape(80, 64, 8, 4),
-    "yolo-p4": Shape(40, 128, 8, 4),
-    "yolo-p5": Shape(20, 256, 8, 4),
-    # To see the benchmark run.
-    "tiny": Shape(8, 32, 2, 2),
-    "tiny-padded": Shape(7, 32, 2, 2),
-}
+# Peers know no K/V down-sampling and no routing weights.
+CHOICES = [
+    name
+    for name, problem in PROBLEMS.items()
+    if problem.kv_per_win is None and problem.routing_weight == "none"
+]
 
 
 class WrongResultError(Exception):
@@ -80,40 +53,47 @@ class Inputs:
     grad_out: Tensor
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints a table and writes one JSON file a row; returns 1 if `wrong` finds anything."""
     options = _parse(arguments)
-    rows = []
 
     def save(row: dict[str, Any]) -> None:
         if options.out:
-            _write(row, options.out / f"{row['shape']}-batch{row['batch']}-{row['dtype']}.json")
+            path = options.out / file_name(row["problem"], row["batch"], row["dtype"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(row, indent=2) + "\n")
 
-    for name in options.shapes:
-        rows.append(measure(name, options, save))
+    rows = []
+    for name in options.problem:
+        problem = PROBLEMS[name]
+        rows.append(measure_row(replace(problem, batch=options.batch or problem.batch), options, save))
     print(table(rows))
     found = [problem for row in rows for problem in wrong(row)]
-    for problem in found:
-        print(f"FAILED: {problem}")
+    for failure in found:
+        print(f"FAILED: {failure}")
     return 1 if found else 0
 
 
-def measure(
-    name: str, options: argparse.Namespace, save: Callable[[dict[str, Any]], object] = lambda row: None
+def file_name(problem: str, batch: int | str, dtype: str) -> str:
+    """Name of a row's file in the folder `--out`."""
+    return f"{problem}-batch{batch}-{dtype}.json"
+
+
+def measure_row(
+    problem: Problem, options: argparse.Namespace, save: Callable[[dict[str, Any]], object]
 ) -> dict[str, Any]:
-    """One row: a shape at a batch size and dtype, with all peers; `save` gets it again after every peer."""
-    shape, dtype, device = SHAPES[name], DTYPES[options.dtype], torch.device(options.device)
-    padding = (
-        None if shape.side % shape.n_win == 0 else torch.zeros(3 * shape.dim, dtype=dtype, device=device)
-    )
+    """One row: a problem in a dtype, with all peers; `save` gets it again after every peer."""
+    dtype, device = DTYPES[options.dtype], torch.device(options.device)
+    padding = torch.zeros(3 * problem.dim, dtype=dtype, device=device) if problem.grid.is_padded else None
+    spec = AttentionSpec(problem.dim, problem.dim, problem.num_heads, problem.n_win, problem.topk)
     torch.manual_seed(0)
-    inputs = [_inputs(shape, options, dtype, device, padding) for _ in range(INPUT_SETS)]
-    peers = peers_for(shape.spec, options.backend, padding, compile_flex=not options.no_compile)
-    truths = {routed: _truth(inputs[0], shape.spec, padding, routed) for routed in (True, False)}
+    inputs = [make_inputs(problem, dtype, device, padding) for _ in range(INPUT_SETS)]
+    peers = peers_for(spec, options.backend, padding, compile_flex=not options.no_compile)
+    truths = {routed: truth_of(inputs[0], spec, padding, routed) for routed in (True, False)}
     row: dict[str, Any] = {
-        **{"shape": name, "batch": options.batch, "dtype": options.dtype, "device": device.type},
-        "problem": vars(shape),
-        "versions": versions.describe(device),
+        **{"problem": problem.name, "batch": problem.batch, "dtype": options.dtype, "device": device.type},
+        "sizes": str(problem),
+        "versions": measure.circumstances(device),
         "peers": {},
     }
     for peer in peers.values():
@@ -122,29 +102,25 @@ def measure(
         figures = {"includes": peer.includes, "compared_with": peer.compared_with}
         row["peers"][peer.name] = figures
         for which in PASSES:
-            figures[which] = _figures_or_reason(peer, which, inputs, truths[peer.is_routed], device, options)
+            figures[which] = _figures_or_reason(peer, which, inputs, truths[peer.is_routed], options)
             save(row)
     return row
 
 
 def _figures_or_reason(
-    peer: Peer,
-    which: str,
-    inputs: list[Inputs],
-    truth: list[Tensor],
-    device: torch.device,
-    options: argparse.Namespace,
+    peer: Peer, which: str, inputs: list[Inputs], truth: list[Tensor], options: argparse.Namespace
 ) -> dict[str, Any]:
     """The figures of a pass, or why there are none: `refused` for a wrong result, `error` for any other."""
+    device = inputs[0].qkv.device
     try:
         runs = [_run(peer.prepare(x.qkv, x.r_idx), x, which) for x in inputs]
         check(runs[0](), truth, TOLERANCE[inputs[0].qkv.dtype])
         if options.check_only:
             return {"checked": True}
         return {
-            "work_seconds": cost.median_device_seconds(runs, device, options.repeats),
-            "call_seconds": cost.median_seconds(runs[0], device, options.repeats),
-            "peak_bytes": cost.peak_bytes(runs[0], device),
+            "work_seconds": measure.median_device_seconds(runs, device, options.repeats),
+            "call_seconds": measure.median_seconds(runs[0], device, options.repeats),
+            "peak_bytes": measure.peak_bytes(runs[0], device),
         }
     except WrongResultError as error:
         return {"refused": str(error)}
@@ -156,12 +132,7 @@ def _figures_or_reason(
 def _run(attend: Attention, x: Inputs, which: str) -> Callable[[], list[Tensor]]:
     """The pass as a function without arguments; returns the output, and in training the gradient."""
     if which == "forward":
-
-        def forward() -> list[Tensor]:
-            with torch.no_grad():
-                return [attend(x.qkv, x.r_idx)]
-
-        return forward
+        return torch.no_grad()(lambda: [attend(x.qkv, x.r_idx)])
     qkv = x.qkv.detach().requires_grad_()
 
     def training() -> list[Tensor]:
@@ -180,59 +151,39 @@ def check(results: Iterable[Tensor], truth: list[Tensor], tolerance: float) -> N
             raise WrongResultError(f"{label} is off by {error:.1e}, more than {tolerance:.0e}")
 
 
-def _truth(x: Inputs, spec: AttentionSpec, padding: Tensor | None, routed: bool) -> list[Tensor]:
+def truth_of(x: Inputs, spec: AttentionSpec, padding: Tensor | None, routed: bool) -> list[Tensor]:
     """Output and gradient in float64, of the first and the last image."""
     qkv, grad_out = (_outer_images(t).double() for t in (x.qkv, x.grad_out))
     if routed:
         padding = None if padding is None else padding.double()
         attend = peers_for(spec, "torch", padding)["reference, regions given"].prepare(qkv, x.r_idx)
     else:
-
-        def attend(qkv: Tensor, r_idx: Tensor) -> Tensor:
-            return _dense(qkv, spec)
-
+        attend = dense_by_definition(spec)
     qkv.requires_grad_()
     out = attend(qkv, _outer_images(x.r_idx))
     return [out.detach(), *torch.autograd.grad(out, qkv, grad_out)]
-
-
-def _dense(qkv: Tensor, spec: AttentionSpec) -> Tensor:
-    """Attention of every token to every token, with all scores in memory: not the function that is timed."""
-    batch, height, width, _ = qkv.shape
-    query, key, value = (
-        t.reshape(batch, height * width, spec.num_heads, -1).transpose(1, 2) for t in qkv.chunk(3, dim=-1)
-    )
-    out = ((query @ key.transpose(-2, -1)) * spec.scale).softmax(-1) @ value
-    return out.transpose(1, 2).reshape(batch, height, width, -1)
 
 
 def _outer_images(x: Tensor) -> Tensor:
     return x if len(x) < 3 else torch.stack((x[0], x[-1]))
 
 
-def _inputs(
-    shape: Shape,
-    options: argparse.Namespace,
-    dtype: torch.dtype,
-    device: torch.device,
-    padding: Tensor | None,
-) -> Inputs:
+def make_inputs(problem: Problem, dtype: torch.dtype, device: torch.device, padding: Tensor | None) -> Inputs:
     """Random tokens around random means of their regions, as routing presumes."""
-    grid = RegionGrid.of_windows(shape.side, shape.side, shape.n_win)
-    means = torch.randn(options.batch, shape.n_win, shape.n_win, 3 * shape.dim, device=device)
+    grid, n_win = problem.grid, problem.n_win
+    means = torch.randn(problem.batch, n_win, n_win, 3 * problem.dim, device=device)
     means = means.repeat_interleave(grid.region_height, 1).repeat_interleave(grid.region_width, 2)
-    qkv = means[:, : shape.side, : shape.side]
+    qkv = means[:, : problem.height, : problem.width]
     qkv = (qkv + torch.randn_like(qkv)).to(dtype).contiguous()
-    _, r_idx = functional.region_routing(
-        qkv, n_win=shape.n_win, topk=shape.topk, padding=padding, backend="torch"
-    )
-    return Inputs(qkv, r_idx, torch.randn_like(qkv[..., : shape.dim]))
+    options = {"n_win": n_win, "topk": problem.topk, "padding": padding, "backend": "torch"}
+    _, r_idx = functional.region_routing(qkv, **options)
+    return Inputs(qkv, r_idx, torch.randn_like(qkv[..., : problem.dim]))
 
 
 def wrong(row: dict[str, Any]) -> list[str]:
     """The peers of a row that computed something else, and the fused ones that could not run."""
     return [
-        f"{row['shape']}, {name}, {which}: {peer[which][key]}"
+        f"{row['problem']}, {name}, {which}: {peer[which][key]}"
         for name, peer in row["peers"].items()
         for which in PASSES
         for key in FAILURES
@@ -244,13 +195,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as markdown: times in ms, `x` how often the fused peer of the same work fits into them."""
     lines = []
     for row in rows:
-        problem = row["problem"]
         lines += [
-            f"### {row['shape']}: batch {row['batch']}, {problem['side']} x {problem['side']} x "
-            f"{problem['dim']}, n_win {problem['n_win']}, topk {problem['topk']}, {row['dtype']}",
-            "",
-            ", ".join(f"{key} {value}" for key, value in row["versions"].items() if value),
-            "",
+            f"### {row['problem']}: {row['sizes']}, {row['dtype']}",
+            *("", measure.on_one_line(row["versions"]), ""),
             "| peer | includes | forward: work | x | call | peak | training: work | x | call | peak |",
             "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
@@ -280,16 +227,11 @@ def _cells(figures: dict[str, Any], fused: dict[str, Any]) -> list[str]:
     ]
 
 
-def _write(row: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(row, indent=2) + "\n")
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="SHAPE", default=["tiny"])
-    parser.add_argument("--batch", type=int, default=8)
+    parser = argparse.ArgumentParser("bra-bench peers", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--problem", nargs="+", choices=CHOICES, metavar="PROBLEM", default=["tiny"])
+    parser.add_argument("--batch", type=int, help="images (default: the problem's)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16" if on_gpu else "float32")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--backend", help="fused backend (default: triton on a GPU, torch on the CPU)")
@@ -299,11 +241,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check-only", action="store_true", help="check every peer, time none")
     parser.add_argument("--out", type=Path, help="folder for the JSON files")
     options = parser.parse_args(arguments)
-    if options.batch < 1 or options.repeats < 1:
+    if (options.batch is not None and options.batch < 1) or options.repeats < 1:
         parser.error("--batch and --repeats must be at least 1")
     options.backend = options.backend or ("triton" if options.device.startswith("cuda") else "torch")
     return options
-
-
-if __name__ == "__main__":
-    sys.exit(main())
