@@ -1,15 +1,15 @@
 """What one routed attention is made of: the tensors and numbers that every backend takes. Needs no Triton."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .grid import RegionGrid
 
 
-@dataclass(frozen=True)
-class Padding:
-    """What tokens past the map's edge hold; they are never stored.
+class Padding(NamedTuple):
+    """What tokens past the map's edge hold; they are never stored. The kernels take it as it is.
 
     Attributes:
         key: `(num_heads * qk_head_dim,)`, of the keys' dtype, contiguous.

@@ -114,7 +114,7 @@ def _try_to_analyse(specimen: KernelSpecimen, arch: str) -> Result:
 
 
 def _number(specimen: KernelSpecimen, name: str) -> int:
-    value = specimen.constexprs.get(name, 0)
+    value = specimen.constants.get(name, 0)
     return value if isinstance(value, int) else 0
 
 

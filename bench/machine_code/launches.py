@@ -5,7 +5,7 @@ start, its arguments are noted. So tiles, warps and types are those of a real la
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -55,12 +55,12 @@ class Launch:
     @property
     def is_masked(self) -> bool:
         """Whether an attention kernel gives every query all keys, under a mask."""
-        return "query_marks" in self.specimen.signature
+        return self.arguments.get("marks") is not None
 
     @property
     def bytes_of_arguments(self) -> int:
         """What its tensors hold, each counted once: about what the launch has to move."""
-        tensors = {id(x): x for x in self.arguments.values() if isinstance(x, Tensor)}
+        tensors = {id(x): x for _, x in _tensors(self.arguments)}
         return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
@@ -191,18 +191,29 @@ def _launch(
     constexprs = {name: bound[name] for name in bound if name in constant}
     signature = {name: _type(value) for name, value in bound.items() if name not in constant}
     # Lists and slices need not start at multiples of 16 bytes.
-    divisible = frozenset(
-        name for name, value in bound.items() if isinstance(value, Tensor) and _starts_aligned(value)
-    )
-    specimen = KernelSpecimen(kernel.fn.__name__, kernel, signature, constexprs, divisible, **options)
+    divisible = frozenset(name for name, x in _tensors(bound) if _starts_aligned(x))
+    name = kernel.fn.__name__.removesuffix("_kernel")
+    specimen = KernelSpecimen(name, kernel, signature, constexprs, divisible, **options)
     return Launch(specimen, tuple(grid), bound)
+
+
+def _tensors(bound: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors among arguments, those of a group named as `maps.query`."""
+    for name, value in bound.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, tuple) and name != "CONFIG":
+            yield from ((f"{name}.{inner}", x) for inner, x in value._asdict().items() if x is not None)
 
 
 def _starts_aligned(x: Tensor) -> bool:
     return bool(x.storage_offset() * x.element_size() % 16 == 0)
 
 
-def _type(value: object) -> str:
+def _type(value: Any) -> Any:
+    """Triton's type of a run-time argument, of a group the group of its members' types."""
+    if isinstance(value, tuple):
+        return type(value)(*map(_type, value))
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32"
+    return "constexpr" if value is None else "fp32" if isinstance(value, float) else "i32"

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -51,18 +51,26 @@ class KernelSpecimen:
     """A kernel together with everything a launch would decide about it.
 
     A launch makes constants of `None` and of the integer 1, so such arguments belong in `constexprs` even
-    where the kernel does not say `tl.constexpr`. `divisible` names the run-time arguments that are
-    multiples of 16 (bytes for a pointer); `None` stands for every pointer and no integer.
+    where the kernel does not say `tl.constexpr`. A group of pointers has a tuple in `signature`, of the
+    group's own type, in which "constexpr" stands for an absent pointer. `divisible` names the run-time
+    arguments that are multiples of 16 (bytes for a pointer), "maps.query" in a group; `None` stands for
+    every pointer and no integer.
     """
 
     name: str  # for reports
     kernel: Any  # a @triton.jit function, or autotune and heuristics wrappers around one
-    signature: Mapping[str, str]  # Triton type of each run-time argument: "*fp16", "i32", "fp32", ...
+    signature: Mapping[str, Any]  # Triton type of each run-time argument: "*fp16", "i32", "fp32", ...
     constexprs: Mapping[str, object] = field(default_factory=dict)  # value of each other argument
     divisible: frozenset[str] | None = None
     num_warps: int = 4
     num_stages: int = 3
     options: Mapping[str, object] = field(default_factory=dict)  # for the compiler: {"maxnreg": 128}
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """Compile-time arguments by name, those of the group `CONFIG` by their own names."""
+        config: Any = self.constexprs.get("CONFIG")
+        return {**self.constexprs, **(config._asdict() if config is not None else {})}
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,7 @@ def issue_slots_per_score(loop: LoopMix, block_m: int, block_n: int, num_warps: 
     return loop.total * num_warps * 32 / (block_m * block_n)
 
 
-# Only the next three functions touch Triton's own interface, which changes between its versions.
+# Only the next four functions touch Triton's own interface, which changes between its versions.
 
 
 def _jit_function(kernel: Any) -> Any:
@@ -227,17 +235,31 @@ def _triton_compile(specimen: KernelSpecimen, target: GPUTarget) -> Any:
     if sorted(given) != sorted(kernel.arg_names):
         raise ValueError(f"{specimen.name} takes {kernel.arg_names}, but was given {given}")
     signature = {name: specimen.signature.get(name, "constexpr") for name in kernel.arg_names}
-    pointers = {name for name, kind in signature.items() if kind.startswith("*")}
-    divisible = pointers if specimen.divisible is None else specimen.divisible
-    attrs: dict[tuple[int], list[list[Any]]] = {}
-    for index, name in enumerate(kernel.arg_names):
-        attrs[(index,)] = [["tt.divisibility", 16]] if name in divisible else []
-        if name in pointers and target.backend == "hip":
+    constants: dict[tuple[int, ...], object] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    for path, name, kind in _arguments(signature):
+        if kind == "constexpr":
+            constants[path] = specimen.constexprs.get(name)  # absent members of groups are None
+            continue
+        is_pointer = kind.startswith("*")
+        is_divisible = is_pointer if specimen.divisible is None else name in specimen.divisible
+        attrs[path] = [["tt.divisibility", 16]] if is_divisible else []
+        if is_pointer and target.backend == "hip":
             # A launch says so of tensors below 2 GiB; AMD's buffer instructions depend on it.
-            attrs[(index,)].append(["tt.pointer_range", 32])
-    source = ASTSource(kernel, signature, dict(specimen.constexprs), attrs)
+            attrs[path].append(["tt.pointer_range", 32])
+    source = ASTSource(kernel, signature, constants, attrs)
     options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages, **specimen.options}
     return triton.compile(source, target=target, options=options)
+
+
+def _arguments(signature: Mapping[str, Any]) -> Iterator[tuple[tuple[int, ...], str, str]]:
+    """Path, name and type of every argument, groups taken apart: ((0, 2), "maps.value", "*fp16")."""
+    for index, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple):
+            for inner, (field_name, member) in enumerate(zip(type(kind)._fields, kind, strict=True)):
+                yield (index, inner), f"{name}.{field_name}", member
+        else:
+            yield (index,), name, kind
 
 
 def _run_nvidia_tool(tool: str, flag: str, cubin: bytes) -> str:

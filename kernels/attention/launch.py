@@ -7,16 +7,22 @@ from torch import Tensor
 
 from .. import tiles
 from ..grid import RegionGrid
+from ..lepe.arguments import LepeParts
 from ..lepe.launch import lepe_forward
 from ..lib.integers import cdiv, next_power_of_2
 from ..lib.maps import image_tokens, row_stride
 from ..problem import Gradients, Lepe, Padding, RoutedAttention, SmallGradients
-from ..routing.lists import KeyLists, QueryLists, list_keys, list_queries
-from . import forward, key_value_gradient, masking, query_gradient
+from ..routing.arguments import Marks
+from ..routing.lists import KeyLists, list_keys, list_queries
+from . import masking
+from .arguments import AttentionConfig, ForwardResults, KeyValueResults, Lists, Maps, QueryResults, Saved
+from .forward import attention_forward_kernel
+from .key_value_gradient import key_value_gradient_kernel, sum_pieces_kernel
+from .query_gradient import query_gradient_kernel
 
 LOG2_E = math.log2(math.e)
-# The end of a list is walked in narrower steps: of 400 keys in steps of 128 one as wide would waste 112. It
-# also takes fewer registers: with it the widest tiles do not spill.
+# Tokens in a step at the end of a list. A step of 128 keys would waste 112 of them at the end of 400. Narrow
+# steps also take fewer registers: with them the widest tiles do not spill.
 TAIL_STEP = 32
 
 
@@ -44,7 +50,7 @@ def attention_forward(
         problem.batch, problem.num_heads, *problem.query.shape[1:3], dtype=torch.float32
     )
     if problem.batch:
-        _forward(problem, fused, tile, masked, (out, attention, lse))
+        _forward(problem, fused, tile, masked, ForwardResults(out, attention, lse))
     if lepe is not None and fused is None:
         return lepe_forward(out, lepe), out if keep_attention else None, lse
     return out, attention, lse
@@ -55,27 +61,30 @@ def _forward(
     lepe: Lepe | None,
     tile: tiles.Tile,
     masked: bool,
-    results: tuple[Tensor, Tensor | None, Tensor],
+    results: ForwardResults,
 ) -> None:
     """Writes what `attention_forward` returns, with a LePE that is fused."""
     lists = list_keys(problem, masked)
     grid = problem.query_grid
     bottom, right = grid.padding
     with torch.cuda.device_of(problem.query):
-        forward.attention_forward[_grid(problem, tile, masked)](
-            *(problem.query, problem.key, problem.value),
-            *(lists.region_list, lists.key_list, *_padding(problem), lists.factors),
-            *_marks(lists),
-            *((None,) * 4 if lepe is None else (lepe.value, lepe.fill, lepe.weight, lepe.bias)),
-            *(*results, problem.scale * LOG2_E),
+        attention_forward_kernel[_grid(problem, tile, masked)](
+            _maps(problem),
+            Lists(lists.region_list, lists.key_list, lists.factors),
+            problem.padding,
+            lists.marks,
+            None if lepe is None else LepeParts.of(lepe),
+            results,
+            problem.scale * LOG2_E,
             *_query_side_sizes(problem, lists),
             *(grid.height, grid.width, grid.height + bottom, grid.width + right),
-            LEPE_STRIDE=0 if lepe is None else row_stride(lepe.value),
-            LEPE_KERNEL=0 if lepe is None else lepe.kernel_size,
-            BLOCK_M=tile.own,
-            BLOCK_N=tile.step,
-            EXP_SHARE=tile.exp_share,
-            **_constants(problem, tile, lists),
+            CONFIG=_config(problem, tile, lists.marks, tile.own, tile.step)._replace(
+                EXP_SHARE=tile.exp_share,
+                LEPE_STRIDE=0 if lepe is None else row_stride(lepe.value),
+                LEPE_KERNEL=0 if lepe is None else lepe.kernel_size,
+            ),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
 
 
@@ -136,20 +145,23 @@ def _query_gradient(
             problem.batch, problem.num_heads, problem.query_grid.n_regions, n_tiles, problem.topk
         )
     with torch.cuda.device_of(grad_out):
-        query_gradient.query_gradient[_grid(problem, tile, masked)](
-            *(problem.query, problem.key, problem.value),
-            *(lists.region_list, lists.key_list, *_padding(problem), lists.factors),
-            *_marks(lists),
-            *(out, lse, grad_out, statistics, gradients.query, shares),
+        query_gradient_kernel[_grid(problem, tile, masked)](
+            _maps(problem),
+            Lists(lists.region_list, lists.key_list, lists.factors),
+            problem.padding,
+            lists.marks,
+            Saved(out, lse, grad_out),
+            QueryResults(gradients.query, statistics, shares),
             *(problem.scale * LOG2_E, problem.scale),
             *_query_side_sizes(problem, lists),
             problem.kv_grid.region_tokens,
-            GRAD_QUERY_STRIDE=row_stride(gradients.query),
-            BLOCK_M=tile.own,
-            BLOCK_N=tile.step,
-            BLOCK_SLOTS=next_power_of_2(problem.topk),
-            EXP_SHARE=tile.exp_share,
-            **_constants(problem, tile, lists),
+            CONFIG=_config(problem, tile, lists.marks, tile.own, tile.step)._replace(
+                EXP_SHARE=tile.exp_share,
+                GRAD_QUERY_STRIDE=row_stride(gradients.query),
+                BLOCK_SLOTS=next_power_of_2(problem.topk),
+            ),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
     if shares is None:
         return None
@@ -175,43 +187,36 @@ def _key_value_gradient(
         for head_dim in (problem.qk_head_dim, problem.v_head_dim)
     )
     n_pieces = 1 if lists.work is None else lists.work.shape[2]
-    constants = _constants(problem, tile, lists) | {
-        "GRAD_KEY_STRIDE": row_stride(gradients.key),
-        "GRAD_VALUE_STRIDE": row_stride(gradients.value),
-        "BLOCK_N": tile.own,
-    }
+    results = KeyValueResults(gradients.key, gradients.value, shares, partial_key, partial_value)
+    config = _config(problem, tile, lists.marks, tile.step, tile.own)._replace(
+        GRAD_KEY_STRIDE=row_stride(gradients.key),
+        GRAD_VALUE_STRIDE=row_stride(gradients.value),
+        QUERY_IS_PADDED=problem.query_grid.is_padded,
+    )
     kv_tokens = image_tokens(problem.key)
     _, query_region_tokens = _owned(problem.query_grid, masked)
     programs = problem.batch * cdiv(region_tokens, tile.own) * problem.num_heads
     with torch.cuda.device_of(grad_out):
-        key_value_gradient.key_value_gradient[(n_pieces * programs,)](
-            *(problem.query, problem.key, problem.value),
-            *(lists.region_list, lists.query_list, lists.work, *_padding(problem), lists.factors),
-            *_marks(lists),
-            *(statistics, grad_out, gradients.key, gradients.value, partial_key, partial_value, shares),
+        key_value_gradient_kernel[(n_pieces * programs,)](
+            _maps(problem),
+            Lists(lists.region_list, lists.query_list, lists.factors),
+            problem.padding,
+            lists.marks,
+            *(lists.work, statistics, grad_out, results),
             *(problem.scale * LOG2_E, problem.scale, image_tokens(problem.query), kv_tokens),
             problem.query_grid.n_regions * (1 if masked else problem.topk),
             *(n_regions, n_pieces, lists.n_partials, region_tokens, query_region_tokens),
-            QUERY_IS_PADDED=problem.query_grid.is_padded,
-            BLOCK_M=tile.step,
-            **constants,
+            CONFIG=config,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
         if lists.n_partials:
-            for name in (
-                "QUERY_STRIDE",
-                "KEY_STRIDE",
-                "VALUE_STRIDE",
-                "BLOCK_TAIL",
-                "BLOCK_MARKS",
-                "PRECISION",
-            ):
-                del constants[name]
-            key_value_gradient.sum_pieces[(n_regions * programs,)](
-                *(lists.row_start, lists.work, lists.region_list, partial_key, partial_value),
-                *(gradients.key, gradients.value, shares),
-                *(kv_tokens, n_regions, n_pieces, lists.n_partials, region_tokens),
-                lists.longest,
-                **constants,
+            sum_pieces_kernel[(n_regions * programs,)](
+                *(lists.row_start, lists.work, lists.region_list, results),
+                *(kv_tokens, n_regions, n_pieces, lists.n_partials, region_tokens, lists.longest),
+                CONFIG=config,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
     if shares is None:
         return None
@@ -241,29 +246,30 @@ def _grid(problem: RoutedAttention, tile: tiles.Tile, masked: bool) -> tuple[int
     return (problem.batch * rows * cdiv(region_tokens, tile.own) * problem.num_heads,)
 
 
-def _marks(lists: KeyLists | QueryLists) -> tuple[Tensor | None, ...]:
-    marks = lists.marks
-    return (None,) * 3 if marks is None else (marks.query_regions, marks.query_marks, marks.key_marks)
+def _maps(problem: RoutedAttention) -> Maps:
+    return Maps(problem.query, problem.key, problem.value)
 
 
-def _constants(problem: RoutedAttention, tile: tiles.Tile, lists: KeyLists | QueryLists) -> dict[str, object]:
-    """Compile-time arguments that the attention kernels share; none depends on the map's size."""
-    return {
-        "NUM_HEADS": problem.num_heads,
-        "N_GRAPHS": problem.n_graphs,
-        "QK_HEAD_DIM": problem.qk_head_dim,
-        "V_HEAD_DIM": problem.v_head_dim,
-        "QUERY_STRIDE": row_stride(problem.query),
-        "KEY_STRIDE": row_stride(problem.key),
-        "VALUE_STRIDE": row_stride(problem.value),
-        "BLOCK_QK": tiles.channel_block(problem.qk_head_dim),
-        "BLOCK_V": tiles.channel_block(problem.v_head_dim),
-        "BLOCK_TAIL": min(tile.step, TAIL_STEP),
-        "BLOCK_MARKS": 16 if lists.marks is None else lists.marks.key_marks.shape[-1],
-        "PRECISION": _dot_precision(problem.query.dtype),
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
+def _config(
+    problem: RoutedAttention, tile: tiles.Tile, marks: Marks | None, block_m: int, block_n: int
+) -> AttentionConfig:
+    """Compile-time numbers that the kernels share, for tiles of `block_m` queries and `block_n` keys."""
+    return AttentionConfig(
+        NUM_HEADS=problem.num_heads,
+        N_GRAPHS=problem.n_graphs,
+        QK_HEAD_DIM=problem.qk_head_dim,
+        V_HEAD_DIM=problem.v_head_dim,
+        QUERY_STRIDE=row_stride(problem.query),
+        KEY_STRIDE=row_stride(problem.key),
+        VALUE_STRIDE=row_stride(problem.value),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_TAIL=min(tile.step, TAIL_STEP),
+        BLOCK_QK=tiles.channel_block(problem.qk_head_dim),
+        BLOCK_V=tiles.channel_block(problem.v_head_dim),
+        BLOCK_MARKS=16 if marks is None else marks.key_marks.shape[-1],
+        PRECISION=_dot_precision(problem.query.dtype),
+    )
 
 
 def _query_side_sizes(problem: RoutedAttention, lists: KeyLists) -> tuple[int, ...]:
@@ -275,10 +281,6 @@ def _query_side_sizes(problem: RoutedAttention, lists: KeyLists) -> tuple[int, .
         _owned(problem.query_grid, lists.marks is not None)[1],
         lists.key_list.shape[-1],
     )
-
-
-def _padding(problem: RoutedAttention) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if problem.padding is None else (problem.padding.key, problem.padding.value)
 
 
 def _dot_precision(dtype: torch.dtype) -> str:

@@ -7,13 +7,9 @@ region's queries and the chosen region's keys.
 
 | array | shape | meaning |
 |---|---|---|
-| query, key, value, region_list, key_list, key_padding, value_padding, factors | | as in `forward` |
-| query_regions, query_marks, key_marks | | as in `forward` |
-| out, grad_out | (N, H, W, NUM_HEADS * V_HEAD_DIM) | attention output and its gradient |
-| lse | (N, NUM_HEADS, H * W) fp32 | from the forward |
-| statistics | (N, NUM_HEADS, H * W, 2) fp32 | lse and delta, side by side, for dK/dV |
-| grad_query | as query | gradient, or a slice of one packed gradient |
-| grad_factor | (N, NUM_HEADS, P, tiles, TOPK) fp32 | each tile's share of the factor's gradient, or None |
+| maps, lists, padding, marks | | as in `forward` |
+| saved | | out, lse and grad_out, see `Saved` |
+| results | | grad_query, statistics and grad_factor, see `QueryResults` |
 """
 
 import triton
@@ -29,8 +25,7 @@ def _query_gradient_tile(
     grad_query,
     query,
     grad_out,
-    lse,
-    delta,
+    statistics,
     key,
     value,
     factor,
@@ -38,18 +33,20 @@ def _query_gradient_tile(
     marks,
     live,
     logit_scale,
-    EXP_SHARE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
-    """Adds what BLOCK_N keys contribute to the (unscaled) gradient of BLOCK_M queries.
+    """Adds what the keys of a tile contribute to the (unscaled) gradient of BLOCK_M queries.
 
-    Also returns, for the factor's gradient, the tiles P * dP and dS * (Q K^T).
+    `statistics` holds lse and delta of the queries; `live` is None where all keys are live. Also returns, for
+    the factor's gradient, the tiles P * dP and dS * (Q K^T).
     """
+    PRECISION: tl.constexpr = CONFIG.PRECISION
+    lse, delta = statistics
     products = matmul(query, tl.trans(key), PRECISION)
     if own_marks is not None:
         products = add_matmul(products, own_marks, tl.trans(marks), "ieee")
     scores = products if factor is None else products * factor[None, :]
-    probs = exp2(scores * logit_scale - lse[:, None], EXP_SHARE)
+    probs = exp2(scores * logit_scale - lse[:, None], CONFIG.EXP_SHARE if live is None else 0)
     if live is not None:
         # A dead key's row is 0, but so is its score, and exp2(0 - lse) may overflow where lse is far below 0.
         probs = tl.where(live[None, :], probs, 0.0)
@@ -75,24 +72,13 @@ def _add_by_slot(total, of_values, of_scores, scale, position, region_tokens):
         *("map_tokens", "kv_tokens", "n_regions", "region_tokens", "list_length", "kv_region_tokens"),
     ]
 )
-def query_gradient(
-    query,
-    key,
-    value,
-    region_list,
-    key_list,
-    key_padding,
-    value_padding,
-    factors,
-    query_regions,
-    query_marks,
-    key_marks,
-    out,
-    lse,
-    grad_out,
-    statistics,
-    grad_query,
-    grad_factor,
+def query_gradient_kernel(
+    maps,
+    lists,
+    padding,
+    marks,
+    saved,
+    results,
     logit_scale,
     scale,
     map_tokens,
@@ -101,112 +87,101 @@ def query_gradient(
     region_tokens,
     list_length,
     kv_region_tokens,
-    NUM_HEADS: tl.constexpr,
-    N_GRAPHS: tl.constexpr,
-    QK_HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    QUERY_STRIDE: tl.constexpr,
-    KEY_STRIDE: tl.constexpr,
-    VALUE_STRIDE: tl.constexpr,
-    GRAD_QUERY_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr,
-    BLOCK_QK: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_MARKS: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    EXP_SHARE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """dQ of BLOCK_M queries of one region and head; walks the keys as the forward does."""
+    NUM_HEADS: tl.constexpr = CONFIG.NUM_HEADS
+    N_GRAPHS: tl.constexpr = CONFIG.N_GRAPHS
+    QK_HEAD_DIM: tl.constexpr = CONFIG.QK_HEAD_DIM
+    V_HEAD_DIM: tl.constexpr = CONFIG.V_HEAD_DIM
+    QUERY_STRIDE: tl.constexpr = CONFIG.QUERY_STRIDE
+    KEY_STRIDE: tl.constexpr = CONFIG.KEY_STRIDE
+    VALUE_STRIDE: tl.constexpr = CONFIG.VALUE_STRIDE
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_TAIL: tl.constexpr = CONFIG.BLOCK_TAIL
+    BLOCK_QK: tl.constexpr = CONFIG.BLOCK_QK
+    BLOCK_V: tl.constexpr = CONFIG.BLOCK_V
+    BLOCK_MARKS: tl.constexpr = CONFIG.BLOCK_MARKS
+    GRAD_QUERY_STRIDE: tl.constexpr = CONFIG.GRAD_QUERY_STRIDE
+    BLOCK_SLOTS: tl.constexpr = CONFIG.BLOCK_SLOTS
     DIM: tl.constexpr = NUM_HEADS * V_HEAD_DIM
     tiles = tl.cdiv(region_tokens, BLOCK_M)
-    image, region, tile, head = locate_program(n_regions if query_marks is None else 1, tiles, NUM_HEADS)
+    image, region, tile, head = locate_program(n_regions if marks is None else 1, tiles, NUM_HEADS)
     qk_channel = tl.arange(0, BLOCK_QK)
     v_channel = tl.arange(0, BLOCK_V)
-    index, exists, own = own_tokens(region_list, region, tile, region_tokens, BLOCK_M)
+    index, exists, own = own_tokens(lists.region_list, region, tile, region_tokens, BLOCK_M)
     query_start = image * map_tokens * QUERY_STRIDE + head * QK_HEAD_DIM
-    q = load_rows(query + query_start, None, own, qk_channel, own >= 0, QUERY_STRIDE, QK_HEAD_DIM)
+    q = load_rows(maps.query + query_start, None, own, qk_channel, own >= 0, QUERY_STRIDE, QK_HEAD_DIM)
     out_start = image * map_tokens * DIM + head * V_HEAD_DIM
-    do = load_rows(grad_out + out_start, None, own, v_channel, own >= 0, DIM, V_HEAD_DIM)
-    o = load_rows(out + out_start, None, own, v_channel, own >= 0, DIM, V_HEAD_DIM)
+    do = load_rows(saved.grad_out + out_start, None, own, v_channel, own >= 0, DIM, V_HEAD_DIM)
+    o = load_rows(saved.out + out_start, None, own, v_channel, own >= 0, DIM, V_HEAD_DIM)
     head_start = (image * NUM_HEADS + head) * map_tokens
-    row_lse = tl.load(lse + head_start + own, mask=own >= 0, other=float("inf"))
+    lse = tl.load(saved.lse + head_start + own, mask=own >= 0, other=float("inf"))
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
-    pair = statistics + (head_start + own) * 2
-    tl.store(pair, row_lse, mask=own >= 0)
+    pair = results.statistics + (head_start + own) * 2
+    tl.store(pair, lse, mask=own >= 0)
     tl.store(pair + 1, delta, mask=own >= 0)
 
-    key_base = key + image * kv_tokens * KEY_STRIDE + head * QK_HEAD_DIM
-    value_base = value + image * kv_tokens * VALUE_STRIDE + head * V_HEAD_DIM
-    if key_padding is not None:
-        key_padding += head * QK_HEAD_DIM
-        value_padding += head * V_HEAD_DIM
+    key_base = maps.key + image * kv_tokens * KEY_STRIDE + head * QK_HEAD_DIM
+    value_base = maps.value + image * kv_tokens * VALUE_STRIDE + head * V_HEAD_DIM
+    key_padding = None if padding is None else padding.key + head * QK_HEAD_DIM
+    value_padding = None if padding is None else padding.value + head * V_HEAD_DIM
     first_row = graph_of(image, head, N_GRAPHS) * n_regions
     list_start = 0
     own_marks = None
     mark = tl.arange(0, BLOCK_MARKS)
-    if query_marks is None:
+    if marks is None:
         list_start = (first_row + region) * list_length
     else:
-        row = first_row + tl.load(query_regions + index, mask=exists, other=0)
-        own_marks = load_rows(query_marks, None, row, mark, exists, BLOCK_MARKS, BLOCK_MARKS)
+        row = first_row + tl.load(marks.query_regions + index, mask=exists, other=0)
+        own_marks = load_rows(marks.query_marks, None, row, mark, exists, BLOCK_MARKS, BLOCK_MARKS)
     grad = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
     by_slot = tl.zeros([BLOCK_SLOTS], tl.float32)
 
     position = tl.arange(0, BLOCK_N)
-    place = key_list + list_start + position
+    place = lists.token_list + list_start + position
     full = list_length - list_length % BLOCK_N
     for start in tl.range(0, full, BLOCK_N):
         token = tl.load(place)
         place += BLOCK_N
         k = load_rows(key_base, key_padding, token, qk_channel, None, KEY_STRIDE, QK_HEAD_DIM)
         v = load_rows(value_base, value_padding, token, v_channel, None, VALUE_STRIDE, V_HEAD_DIM)
-        factor = None if factors is None else tl.load(factors + list_start + start + position)
-        marks = None
-        if query_marks is not None:
-            marks = load_rows(key_marks, None, start + position, mark, None, BLOCK_MARKS, BLOCK_MARKS)
+        factor = None if lists.factors is None else tl.load(lists.factors + list_start + start + position)
+        other_marks = None
+        if marks is not None:
+            other_marks = load_rows(
+                marks.key_marks, None, start + position, mark, None, BLOCK_MARKS, BLOCK_MARKS
+            )
         grad, of_values, of_scores = _query_gradient_tile(
-            grad,
-            q,
-            do,
-            row_lse,
-            delta,
-            k,
-            v,
-            factor,
-            own_marks,
-            marks,
-            None,
-            logit_scale,
-            EXP_SHARE,
-            PRECISION,
+            grad, q, do, (lse, delta), k, v, factor, own_marks, other_marks, None, logit_scale, CONFIG
         )
-        if grad_factor is not None:
+        if results.grad_factor is not None:
             by_slot = _add_by_slot(by_slot, of_values, of_scores, scale, start + position, kv_region_tokens)
     position = tl.arange(0, BLOCK_TAIL)
     for start in tl.range(full, list_length, BLOCK_TAIL, num_stages=1):
         live = start + position < list_length
-        token = tl.load(key_list + list_start + start + position, mask=live, other=-1)
+        token = tl.load(lists.token_list + list_start + start + position, mask=live, other=-1)
         k = load_rows(key_base, key_padding, token, qk_channel, live, KEY_STRIDE, QK_HEAD_DIM)
         v = load_rows(value_base, value_padding, token, v_channel, live, VALUE_STRIDE, V_HEAD_DIM)
         factor = None
-        if factors is not None:
-            factor = tl.load(factors + list_start + start + position, mask=live, other=1.0)
-        marks = None
-        if query_marks is not None:
-            marks = load_rows(key_marks, None, start + position, mark, live, BLOCK_MARKS, BLOCK_MARKS)
+        if lists.factors is not None:
+            factor = tl.load(lists.factors + list_start + start + position, mask=live, other=1.0)
+        other_marks = None
+        if marks is not None:
+            other_marks = load_rows(
+                marks.key_marks, None, start + position, mark, live, BLOCK_MARKS, BLOCK_MARKS
+            )
         grad, of_values, of_scores = _query_gradient_tile(
-            grad, q, do, row_lse, delta, k, v, factor, own_marks, marks, live, logit_scale, 0, PRECISION
+            grad, q, do, (lse, delta), k, v, factor, own_marks, other_marks, live, logit_scale, CONFIG
         )
-        if grad_factor is not None:
+        if results.grad_factor is not None:
             by_slot = _add_by_slot(by_slot, of_values, of_scores, scale, start + position, kv_region_tokens)
 
-    grad_base = grad_query + image * map_tokens * GRAD_QUERY_STRIDE + head * QK_HEAD_DIM
+    grad_base = results.grad_query + image * map_tokens * GRAD_QUERY_STRIDE + head * QK_HEAD_DIM
     store_rows(grad_base, own, qk_channel, own >= 0, grad * scale, GRAD_QUERY_STRIDE, QK_HEAD_DIM)
-    if grad_factor is not None:
+    if results.grad_factor is not None:
         slot = tl.arange(0, BLOCK_SLOTS)
         topk = list_length // kv_region_tokens
         row = ((image * NUM_HEADS + head) * n_regions + region) * tiles + tile
-        tl.store(grad_factor + row * topk + slot, by_slot, mask=slot < topk)
+        tl.store(results.grad_factor + row * topk + slot, by_slot, mask=slot < topk)

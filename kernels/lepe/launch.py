@@ -6,7 +6,8 @@ from torch import Tensor
 from ..lib.integers import cdiv
 from ..lib.maps import row_stride
 from ..problem import Lepe, LepeGradients
-from . import convolution as kernels
+from .arguments import LepeConfig, LepeParts
+from .convolution import lepe_backward_kernel, lepe_forward_kernel
 
 # Tokens and channels of a tile, and warps. The backward's sums over tokens stay within a warp: on an H200 it
 # takes 37 us at YOLO's P3 (batch 16), and 61 in the forward's tiles. The partial sums of so small tiles take
@@ -31,21 +32,15 @@ def lepe_forward(attention: Tensor, lepe: Lepe) -> Tensor:
     if not out.numel():
         return out
     bottom, right = grid.padding
-    launch_grid, constants = _tiling(lepe, grid.height * grid.width, FORWARD_TILE)
+    block_m, block_v, num_warps = FORWARD_TILE
     with torch.cuda.device_of(value):
-        kernels.lepe_forward[launch_grid](
+        lepe_forward_kernel[_programs(lepe, grid.height * grid.width, FORWARD_TILE)](
             attention,
-            value,
-            _or_any(lepe.fill, value),
-            lepe.weight,
-            _or_any(lepe.bias, value),
+            LepeParts.of(lepe),
             out,
-            grid.height,
-            grid.width,
-            grid.height + bottom,
-            grid.width + right,
-            HAS_BIAS=lepe.bias is not None,
-            **constants,
+            *(grid.height, grid.width, grid.height + bottom, grid.width + right),
+            CONFIG=LepeConfig.of(lepe, block_m, block_v),
+            num_warps=num_warps,
         )
     return out
 
@@ -67,26 +62,22 @@ def lepe_backward(
     value, grid, dim, taps = lepe.value, lepe.grid, lepe.value.shape[-1], lepe.kernel_size**2
     reach_height, reach_width = lepe.reach
     tile = BACKWARD_TILE if taps <= MOST_TAPS else FORWARD_TILE
-    launch_grid, constants = _tiling(lepe, reach_height * reach_width, tile)
+    block_m, block_v, num_warps = tile
+    programs = _programs(lepe, reach_height * reach_width, tile)
     rows = (taps + 1 if needs_weight_grad else 0) + (1 if grid.is_padded else 0)
-    partials = value.new_empty(launch_grid[0], rows, dim, dtype=torch.float32)
+    partials = value.new_empty(programs[0], rows, dim, dtype=torch.float32)
     if value.numel():
         with torch.cuda.device_of(value):
-            kernels.lepe_backward[launch_grid](
+            lepe_backward_kernel[programs](
                 grad_out,
-                value,
-                _or_any(lepe.fill, value),
-                lepe.weight,
+                LepeParts.of(lepe)._replace(bias=None),
                 grad_value,
                 partials,
-                grid.height,
-                grid.width,
-                reach_height,
-                reach_width,
-                GRAD_STRIDE=row_stride(grad_value),
-                NEEDS_WEIGHT_GRAD=needs_weight_grad,
-                ROWS=rows,
-                **constants,
+                *(grid.height, grid.width, reach_height, reach_width),
+                CONFIG=LepeConfig.of(lepe, block_m, block_v)._replace(
+                    GRAD_STRIDE=row_stride(grad_value), NEEDS_WEIGHT_GRAD=needs_weight_grad, ROWS=rows
+                ),
+                num_warps=num_warps,
             )
     sums = partials.sum(0)
     return LepeGradients(
@@ -96,23 +87,8 @@ def lepe_backward(
     )
 
 
-def _tiling(
-    lepe: Lepe, image_tokens: int, tile: tuple[int, int, int]
-) -> tuple[tuple[int, int], dict[str, object]]:
-    """Grid and compile-time arguments that both kernels share."""
+def _programs(lepe: Lepe, image_tokens: int, tile: tuple[int, int, int]) -> tuple[int, int]:
+    """The grid of both kernels: tiles of all images, and blocks of channels."""
     batch, dim = lepe.value.shape[0], lepe.value.shape[-1]
-    block_m, block_v, num_warps = tile
-    return (batch * cdiv(image_tokens, block_m), cdiv(dim, block_v)), {
-        "DIM": dim,
-        "VALUE_STRIDE": row_stride(lepe.value),
-        "KERNEL": lepe.kernel_size,
-        "HAS_FILL": lepe.grid.is_padded,
-        "BLOCK_M": block_m,
-        "BLOCK_V": block_v,
-        "num_warps": num_warps,
-    }
-
-
-def _or_any(pointer: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A tensor in any case: None would be a kernel of its own beside the flag that tells of it."""
-    return stand_in if pointer is None else pointer
+    block_m, block_v, _ = tile
+    return batch * cdiv(image_tokens, block_m), cdiv(dim, block_v)

@@ -9,9 +9,7 @@ A "graph" is one image's, or one head's of an image (`G` an image). A "pair" is 
 | tokens | (entries, S) int32 | tokens of the listed regions; -1 is padding |
 | region_list | (regions, S) int32 | tokens of all regions in order |
 | factors | (entries, S) fp32 | factor of each listed token's region |
-| query_marks | (N, G, P, BLOCK_MARKS) fp16 | masked attention: 0 at chosen key regions, else -2**15 |
-| key_marks | (P_kv * S_kv, BLOCK_MARKS) fp16 | 2**15 at the region of every key of `region_list`, else 0 |
-| query_regions | (P * S,) int32 | the region of every query of `region_list` |
+| marks | | tables of masked attention, see `Marks` |
 | row_start | (N, G, P_kv + 1) int32 | where each key region's row starts in `pairs` |
 | pairs | (N, G, P * TOPK) int32 | the inverse graph: pairs by key region, ascending in each row |
 | work | (N, G, P_kv + extras, 4) int32 | pieces of rows: region (-1: none), first and last pair, partial |
@@ -29,7 +27,7 @@ from ..lib.addressing import token_of
         "n_regions",
     ]
 )
-def list_tokens(
+def list_tokens_kernel(
     entries,
     entry_factor,
     tokens,
@@ -44,15 +42,16 @@ def list_tokens(
     height,
     width,
     n_regions,
-    FROM_PAIRS: tl.constexpr,
-    BLOCK_ENTRIES: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Expands BLOCK_ENTRIES entries into their regions' tokens; after the last entry, all regions in order.
 
     An entry is a region (FROM_PAIRS false) or a pair, whose query region it stands for. `entry_factor` holds
     the factor of every pair; entries that are no pairs stand in the order of pairs. None writes no factors.
     """
+    FROM_PAIRS: tl.constexpr = CONFIG.FROM_PAIRS
+    BLOCK_ENTRIES: tl.constexpr = CONFIG.BLOCK_ENTRIES
+    BLOCK_TOKENS: tl.constexpr = CONFIG.BLOCK_TOKENS
     region_tokens = region_height * region_width
     place = tl.program_id(0).to(tl.int64) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
     listed = place < n_entries
@@ -79,46 +78,46 @@ def list_tokens(
 
 
 @triton.jit(do_not_specialize=["n_rows", "topk", "n_queries", "region_tokens", "n_keys", "kv_region_tokens"])
-def mark_choices(
+def mark_choices_kernel(
     r_idx,
-    query_marks,
-    query_regions,
-    key_marks,
+    marks,
     n_rows,
     topk,
     n_queries,
     region_tokens,
     n_keys,
     kv_region_tokens,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_MARKS: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Tables for masked attention; each program writes BLOCK_ROWS rows of all three.
 
     The product of a query's and a key's marks is 0 where the query's region chose the key's, else -2**30,
     exact in half precision: a mask that the matrix unit adds to the scores, at no instruction a score.
     """
+    BLOCK_ROWS: tl.constexpr = CONFIG.BLOCK_ROWS
+    BLOCK_MARKS: tl.constexpr = CONFIG.BLOCK_MARKS
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     region = tl.arange(0, BLOCK_MARKS)[None, :]
-    marks = tl.full([BLOCK_ROWS, BLOCK_MARKS], -32768.0, tl.float16)
+    row_marks = tl.full([BLOCK_ROWS, BLOCK_MARKS], -32768.0, tl.float16)
     for slot in tl.range(0, topk):
         choice = tl.load(r_idx + row.to(tl.int64) * topk + slot, mask=row < n_rows, other=-1)
-        marks = tl.where(choice[:, None] == region, 0.0, marks).to(tl.float16)
+        row_marks = tl.where(choice[:, None] == region, 0.0, row_marks).to(tl.float16)
     at = row.to(tl.int64)[:, None] * BLOCK_MARKS + region
-    tl.store(query_marks + at, marks, mask=(row < n_rows)[:, None])
-    tl.store(query_regions + row, row // region_tokens, mask=row < n_queries)
+    tl.store(marks.query_marks + at, row_marks, mask=(row < n_rows)[:, None])
+    tl.store(marks.query_regions + row, row // region_tokens, mask=row < n_queries)
     own = tl.where((row // kv_region_tokens)[:, None] == region, 32768.0, 0.0).to(tl.float16)
-    tl.store(key_marks + at, own, mask=(row < n_keys)[:, None])
+    tl.store(marks.key_marks + at, own, mask=(row < n_keys)[:, None])
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_regions"])
-def invert_graph(r_idx, row_start, pairs, n_pairs, n_regions, BLOCK: tl.constexpr):
+def invert_graph_kernel(r_idx, row_start, pairs, n_pairs, n_regions, CONFIG: tl.constexpr):
     """Row of one key region: who chose it, ascending, and where the row starts; grid (N * G * P_kv,).
 
     A stable counting sort without atomics: every program counts the choices of smaller regions to find its
     row's start, then writes its own in order. All programs of a graph read 2 * P_kv * P * TOPK numbers: 19
     thousand at 49 regions and topk 4, a billion at 4096 regions and topk 32, where a sort would be due.
     """
+    BLOCK: tl.constexpr = CONFIG.BLOCK
     region = tl.program_id(0) % n_regions
     graph = (tl.program_id(0) // n_regions).to(tl.int64)
     choices = r_idx + graph * n_pairs
@@ -141,12 +140,13 @@ def invert_graph(r_idx, row_start, pairs, n_pairs, n_regions, BLOCK: tl.constexp
 
 
 @triton.jit(do_not_specialize=["n_regions", "n_extras", "longest"])
-def cut_rows(row_start, work, n_regions, n_extras, longest, BLOCK: tl.constexpr):
+def cut_rows_kernel(row_start, work, n_regions, n_extras, longest, CONFIG: tl.constexpr):
     """Cuts one graph's rows into pieces of at most `longest` pairs; grid (N * G,).
 
     The first piece of every row stands at its region's number, further ones behind, in order; a row of one
     piece has partial -1, the pieces of a longer one number the partial sums that they write.
     """
+    BLOCK: tl.constexpr = CONFIG.BLOCK
     graph = tl.program_id(0).to(tl.int64)
     graph_work = work + graph * (n_regions + n_extras) * 4
     used_extras, used_partials = 0, 0

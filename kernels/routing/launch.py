@@ -5,8 +5,9 @@ from torch import Tensor
 
 from ..grid import RegionGrid
 from ..lib.integers import cdiv, next_power_of_2
-from . import route as routing
+from .arguments import MeansConfig, PairSumConfig, RouteConfig
 from .lists import inverse_graph
+from .route import region_means_kernel, route_kernel, sum_over_pairs_kernel
 
 # Query regions of a program of `route`: the least that a matrix unit takes. Routing of BiFormer's third stage
 # (batch 64) took 44 us on an H200 with products off the matrix units, and takes 13 with them.
@@ -41,13 +42,10 @@ def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels
     block_tokens = min(_MEANS_TOKENS, next_power_of_2(grid.region_tokens))
     block_c = min(_MEANS_TILE // block_tokens, next_power_of_2(channels))
     with torch.cuda.device_of(qkv):
-        routing.region_means[(qkv.shape[0] * grid.n_regions, cdiv(channels, block_c))](
+        region_means_kernel[(qkv.shape[0] * grid.n_regions, cdiv(channels, block_c))](
             *(qkv, padding, means),
             *(grid.region_height, grid.region_width, grid.columns, grid.height, grid.width, grid.n_regions),
-            MEAN_DIM=channels,
-            PACKED=qkv.shape[-1],
-            BLOCK_TOKENS=block_tokens,
-            BLOCK_C=block_c,
+            CONFIG=MeansConfig(channels, qkv.shape[-1], block_tokens, block_c),
             num_warps=1,
         )
     return means
@@ -75,15 +73,17 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
     block_q = _ROUTE_QUERIES if block_r <= _ROUTE_OPERAND else 1
     block_c = max(1, min(_ROUTE_CHANNELS, _ROUTE_TILE // block_r))
     with torch.cuda.device_of(query):
-        routing.route[batch, cdiv(n_regions, block_q)](
+        route_kernel[batch, cdiv(n_regions, block_q)](
             *(query, key, r_weight, r_idx, scale, n_regions, topk),
-            DIM=dim,
-            ROW_STRIDE=_row_stride(query),
-            BLOCK_Q=block_q,
-            BLOCK_R=block_r,
-            BLOCK_C=block_c,
-            BLOCK_K=next_power_of_2(topk),
-            PRECISION="ieee" if torch.version.hip else "tf32x3",
+            CONFIG=RouteConfig(
+                DIM=dim,
+                ROW_STRIDE=_row_stride(query),
+                BLOCK_Q=block_q,
+                BLOCK_R=block_r,
+                BLOCK_C=block_c,
+                BLOCK_K=next_power_of_2(topk),
+                PRECISION="ieee" if torch.version.hip else "tf32x3",
+            ),
             num_warps=8 if block_r == _ROUTE_OPERAND else 4,  # with 4 it spills on sm_80
         )
     return r_weight, r_idx
@@ -103,11 +103,9 @@ def route_backward(
     grid = (batch * n_regions, cdiv(query.shape[-1], block_c))
     with torch.cuda.device_of(query):
         for own_pairs, source, grad in ((None, key, grads[0]), (pairs, query, grads[1])):
-            routing.sum_over_pairs[grid](
+            sum_over_pairs_kernel[grid](
                 *(r_idx, row_start, own_pairs, grad_logits.contiguous(), source, grad, n_regions, topk),
-                DIM=query.shape[-1],
-                SOURCE_STRIDE=_row_stride(source),
-                BLOCK_C=block_c,
+                CONFIG=PairSumConfig(query.shape[-1], _row_stride(source), block_c),
                 num_warps=4,
             )
     return grads[0], grads[1]

@@ -8,28 +8,14 @@ from torch import Tensor
 from ..grid import RegionGrid
 from ..lib.integers import cdiv, next_power_of_2
 from ..problem import RoutedAttention
-from . import graph as lists
+from .arguments import GraphConfig, ListConfig, MarkConfig, Marks
+from .graph import cut_rows_kernel, invert_graph_kernel, list_tokens_kernel, mark_choices_kernel
 
 # A row of the inverse graph longer than this many times the mean is cut, so that one region chosen by all
 # does not stall the grid. The partial sums of cut rows take at most 2 / LONGEST_TO_MEAN of a float32 copy of
 # keys and values.
 LONGEST_TO_MEAN = 4
-_BLOCK_ENTRIES, _BLOCK_TOKENS = 8, 32
-
-
-@dataclass(frozen=True)
-class Marks:
-    """What masked attention knows of the graph; see `kernels.lists`.
-
-    Attributes:
-        query_regions: `(P * S,)` int32, region of every query in the order of the regions.
-        query_marks: `(N, G, P, block)` float16, 0 at the regions that each chose, else -2**15.
-        key_marks: `(P_kv * S_kv, block)` float16, 2**15 at the region of every key, else 0.
-    """
-
-    query_regions: Tensor
-    query_marks: Tensor
-    key_marks: Tensor
+_BLOCK_ENTRIES, _BLOCK_TOKENS, _BLOCK_PAIRS = 8, 32, 256
 
 
 @dataclass(frozen=True)
@@ -58,7 +44,7 @@ class QueryLists:
         query_list: `(N, G, P * topk * S)` int32, queries of every pair in the order of the inverse graph.
         factors: of the same shape, float32, or None.
         row_start: `(N, G, P_kv + 1)` int32, rows of the inverse graph, in pairs.
-        work: `(N, G, P_kv + extras, 4)` int32, see `kernels.lists`.
+        work: `(N, G, P_kv + extras, 4)` int32, see `graph`.
         longest: pairs in the longest piece of a row.
         n_partials: partial sums that pieces of one graph write, at most.
         marks: None; or what masked attention needs, whose one `query_list` is `(P * S,)`; it has no inverse
@@ -126,12 +112,11 @@ def mark_choices(problem: RoutedAttention) -> Marks:
         r_idx.new_empty(n_keys, block, dtype=torch.float16),
     )
     with torch.cuda.device_of(r_idx):
-        lists.mark_choices[(cdiv(max(n_rows, n_queries, n_keys), _BLOCK_ENTRIES),)](
-            *(r_idx, marks.query_marks, marks.query_regions, marks.key_marks),
+        mark_choices_kernel[(cdiv(max(n_rows, n_queries, n_keys), _BLOCK_ENTRIES),)](
+            *(r_idx, marks),
             *(n_rows, problem.topk, n_queries, problem.query_grid.region_tokens),
             *(n_keys, problem.kv_grid.region_tokens),
-            BLOCK_ROWS=_BLOCK_ENTRIES,
-            BLOCK_MARKS=block,
+            CONFIG=MarkConfig(_BLOCK_ENTRIES, block),
             num_warps=1,
         )
     return marks
@@ -155,8 +140,8 @@ def inverse_graph(r_idx: Tensor, n_regions: int) -> tuple[Tensor, Tensor]:
     pairs = r_idx.new_empty(batch, n_graphs, n_pairs)
     if batch:
         with torch.cuda.device_of(r_idx):
-            lists.invert_graph[(batch * n_graphs * n_regions,)](
-                r_idx, row_start, pairs, n_pairs, n_regions, BLOCK=256, num_warps=4
+            invert_graph_kernel[(batch * n_graphs * n_regions,)](
+                *(r_idx, row_start, pairs, n_pairs, n_regions), CONFIG=GraphConfig(_BLOCK_PAIRS), num_warps=4
             )
     return row_start, pairs
 
@@ -169,7 +154,7 @@ def cut_rows(row_start: Tensor, n_pairs: int) -> tuple[Tensor, int, int]:
         n_pairs: pairs in a graph.
 
     Returns:
-        `work` `(N, G, P_kv + extras, 4)` int32 (see `kernels.lists`), the pairs in the longest piece, and how
+        `work` `(N, G, P_kv + extras, 4)` int32 (see `graph`), the pairs in the longest piece, and how
         many partial sums the pieces of one graph write at most. Sizes depend on shapes alone.
     """
     batch, n_graphs, n_regions = *row_start.shape[:2], row_start.shape[2] - 1
@@ -179,13 +164,9 @@ def cut_rows(row_start: Tensor, n_pairs: int) -> tuple[Tensor, int, int]:
     work = row_start.new_empty(batch, n_graphs, n_regions + n_extras, 4)
     if batch:
         with torch.cuda.device_of(row_start):
-            lists.cut_rows[(batch * n_graphs,)](
-                row_start,
-                work,
-                n_regions,
-                n_extras,
-                longest,
-                BLOCK=256,
+            cut_rows_kernel[(batch * n_graphs,)](
+                *(row_start, work, n_regions, n_extras, longest),
+                CONFIG=GraphConfig(_BLOCK_PAIRS),
                 num_warps=4,
             )
     return work, longest, 2 * n_extras
@@ -210,24 +191,11 @@ def _list_tokens(
     factor = problem.factor if n_entries else None
     factors = None if factor is None else torch.empty_like(tokens, dtype=torch.float32)
     with torch.cuda.device_of(like):
-        lists.list_tokens[(cdiv(n_entries + grid.n_regions, _BLOCK_ENTRIES),)](
-            tokens if entries is None else entries,
-            factor,
-            tokens,
-            region_list,
-            factors,
-            n_entries,
-            like.shape[2] * like.shape[3],
-            like.shape[3],
-            grid.region_height,
-            grid.region_width,
-            grid.columns,
-            grid.height,
-            grid.width,
-            grid.n_regions,
-            FROM_PAIRS=from_pairs,
-            BLOCK_ENTRIES=_BLOCK_ENTRIES,
-            BLOCK_TOKENS=_BLOCK_TOKENS,
+        list_tokens_kernel[(cdiv(n_entries + grid.n_regions, _BLOCK_ENTRIES),)](
+            *(tokens if entries is None else entries, factor, tokens, region_list, factors),
+            *(n_entries, like.shape[2] * like.shape[3], like.shape[3]),
+            *(grid.region_height, grid.region_width, grid.columns, grid.height, grid.width, grid.n_regions),
+            CONFIG=ListConfig(from_pairs, _BLOCK_ENTRIES, _BLOCK_TOKENS),
             num_warps=4,
         )
     return tokens, region_list, factors

@@ -8,7 +8,7 @@
 | query, key | (N, P, DIM) fp32 | region queries and keys, rows ROW_STRIDE apart |
 | r_weight | (N, P, TOPK) fp32 | softmax over the chosen logits, descending |
 | r_idx | (N, P, TOPK) int32 | chosen regions, by descending logit, equal ones by ascending index |
-| row_start, pairs | | the inverse graph, see `lists` |
+| row_start, pairs | | the inverse graph, see `graph` |
 """
 
 import triton
@@ -18,7 +18,7 @@ from ..lib.addressing import token_of
 
 
 @triton.jit(do_not_specialize=["region_height", "region_width", "columns", "height", "width", "n_regions"])
-def region_means(
+def region_means_kernel(
     qkv,
     padding,
     means,
@@ -28,12 +28,13 @@ def region_means(
     height,
     width,
     n_regions,
-    MEAN_DIM: tl.constexpr,
-    PACKED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Means over a region's tokens of BLOCK_C of the first MEAN_DIM packed channels; grid (N*P, blocks)."""
+    MEAN_DIM: tl.constexpr = CONFIG.MEAN_DIM
+    PACKED: tl.constexpr = CONFIG.PACKED
+    BLOCK_TOKENS: tl.constexpr = CONFIG.BLOCK_TOKENS
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     region_tokens = region_height * region_width
     region = tl.program_id(0) % n_regions
     image = (tl.program_id(0) // n_regions).to(tl.int64)
@@ -59,7 +60,7 @@ def region_means(
 
 
 @triton.jit(do_not_specialize=["n_regions", "topk"])
-def route(
+def route_kernel(
     query,
     key,
     r_weight,
@@ -67,18 +68,18 @@ def route(
     scale,
     n_regions,
     topk,
-    DIM: tl.constexpr,
-    ROW_STRIDE: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Logits of BLOCK_Q query regions against all key regions, and each one's topk largest; grid (N, blocks).
 
     Several query regions share the keys that they load, and are as many as a matrix unit takes.
     """
+    DIM: tl.constexpr = CONFIG.DIM
+    ROW_STRIDE: tl.constexpr = CONFIG.ROW_STRIDE
+    BLOCK_Q: tl.constexpr = CONFIG.BLOCK_Q
+    BLOCK_R: tl.constexpr = CONFIG.BLOCK_R
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     image = tl.program_id(0).to(tl.int64)
     query_region = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     key_region = tl.zeros([BLOCK_Q, 1], tl.int32) + tl.arange(0, BLOCK_R)[None, :]
@@ -95,7 +96,7 @@ def route(
         if BLOCK_Q == 1:  # for many regions: operands of a product would not fit shared memory
             logits += tl.sum(of_keys * of_queries, axis=1)[None, :]
         else:
-            logits = tl.dot(of_queries, tl.trans(of_keys), logits, input_precision=PRECISION)
+            logits = tl.dot(of_queries, tl.trans(of_keys), logits, input_precision=CONFIG.PRECISION)
     # NaN first, as torch.sort has it. Above all it must not yield an index out of range: a model whose
     # training diverges should report a NaN loss, not an illegal memory access.
     logits = tl.where(logits == logits, logits, float("inf"))
@@ -120,7 +121,7 @@ def route(
 
 
 @triton.jit(do_not_specialize=["n_regions", "topk"])
-def sum_over_pairs(
+def sum_over_pairs_kernel(
     r_idx,
     row_start,
     pairs,
@@ -129,14 +130,15 @@ def sum_over_pairs(
     grad,
     n_regions,
     topk,
-    DIM: tl.constexpr,
-    SOURCE_STRIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
     """Gradient of one region's query (`pairs` None) or key: grid (N*P, blocks of channels).
 
     Sums, over the pairs that the region takes part in, the logit's gradient times the other side's row.
     """
+    DIM: tl.constexpr = CONFIG.DIM
+    SOURCE_STRIDE: tl.constexpr = CONFIG.SOURCE_STRIDE
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     region = tl.program_id(0) % n_regions
     image = (tl.program_id(0) // n_regions).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

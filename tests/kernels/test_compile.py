@@ -17,7 +17,7 @@ pytestmark = pytest.mark.compiled
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 SPILL_FREE = ("sm_80", "sm_90")
 YOLO_P3 = dataclasses.replace(PROBLEMS["yolo_p3"], batch=2)
-SETTINGS = {
+MODELS = {
     "biformer_stage2": dataclasses.replace(PROBLEMS["biformer_stage2"], batch=2),
     "yolo_p3": YOLO_P3,
 }
@@ -46,9 +46,10 @@ KERNELS = {
 
 def _for(arch, specimen):
     """What a launch on that architecture would change besides its tiles: AMD has no TF32."""
-    if not arch.startswith("gfx") or "PRECISION" not in specimen.constexprs:
+    if not arch.startswith("gfx") or "PRECISION" not in specimen.constants:
         return specimen
-    return dataclasses.replace(specimen, constexprs={**specimen.constexprs, "PRECISION": "ieee"})
+    config = specimen.constexprs["CONFIG"]._replace(PRECISION="ieee")
+    return dataclasses.replace(specimen, constexprs={**specimen.constexprs, "CONFIG": config})
 
 
 _usages = {}
@@ -62,9 +63,9 @@ def _usage(specimen, arch):
     return _usages[key]
 
 
-def _check(setting, dtype, arch, expected=KERNELS):
+def _check(problem, dtype, arch, expected=KERNELS):
     with tiles.use_architecture(arch):
-        specimens = [launch.specimen for launch in record_attention(setting, dtype)]
+        specimens = [launch.specimen for launch in record_attention(problem, dtype)]
     # Where the table has LePE apart there is a launch more.
     assert {specimen.name for specimen in specimens} - {"lepe_forward"} == expected
     for specimen in specimens:
@@ -86,7 +87,7 @@ def _check(setting, dtype, arch, expected=KERNELS):
     + [("biformer_stage2", arch, torch.float16) for arch in SPILL_FREE],
 )
 def test_kernels_compile_fit_and_do_not_spill(name, arch, dtype):
-    _check(SETTINGS[name], dtype, arch)
+    _check(MODELS[name], dtype, arch)
 
 
 @pytest.mark.parametrize(
@@ -150,26 +151,29 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("setting", [YOLO_P3, *MODES.values()])
-def test_no_kernel_is_compiled_anew_for_a_size_that_divides_well(setting):
+@pytest.mark.parametrize("problem", [YOLO_P3, *MODES.values()])
+def test_no_kernel_is_compiled_anew_for_a_size_that_divides_well(problem):
     """Triton would compile apart for sizes of 1 and multiples of 16."""
-    for launch in record_attention(setting, torch.float16):
+    for launch in record_attention(problem, torch.float16):
         specimen = launch.specimen
         for parameter in specimen.kernel.params:
             if specimen.signature.get(parameter.name) == "i32":
                 assert parameter.name in SIZES, (specimen.name, parameter.name)
                 assert parameter.do_not_specialize, (specimen.name, parameter.name)
+        groups = [kind for kind in specimen.signature.values() if isinstance(kind, tuple)]
+        # What `do_not_specialize` says does not hold in a group: sizes must stay outside.
+        assert all(kind == "constexpr" or kind[0] == "*" for group in groups for kind in group), specimen.name
 
 
 @pytest.mark.parametrize("name", ["yolo_p3", "padded_soft"])
 def test_ten_image_sizes_are_one_compilation(name):
     """Ultralytics trains with changing image sizes: multiples of 32 from 512 to 800, at stride 8."""
-    setting = (SETTINGS | MODES)[name]
+    problem = (MODELS | MODES)[name]
     distinct = set()
     for side in range(64, 104, 4):
         # Regions of 64 to 169 tokens take one tile; the two maps of a mode stay padded or not.
         odd = 0 if name == "yolo_p3" else 1
-        sized = dataclasses.replace(setting, height=side // 8 * 8 - odd, width=side // 8 * 8 + 8 - odd)
+        sized = dataclasses.replace(problem, height=side // 8 * 8 - odd, width=side // 8 * 8 + 8 - odd)
         for launch in record_attention(sized, torch.float16):
             specimen = launch.specimen
             key = (specimen.name, str(specimen.signature), str(specimen.constexprs), specimen.num_warps)

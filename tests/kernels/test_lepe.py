@@ -18,6 +18,7 @@ from bra_triton.bench.machine_code.launches import record_kernels
 from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.lepe import launch as triton_lepe
+from bra_triton.kernels.lepe.arguments import LepeParts
 from bra_triton.kernels.lepe.convolution import convolve_tile
 from bra_triton.kernels.problem import Lepe
 
@@ -236,16 +237,16 @@ def test_a_batch_of_none(backend, device):
 
 @triton.jit
 def _convolve_some_tokens(
-    value, fill, weight, bias, rows, columns, out, height, width, padded_height, padded_width, n_tokens,
-    DIM: tl.constexpr, STRIDE: tl.constexpr, KERNEL: tl.constexpr, HAS_FILL: tl.constexpr,
+    parts, rows, columns, out, height, width, padded_height, padded_width, n_tokens,
+    DIM: tl.constexpr, STRIDE: tl.constexpr, KERNEL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     index, channel = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_V)
     live = index < n_tokens
     row, column = tl.load(rows + index), tl.load(columns + index)
     lepe = convolve_tile(
-        value, fill, weight, bias, row, column, height, width, padded_height, padded_width, channel, live,
-        channel < DIM, STRIDE, KERNEL, HAS_FILL, True,
+        parts, 0, row, column, (height, width, padded_height, padded_width), channel, live,
+        channel < DIM, STRIDE, KERNEL,
     )  # fmt: skip
     tl.store(out + index[:, None] * BLOCK_V + channel[None, :], lepe)
 
@@ -262,9 +263,9 @@ def test_convolve_tile_takes_tokens_in_any_order_and_leaves_dead_ones_alone(padd
     n_tokens = 11
     out = torch.full((16, 8), torch.nan, device=device)
     _convolve_some_tokens[(1,)](
-        lepe.value, lepe.fill if padded else lepe.value, lepe.weight, lepe.bias,
-        rows.to(device), columns.to(device), out, 5, 6, 5 + grid.padding[0], 6 + grid.padding[1], n_tokens,
-        DIM=5, STRIDE=lepe.value.stride(2), KERNEL=3, HAS_FILL=padded, BLOCK_M=16, BLOCK_V=8,
+        LepeParts.of(lepe), rows.to(device), columns.to(device), out,
+        5, 6, 5 + grid.padding[0], 6 + grid.padding[1], n_tokens,
+        DIM=5, STRIDE=lepe.value.stride(2), KERNEL=3, BLOCK_M=16, BLOCK_V=8,
     )  # fmt: skip
     live = slice(0, n_tokens)
     wanted = expected[rows[live].long(), columns[live].long()]

@@ -1,0 +1,161 @@
+"""Groups of arguments that the attention kernels take. Needs no Triton.
+
+A group of pointers holds tensors on the host and pointers in a kernel; what is None is compiled away. The
+sizes of a map are no part of any group, because Triton compiles a kernel again when a number in a tuple
+becomes 1 or a multiple of 16, whatever `do_not_specialize` says.
+
+P regions of S tokens hold the queries, P_kv regions of S_kv tokens the keys and values; G graphs an image say
+which region attends to which: 1 for all heads, or one per head.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Maps(NamedTuple):
+    """The maps that attention reads, each of its own or a slice of one packed map.
+
+    Attributes:
+        query: `(N, H, W, NUM_HEADS * QK_HEAD_DIM)`, tokens `QUERY_STRIDE` elements apart.
+        key: `(N, H_kv, W_kv, NUM_HEADS * QK_HEAD_DIM)`, tokens `KEY_STRIDE` elements apart.
+        value: `(N, H_kv, W_kv, NUM_HEADS * V_HEAD_DIM)`, tokens `VALUE_STRIDE` elements apart.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Lists(NamedTuple):
+    """Which tokens a kernel owns, and which ones of the other side it walks; -1 is padding.
+
+    Attributes:
+        region_list: tokens of every region that programs own: `(P, S)` int32 of queries; in dK/dV
+            `(P_kv, S_kv)` of keys.
+        token_list: tokens that each region walks: `(N, G, P, TOPK * S_kv)` int32 of keys; in dK/dV
+            `(N, G, P * TOPK * S)` of queries, pair after pair in the order of the inverse graph. With marks
+            one list of all tokens, `(P_kv * S_kv,)` or `(P * S,)`.
+        factors: of the same shape, float32: factor of each listed key and value, or of each listed query's
+            pair; None for 1.
+    """
+
+    region_list: Tensor
+    token_list: Tensor
+    factors: Tensor | None
+
+
+class ForwardResults(NamedTuple):
+    """What the forward writes.
+
+    Attributes:
+        out: `(N, H, W, NUM_HEADS * V_HEAD_DIM)`, the attention's output plus LePE.
+        attention: of the same shape, the attention's output alone, for the backward; None where it is `out`
+            or nobody needs it.
+        lse: `(N, NUM_HEADS, H * W)` float32, base-2 logarithm of the softmax's denominator for logits times
+            `log2(e)`.
+    """
+
+    out: Tensor
+    attention: Tensor | None
+    lse: Tensor
+
+
+class Saved(NamedTuple):
+    """What dQ reads besides the forward's inputs.
+
+    Attributes:
+        out: `(N, H, W, NUM_HEADS * V_HEAD_DIM)`, the attention's output without LePE.
+        lse: as in `ForwardResults`.
+        grad_out: of the shape of `out`, contiguous, its gradient.
+    """
+
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+
+
+class QueryResults(NamedTuple):
+    """What dQ's kernel writes.
+
+    Attributes:
+        grad_query: of the shape of the queries, tokens `GRAD_QUERY_STRIDE` elements apart.
+        statistics: `(N, NUM_HEADS, H * W, 2)` float32: lse and delta side by side, for dK/dV.
+        grad_factor: `(N, NUM_HEADS, P, tiles, TOPK)` float32, each tile's share of the factor's gradient;
+            None where it is not needed.
+    """
+
+    grad_query: Tensor
+    statistics: Tensor
+    grad_factor: Tensor | None
+
+
+class KeyValueResults(NamedTuple):
+    """What dK/dV's kernels write.
+
+    Attributes:
+        grad_key: of the shape of the keys, tokens `GRAD_KEY_STRIDE` elements apart.
+        grad_value: of the shape of the values, tokens `GRAD_VALUE_STRIDE` elements apart.
+        grad_padding: `(N, NUM_HEADS, P_kv, tiles, QK_HEAD_DIM + V_HEAD_DIM)` float32, each tile's share of
+            the gradients of what padding holds; None without padding.
+        partial_key: `(N, NUM_HEADS, n_partials, S_kv, QK_HEAD_DIM)` float32, the sums of pieces.
+        partial_value: `(N, NUM_HEADS, n_partials, S_kv, V_HEAD_DIM)` float32, likewise.
+    """
+
+    grad_key: Tensor
+    grad_value: Tensor
+    grad_padding: Tensor | None
+    partial_key: Tensor
+    partial_value: Tensor
+
+
+class AttentionConfig(NamedTuple):
+    """Compile-time numbers of the attention kernels; none depends on the map's size.
+
+    Attributes:
+        NUM_HEADS: attention heads.
+        N_GRAPHS: graphs an image.
+        QK_HEAD_DIM: channels of a query or key in one head.
+        V_HEAD_DIM: channels of a value in one head.
+        QUERY_STRIDE: elements from one token of the queries to the next.
+        KEY_STRIDE: likewise of the keys.
+        VALUE_STRIDE: likewise of the values.
+        BLOCK_M: queries of a tile.
+        BLOCK_N: keys of a tile.
+        BLOCK_TAIL: tokens in a step at the end of a list, where it is masked.
+        BLOCK_QK: QK_HEAD_DIM, rounded up to a power of two of at least 16.
+        BLOCK_V: V_HEAD_DIM, likewise.
+        BLOCK_MARKS: marks of a token; see `Marks`.
+        PRECISION: of float32 products, as `tl.dot` names it.
+        EXP_SHARE: forward and dQ: one exponential in so many is evaluated by multiply-adds; 0 for none.
+        LEPE_STRIDE: forward: elements from one token of LePE's values to the next.
+        LEPE_KERNEL: forward: side of LePE's convolution, 0 for none.
+        GRAD_QUERY_STRIDE: dQ: elements from one token of the gradient to the next.
+        BLOCK_SLOTS: dQ: TOPK, rounded up to a power of two.
+        GRAD_KEY_STRIDE: dK/dV: elements from one token of the keys' gradient to the next.
+        GRAD_VALUE_STRIDE: dK/dV: likewise of the values'.
+        QUERY_IS_PADDED: dK/dV: some listed queries are padding.
+    """
+
+    NUM_HEADS: int
+    N_GRAPHS: int
+    QK_HEAD_DIM: int
+    V_HEAD_DIM: int
+    QUERY_STRIDE: int
+    KEY_STRIDE: int
+    VALUE_STRIDE: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_TAIL: int
+    BLOCK_QK: int
+    BLOCK_V: int
+    BLOCK_MARKS: int
+    PRECISION: str
+    EXP_SHARE: int = 0
+    LEPE_STRIDE: int = 0
+    LEPE_KERNEL: int = 0
+    GRAD_QUERY_STRIDE: int = 0
+    BLOCK_SLOTS: int = 1
+    GRAD_KEY_STRIDE: int = 0
+    GRAD_VALUE_STRIDE: int = 0
+    QUERY_IS_PADDED: bool = False

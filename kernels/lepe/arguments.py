@@ -1,0 +1,58 @@
+"""Groups of arguments that the kernels with LePE take. Needs no Triton."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..lib.maps import row_stride
+from ..problem import Lepe
+
+
+class LepeParts(NamedTuple):
+    """The tensors of a LePE: on the host tensors, in a kernel pointers.
+
+    Attributes:
+        value: `(N, H, W, DIM)`, values, whose tokens lie `VALUE_STRIDE` elements apart in a packed map.
+        weight: `(DIM, KERNEL * KERNEL)`, PyTorch's `(DIM, 1, KERNEL, KERNEL)`.
+        fill: `(DIM,)`, what padding holds; None where the map is not padded.
+        bias: `(DIM,)`; None for none, and in the backward, which does not read it.
+    """
+
+    value: Tensor
+    weight: Tensor
+    fill: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, lepe: Lepe) -> "LepeParts":
+        """The tensors of `lepe`."""
+        return cls(lepe.value, lepe.weight, lepe.fill, lepe.bias)
+
+
+class LepeConfig(NamedTuple):
+    """Compile-time numbers of LePE's kernels.
+
+    Attributes:
+        DIM: channels of the values.
+        VALUE_STRIDE: elements from one token of the values to the next.
+        KERNEL: side of the convolution, odd.
+        BLOCK_M: tokens of a tile.
+        BLOCK_V: channels of a tile.
+        GRAD_STRIDE: backward alone: elements from one token of the values' gradient to the next.
+        NEEDS_WEIGHT_GRAD: backward alone: compute the gradients of weight and bias.
+        ROWS: backward alone: rows of `partials`.
+    """
+
+    DIM: int
+    VALUE_STRIDE: int
+    KERNEL: int
+    BLOCK_M: int
+    BLOCK_V: int
+    GRAD_STRIDE: int = 0
+    NEEDS_WEIGHT_GRAD: bool = False
+    ROWS: int = 0
+
+    @classmethod
+    def of(cls, lepe: Lepe, block_m: int, block_v: int) -> "LepeConfig":
+        """What both kernels take."""
+        return cls(lepe.value.shape[-1], row_stride(lepe.value), lepe.kernel_size, block_m, block_v)
