@@ -22,12 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import triton
 
 from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.problems import MODELS, Problem
-from bra_triton.bench.tuning import prediction, ranking, timing
-from bra_triton.bench.tuning.prediction import Job, Outcome
+from bra_triton.bench.tuning import prediction, timing
 from bra_triton.bench.tuning.search_space import EXP_SHARE
 from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import cache as tile_cache
@@ -73,47 +71,24 @@ def predict(args: argparse.Namespace, arch: str) -> None:
         for form in tiles.FORMS
     ]
     plain = [key for key in keys if key.form == tiles.PLAIN]
-    jobs = _jobs(args, keys if args.confirm else plain, arch)
+    jobs = prediction.jobs_of(plain, arch, prediction.STAGES[:1])
     if args.dry_run:
-        print(*(f"{arch} {job.key}" for job in jobs), sep="\n")
+        print(*jobs, sep="\n")
         return
-    results: dict[Job, Outcome] = {}
-
-    def compile_more(jobs: Sequence[Job]) -> ranking.ByVersion:
-        results.update(prediction.compile_all(jobs, args.compiled, args.workers))
-        return ranking.results_by_version(results, args.compiled, arch)
-
-    by_version = compile_more(jobs)
-    without = [key for key in plain if not ranking.rank(key, arch, by_version)]
-    if without and not (args.confirm or args.like):
-        by_version = compile_more(ranking.jobs_of(without, arch, ranking.STAGES[1:]))
-    while more := ranking.jobs_of_forms(keys, arch, by_version):
-        by_version = compile_more(more)
-    by_version = compile_more(ranking.jobs_of_lepe(keys, arch, by_version))
-    table, spilling = ranking.table(keys, arch, by_version)
+    results = prediction.compile_all(jobs, args.workers)
+    without = [key for key in plain if not prediction.rank(key, arch, results)]
+    deeper = prediction.jobs_of(without, arch, prediction.STAGES[1:])
+    results |= prediction.compile_all(deeper, args.workers)
+    while more := prediction.jobs_of_forms(keys, arch, results):
+        results |= prediction.compile_all(more, args.workers)
+    table, spilling = prediction.table(keys, arch, results)
     for key in keys:
-        for ranked in ranking.rank(key, arch, by_version)[: args.show]:
-            loops = ", ".join(f"{value:.2f} (Triton {version})" for version, value in ranked.loops.items())
-            print(f"{arch} {key}: {ranked.tile}  {ranked.cost:.2f} a useful score; loop {loops}")
+        for ranked in prediction.rank(key, arch, results)[: args.show]:
+            print(f"{arch} {key}: {ranked.tile}  {ranked.cost:.2f} a useful score; loop {ranked.loop:.2f}")
         print(f"{arch} {key}: takes {table.entries[key].tile}")
     for key in spilling:
         print(f"{arch} {key}: nothing fits without spills; takes the cheapest that spills")
-    if not args.confirm:
-        _write_table(table, args.output)
-
-
-def _jobs(args: argparse.Namespace, keys: Sequence[Key], arch: str) -> list[Job]:
-    """What to compile: the whole space, or the best of what other versions or another architecture know."""
-    if not (args.confirm or args.like):
-        return ranking.jobs_of(keys, arch, ranking.STAGES[:1])
-    like = args.like or arch
-    known = {
-        version: prediction.read_results(args.compiled, version, like)
-        for version in prediction.versions(args.compiled, like)
-        if args.like or version != triton.__version__
-    }
-    best = ranking.best_jobs(keys, like, known, args.confirm or 3)
-    return [replace(job, arch=arch) for job in best]
+    _write_table(table, args.output)
 
 
 def measure(
@@ -212,17 +187,4 @@ def _parser() -> argparse.ArgumentParser:
     predicted("--arch", nargs="+", choices=HARDWARE, help="predict for these instead of timing")
     predicted("--head-dim", nargs="+", type=int, choices=tiles.HEAD_DIMS, default=list(tiles.HEAD_DIMS))
     predicted("--show", type=int, default=1, help="configurations to print of every entry")
-    predicted(
-        "--compiled",
-        type=Path,
-        default=tile_cache.folder() / "compiled",
-        help="folder that keeps compile results; those of other Triton versions in it count, too",
-    )
-    predicted("--like", choices=HARDWARE, help="compile only the best 3 of every entry of this architecture")
-    predicted(
-        "--confirm",
-        type=int,
-        metavar="N",
-        help="compile only the N best of every entry by the results of other Triton versions, write no table",
-    )
     return parser

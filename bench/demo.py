@@ -82,10 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     data = write_photo_dataset(options.out / "photos")
-    versions = {
-        **measure.circumstances(measure.default_device()),
-        "ultralytics": ultralytics.__version__,
-    }
+    versions = {**measure.circumstances(measure.default_device()), "ultralytics": ultralytics.__version__}
     summary: dict[str, Any] = {"versions": versions, "model": MODEL, "imgsz": options.imgsz}
 
     summary["training"] = train(data, options)

@@ -18,8 +18,7 @@ Compiled and counted, or predicted from the counts; nothing is measured. Issue s
 slots/score: of the loop over whole tiles; a star: ptxas has serialised its matrix instructions (each waits).
 slots/useful: whole kernel, padding of tiles, list tail, prologue and epilogue included, over the scores that
 count; every loop as often as the problem runs it.
-Bounds are microseconds a launch at peak rates, each as if nothing else took time. ideal: what the useful
-scores alone would take on exponential unit, matrix unit or memory with the whole GPU busy, over the largest.
+Bounds are microseconds a launch at peak rates, each as if nothing else took time.
 Other kernels: code is all their instructions; MB what their tensor arguments hold, each once (a launch that
 reads a part of a packed map moves less); memory us the time of those bytes."""
 
@@ -86,7 +85,6 @@ def _launch_cells(row: Row) -> dict[str, str]:
         "MB moved": f"{row.cost.bytes_moved / 1e6:.2f}",
         **{f"{unit} us": f"{1e6 * seconds:.2f}" for unit, seconds in row.cost.bounds.items()},
         "binds": row.cost.binding,
-        "ideal": f"{row.cost.share_of_ideal:.0%}",
     }
 
 

@@ -18,7 +18,6 @@ from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.hardware import Hardware, latency
 from bra_triton.bench.machine_code.static_analysis import LoopMix
 from bra_triton.bench.problems import Problem
-from bra_triton.kernels.lepe.launch import FORWARD_TILE as LEPE_TILE
 from bra_triton.kernels.tiles import channel_block
 
 ATTENTION_KERNELS = ("attention_forward", "query_gradient", "key_value_gradient")
@@ -52,7 +51,6 @@ class Cost:
         issue_slots: thread instruction slots, all programs.
         bytes_moved: every map read or written once.
         bounds: seconds by unit: issue, exponential, matrix, memory.
-        ideal_seconds: what useful scores alone would take on the slowest unit but issue, the whole GPU busy.
         resident_warps: warps an SM; 0 where a block does not fit.
     """
 
@@ -60,7 +58,6 @@ class Cost:
     issue_slots: float
     bytes_moved: int
     bounds: dict[str, float]
-    ideal_seconds: float
     resident_warps: int
 
     @property
@@ -82,16 +79,6 @@ class Cost:
     def seconds(self) -> float:
         """Time that no launch of this code can beat; infinite where a block does not fit."""
         return self.bounds[self.binding] if self.resident_warps else math.inf
-
-    @property
-    def seconds_per_useful_score(self) -> float:
-        """Predicted time of one useful score."""
-        return self.seconds / self.useful_scores
-
-    @property
-    def share_of_ideal(self) -> float:
-        """`ideal_seconds` over `seconds`: 1 when nothing but the unavoidable takes time."""
-        return self.ideal_seconds / self.seconds
 
 
 def loop_cost(code: Analysis, hardware: Hardware) -> float:
@@ -133,7 +120,7 @@ def predict(
     per_program = 32 * code.num_warps * _executed(code, walk, lambda mix: mix.total)
     exponentials = 32 * code.num_warps * _executed(code, walk, lambda mix: mix.counts["exponentials"])
     passes, rate = (3, hardware.tf32_fma) if element_bytes == 4 else (1, hardware.half_fma)
-    fma = walk.scores * passes * fma_per_score(kernel, problem, padded=True)
+    fma = walk.scores * passes * fma_per_score(kernel, problem)
     moved = bytes_moved(kernel, problem, element_bytes)
     bounds = {
         "issue": rounds * per_program / hardware.issue_slots / hardware.clock,
@@ -141,39 +128,13 @@ def predict(
         "matrix": rounds * fma / rate / hardware.clock,
         "memory": moved / hardware.bandwidth,
     }
-    useful = problem.useful_scores
-    clocks = max(1 / hardware.exponentials, passes * fma_per_score(kernel, problem, padded=False) / rate)
     return Cost(
-        useful,
+        problem.useful_scores,
         walk.programs * per_program,
         moved,
         bounds,
-        max(useful * clocks / hardware.sms / hardware.clock, bounds["memory"]),
         hardware.resident_warps(code.usage.registers, code.usage.shared_bytes, code.num_warps),
     )
-
-
-def lepe_apart_over_fused(
-    codes: tuple[Analysis, Analysis, Analysis], problem: Problem, hardware: Hardware, element_bytes: int = 2
-) -> float:
-    """Predicted time of attention and LePE in two launches over that in one, of a forward for training.
-
-    Args:
-        codes: of the forward with LePE, the forward without, and LePE's own kernel, which adds to its output.
-        problem: sizes.
-        hardware: rates.
-        element_bytes: 2 or 4.
-    """
-    one, first = (predict("attention_forward", code, problem, hardware, element_bytes) for code in codes[:2])
-    tokens = problem.batch * problem.grid.n_regions * problem.grid.region_tokens
-    map_seconds = tokens * problem.dim * element_bytes / hardware.bandwidth
-    programs = -(-tokens // LEPE_TILE[0]) * -(-problem.dim // LEPE_TILE[1])
-    executed = _executed(codes[2], Walk(programs, 0, 0, 0), lambda mix: mix.total)
-    slots = 32 * codes[2].num_warps * executed * -(-programs // hardware.sms)
-    second = max(slots / hardware.issue_slots / hardware.clock, 3 * map_seconds)
-    # The backward needs the attention's own output, which the fused kernel writes beside the sum.
-    together = max(one.seconds, one.bounds["memory"] + map_seconds)
-    return (first.seconds + second) / together
 
 
 def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False) -> Walk:
@@ -192,11 +153,10 @@ def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False)
     return Walk(programs, whole, tail_steps, own * (whole * step + tail_steps * tail))
 
 
-def fma_per_score(kernel: str, problem: Problem, padded: bool) -> int:
-    """Multiply-adds of the matrix products for one score; padded: heads as wide as their tiles."""
-    widths = (problem.qk_head_dim, problem.head_dim)
-    qk, v = (channel_block(width) for width in widths) if padded else widths
-    return _PRODUCTS[kernel][0] * qk + _PRODUCTS[kernel][1] * v
+def fma_per_score(kernel: str, problem: Problem) -> int:
+    """Multiply-adds of the matrix products for one score, heads as wide as their tiles."""
+    qk, v = _PRODUCTS[kernel]
+    return qk * channel_block(problem.qk_head_dim) + v * channel_block(problem.head_dim)
 
 
 def bytes_moved(kernel: str, problem: Problem, element_bytes: int = 2) -> int:

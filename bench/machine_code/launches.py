@@ -203,7 +203,8 @@ def _tensors(bound: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         if isinstance(value, Tensor):
             yield name, value
         elif isinstance(value, tuple) and name != "CONFIG":
-            yield from ((f"{name}.{inner}", x) for inner, x in value._asdict().items() if x is not None)
+            members: dict[str, Tensor | None] = value._asdict()  # type: ignore[attr-defined]
+            yield from ((f"{name}.{inner}", x) for inner, x in members.items() if x is not None)
 
 
 def _starts_aligned(x: Tensor) -> bool:

@@ -256,7 +256,7 @@ def _arguments(signature: Mapping[str, Any]) -> Iterator[tuple[tuple[int, ...], 
     """Path, name and type of every argument, groups taken apart: ((0, 2), "maps.value", "*fp16")."""
     for index, (name, kind) in enumerate(signature.items()):
         if isinstance(kind, tuple):
-            for inner, (field_name, member) in enumerate(zip(type(kind)._fields, kind, strict=True)):
+            for inner, (field_name, member) in enumerate(kind._asdict().items()):  # type: ignore[attr-defined]
                 yield (index, inner), f"{name}.{field_name}", member
         else:
             yield (index,), name, kind
