@@ -39,8 +39,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 WHAT_THE_COLUMNS_SAY = (
     "Medians, in ms. `work`: how long the GPU works, with a cold cache and launches hidden; `x`: that time",
-    "over the fused row's of the same work; `call`: what a caller waits who waits for every call; `peak`:",
-    "memory beyond the inputs. `dense` does not route, and is compared with `fused`, which does.",
+    "over the fused row's; `call`: what a caller waits who waits for every call; `peak`: memory beyond the",
+    "inputs. `dense` does not route.",
 )
 
 

@@ -15,9 +15,9 @@ import math
 import pstats
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,23 +39,14 @@ PHASES = ("no grad", "grad", "step")
 OURS, PLAIN, EINOPS = "fused", "plain", "einops"
 
 
-@dataclass(frozen=True)
-class Target:
-    """The most that a call may cost.
-
-    Attributes:
-        form: a key of `FORMS`.
-        phase: one of `PHASES`.
-        compiled: whether it is of the modules under `torch.compile`.
-        most: largest ratio.
-        over: what the ratio is to: `PLAIN`, or the form of the fused module.
-    """
+class Target(NamedTuple):
+    """The most that a call of the fused module may cost: a ratio to the plain module, or to another form."""
 
     form: str
     phase: str
-    compiled: bool
     most: float
     over: str = PLAIN
+    compiled: bool = False
 
     def __str__(self) -> str:
         compiled = "compiled " if self.compiled else ""
@@ -63,14 +54,10 @@ class Target:
 
 
 TARGETS = (
-    Target("identity", "no grad", False, 1.0),
-    Target("identity", "step", False, 1.15),
-    *(
-        Target(form, phase, False, 1.3, "identity")
-        for form in ("padded", "soft", NCHW)
-        for phase in ("no grad", "step")
-    ),
-    Target("identity", "step", True, 1.0),
+    Target("identity", "no grad", 1.0),
+    Target("identity", "step", 1.15),
+    *(Target(f, p, 1.3, "identity") for f in ("padded", "soft", NCHW) for p in ("no grad", "step")),
+    Target("identity", "step", 1.0, compiled=True),
 )
 
 

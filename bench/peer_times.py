@@ -2,7 +2,7 @@
 
 Every peer is first held against the float64 definition; one that computes something else is refused and not
 timed, and the exit status is 1. One that cannot run is reported, and the rest goes on. `peers` says what each
-row includes. Of two times, `work` is how long the GPU works (with a cold cache, launches hidden) and `call`
+includes. Of two times, `work` is how long the GPU works (with a cold cache, launches hidden) and `call`
 what a caller waits who waits for every call; on the CPU both are wall time.
 """
 
@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bra_triton import functional
 from bra_triton.bench import measure
-from bra_triton.bench.peers import Attention, Peer, dense_by_definition, peers_for
+from bra_triton.bench.peers import Peer, peers_for
 from bra_triton.bench.problems import PROBLEMS, Problem
-from bra_triton.spec import AttentionSpec
 
 INPUT_SETS = 4
 # Norm of the difference over the norm, for outputs and gradients whose scores and sums are kept in float32 or
@@ -46,10 +44,9 @@ class WrongResultError(Exception):
 
 @dataclass(frozen=True)
 class Inputs:
-    """One set of inputs: the packed projection, its routing and the output's gradient."""
+    """One set of inputs: the packed projection and the output's gradient."""
 
     qkv: Tensor
-    r_idx: Tensor
     grad_out: Tensor
 
 
@@ -85,24 +82,24 @@ def measure_row(
     """One row: a problem in a dtype, with all peers; `save` gets it again after every peer."""
     dtype, device = DTYPES[options.dtype], torch.device(options.device)
     padding = torch.zeros(3 * problem.dim, dtype=dtype, device=device) if problem.grid.is_padded else None
-    spec = AttentionSpec(problem.dim, problem.dim, problem.num_heads, problem.n_win, problem.topk)
     torch.manual_seed(0)
-    inputs = [make_inputs(problem, dtype, device, padding) for _ in range(INPUT_SETS)]
-    peers = peers_for(spec, options.backend, padding, compile_flex=not options.no_compile)
-    truths = {routed: truth_of(inputs[0], spec, padding, routed) for routed in (True, False)}
+    inputs = [make_inputs(problem, dtype, device) for _ in range(INPUT_SETS)]
     row: dict[str, Any] = {
         **{"problem": problem.name, "batch": problem.batch, "dtype": options.dtype, "device": device.type},
         "sizes": str(problem),
         "versions": measure.circumstances(device),
         "peers": {},
     }
-    for peer in peers.values():
-        if options.peers and peer.name not in options.peers:
+    exact = peers_for(problem, "torch", None if padding is None else padding.double())
+    for name, peer in peers_for(
+        problem, options.backend, padding, compile_flex=not options.no_compile
+    ).items():
+        if options.peers and name not in options.peers:
             continue
-        figures = {"includes": peer.includes, "compared_with": peer.compared_with}
-        row["peers"][peer.name] = figures
+        figures = row["peers"][name] = {"includes": peer.includes}
+        truth = truth_of(exact["dense" if name == "dense" else "reference"], inputs[0])
         for which in PASSES:
-            figures[which] = _figures_or_reason(peer, which, inputs, truths[peer.is_routed], options)
+            figures[which] = _figures_or_reason(peer, which, inputs, truth, options)
             save(row)
     return row
 
@@ -113,7 +110,7 @@ def _figures_or_reason(
     """The figures of a pass, or why there are none: `refused` for a wrong result, `error` for any other."""
     device = inputs[0].qkv.device
     try:
-        runs = [_run(peer.prepare(x.qkv, x.r_idx), x, which) for x in inputs]
+        runs = [_run(peer, x, which) for x in inputs]
         check(runs[0](), truth, TOLERANCE[inputs[0].qkv.dtype])
         if options.check_only:
             return {"checked": True}
@@ -129,14 +126,14 @@ def _figures_or_reason(
         return {"error": f"{type(error).__name__}: {message}", "traceback": traceback.format_exc()}
 
 
-def _run(attend: Attention, x: Inputs, which: str) -> Callable[[], list[Tensor]]:
+def _run(peer: Peer, x: Inputs, which: str) -> Callable[[], list[Tensor]]:
     """The pass as a function without arguments; returns the output, and in training the gradient."""
     if which == "forward":
-        return torch.no_grad()(lambda: [attend(x.qkv, x.r_idx)])
+        return torch.no_grad()(lambda: [peer.attend(x.qkv)])
     qkv = x.qkv.detach().requires_grad_()
 
     def training() -> list[Tensor]:
-        out = attend(qkv, x.r_idx)
+        out = peer.attend(qkv)
         return [out.detach(), *torch.autograd.grad(out, qkv, x.grad_out)]
 
     return training
@@ -151,48 +148,39 @@ def check(results: Iterable[Tensor], truth: list[Tensor], tolerance: float) -> N
             raise WrongResultError(f"{label} is off by {error:.1e}, more than {tolerance:.0e}")
 
 
-def truth_of(x: Inputs, spec: AttentionSpec, padding: Tensor | None, routed: bool) -> list[Tensor]:
+def truth_of(exact: Peer, x: Inputs) -> list[Tensor]:
     """Output and gradient in float64, of the first and the last image."""
-    qkv, grad_out = (_outer_images(t).double() for t in (x.qkv, x.grad_out))
-    if routed:
-        padding = None if padding is None else padding.double()
-        attend = peers_for(spec, "torch", padding)["reference, regions given"].prepare(qkv, x.r_idx)
-    else:
-        attend = dense_by_definition(spec)
-    qkv.requires_grad_()
-    out = attend(qkv, _outer_images(x.r_idx))
-    return [out.detach(), *torch.autograd.grad(out, qkv, grad_out)]
+    outer = Inputs(_outer_images(x.qkv).double(), _outer_images(x.grad_out).double())
+    return _run(exact, outer, "training")()
 
 
 def _outer_images(x: Tensor) -> Tensor:
     return x if len(x) < 3 else torch.stack((x[0], x[-1]))
 
 
-def make_inputs(problem: Problem, dtype: torch.dtype, device: torch.device, padding: Tensor | None) -> Inputs:
-    """Random tokens around random means of their regions, as routing presumes."""
+def make_inputs(problem: Problem, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Random tokens around random means of their regions, so that the chosen regions stand out."""
     grid, n_win = problem.grid, problem.n_win
     means = torch.randn(problem.batch, n_win, n_win, 3 * problem.dim, device=device)
     means = means.repeat_interleave(grid.region_height, 1).repeat_interleave(grid.region_width, 2)
     qkv = means[:, : problem.height, : problem.width]
     qkv = (qkv + torch.randn_like(qkv)).to(dtype).contiguous()
-    options = {"n_win": n_win, "topk": problem.topk, "padding": padding, "backend": "torch"}
-    _, r_idx = functional.region_routing(qkv, **options)
-    return Inputs(qkv, r_idx, torch.randn_like(qkv[..., : problem.dim]))
+    return Inputs(qkv, torch.randn_like(qkv[..., : problem.dim]))
 
 
 def wrong(row: dict[str, Any]) -> list[str]:
-    """The peers of a row that computed something else, and the fused ones that could not run."""
+    """The peers of a row that computed something else, and the fused one if it could not run."""
     return [
         f"{row['problem']}, {name}, {which}: {peer[which][key]}"
         for name, peer in row["peers"].items()
         for which in PASSES
         for key in FAILURES
-        if key in peer.get(which, {}) and (key == "refused" or name.startswith("fused"))
+        if key in peer.get(which, {}) and (key == "refused" or name == "fused")
     ]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as markdown: times in ms, `x` how often the fused peer of the same work fits into them."""
+    """The rows as markdown: times in ms, `x` how often the fused peer fits into them."""
     lines = []
     for row in rows:
         lines += [
@@ -201,9 +189,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             "| peer | includes | forward: work | x | call | peak | training: work | x | call | peak |",
             "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
-        reasons = []
+        reasons, fused = [], row["peers"].get("fused", {})
         for name, peer in row["peers"].items():
-            fused = row["peers"].get(peer["compared_with"], {})
             cells = []
             for which in PASSES:
                 figures = peer.get(which, {})

@@ -33,28 +33,21 @@ class Launches:
     count = 0
 
 
-class NoLauncher:
-    """Stands for the launcher that Triton compiles: counts and returns."""
-
+class _NoLauncher:
     launch_cooperative_grid = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Launches nothing."""
         Launches.count += 1
 
 
-class StandInUtils:
-    """The driver's helpers, for a card that is not there."""
-
+class _Utils:
     def load_binary(self, *args: Any) -> tuple[int, int, int, int, int]:
-        """Module, function, registers, spills and the most threads of a kernel."""
-        return 1, 1, 32, 0, 1024
+        return 1, 1, 32, 0, 1024  # module, function, registers, spills, most threads
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """The limits that Triton asks for before it loads a kernel."""
         card = HARDWARE[ARCH]
         return {
             "max_shared_mem": BLOCK_SHARED_BYTES[ARCH],
@@ -64,34 +57,28 @@ class StandInUtils:
         }
 
 
-class StandInDriver:
+class _Driver:
     """What Triton asks of a driver, answered without one."""
 
-    def __init__(self, launcher_cls: type = NoLauncher, utils: Any = None) -> None:
-        self.launcher_cls = launcher_cls
-        self.utils = utils or StandInUtils()
+    def __init__(self, launcher_cls: type = _NoLauncher, utils: Any = None) -> None:
+        self.launcher_cls, self.utils = launcher_cls, utils or _Utils()
 
     def get_current_target(self) -> GPUTarget:
-        """What kernels are compiled for."""
         return GPUTarget("cuda", int(ARCH.removeprefix("sm_")), 32)
 
     def get_current_device(self) -> int:
-        """The one device."""
         return 0
 
     def get_current_stream(self, device: int = 0) -> int:
-        """The default stream."""
         return 0
 
     def set_current_device(self, device: int) -> None:
-        """Nothing to set."""
+        pass
 
     def get_active_torch_device(self) -> torch.device:
-        """Where tensors lie."""
         return torch.device("cpu")
 
     def map_python_to_cpp_type(self, name: str) -> str:
-        """Only the launcher's source needs C's names of types."""
         return name
 
 
@@ -112,7 +99,7 @@ def without_gpu(c_launcher: bool = False) -> Iterator[None]:
     # Reading the property `active` would look for a GPU; Triton 3.4 has a plain attribute of that name.
     slot = "_active" if hasattr(triton_driver, "_active") else "active"
     before = getattr(triton_driver, slot)
-    triton_driver.set_active(_driver_of_c_launcher() if c_launcher else StandInDriver())
+    triton_driver.set_active(_driver_of_c_launcher() if c_launcher else _Driver())
     try:
         with mock.patch.dict(registry.BACKENDS, {"triton": serving}):
             yield
@@ -120,7 +107,7 @@ def without_gpu(c_launcher: bool = False) -> Iterator[None]:
         setattr(triton_driver, slot, before)
 
 
-def _driver_of_c_launcher() -> StandInDriver:
+def _driver_of_c_launcher() -> _Driver:
     from triton.backends.nvidia import driver
 
     class CountingLauncher(driver.CudaLauncher):
@@ -134,9 +121,9 @@ def _driver_of_c_launcher() -> StandInDriver:
         driver.library_dirs.cache_clear()
         driver.libcuda_dirs.cache_clear()
         real = driver.CudaUtils()
-    stand_in = StandInUtils()
+    stand_in = _Utils()
     real.load_binary, real.get_device_properties = stand_in.load_binary, stand_in.get_device_properties
-    return StandInDriver(CountingLauncher, real)
+    return _Driver(CountingLauncher, real)
 
 
 def _load_stub_of_cuda(sources: Path) -> Path:

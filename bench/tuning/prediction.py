@@ -166,9 +166,9 @@ def _runs_on(arch: str, code: Analysis, spilling: bool) -> bool:
 def table(keys: Sequence[Key], arch: str, results: Results) -> tuple[Table, list[Key]]:
     """The table of `arch` with the best configuration of every entry, and the entries that all spill.
 
-    Where everything spills, the cheapest that does becomes the entry. Entries of which nothing compiles, those
-    that were measured, and those not asked for, stay as the shipped table has them, as does whether a forward
-    fuses LePE: between that and a launch apart lie a few percent, which only timing tells.
+    Where everything spills, the cheapest that does becomes the entry. Entries of which nothing compiles,
+    those that were measured, and those not asked for, stay as the shipped table has them, as does whether a
+    forward fuses LePE: between that and a launch apart lie a few percent, which only timing tells.
     """
     entries = dict(packaged(arch).entries)
     spilling = []
