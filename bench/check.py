@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from bra_triton.bench import jobs, measure
-from bra_triton.bench.check_report import DTYPES, markdown
+from bra_triton.bench.check_report import markdown
 from bra_triton.bench.jobs import Job
 from bra_triton.bench.measure import ROOT
 from bra_triton.bench.peer_times import file_name
@@ -46,6 +46,7 @@ ROWS = (
 ROWS_ON_CPU = ("tiny:1:float32", "tiny_padded:2:float32")
 PYTEST_FLAGS = ("-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}")
 PARTS = ("modes", "suite", "peers", "benchmark")
+DTYPES = ("fp32", "fp16", "bf16")
 # The share of the time that checks may take; the benchmark's need is small once its kernels are compiled.
 CHECK_SHARE = 0.6
 # Files of tests that start before the modes: on an H200 they take 85 to 201 s, a mode or a peer some 40 s.

@@ -31,24 +31,14 @@ BACKENDS = ("auto", "reference")
 # The users' recipe; then what eight photographs need instead of a large data set: no augmentation, a high
 # learning rate without a long warm-up, and one validation at the end.
 RECIPE = {
-    "cache": False,
-    "single_cls": False,
-    "close_mosaic": 10,
-    "workers": 0,
-    "optimizer": "MuSGD",
-    "amp": False,
+    **{"cache": False, "single_cls": False, "close_mosaic": 10, "workers": 0},
+    **{"optimizer": "MuSGD", "amp": False},
 }
 FEW_PHOTOGRAPHS = {
     **dict.fromkeys(("mosaic", "fliplr", "scale", "translate", "hsv_h", "hsv_s", "hsv_v", "erasing"), 0.0),
-    "lr0": 0.03,
-    "warmup_epochs": 5,
-    "batch": 8,
-    "nbs": 8,  # step the optimizer after every batch: the next one has the same eight images
-    "seed": 0,
-    "deterministic": True,
-    "plots": False,
-    "val": False,
-    "verbose": False,
+    **{"lr0": 0.03, "warmup_epochs": 5, "seed": 0, "deterministic": True},
+    **{"batch": 8, "nbs": 8},  # step the optimizer after every batch: the next one has the same eight images
+    **dict.fromkeys(("plots", "val", "verbose"), False),
 }
 # Plain SGD at a low rate, where a step amplifies rounding the least: MuSGD's orthogonalised updates made
 # 2e-7 into 2e-3 within three steps, and high rates flip the assignment of boxes to predictions.
@@ -188,11 +178,8 @@ def attention_costs(options: argparse.Namespace) -> dict[str, dict[str, dict[str
     Besides the trained model's, those of the BiFormer backbone, whose maps are large enough for the gathered
     keys and values to show.
     """
-    settings = ((MODEL, 8, options.imgsz), (MODEL, 1, 640), ("yolo26n-biformer.yaml", 1, 640))
-    return {
-        f"{Path(yaml).stem}, {batch} x {size} px": _attention_cost(yaml, batch, size)
-        for yaml, batch, size in settings
-    }
+    models = ((MODEL, 8, options.imgsz), (MODEL, 1, 640), ("yolo26n-biformer.yaml", 1, 640))
+    return {f"{Path(each[0]).stem}, {each[1]} x {each[2]} px": _attention_cost(*each) for each in models}
 
 
 def _attention_cost(yaml: str, batch: int, size: int) -> dict[str, dict[str, float]]:
@@ -269,11 +256,8 @@ def _print_row(label: str, values: dict[str, float], unit: str, factor: float) -
 
 def _settings(options: argparse.Namespace, name: str) -> dict[str, Any]:
     folder = {"project": str(options.out.resolve()), "name": name, "exist_ok": True}
-    device = {"device": 0 if torch.cuda.is_available() else "cpu"}
-    common = {"imgsz": options.imgsz, **folder, **device}
-    if name.startswith(("train", "compare")):
-        return {**RECIPE, **FEW_PHOTOGRAPHS, **common}
-    return common
+    common = {"imgsz": options.imgsz, **folder, "device": 0 if torch.cuda.is_available() else "cpu"}
+    return {**RECIPE, **FEW_PHOTOGRAPHS, **common} if name.startswith(("train", "compare")) else common
 
 
 def _distances(steps: dict[str, dict[str, Any]], name: str) -> list[float]:
@@ -285,9 +269,7 @@ def _distances(steps: dict[str, dict[str, Any]], name: str) -> list[float]:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("bra-bench demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
-    parser.add_argument(
-        "--epochs", type=int, default=150, help="training steps: one batch holds all photographs"
-    )
+    parser.add_argument("--epochs", type=int, default=150, help="training steps: a batch holds all photos")
     parser.add_argument("--imgsz", type=int, default=192, help="side of the training images in pixels")
     parser.add_argument("--compare-steps", type=int, default=5, help="steps on each backend")
     parser.add_argument("--required-map50", type=float, default=0.5, help="fail under this mAP50")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bra_triton import BiLevelRoutingAttention, nchwBRA
-from bra_triton.bench import measure, stand_in
+from bra_triton.bench import measure, report_tables, stand_in
 from bra_triton.bench.problems import PROBLEMS
 
 _SMALL = PROBLEMS["host"]
@@ -180,22 +180,23 @@ def missed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as text: times in us, then the ratios to the plain module."""
-    columns = ("fused us", "plain us", "einops us", "fused/plain", "einops/plain", "launches", "operators")
-    lines = [f"{'form':10}{'phase':10}" + "".join(f"{column:>13}" for column in columns)]
+    """The rows as text: times in us, and their ratios to the plain module's."""
+    cells, errors = [], []
     for row in rows:
-        start = f"{row['form']:10}{row['phase']:10}"
         if "error" in row:
-            lines.append(f"{start}  {row['error']}")
+            errors.append(f"{row['form']}, {row['phase']}: {row['error']}")
             continue
         seconds = row["seconds"]
-        cells = [f"{1e6 * seconds[name]:.0f}" if name in seconds else "" for name in (OURS, PLAIN, EINOPS)]
-        cells += [
-            f"{seconds[name] / seconds[PLAIN]:.2f}" if name in seconds else "" for name in (OURS, EINOPS)
-        ]
-        cells += [str(row["launches"]), str(row["operators"])]
-        lines.append(start + "".join(f"{cell:>13}" for cell in cells))
-    return "\n".join(lines)
+        cells.append(
+            {
+                **{key: str(row[key]) for key in ("form", "phase")},
+                **{f"{name} us": f"{1e6 * each:.0f}" for name, each in seconds.items()},
+                **{f"{name}/{PLAIN}": f"{each / seconds[PLAIN]:.2f}" for name, each in seconds.items()},
+                **{key: str(row[key]) for key in ("launches", "operators")},
+            }
+        )
+    title = "CPU time of a call, torch.compile" if rows[0]["compiled"] else "CPU time of a call"
+    return "\n".join([report_tables.titled(title, cells, markdown=False), *errors])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

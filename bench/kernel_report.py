@@ -158,11 +158,10 @@ def as_json(rows: Sequence[Row]) -> list[dict]:
     """The rows as plain data."""
     result = []
     for row in rows:
-        data = asdict(row) | {"bound": row.bound, "failures": row.failures}
+        result.append(asdict(row) | {"bound": row.bound, "failures": row.failures})
         if row.cost is not None and row.analysis is not None:
-            data["slots_per_score"] = row.analysis.slots_per_score
-            data["slots_per_useful_score"] = row.cost.slots_per_useful_score
-        result.append(data)
+            result[-1]["slots_per_score"] = row.analysis.slots_per_score
+            result[-1]["slots_per_useful_score"] = row.cost.slots_per_useful_score
     return result
 
 

@@ -61,7 +61,7 @@ class Analysis:
 
 Job: TypeAlias = tuple[KernelSpecimen, str]  # with the architecture
 Result: TypeAlias = Analysis | Exception
-_cache: dict[tuple, Result] = {}
+_cache: dict[str, Result] = {}
 
 
 def analyse_all(jobs: Sequence[Job], workers: int = 1) -> list[Result]:
@@ -74,7 +74,7 @@ def analyse_all(jobs: Sequence[Job], workers: int = 1) -> list[Result]:
     Returns:
         Results in the order of the jobs; a job that this process has compiled before is free.
     """
-    keys = [_key(*job) for job in jobs]
+    keys = [repr(job) for job in jobs]
     new = {key: job for key, job in zip(keys, jobs, strict=True) if key not in _cache}
     for index, result in analyse_each(list(new.values()), workers):
         _cache[list(new)[index]] = result
@@ -130,12 +130,3 @@ def _name(kernel: Any) -> tuple[str, str]:
     while hasattr(kernel, "fn"):
         kernel = kernel.fn
     return kernel.__module__, kernel.__name__
-
-
-def _key(specimen: KernelSpecimen, arch: str) -> tuple:
-    mappings = (specimen.signature, specimen.constexprs, specimen.options)
-    return (
-        *(_name(specimen.kernel), arch),
-        *(tuple(sorted((name, repr(value)) for name, value in mapping.items())) for mapping in mappings),
-        *(specimen.divisible, specimen.num_warps, specimen.num_stages),
-    )

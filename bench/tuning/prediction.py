@@ -4,11 +4,11 @@ Configurations are compiled, the cost model makes a cost of each for the problem
 cheapest becomes the entry. Triton keeps what it has compiled, so that a stopped run soon is where it was.
 """
 
-import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import geometric_mean
 
 import torch
 import triton
@@ -148,8 +148,7 @@ def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[
                 predict(KERNEL_NAMES[key.kernel], code, problem, hardware, key.bits // 8).cost
                 for problem in problems(key.size, key.head_dim)
             ]
-            mean = math.exp(sum(map(math.log, costs)) / len(costs))
-            ranked.append(Ranked(job.tile, mean, loop_cost(code, hardware), code.serialised))
+            ranked.append(Ranked(job.tile, geometric_mean(costs), loop_cost(code, hardware), code.serialised))
     # Smaller tiles read the other side more often than the costs tell; of the widest heads no others fit.
     ranked = [r for r in ranked if serves(r.tile, key.size)] or ranked
     by_cost = sorted(ranked, key=lambda r: (r.handicapped_cost, r.tile.num_warps))

@@ -9,13 +9,14 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 
@@ -129,14 +130,9 @@ def time_all(
             inputs = Inputs(trial.problem, trial.dtype, device)
         milliseconds, refusal = _time(trial, inputs, timer)
         results[trial] = milliseconds
-        row = {
-            **_circumstances(device, trial),
-            "trial": str(trial),
-            "milliseconds": milliseconds,
-            "why": refusal,
-        }
+        row = {"trial": str(trial), "milliseconds": milliseconds, "why": refusal}
         with kept.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_circumstances(device, trial) | row) + "\n")
         shown = refusal or f"{milliseconds:.4f} ms"
         progress = f"[{done}/{len(left)}] {trial.kernel} {trial.tile}: {shown}"
         print(f"\r{progress:<100.100}", end="", file=sys.stderr, flush=True)
@@ -169,7 +165,7 @@ def means(results: Mapping[Trial, float]) -> dict[Key, dict[Tile, float]]:
         by_key.setdefault(trial.key, {}).setdefault(trial.tile, []).append(milliseconds)
     most = {key: max(map(len, by_tile.values())) for key, by_tile in by_key.items()}
     return {
-        key: {tile: _geometric_mean(times) for tile, times in by_tile.items() if len(times) == most[key]}
+        key: {tile: geometric_mean(times) for tile, times in by_tile.items() if len(times) == most[key]}
         for key, by_tile in by_key.items()
     }
 
@@ -232,22 +228,10 @@ def _circumstances(device: torch.device, trial: Trial) -> dict[str, str]:
 def _read_kept(kept: Path, todo: Sequence[Trial], device: torch.device) -> dict[Trial, float]:
     by_name = {str(trial): trial for trial in todo}
     results = {}
-    for row in _rows(kept):
-        trial = by_name.get(row.get("trial", ""))
-        if trial and _circumstances(device, trial).items() <= row.items():
-            results[trial] = float(row["milliseconds"])
-    return results
-
-
-def _rows(kept: Path) -> Iterator[dict]:
     for line in kept.read_text().splitlines() if kept.exists() else []:
-        try:
+        with contextlib.suppress(ValueError):  # the last line of a run that was stopped
             row = json.loads(line)
-        except ValueError:
-            continue  # the last line of a run that was stopped
-        if isinstance(row, dict):
-            yield row
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
+            trial = by_name.get(row["trial"])
+            if trial and _circumstances(device, trial).items() <= row.items():
+                results[trial] = float(row["milliseconds"])
+    return results

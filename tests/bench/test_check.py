@@ -149,9 +149,11 @@ class TestRun:
         )
         assert "wrong by" in checks["mode bad"]["failures"]["test_mode[bad-bf16]"]
         assert "exit status 3" in checks["mode dead"]["failures"]["mode dead"]
-        assert "| bad | 1 passed | - | **failed: mode** |" in report
-        assert "| good | 2 passed | 1 passed | - |" in report
-        assert "| dead | 1 not finished | - | - |" in report
+        assert "| check | | passed | failed | skipped | not finished | s |" in report
+        assert "| mode bad | failed | 1 | 1 | 0 | 0 |" in report
+        assert "| mode good | passed | 3 | 0 | 0 | 0 |" in report
+        assert "| mode dead | failed | 0 | 0 | 0 | 1 |" in report
+        assert "- test_mode[bad-bf16]: `" in report
 
     def test_only_the_modes_asked_for(self, run):
         status, results, _ = run("--parts", "modes", "--modes", "good")
