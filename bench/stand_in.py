@@ -139,5 +139,6 @@ def _load_stub_of_cuda(sources: Path) -> Path:
     source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(names)))
     flags = ("-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
     subprocess.run(["cc", *flags, "-o", str(library), str(source)], check=True, capture_output=True)
+    (folder / "libcuda.so").symlink_to(library)  # Triton 3.4 links by this name
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # a later dlopen of that name finds it
     return folder
