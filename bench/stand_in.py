@@ -5,9 +5,11 @@ compute capability 9.0, and only the driver's own launch does nothing, so result
 What the benches know of the package's choice of a backend, and of Triton's drivers, is in this file.
 """
 
+import atexit
 import ctypes
 import dataclasses
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -135,6 +137,7 @@ def _load_stub_of_cuda(sources: Path) -> Path:
     text = "".join((sources / name).read_text() for name in ("driver.c", "driver.py"))
     names = {f"{name}{version}" for name in re.findall(r"\bcu[A-Z]\w+", text) for version in ("", "_v2")}
     folder = Path(tempfile.mkdtemp(prefix="bra_bench_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     source, library = folder / "cuda.c", folder / "libcuda.so.1"
     source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(names)))
     flags = ("-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")

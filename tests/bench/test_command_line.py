@@ -4,10 +4,12 @@ import importlib
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from bra_triton.bench import command_line
 
@@ -64,15 +66,34 @@ def test_large_map_prints_time_and_peak_and_fails_past_the_limit():
 
 
 @pytest.mark.compiled
-def test_host_measures_without_a_gpu(tmp_path):
+@pytest.mark.parametrize("flag", ["--profile=3", "--c-launcher", "--compiled"])
+def test_host_measures_without_a_gpu(flag, tmp_path):
     """In a process of its own: Triton's driver is one per process."""
+    if flag == "--c-launcher" and shutil.which("cc") is None:
+        pytest.skip("no C compiler")
     file = tmp_path / "host.json"
-    flags = ["--form", "identity", "--phase", "no grad", "--repeats", "2", "--profile", "3"]
-    done = run("host", *flags, "--json", str(file))
+    flags = ["--form", "identity", "--phase", "no grad", "--repeats", "2", flag, "--json", str(file)]
+    done = run("host", *flags)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(file.read_text())["rows"]
-    assert set(row["seconds"]) == {"fused", "plain", "einops"}
+    assert "error" not in row
+    assert set(row["seconds"]) - {"einops"} == {"fused", "plain"}
     assert all(seconds > 0 for seconds in row["seconds"].values())
     assert 1 <= row["launches"] <= 4
     assert row["operators"] > 0
-    assert "tottime" in done.stdout
+    assert ("tottime" in done.stdout) == (flag == "--profile=3")
+    assert f"{row['launches']}" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.compiled
+def test_host_check_fails_where_a_target_is_missed(monkeypatch, capsys):
+    """The targets are judged in `test_host`; here no call can be fast enough."""
+    from bra_triton.bench import host
+
+    monkeypatch.setattr(host, "TARGETS", (host.Target("identity", "no grad", 0.0),))
+    threads = torch.get_num_threads()
+    flags = ["--form", "identity", "--phase", "no grad", "--repeats", "1"]
+    assert host.main([*flags, "--check"]) == 1
+    assert "MISSED: identity, no grad: at most 0.0 times plain" in capsys.readouterr().out
+    assert host.main(flags) == 0
+    torch.set_num_threads(threads)
