@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: setup  ## train YOLO26 with BRA on the photographs, predict, compare with the reference: runs/demo
-	$(BIN)/python -m bra_triton.bench.demo
+	$(BIN)/bra-bench demo
 
 test: test-interpreted test-compiled  ## all tests; no GPU needed
 
@@ -34,7 +34,7 @@ test-compiled: setup  ## the kernels compiled for GPUs that need not be there
 	TRITON_INTERPRET=0 $(PYTEST) -m compiled
 
 gpu-check:  ## where there is a GPU: every mode, then times beside peers, in 9 minutes; installs nothing
-	$(PYTHON) bench/gpu_check.py $(GPU_CHECK)
+	$(PYTHON) bench/in_tree.py bra_triton.bench.command_line check $(GPU_CHECK)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

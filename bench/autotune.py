@@ -2,10 +2,10 @@
 
 On a GPU it times every configuration worth trying that computes the right result, and keeps the winners in
 the user's cache, where later launches find them. Soft routing has entries of its own, of which hard routing
-shares that of dQ: ask for them by `--routing-weight`. Padding has, too: by a padded preset or `--shape`.
+shares that of dQ: ask for them by `--routing-weight`. Padding has, too: by a padded problem or `--shape`.
 
-    bra-autotune                                        # the presets, forward and backward, float16
-    bra-autotune --preset yolo_p3 --dtype bfloat16
+    bra-autotune                                        # all problems, forward and backward, float16
+    bra-autotune --problem yolo_p3 --dtype bfloat16
     bra-autotune --routing-weight soft
     bra-autotune --shape 16x80x80x64 --num-heads 2 --n-win 8 --topk 4 --pass backward
 
@@ -17,19 +17,15 @@ and writes the shipped table of that architecture:
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import triton
 
 from bra_triton.bench.machine_code.hardware import HARDWARE
-from bra_triton.bench.machine_code.launches import Setting
-from bra_triton.bench.presets import PRESETS
-from bra_triton.bench.tuning import prediction, ranking, timing
-from bra_triton.bench.tuning.prediction import Job, Outcome
+from bra_triton.bench.problems import MODELS, Problem
+from bra_triton.bench.tuning import prediction, timing
 from bra_triton.bench.tuning.search_space import EXP_SHARE
 from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import cache as tile_cache
@@ -53,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        settings = _settings(args)
+        problems = _problems(args)
     except ValueError as error:
         parser.error(str(error))
     if args.dry_run:
-        list_trials(args, settings, device)
+        list_trials(args, problems, device)
     else:
-        measure(args, settings, device)
+        measure(args, problems, device)
     return 0
 
 
@@ -75,59 +71,36 @@ def predict(args: argparse.Namespace, arch: str) -> None:
         for form in tiles.FORMS
     ]
     plain = [key for key in keys if key.form == tiles.PLAIN]
-    jobs = _jobs(args, keys if args.confirm else plain, arch)
+    jobs = prediction.jobs_of(plain, arch, prediction.STAGES[:1])
     if args.dry_run:
-        print(*(f"{arch} {job.key}" for job in jobs), sep="\n")
+        print(*jobs, sep="\n")
         return
-    results: dict[Job, Outcome] = {}
-
-    def compile_more(jobs: Sequence[Job]) -> ranking.ByVersion:
-        results.update(prediction.compile_all(jobs, args.compiled, args.workers))
-        return ranking.results_by_version(results, args.compiled, arch)
-
-    by_version = compile_more(jobs)
-    without = [key for key in plain if not ranking.rank(key, arch, by_version)]
-    if without and not (args.confirm or args.like):
-        by_version = compile_more(ranking.jobs_of(without, arch, ranking.STAGES[1:]))
-    while more := ranking.jobs_of_forms(keys, arch, by_version):
-        by_version = compile_more(more)
-    by_version = compile_more(ranking.jobs_of_lepe(keys, arch, by_version))
-    table, spilling = ranking.table(keys, arch, by_version)
+    results = prediction.compile_all(jobs, args.workers)
+    without = [key for key in plain if not prediction.rank(key, arch, results)]
+    deeper = prediction.jobs_of(without, arch, prediction.STAGES[1:])
+    results |= prediction.compile_all(deeper, args.workers)
+    while more := prediction.jobs_of_forms(keys, arch, results):
+        results |= prediction.compile_all(more, args.workers)
+    table, spilling = prediction.table(keys, arch, results)
     for key in keys:
-        for ranked in ranking.rank(key, arch, by_version)[: args.show]:
-            loops = ", ".join(f"{value:.2f} (Triton {version})" for version, value in ranked.loops.items())
-            print(f"{arch} {key}: {ranked.tile}  {ranked.cost:.2f} a useful score; loop {loops}")
+        for ranked in prediction.rank(key, arch, results)[: args.show]:
+            print(f"{arch} {key}: {ranked.tile}  {ranked.cost:.2f} a useful score; loop {ranked.loop:.2f}")
         print(f"{arch} {key}: takes {table.entries[key].tile}")
     for key in spilling:
         print(f"{arch} {key}: nothing fits without spills; takes the cheapest that spills")
-    if not args.confirm:
-        _write_table(table, args.output)
-
-
-def _jobs(args: argparse.Namespace, keys: Sequence[Key], arch: str) -> list[Job]:
-    """What to compile: the whole space, or the best of what other versions or another architecture know."""
-    if not (args.confirm or args.like):
-        return ranking.jobs_of(keys, arch, ranking.STAGES[:1])
-    like = args.like or arch
-    known = {
-        version: prediction.read_results(args.compiled, version, like)
-        for version in prediction.versions(args.compiled, like)
-        if args.like or version != triton.__version__
-    }
-    best = ranking.best_jobs(keys, like, known, args.confirm or 3)
-    return [replace(job, arch=arch) for job in best]
+    _write_table(table, args.output)
 
 
 def measure(
     args: argparse.Namespace,
-    settings: Sequence[Setting],
+    problems: Sequence[Problem],
     device: torch.device,
     timer: timing.Timer = timing.device_milliseconds,
 ) -> None:
     """Times on `device` and keeps the winners in the user's cache."""
     entries: dict[Key, Entry] = {}
     for name in args.dtype:
-        trials = timing.trials(settings, DTYPES[name], _kernels(args), device)
+        trials = timing.trials(problems, DTYPES[name], _kernels(args), device)
         kept = tile_cache.folder() / "timings.jsonl"
         results = timing.time_all(trials, device, timer, kept, args.workers)
         results |= timing.time_all(timing.refinements(results), device, timer, kept, args.workers)
@@ -144,16 +117,11 @@ def measure(
         _write_table(replace(shipped, entries={**shipped.entries, **measured}), args.output)
 
 
-def list_trials(args: argparse.Namespace, settings: Sequence[Setting], device: torch.device) -> None:
+def list_trials(args: argparse.Namespace, problems: Sequence[Problem], device: torch.device) -> None:
     """Prints what `measure` would time."""
     for name in args.dtype:
-        for trial in timing.trials(settings, DTYPES[name], _kernels(args), device):
-            s = trial.setting
-            shape = (
-                f"{s.batch}x{s.height}x{s.width}x{s.dim} heads {s.num_heads} n_win {s.n_win} topk {s.topk}"
-            )
-            weight = "" if s.routing_weight == "none" else f" {s.routing_weight}"
-            print(f"{shape}{weight} {name} {trial.kernel} {trial.tile}")
+        for trial in timing.trials(problems, DTYPES[name], _kernels(args), device):
+            print(trial)
     print(
         "then the fastest of each: forward with LePE apart; forward and dQ, half precision, with "
         f"1/{EXP_SHARE} of the exponentials by multiply-adds"
@@ -170,22 +138,19 @@ def _kernels(args: argparse.Namespace) -> list[str]:
     return [kernel for kernel in timing.PASSES[args.passes] if kernel in args.kernel]
 
 
-def _settings(args: argparse.Namespace) -> list[Setting]:
+def _problems(args: argparse.Namespace) -> list[Problem]:
     if args.shape is None:
-        settings = [PRESETS[name].setting for name in args.preset]
-        return [replace(setting, routing_weight=args.routing_weight) for setting in settings]
+        return [replace(MODELS[name], routing_weight=args.routing_weight) for name in args.problem]
     missing = [f"--{n.replace('_', '-')}" for n in ("num_heads", "n_win", "topk") if not getattr(args, n)]
     if missing:
         raise ValueError(f"--shape needs {', '.join(missing)}")
-    batch, height, width, dim = args.shape
+    dim = args.shape[-1]
     if dim % args.num_heads or args.topk > args.n_win**2:
         raise ValueError(
             f"--num-heads must divide {dim} channels, got {args.num_heads}, and --topk be at most "
             f"{args.n_win**2} regions, got {args.topk}"
         )
-    head_dim = dim // args.num_heads
-    sizes = (batch, height, width, args.n_win, args.topk, args.num_heads, head_dim, head_dim)
-    return [Setting(*sizes, routing_weight=args.routing_weight)]
+    return [Problem("", *args.shape, args.num_heads, args.n_win, args.topk, args.routing_weight)]
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -210,8 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=cores, help="processes that compile (default: %(default)s)")
 
     timed = parser.add_argument_group("on a GPU").add_argument
-    timed("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
-    timed("--shape", type=_shape, metavar="NxHxWxDIM", help="one map instead of presets, with:")
+    timed("--problem", nargs="+", choices=MODELS, default=list(MODELS))
+    timed("--shape", type=_shape, metavar="NxHxWxDIM", help="one map instead of these problems, with:")
     for name in ("--num-heads", "--n-win", "--topk"):
         timed(name, type=int)
     timed("--routing-weight", choices=("none", "soft", "hard"), default="none", help="of every problem")
@@ -222,21 +187,4 @@ def _parser() -> argparse.ArgumentParser:
     predicted("--arch", nargs="+", choices=HARDWARE, help="predict for these instead of timing")
     predicted("--head-dim", nargs="+", type=int, choices=tiles.HEAD_DIMS, default=list(tiles.HEAD_DIMS))
     predicted("--show", type=int, default=1, help="configurations to print of every entry")
-    predicted(
-        "--compiled",
-        type=Path,
-        default=tile_cache.folder() / "compiled",
-        help="folder that keeps compile results; those of other Triton versions in it count, too",
-    )
-    predicted("--like", choices=HARDWARE, help="compile only the best 3 of every entry of this architecture")
-    predicted(
-        "--confirm",
-        type=int,
-        metavar="N",
-        help="compile only the N best of every entry by the results of other Triton versions, write no table",
-    )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

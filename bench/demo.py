@@ -9,10 +9,9 @@ Everything lands in one folder, the figures in `summary.json`.
 import argparse
 import json
 import os
-import platform
 import statistics
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,9 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ultralytics import YOLO
 
 from bra_triton import BiLevelRoutingAttention
-from bra_triton.backend import registry
-from bra_triton.bench import cost
-from bra_triton.kernels.grid import RegionGrid
+from bra_triton.bench import measure
 from bra_triton.yolo_integration import set_backend
 from bra_triton.yolo_integration.photo_dataset import write_photo_dataset
 
@@ -34,24 +31,14 @@ BACKENDS = ("auto", "reference")
 # The users' recipe; then what eight photographs need instead of a large data set: no augmentation, a high
 # learning rate without a long warm-up, and one validation at the end.
 RECIPE = {
-    "cache": False,
-    "single_cls": False,
-    "close_mosaic": 10,
-    "workers": 0,
-    "optimizer": "MuSGD",
-    "amp": False,
+    **{"cache": False, "single_cls": False, "close_mosaic": 10, "workers": 0},
+    **{"optimizer": "MuSGD", "amp": False},
 }
 FEW_PHOTOGRAPHS = {
     **dict.fromkeys(("mosaic", "fliplr", "scale", "translate", "hsv_h", "hsv_s", "hsv_v", "erasing"), 0.0),
-    "lr0": 0.03,
-    "warmup_epochs": 5,
-    "batch": 8,
-    "nbs": 8,  # step the optimizer after every batch: the next one has the same eight images
-    "seed": 0,
-    "deterministic": True,
-    "plots": False,
-    "val": False,
-    "verbose": False,
+    **{"lr0": 0.03, "warmup_epochs": 5, "seed": 0, "deterministic": True},
+    **{"batch": 8, "nbs": 8},  # step the optimizer after every batch: the next one has the same eight images
+    **dict.fromkeys(("plots", "val", "verbose"), False),
 }
 # Plain SGD at a low rate, where a step amplifies rounding the least: MuSGD's orthogonalised updates made
 # 2e-7 into 2e-3 within three steps, and high rates flip the assignment of boxes to predictions.
@@ -80,12 +67,13 @@ class _ProductsInFloat32(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the job; returns 0 if the model learned and the backends agree."""
     options = _parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     data = write_photo_dataset(options.out / "photos")
-    summary = {"versions": _versions(), "model": MODEL, "imgsz": options.imgsz, "epochs": options.epochs}
+    versions = {**measure.circumstances(measure.default_device()), "ultralytics": ultralytics.__version__}
+    summary: dict[str, Any] = {"versions": versions, "model": MODEL, "imgsz": options.imgsz}
 
     summary["training"] = train(data, options)
     summary["steps"] = {name: compare_steps(data, name, options) for name in (*BACKENDS, CONTROL)}
@@ -132,22 +120,18 @@ def train(data: Path, options: argparse.Namespace) -> dict[str, Any]:
     trained.predict(
         data.parent / "images", save=True, conf=0.25, verbose=False, **_settings(options, "predictions")
     )
-    attention = next(
-        m for m in cast(nn.Module, model.model).modules() if isinstance(m, BiLevelRoutingAttention)
-    )
     return {
         "seconds": seconds,
         "steps": options.epochs,
         "mAP50": float(metrics.box.map50),
         "mAP50-95": float(metrics.box.map),
-        "backend": _resolved_backend(attention),
     }
 
 
 def compare_steps(data: Path, backend: str, options: argparse.Namespace) -> dict[str, Any]:
     """Trains from the seed for a few steps on a backend, or as `CONTROL`; loss and time of each step."""
     losses, times = [], []
-    device = _device()
+    device = measure.default_device()
 
     def prepare(trainer: Any) -> None:
         set_backend(trainer.model, "reference" if backend == CONTROL else backend)
@@ -155,11 +139,11 @@ def compare_steps(data: Path, backend: str, options: argparse.Namespace) -> dict
             _move_weights_by_rounding(trainer.model)
 
     def start_step(trainer: Any) -> None:
-        cost.synchronize(device)
+        measure.synchronize(device)
         times.append(time.perf_counter())
 
     def end_step(trainer: Any) -> None:
-        cost.synchronize(device)
+        measure.synchronize(device)
         times[-1] = time.perf_counter() - times[-1]
         losses.append(float(trainer.loss.detach()))
 
@@ -194,15 +178,12 @@ def attention_costs(options: argparse.Namespace) -> dict[str, dict[str, dict[str
     Besides the trained model's, those of the BiFormer backbone, whose maps are large enough for the gathered
     keys and values to show.
     """
-    settings = ((MODEL, 8, options.imgsz), (MODEL, 1, 640), ("yolo26n-biformer.yaml", 1, 640))
-    return {
-        f"{Path(yaml).stem}, {batch} x {size} px": _attention_cost(yaml, batch, size)
-        for yaml, batch, size in settings
-    }
+    models = ((MODEL, 8, options.imgsz), (MODEL, 1, 640), ("yolo26n-biformer.yaml", 1, 640))
+    return {f"{Path(each[0]).stem}, {each[1]} x {each[2]} px": _attention_cost(*each) for each in models}
 
 
 def _attention_cost(yaml: str, batch: int, size: int) -> dict[str, dict[str, float]]:
-    device = _device()
+    device = measure.default_device()
     model = cast(nn.Module, YOLO(yaml).model).to(device).train()
     inputs = _attention_inputs(model, torch.zeros(batch, 3, size, size, device=device))
 
@@ -216,8 +197,8 @@ def _attention_cost(yaml: str, batch: int, size: int) -> dict[str, dict[str, flo
     for backend in BACKENDS:
         set_backend(model, backend)
         costs[backend] = {
-            "seconds": cost.median_seconds(run, device),
-            "peak_bytes": cost.peak_bytes(run, device),
+            "seconds": measure.median_seconds(run, device),
+            "peak_bytes": measure.peak_bytes(run, device),
         }
     return costs
 
@@ -242,7 +223,8 @@ def _attention_inputs(model: nn.Module, images: Tensor) -> list[tuple[nn.Module,
 def report(summary: dict[str, Any], out: Path) -> None:
     """Prints the figures of `summary.json` as tables."""
     training, steps = summary["training"], summary["steps"]
-    print(f"\n{MODEL} on eight photographs, {summary['imgsz']} px, backend {training['backend']}")
+    print(f"\n{measure.on_one_line(summary['versions'])}")
+    print(f"{MODEL} on eight photographs, {summary['imgsz']} px")
     print(
         f"  {training['steps']} steps in {training['seconds']:.0f} s, "
         f"mAP50 {training['mAP50']:.3f}, mAP50-95 {training['mAP50-95']:.3f} on its own images"
@@ -274,16 +256,8 @@ def _print_row(label: str, values: dict[str, float], unit: str, factor: float) -
 
 def _settings(options: argparse.Namespace, name: str) -> dict[str, Any]:
     folder = {"project": str(options.out.resolve()), "name": name, "exist_ok": True}
-    device = {"device": 0 if torch.cuda.is_available() else "cpu"}
-    common = {"imgsz": options.imgsz, **folder, **device}
-    if name.startswith(("train", "compare")):
-        return {**RECIPE, **FEW_PHOTOGRAPHS, **common}
-    return common
-
-
-def _resolved_backend(attention: BiLevelRoutingAttention) -> str:
-    spec, grid = attention.spec, RegionGrid.of_windows(7, 7, attention.spec.n_win)
-    return registry.select(attention.backend, torch.empty(0, device=_device()), spec.head_dims, [grid])
+    common = {"imgsz": options.imgsz, **folder, "device": 0 if torch.cuda.is_available() else "cpu"}
+    return {**RECIPE, **FEW_PHOTOGRAPHS, **common} if name.startswith(("train", "compare")) else common
 
 
 def _distances(steps: dict[str, dict[str, Any]], name: str) -> list[float]:
@@ -292,35 +266,11 @@ def _distances(steps: dict[str, dict[str, Any]], name: str) -> list[float]:
     return [abs(loss / reference - 1) for loss, reference in pairs]
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _versions() -> dict[str, str]:
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    return {
-        "torch": torch.__version__,
-        "ultralytics": ultralytics.__version__,
-        "python": platform.python_version(),
-        "device": device,
-    }
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("bra-bench demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
-    parser.add_argument(
-        "--epochs", type=int, default=150, help="training steps: one batch holds all photographs"
-    )
+    parser.add_argument("--epochs", type=int, default=150, help="training steps: a batch holds all photos")
     parser.add_argument("--imgsz", type=int, default=192, help="side of the training images in pixels")
     parser.add_argument("--compare-steps", type=int, default=5, help="steps on each backend")
     parser.add_argument("--required-map50", type=float, default=0.5, help="fail under this mAP50")
     return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,12 @@
 """Runs a module with `bra_triton` imported from this working tree, without installation.
 
-`python bench/in_tree.py bra_triton.bench.peer_benchmark --help`, or `python bench/in_tree.py pytest tests`.
-Which folder is which package stands in pyproject.toml, where an installation reads it too.
+`python bench/in_tree.py bra_triton.bench.command_line check`, or `python bench/in_tree.py pytest tests`.
+Which folder is which package is read from pyproject.toml, as an installation does.
 """
 
 import importlib.abc
 import importlib.util
+import re
 import runpy
 import sys
 from collections.abc import Sequence
@@ -17,11 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class InTreeFinder(importlib.abc.MetaPathFinder):
-    """Finds the packages of a working tree where pyproject.toml says that they are.
-
-    Args:
-        root: the folder that holds pyproject.toml.
-    """
+    """Finds the packages of the working tree at `root` where its pyproject.toml says that they are."""
 
     def __init__(self, root: Path) -> None:
         self.folders = {name: root / folder for name, folder in package_folders(root).items()}
@@ -39,15 +36,9 @@ class InTreeFinder(importlib.abc.MetaPathFinder):
 
 
 def package_folders(root: Path) -> dict[str, str]:
-    """Folder of every package, relative to the root."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-
-    settings = tomllib.loads((root / "pyproject.toml").read_text())
-    folders: dict[str, str] = settings["tool"]["setuptools"]["package-dir"]
-    return folders
+    """Folder of every package, relative to the root; Python 3.10 has no parser of TOML."""
+    table = (root / "pyproject.toml").read_text().split("[tool.setuptools.package-dir]\n")[1].split("\n[")[0]
+    return dict(re.findall(r'^"([\w.]+)" = "([\w/]+)"$', table, re.MULTILINE))
 
 
 def install(root: Path = ROOT) -> None:
@@ -60,7 +51,7 @@ def main(arguments: list[str]) -> None:
     """Runs the module `arguments[0]` with the rest as its command line."""
     if not arguments:
         raise SystemExit(f"usage: {sys.argv[0]} MODULE [ARGUMENT ...]")
-    # Python put this file's folder first, where `cost` and `launches` would hide others' modules.
+    # Python put this file's folder first, where `measure` and `host` would hide others' modules.
     sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "bench")]
     install()
     sys.argv = arguments

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bra_triton.bench.machine_code.hardware import HARDWARE
-from bra_triton.bench.tuning.search_space import EXP_SHARE
 
 if TYPE_CHECKING:
     from bra_triton.bench.kernel_report import Row
@@ -14,21 +13,14 @@ if TYPE_CHECKING:
 # Columns of the instruction mix; the rest of the loop's instructions are summed up as "other".
 _MIX = {"exp": "exponentials", "matrix": "matrix", "fp32": "fp32", "int": "integer", "loads": "global_loads"}
 
-_SMALL_MIX = {"loads": "global_loads", "stores": "global_stores", "fp32": "fp32", "int": "integer"}
-
 _NOTES = """\
 Compiled and counted, or predicted from the counts; nothing is measured. Issue slots: warp instructions x 32.
-slots/score: of the loop over whole tiles. dense: plain dense attention in the same tile, slots and tile.
-ratio: slots/score over dense. A star: ptxas has serialised the matrix instructions of the loop (each waits).
+slots/score: of the loop over whole tiles; a star: ptxas has serialised its matrix instructions (each waits).
 slots/useful: whole kernel, padding of tiles, list tail, prologue and epilogue included, over the scores that
 count; every loop as often as the problem runs it.
-Bounds are microseconds a launch at peak rates, each as if nothing else took time; ps/score: the largest, over
-the useful scores. ideal: what the useful scores alone would take on exponential unit, matrix unit or memory
-with the whole GPU busy, as a share of that. exp slots/score: issue slots that pass while the exponential unit
-evaluates the loop's exponentials; it and the issue slots bind as if nothing else took time.
-Other kernels: the mix is that of the largest loop (of all code where there is none); turns are a program's,
-by loop; rows of the inverse graph are taken to be uncut, cells of a pooling to be alike, programs to run to
-their end. memory: for the bytes moved, each once. ideal: that over the binding unit."""
+Bounds are microseconds a launch at peak rates, each as if nothing else took time.
+Other kernels: code is all their instructions; MB what their tensor arguments hold, each once (a launch that
+reads a part of a packed map moves less); memory us the time of those bytes."""
 
 
 def render(rows: Sequence[Row], markdown: bool = False) -> str:
@@ -42,7 +34,6 @@ def render(rows: Sequence[Row], markdown: bool = False) -> str:
     for arch in dict.fromkeys(row.arch for row in rows):
         here = [row for row in rows if row.arch == arch and row.analysis is not None]
         attention = [row for row in here if row.cost is not None]
-        small = [row for row in here if row.small is not None]
         name = f"{arch} ({HARDWARE[arch].gpu})"
         parts += [
             titled(f"{name}: attention kernels, loops", [_loop_cells(row) for row in attention], markdown),
@@ -50,11 +41,8 @@ def render(rows: Sequence[Row], markdown: bool = False) -> str:
                 f"{name}: attention kernels, launches", [_launch_cells(row) for row in attention], markdown
             ),
             titled(
-                f"{name}: where the exponential unit binds, 1/{EXP_SHARE} of its work by multiply-adds",
-                [_shared_cells(row) for row in attention if row.shared],
-                markdown,
+                f"{name}: other kernels", [_other_cells(row) for row in here if row.cost is None], markdown
             ),
-            titled(f"{name}: other kernels", [_small_cells(row) for row in small], markdown),
         ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -62,8 +50,7 @@ def render(rows: Sequence[Row], markdown: bool = False) -> str:
 def _resources(row: Row) -> dict[str, str]:
     assert row.analysis is not None
     usage = row.analysis.usage
-    hardware = HARDWARE[row.arch]
-    warps = hardware.resident_warps(usage.registers, usage.shared_bytes, row.analysis.num_warps)
+    warps = HARDWARE[row.arch].resident_warps(usage.registers, usage.shared_bytes, row.analysis.num_warps)
     return {
         "registers": str(usage.registers),
         "shared": f"{usage.shared_bytes / 1024:.1f} K",
@@ -73,95 +60,46 @@ def _resources(row: Row) -> dict[str, str]:
 
 
 def _loop_cells(row: Row) -> dict[str, str]:
-    assert row.analysis is not None
-    assert row.analysis.loop is not None
-    counts = row.analysis.loop.counts
-    other = row.analysis.loop.total - sum(counts[name] for name in _MIX.values())
-    dense = (
-        f"{row.floor.slots_per_score:.2f}{_star(row.floor.analysis.serialised)}" if row.floor else "spills"
-    )
+    code = row.analysis
+    assert code is not None
+    assert code.loop is not None
+    other = code.loop.total - sum(code.loop.counts[name] for name in _MIX.values())
     return {
-        "preset": row.preset,
+        "problem": row.problem,
         "kernel": row.kernel,
-        "M x N, warps": f"{row.analysis.block_m}x{row.analysis.block_n}, {row.analysis.num_warps}",
+        "M x N, warps": f"{code.block_m}x{code.block_n}, {code.num_warps}",
         **_resources(row),
-        **{title: str(counts[name]) for title, name in _MIX.items()},
+        **{title: str(code.loop.counts[name]) for title, name in _MIX.items()},
         "other": str(other),
-        "slots/score": f"{row.analysis.slots_per_score:.2f}{_star(row.analysis.serialised)}",
-        "dense": dense,
-        "dense tile": str(row.floor.tile) if row.floor else "",
-        "ratio": f"{row.ratio:.3f}" if row.ratio else "",
+        "slots/score": f"{code.slots_per_score:.2f}{'*' if code.serialised else ''}",
         "target": f"{row.target} {'met' if not row.failures else 'MISSED'}" if row.target else "",
     }
 
 
 def _launch_cells(row: Row) -> dict[str, str]:
     assert row.cost is not None
-    cost = row.cost
     return {
-        "preset": row.preset,
+        "problem": row.problem,
         "kernel": row.kernel,
-        "slots/useful": f"{cost.slots_per_useful_score:.2f}",
-        "MB moved": f"{cost.bytes_moved / 1e6:.2f}",
-        "MB requested": f"{cost.bytes_requested / 1e6:.2f}",
-        **{f"{unit} us": f"{1e6 * seconds:.2f}" for unit, seconds in cost.bounds.items()},
-        "binds": cost.binding,
-        "ps/score": f"{1e12 * cost.seconds_per_useful_score:.4f}",
-        "ideal": f"{cost.share_of_ideal:.0%}",
+        "slots/useful": f"{row.cost.slots_per_useful_score:.2f}",
+        "MB moved": f"{row.cost.bytes_moved / 1e6:.2f}",
+        **{f"{unit} us": f"{1e6 * seconds:.2f}" for unit, seconds in row.cost.bounds.items()},
+        "binds": row.cost.binding,
     }
 
 
-def _shared_cells(row: Row) -> dict[str, str]:
+def _other_cells(row: Row) -> dict[str, str]:
     assert row.analysis is not None
-    assert row.cost is not None
-    assert row.shared is not None
-    hardware = HARDWARE[row.arch]
-    cells = {"preset": row.preset, "kernel": row.kernel, "spills": str(row.shared.analysis.usage.spills)}
-    for title, analysis, cost in (
-        ("", row.analysis, row.cost),
-        (" shared", row.shared.analysis, row.shared.cost),
-    ):
-        assert analysis.loop is not None
-        share = analysis.loop.counts["exponentials"] / analysis.loop.total
-        busy = analysis.slots_per_score * share * hardware.issue_slots / hardware.exponentials
-        cells |= {
-            f"slots/score{title}": f"{analysis.slots_per_score:.2f}",
-            f"exp slots/score{title}": f"{busy:.2f}",
-            f"launch us{title}": f"{1e6 * cost.seconds:.2f}",
-        }
+    code = [mix.total for mix in (row.analysis.taps, row.analysis.rest) if mix is not None]
     return {
-        **cells,
-        "binds then": row.shared.cost.binding,
-        "gain": f"{row.cost.seconds / row.shared.cost.seconds:.3f}",
-    }
-
-
-def _small_cells(row: Row) -> dict[str, str]:
-    assert row.analysis is not None
-    assert row.small is not None
-    work, bounds = row.small.work, row.small.bounds
-    code = row.analysis.straight if not row.analysis.loops else max(row.analysis.loops, key=lambda x: x.total)
-    assert code is not None
-    counts = {title: code.counts[name] for title, name in _SMALL_MIX.items()}
-    counts["other"] = code.total - sum(counts.values())
-    return {
-        "preset": row.preset,
+        "problem": row.problem,
         "kernel": row.kernel,
         **_resources(row),
-        **{title: str(count) for title, count in counts.items()},
-        "programs": str(row.small.programs),
-        "turns": ", ".join(map(str, work.turns)),
-        "MB moved": f"{work.bytes_moved / 1e6:.3f}",
-        "MB requested": f"{work.bytes_requested / 1e6:.3f}",
-        "issue us": f"{1e6 * bounds['issue']:.3f}" if "issue" in bounds else "?",
-        "memory us": f"{1e6 * bounds['memory']:.3f}",
-        "binds": row.small.binding,
-        "ideal": f"{row.small.share_of_ideal:.0%}",
+        "code": str(sum(code)),
+        "programs": str(row.programs),
+        "MB": f"{row.bytes_of_arguments / 1e6:.3f}",
+        "memory us": f"{1e6 * row.bound[0]:.3f}",
     }
-
-
-def _star(flag: bool) -> str:
-    return "*" if flag else ""
 
 
 def titled(title: str, cells: list[dict[str, str]], markdown: bool) -> str:

@@ -1,11 +1,11 @@
 """Many kernels compiled and counted: in parallel processes, and none twice in one process."""
 
 import importlib
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeAlias
 
 from bra_triton.bench.machine_code.static_analysis import (
     KernelSpecimen,
@@ -33,8 +33,6 @@ class Analysis:
         tail: the loop over the rest of the list, None where none was found.
         taps: the loop over the convolution's taps, None where none was found.
         rest: all other code.
-        loops: of other than attention kernels all loops, as `Sections` has them; else empty.
-        straight: of such a kernel what stands in no loop; else None.
     """
 
     block_m: int
@@ -47,8 +45,6 @@ class Analysis:
     tail: LoopMix | None
     taps: LoopMix | None
     rest: LoopMix
-    loops: tuple[LoopMix, ...] = ()
-    straight: LoopMix | None = None
 
     @property
     def slots_per_score(self) -> float:
@@ -63,48 +59,47 @@ class Analysis:
         return self.loop is not None and 0 < self.loop.counts["matrix"] <= self.loop.matrix_waits
 
 
-_cache: dict[tuple, "Analysis | Exception"] = {}
+Job: TypeAlias = tuple[KernelSpecimen, str]  # with the architecture
+Result: TypeAlias = Analysis | Exception
+_cache: dict[str, Result] = {}
 
 
-def analyse(specimen: KernelSpecimen, arch: str) -> Analysis:
-    """Compiles a kernel for an NVIDIA architecture and counts; a second call with the same arguments is free.
-
-    Raises:
-        ValueError: `arch` is unknown or AMD's.
-        Exception: what the compiler raises for a configuration that it cannot compile.
-    """
-    key = _key(specimen, arch)
-    if key not in _cache:
-        _cache[key] = _try_to_analyse(specimen, arch)
-    return _unwrap(_cache[key])
-
-
-def analyse_all(jobs: Sequence[tuple[KernelSpecimen, str]], workers: int = 1) -> list["Analysis | Exception"]:
-    """`analyse` for many (specimen, architecture), in order; what cannot compile yields its exception.
+def analyse_all(jobs: Sequence[Job], workers: int = 1) -> list[Result]:
+    """Compiles kernels for NVIDIA architectures and counts; what cannot compile yields its exception.
 
     Args:
         jobs: kernels must be functions of a module, so that another process finds them.
         workers: processes; 1 compiles in this one.
+
+    Returns:
+        Results in the order of the jobs; a job that this process has compiled before is free.
     """
-    new = {}
-    for specimen, arch in jobs:
-        key = _key(specimen, arch)
-        if key not in _cache and key not in new:
-            new[key] = (specimen, arch)
-    if workers > 1 and len(new) > workers:
-        # Spawned, not forked: PyTorch's threads do not survive a fork.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            sent = [
-                (replace(specimen, kernel=_name(specimen.kernel)), arch) for specimen, arch in new.values()
-            ]
-            done = list(pool.map(_analyse_named, sent, chunksize=4))
-    else:
-        done = [_try_to_analyse(specimen, arch) for specimen, arch in new.values()]
-    _cache.update(zip(new, done, strict=True))
-    return [_cache[_key(specimen, arch)] for specimen, arch in jobs]
+    keys = [repr(job) for job in jobs]
+    new = {key: job for key, job in zip(keys, jobs, strict=True) if key not in _cache}
+    for index, result in analyse_each(list(new.values()), workers):
+        _cache[list(new)[index]] = result
+    return [_cache[key] for key in keys]
 
 
-def _try_to_analyse(specimen: KernelSpecimen, arch: str) -> "Analysis | Exception":
+def analyse_each(jobs: Sequence[Job], workers: int = 1) -> Iterator[tuple[int, Result]]:
+    """`analyse_all` without its memory: yields a job's index and result as soon as it is compiled."""
+    if workers == 1 or len(jobs) <= workers:
+        yield from ((index, _try_to_analyse(*job)) for index, job in enumerate(jobs))
+        return
+    # Spawned, not forked: PyTorch's threads do not survive a fork.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        pending = {}
+        for index, (specimen, arch) in enumerate(jobs):
+            named = replace(specimen, kernel=_name(specimen.kernel))
+            pending[pool.submit(_analyse_named, named, arch)] = index
+        for future in as_completed(pending):
+            yield pending[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _try_to_analyse(specimen: KernelSpecimen, arch: str) -> Result:
     try:
         compiled = compile_for(specimen, arch)
         parts = sections(compiled)
@@ -113,11 +108,9 @@ def _try_to_analyse(specimen: KernelSpecimen, arch: str) -> "Analysis | Exceptio
         return error
     block_m, block_n, block_tail = (_number(specimen, n) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_TAIL"))
     n_taps = max(_number(specimen, name) for name in ("LEPE_KERNEL", "KERNEL")) ** 2
+    loop, tail = (parts.loop, parts.tail) if block_m and block_n else (None, None)
     sizes = (block_m, block_n, block_tail, n_taps, specimen.num_warps)
-    taps = parts.taps if n_taps else None
-    if block_m and block_n and parts.loop is not None:
-        return Analysis(*sizes, usage, parts.loop, parts.tail, taps, parts.rest)
-    return Analysis(*sizes, usage, None, None, taps, parts.rest, parts.loops, parts.straight)
+    return Analysis(*sizes, usage, loop, tail, parts.taps if n_taps else None, parts.rest)
 
 
 def _number(specimen: KernelSpecimen, name: str) -> int:
@@ -125,10 +118,10 @@ def _number(specimen: KernelSpecimen, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _analyse_named(job: tuple[KernelSpecimen, str]) -> "Analysis | Exception":
-    specimen, arch = job
+def _analyse_named(specimen: KernelSpecimen, arch: str) -> Result:
     module, name = specimen.kernel
-    result = _try_to_analyse(replace(specimen, kernel=getattr(importlib.import_module(module), name)), arch)
+    kernel = getattr(importlib.import_module(module), name)
+    result = _try_to_analyse(replace(specimen, kernel=kernel), arch)
     # Only the text of a compiler's error is certain to travel between processes.
     return RuntimeError(f"{type(result).__name__}: {result}") if isinstance(result, Exception) else result
 
@@ -137,21 +130,3 @@ def _name(kernel: Any) -> tuple[str, str]:
     while hasattr(kernel, "fn"):
         kernel = kernel.fn
     return kernel.__module__, kernel.__name__
-
-
-def _key(specimen: KernelSpecimen, arch: str) -> tuple:
-    mappings = (specimen.signature, specimen.constexprs, specimen.options)
-    return (
-        _name(specimen.kernel),
-        arch,
-        *(tuple(sorted((name, repr(value)) for name, value in mapping.items())) for mapping in mappings),
-        specimen.divisible,
-        specimen.num_warps,
-        specimen.num_stages,
-    )
-
-
-def _unwrap(result: "Analysis | Exception") -> Analysis:
-    if isinstance(result, Exception):
-        raise result
-    return result

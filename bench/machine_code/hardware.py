@@ -19,7 +19,7 @@ from dataclasses import dataclass
 # Issue slots go unused while warps wait, fewer with more warps beside each other: time goes with slots times
 # 1 + LATENCY_WARPS / resident warps. Fitted to attention on an H200 at BiFormer's and YOLO's maps, and judged
 # with 9 problems more: of 36, the configuration that it puts first takes on average 2.5 % longer than the
-# fastest, 12 % at most; by slots alone 6.4 % and 38 %. 6 to 16 do as well (`tuning/regret.py`, Triton 3.6).
+# fastest, 12 % at most; by slots alone 6.4 % and 38 %. 6 to 16 do as well (Triton 3.6; docs/kernel_times.md).
 LATENCY_WARPS = 8
 
 SUBPARTITIONS = 4  # of an SM; each has a quarter of the registers, and a warp lives in one
@@ -38,8 +38,7 @@ class Hardware:
         tf32_fma: TF32 multiply-adds of the matrix units, dense.
         max_warps: resident warps an SM.
         max_blocks: resident thread blocks an SM.
-        shared_bytes: shared memory an SM.
-        block_shared_bytes: shared memory that one thread block may ask for.
+        shared_bytes: shared memory an SM; a block may ask for all but what the system reserves.
     """
 
     gpu: str
@@ -51,7 +50,6 @@ class Hardware:
     max_warps: int
     max_blocks: int
     shared_bytes: int
-    block_shared_bytes: int
     issue_slots: int = 128  # four warp instructions of 32 threads
     exponentials: int = 16
     registers: int = 65536
@@ -66,8 +64,6 @@ class Hardware:
             shared_bytes: per thread block.
             num_warps: per thread block.
         """
-        if shared_bytes > self.block_shared_bytes:
-            return 0
         per_warp = -(-max(registers, 1) * 32 // self.register_unit) * self.register_unit
         by_registers = self.registers // SUBPARTITIONS // per_warp * SUBPARTITIONS // num_warps
         by_shared = self.shared_bytes // (shared_bytes + self.reserved_shared_bytes)
@@ -80,8 +76,26 @@ def latency(resident_warps: int, latency_warps: float = LATENCY_WARPS) -> float:
 
 
 HARDWARE = {
-    "sm_80": Hardware("A100 SXM4 80 GB", 108, 1.41e9, 2039e9, 1024, 512, 64, 32, 164 << 10, 163 << 10),
-    "sm_90": Hardware("H100 SXM5", 132, 1.83e9, 3352e9, 2048, 1024, 64, 32, 228 << 10, 227 << 10),
-    "sm_100": Hardware("B200", 148, 1.85e9, 8000e9, 4096, 2048, 64, 32, 228 << 10, 227 << 10),
-    "sm_120": Hardware("RTX 5090", 170, 2.407e9, 1792e9, 256, 128, 48, 24, 100 << 10, 99 << 10),
+    "sm_80": Hardware("A100 SXM4 80 GB", 108, 1.41e9, 2039e9, 1024, 512, 64, 32, 164 << 10),
+    "sm_90": Hardware("H100 SXM5", 132, 1.83e9, 3352e9, 2048, 1024, 64, 32, 228 << 10),
+    "sm_100": Hardware("B200", 148, 1.85e9, 8000e9, 4096, 2048, 64, 32, 228 << 10),
+    "sm_120": Hardware("RTX 5090", 170, 2.407e9, 1792e9, 256, 128, 48, 24, 100 << 10),
 }
+
+# Shared memory that one thread block may ask for, in bytes, by architecture.
+BLOCK_SHARED_BYTES = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
+# Architectures without a table of tiles of their own, which take another's.
+SERVED_BESIDES = {"sm_80": ("sm_86", "sm_89")}
+
+
+def table_shared_bytes(arch: str) -> int:
+    """Shared memory in bytes that a thread block has on every card which takes the tiles of `arch`."""
+    return min(BLOCK_SHARED_BYTES[served] for served in (arch, *SERVED_BESIDES.get(arch, ())))

@@ -4,6 +4,7 @@ The launches themselves run, on tensors without data, and only the last step is 
 start, its arguments are noted. So tiles, warps and types are those of a real launch, not a second list.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
+from bra_triton.bench.problems import Problem
 from bra_triton.kernels.attention import launch as attention
-from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.lepe import launch as lepe_launches
 from bra_triton.kernels.pooling import launch as pooling
 from bra_triton.kernels.pooling.problem import WEIGHTED, RegionPooling
@@ -33,70 +34,6 @@ _COMPILER_OPTIONS = ("num_warps", "num_stages")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Sizes and mode of one attention over packed projections, enough to launch it.
-
-    Attributes:
-        batch: images.
-        height: tokens in a column of the map; a side that is no multiple of `n_win` is padded.
-        width: tokens in a row of the map.
-        n_win: regions a side.
-        topk: regions that every region attends to.
-        num_heads: attention heads.
-        qk_head_dim: channels of a query or key in one head.
-        v_head_dim: channels of a value in one head.
-        kv_per_win: keys a side of a region; None for as many as queries.
-        kv_pooling: one of `pooling.problem.MODES` that makes `kv_per_win` keys of a region's; None for keys
-            that come as they are.
-        routing_weight: "none", "soft" or "hard".
-        head_graphs: a graph for every head.
-        side_dwconv: side of LePE's convolution, 0 for none.
-    """
-
-    batch: int
-    height: int
-    width: int
-    n_win: int
-    topk: int
-    num_heads: int
-    qk_head_dim: int
-    v_head_dim: int
-    kv_per_win: int | None = None
-    kv_pooling: str | None = None
-    routing_weight: str = "none"
-    head_graphs: bool = False
-    side_dwconv: int = 3
-
-    @property
-    def qk_dim(self) -> int:
-        """Channels of the queries, all heads together."""
-        return self.num_heads * self.qk_head_dim
-
-    @property
-    def dim(self) -> int:
-        """Channels of the values, all heads together."""
-        return self.num_heads * self.v_head_dim
-
-    @property
-    def chooses_all(self) -> bool:
-        """Whether regions make no difference, and launches merge them."""
-        return self.routing_weight == "none" and not self.head_graphs and self.topk == self.n_win**2
-
-    @property
-    def grid(self) -> RegionGrid:
-        """Regions of the queries."""
-        return RegionGrid.of_windows(self.height, self.width, self.n_win)
-
-    @property
-    def kv_grid(self) -> RegionGrid:
-        """Regions of the keys."""
-        if self.kv_per_win is None:
-            return self.grid
-        side = self.n_win * self.kv_per_win
-        return RegionGrid.of_windows(side, side, self.n_win)
-
-
-@dataclass(frozen=True)
 class Launch:
     """One launch of a kernel.
 
@@ -109,6 +46,22 @@ class Launch:
     specimen: KernelSpecimen
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
+
+    @property
+    def programs(self) -> int:
+        """Thread blocks of the launch."""
+        return math.prod(self.grid)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether an attention kernel gives every query all keys, under a mask."""
+        return self.arguments.get("marks") is not None
+
+    @property
+    def bytes_of_arguments(self) -> int:
+        """What its tensors hold, each counted once: about what the launch has to move."""
+        tensors = {id(x): x for _, x in _tensors(self.arguments)}
+        return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
 def record(run: Callable[[], object]) -> list[Launch]:
@@ -134,96 +87,96 @@ def record_kernels(run: Callable[[], object]) -> list[KernelSpecimen]:
     return [launch.specimen for launch in record(run)]
 
 
-def record_attention(setting: Setting, dtype: torch.dtype) -> list[Launch]:
+def record_attention(problem: Problem, dtype: torch.dtype) -> list[Launch]:
     """Every launch of one forward and backward of an attention, routing and pooling included.
 
     Raises:
         TypeError: under `TRITON_INTERPRET=1`, where kernels are not compiled.
     """
-    problem, qkv, padding = _problem(setting, dtype)
-    gradients = Gradients(*torch.empty_like(qkv).split(_widths(setting), dim=-1))
-    if problem.key.shape[1:3] != problem.query.shape[1:3]:
-        kv = torch.cat([problem.key, problem.value], -1)
-        gradients = Gradients(gradients.query, *kv.split(_widths(setting)[1:], dim=-1))
-    needs_factor = setting.routing_weight != "none"
-    problem = problem.merged() if setting.chooses_all else problem
-    lepe = _lepe(setting, qkv, padding)
-    reduction = _pooling(setting, qkv.device)
+    routed, qkv, padding = _empty_problem(problem, dtype)
+    gradients = Gradients(*torch.empty_like(qkv).split(_widths(problem), dim=-1))
+    if routed.key.shape[1:3] != routed.query.shape[1:3]:
+        kv = torch.cat([routed.key, routed.value], -1)
+        gradients = Gradients(gradients.query, *kv.split(_widths(problem)[1:], dim=-1))
+    needs_factor = problem.routing_weight != "none"
+    routed = routed.merged() if problem.chooses_all else routed
+    lepe = _lepe(problem, qkv, padding)
+    reduction = _pooling(problem, qkv.device)
 
     def run() -> None:
         if reduction is not None:
-            _pool(reduction, qkv[..., setting.qk_dim :], padding, setting)
-        if not setting.chooses_all:
-            means = routing.region_means(qkv, padding, setting.grid, 2 * setting.qk_dim)
-            query, key = means.split(setting.qk_dim, dim=-1)
-            r_weight, r_idx = routing.route(query, key, setting.topk, problem.scale)
-        out, _, lse = attention.attention_forward(problem, lepe)
-        attention.attention_backward(torch.empty_like(out), problem, out, lse, gradients, needs_factor)
+            _pool(reduction, qkv[..., problem.qk_dim :], padding, problem)
+        if not problem.chooses_all:
+            means = routing.region_means(qkv, padding, problem.grid, 2 * problem.qk_dim)
+            query, key = means.split(problem.qk_dim, dim=-1)
+            r_weight, r_idx = routing.route(query, key, problem.topk, routed.scale)
+        out, _, lse = attention.attention_forward(routed, lepe)
+        attention.attention_backward(torch.empty_like(out), routed, out, lse, gradients, needs_factor)
         if lepe is not None:
             lepe_launches.lepe_backward(out, gradients.value, lepe)
         if needs_factor:
-            routing.route_backward(r_weight, r_weight, r_idx, query, key, problem.scale)
+            routing.route_backward(r_weight, r_weight, r_idx, query, key, routed.scale)
 
     return record(run)
 
 
-def _widths(setting: Setting) -> list[int]:
-    return [setting.qk_dim, setting.qk_dim, setting.dim]
+def _widths(problem: Problem) -> list[int]:
+    return [problem.qk_dim, problem.qk_dim, problem.dim]
 
 
-def _problem(setting: Setting, dtype: torch.dtype) -> tuple[RoutedAttention, Tensor, Tensor | None]:
+def _empty_problem(problem: Problem, dtype: torch.dtype) -> tuple[RoutedAttention, Tensor, Tensor | None]:
     """The attention on tensors without data, its packed projection and the projection of padding."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    grid, kv_grid, widths = setting.grid, setting.kv_grid, _widths(setting)
-    qkv = empty(setting.batch, setting.height, setting.width, sum(widths))
+    grid, kv_grid, widths = problem.grid, problem.kv_grid, _widths(problem)
+    qkv = empty(problem.batch, problem.height, problem.width, sum(widths))
     query, key, value = qkv.split(widths, dim=-1)
-    if kv_grid is not grid and setting.kv_per_win is not None:
-        key, value = empty(setting.batch, kv_grid.height, kv_grid.width, sum(widths[1:])).split(
+    if kv_grid is not grid and problem.kv_per_win is not None:
+        key, value = empty(problem.batch, kv_grid.height, kv_grid.width, sum(widths[1:])).split(
             widths[1:], -1
         )
-    n_graphs = setting.num_heads if setting.head_graphs else 1
-    r_idx = empty(setting.batch, n_graphs, grid.n_regions, setting.topk, dtype=torch.int32)
-    factor = empty(*r_idx.shape, dtype=torch.float32) if setting.routing_weight == "soft" else None
+    n_graphs = problem.num_heads if problem.head_graphs else 1
+    r_idx = empty(problem.batch, n_graphs, grid.n_regions, problem.topk, dtype=torch.int32)
+    factor = empty(*r_idx.shape, dtype=torch.float32) if problem.routing_weight == "soft" else None
     fill = empty(sum(widths)) if grid.is_padded else None
     padding = Padding(empty(widths[1]), empty(widths[2])) if kv_grid.is_padded else None
-    scale = setting.qk_dim**-0.5
+    scale = problem.qk_dim**-0.5
     return (
         RoutedAttention(
-            query, key, value, r_idx, grid, kv_grid, setting.num_heads, scale, factor, padding, True
+            query, key, value, r_idx, grid, kv_grid, problem.num_heads, scale, factor, padding, True
         ),
         qkv,
         fill,
     )
 
 
-def _lepe(setting: Setting, qkv: Tensor, padding: Tensor | None) -> Lepe | None:
-    if not setting.side_dwconv:
+def _lepe(problem: Problem, qkv: Tensor, padding: Tensor | None) -> Lepe | None:
+    if not problem.side_dwconv:
         return None
-    dim = setting.dim
-    weight = qkv.new_empty(dim, 1, setting.side_dwconv, setting.side_dwconv)
+    dim = problem.dim
+    weight = qkv.new_empty(dim, 1, problem.side_dwconv, problem.side_dwconv)
     fill = None if padding is None else padding[-dim:]
-    return Lepe(qkv[..., -dim:], weight, qkv.new_empty(dim), setting.grid, fill)
+    return Lepe(qkv[..., -dim:], weight, qkv.new_empty(dim), problem.grid, fill)
 
 
-def _pooling(setting: Setting, device: torch.device) -> RegionPooling | None:
-    if setting.kv_pooling is None:
+def _pooling(problem: Problem, device: torch.device) -> RegionPooling | None:
+    if problem.kv_pooling is None:
         return None
-    assert setting.kv_per_win is not None
-    rows, columns = (torch.empty(setting.kv_per_win, 2, dtype=torch.int32, device=device) for _ in range(2))
-    return RegionPooling(rows, columns, setting.kv_pooling, setting.grid)
+    assert problem.kv_per_win is not None
+    rows, columns = (torch.empty(problem.kv_per_win, 2, dtype=torch.int32, device=device) for _ in range(2))
+    return RegionPooling(rows, columns, problem.kv_pooling, problem.grid)
 
 
-def _pool(reduction: RegionPooling, kv: Tensor, padding: Tensor | None, setting: Setting) -> None:
+def _pool(reduction: RegionPooling, kv: Tensor, padding: Tensor | None, problem: Problem) -> None:
     """Keys and values of the regions, and the gradients of what they are made of."""
-    grid = setting.grid
-    fill = None if padding is None else padding[setting.qk_dim :]
+    grid = problem.grid
+    fill = None if padding is None else padding[problem.qk_dim :]
     weight = bias = None
     if reduction.mode == WEIGHTED:
-        assert setting.kv_per_win is not None
-        sides = (side // setting.kv_per_win for side in (grid.region_height, grid.region_width))
+        assert problem.kv_per_win is not None
+        sides = (side // problem.kv_per_win for side in (grid.region_height, grid.region_width))
         weight, bias = kv.new_empty(kv.shape[-1], *sides), kv.new_empty(kv.shape[-1])
     pooled, argmax = pooling.pool_forward(kv, fill, reduction, weight, bias)
     pooling.pool_backward(pooled, kv, fill, argmax, reduction, weight, kv)
@@ -249,8 +202,9 @@ def _tensors(bound: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name, value in bound.items():
         if isinstance(value, Tensor):
             yield name, value
-        elif hasattr(value, "_asdict") and name != "CONFIG":
-            yield from ((f"{name}.{inner}", x) for inner, x in value._asdict().items() if x is not None)
+        elif isinstance(value, tuple) and name != "CONFIG":
+            members: dict[str, Tensor | None] = value._asdict()  # type: ignore[attr-defined]
+            yield from ((f"{name}.{inner}", x) for inner, x in members.items() if x is not None)
 
 
 def _starts_aligned(x: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """What a Triton kernel costs on a GPU, read from its machine code: no GPU is needed.
 
-:func:`compile_for` compiles a :class:`KernelSpecimen` for a named architecture, :func:`resource_usage` tells
-its registers, shared memory and spills, :func:`inner_loop` counts what its hottest loop executes, and
-:func:`issue_slots_per_score` turns that count into one number that two attention kernels can be compared by.
+`compile_for` compiles a `KernelSpecimen` for a named architecture, `resource_usage` tells its registers,
+shared memory and spills, `sections` and `inner_loops` count what its loops execute, `issue_slots_per_score`
+turns such a count into one number by which two attention kernels can be compared.
 """
 
 import re
@@ -43,7 +43,6 @@ INSTRUCTION_CLASSES = {
     "uniform": r"U(?!TM|TC|BLK|CGA)\w+|LDCU",  # executed once for a whole warp
     "other": r".*",  # barriers, branches, waits, constant loads, ...
 }
-_MATRIX = INSTRUCTION_CLASSES["matrix"]
 MEMORY_CLASSES = {"global_loads", "global_stores", "shared", "local"}
 
 
@@ -51,25 +50,25 @@ MEMORY_CLASSES = {"global_loads", "global_stores", "shared", "local"}
 class KernelSpecimen:
     """A kernel together with everything a launch would decide about it.
 
-    A launch makes constants of ``None`` and of the integer 1, so such arguments belong in ``constexprs`` even
-    where the kernel does not say ``tl.constexpr``. A group of pointers has a tuple in ``signature``, of the
-    group's own type, in which "constexpr" stands for an absent pointer. ``divisible`` names the run-time
-    arguments that are multiples of 16 (bytes for a pointer), "maps.query" in a group; ``None`` stands for
+    A launch makes constants of `None` and of the integer 1, so such arguments belong in `constexprs` even
+    where the kernel does not say `tl.constexpr`. A group of pointers has a tuple in `signature`, of the
+    group's own type, in which "constexpr" stands for an absent pointer. `divisible` names the run-time
+    arguments that are multiples of 16 (bytes for a pointer), "maps.query" in a group; `None` stands for
     every pointer and no integer.
     """
 
     name: str  # for reports
     kernel: Any  # a @triton.jit function, or autotune and heuristics wrappers around one
     signature: Mapping[str, Any]  # Triton type of each run-time argument: "*fp16", "i32", "fp32", ...
-    constexprs: Mapping[str, Any] = field(default_factory=dict)  # value of each other argument
+    constexprs: Mapping[str, object] = field(default_factory=dict)  # value of each other argument
     divisible: frozenset[str] | None = None
     num_warps: int = 4
     num_stages: int = 3
     options: Mapping[str, object] = field(default_factory=dict)  # for the compiler: {"maxnreg": 128}
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """Compile-time arguments by name, those of the group ``CONFIG`` by their own names."""
+    def constants(self) -> dict[str, object]:
+        """Compile-time arguments by name, those of the group `CONFIG` by their own names."""
         config: Any = self.constexprs.get("CONFIG")
         return {**self.constexprs, **(config._asdict() if config is not None else {})}
 
@@ -86,7 +85,7 @@ class Compiled:
 
     @cached_property
     def sass(self) -> str:
-        """The listing that ``nvdisasm -c`` prints; raises ``ValueError`` for an AMD architecture."""
+        """The listing that `nvdisasm -c` prints; raises `ValueError` for an AMD architecture."""
         if "cubin" not in self.asm:
             raise ValueError(f"{self.arch} has no SASS; only the sm_ architectures do")
         return _run_nvidia_tool("nvdisasm", "-c", self.asm["cubin"])
@@ -101,8 +100,6 @@ class Usage:
     stack_bytes: int  # local memory per thread, where spills go
     spill_loads: int  # instructions in the whole kernel that load from local memory
     spill_stores: int  # instructions in the whole kernel that store to local memory
-    spilled_vgprs: int = 0  # AMD only: vector registers the compiler reports as spilled
-    spilled_sgprs: int = 0  # AMD only: scalar registers the compiler reports as spilled
 
     @property
     def spills(self) -> int:
@@ -133,12 +130,12 @@ class LoopMix:
 
 
 def compile_for(specimen: KernelSpecimen, arch: str) -> Compiled:
-    """Compile a kernel for ``arch``, a key of :data:`TARGETS`, as a launch on such a GPU would.
+    """Compile a kernel for `arch`, a key of `TARGETS`, as a launch on such a GPU would.
 
     Raises:
-        ValueError: ``arch`` is not such a key, or ``signature`` and ``constexprs`` are not together exactly
+        ValueError: `arch` is not such a key, or `signature` and `constexprs` are not together exactly
             the arguments of the kernel.
-        TypeError: the kernel was not made by ``@triton.jit``; under ``TRITON_INTERPRET=1`` none is.
+        TypeError: the kernel was not made by `@triton.jit`; under `TRITON_INTERPRET=1` none is.
     """
     if arch not in TARGETS:
         raise ValueError(f"unknown architecture {arch!r}; use one of {', '.join(TARGETS)}")
@@ -161,12 +158,15 @@ def resource_usage(compiled: Compiled) -> Usage:
 def inner_loops(compiled: Compiled) -> list[LoopMix]:
     """The innermost loops with matrix instructions, largest first; without any, the largest loop alone.
 
-    The list is empty when the kernel has no loop, as when the compiler unrolled it. Raises ``ValueError``
+    The list is empty when the kernel has no loop, as when the compiler unrolled it. Raises `ValueError`
     for an AMD architecture.
     """
     program, labels = _instructions(compiled.sass)
-    bodies = _inner_bodies(program, labels)
-    return [_mix([program[i][1] for i in body]) for body in bodies]
+    loops = _natural_loops(_successors(program, labels), _entries(labels))
+    mixes = {header: _mix_of(program, body) for header, body in loops.items()}
+    with_matrix = _innermost({header: loops[header] for header in loops if mixes[header].counts["matrix"]})
+    by_size = sorted((mixes[header] for header in with_matrix or loops), key=lambda mix: -mix.total)
+    return by_size if with_matrix else by_size[:1]
 
 
 @dataclass(frozen=True)
@@ -180,24 +180,20 @@ class Sections:
         taps: the largest innermost loop that loads and has no matrix instructions: over the taps of a
             convolution, if there is one. None where there is none.
         rest: everything else, each instruction once.
-        loops: every loop by the address of its first instruction, each without the loops inside it.
-        straight: what stands in no loop.
     """
 
     loop: LoopMix | None
     tail: LoopMix | None
     taps: LoopMix | None
     rest: LoopMix
-    loops: tuple[LoopMix, ...]
-    straight: LoopMix
 
 
 def sections(compiled: Compiled) -> Sections:
-    """Takes a kernel's code apart. Raises ``ValueError`` for an AMD architecture."""
+    """Takes a kernel's code apart. Raises `ValueError` for an AMD architecture."""
     program, labels = _instructions(compiled.sass)
     successors = _successors(program, labels)
     loops = _natural_loops(successors, _entries(labels))
-    mixes = {header: _mix([program[i][1] for i in sorted(body)]) for header, body in loops.items()}
+    mixes = {header: _mix_of(program, body) for header, body in loops.items()}
     with_matrix = _innermost({h: loops[h] for h in loops if mixes[h].counts["matrix"]})
     inside = set().union(*(loops[header] for header in with_matrix))
     loading = _innermost({h: loops[h] for h in loops.keys() - inside if mixes[h].counts["global_loads"]})
@@ -209,25 +205,15 @@ def sections(compiled: Compiled) -> Sections:
     reached = _reachable(successors, _entries(labels), barred=-1) - {-1, len(program)}
     rest = reached.difference(*(loops[header] for header in chosen if header is not None))
     loop, tail, taps = (None if header is None else mixes[header] for header in chosen)
-    parts = (rest, reached.difference(*loops.values()), *_exclusive_bodies(loops))
-    rest_mix, straight, *bodies = (_mix([program[i][1] for i in sorted(part)]) for part in parts)
-    return Sections(loop, tail, taps, rest_mix, tuple(bodies), straight)
-
-
-def inner_loop(compiled: Compiled) -> LoopMix:
-    """The first of :func:`inner_loops`; raises ``ValueError`` when there is none."""
-    loops = inner_loops(compiled)
-    if not loops:
-        raise ValueError(f"{compiled.specimen.name} has no loop on {compiled.arch}")
-    return loops[0]
+    return Sections(loop, tail, taps, _mix_of(program, rest))
 
 
 def issue_slots_per_score(loop: LoopMix, block_m: int, block_n: int, num_warps: int) -> float:
-    """Thread instruction slots spent on one attention score by ``loop``.
+    """Thread instruction slots spent on one attention score by `loop`.
 
-    Each of ``num_warps`` warps executes the body once for a tile of ``block_m`` x ``block_n`` scores, and an
-    instruction of a warp takes 32 slots: ``total * num_warps * 32 / (block_m * block_n)``. A loop that the
-    compiler unrolled covers more than one tile; its ``matrix`` count shows it.
+    Each of `num_warps` warps executes the body once for a tile of `block_m` x `block_n` scores, and an
+    instruction of a warp takes 32 slots: `total * num_warps * 32 / (block_m * block_n)`. A loop that the
+    compiler unrolled covers more than one tile; its `matrix` count shows it.
     """
     return loop.total * num_warps * 32 / (block_m * block_n)
 
@@ -269,11 +255,11 @@ def _triton_compile(specimen: KernelSpecimen, target: GPUTarget) -> Any:
 def _arguments(signature: Mapping[str, Any]) -> Iterator[tuple[tuple[int, ...], str, str]]:
     """Path, name and type of every argument, groups taken apart: ((0, 2), "maps.value", "*fp16")."""
     for index, (name, kind) in enumerate(signature.items()):
-        if isinstance(kind, str):
-            yield (index,), name, kind
+        if isinstance(kind, tuple):
+            for inner, (field_name, member) in enumerate(kind._asdict().items()):  # type: ignore[attr-defined]
+                yield (index, inner), f"{name}.{field_name}", member
         else:
-            for inner, (member, member_kind) in enumerate(kind._asdict().items()):
-                yield (index, inner), f"{name}.{member}", member_kind
+            yield (index,), name, kind
 
 
 def _run_nvidia_tool(tool: str, flag: str, cubin: bytes) -> str:
@@ -293,8 +279,6 @@ def _amd_usage(compiled: Compiled) -> Usage:
         stack_bytes=int(metadata["private_segment_fixed_size"]),
         spill_loads=len(re.findall(r"^\s*scratch_load", text, re.MULTILINE)),
         spill_stores=len(re.findall(r"^\s*scratch_store", text, re.MULTILINE)),
-        spilled_vgprs=int(metadata["vgpr_spill_count"]),
-        spilled_sgprs=int(metadata["sgpr_spill_count"]),
     )
 
 
@@ -313,14 +297,15 @@ def _instructions(sass: str) -> tuple[list[_Instruction], dict[str, int]]:
     return program, labels
 
 
-def _mix(opcodes: list[str]) -> LoopMix:
+def _mix_of(program: list[_Instruction], body: set[int]) -> LoopMix:
     counts = dict.fromkeys(INSTRUCTION_CLASSES, 0)
-    waits = sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in opcodes)
     memory: Counter[str] = Counter()
+    opcodes = [program[index][1] for index in sorted(body)]
     for opcode in opcodes:
         name = next(n for n, p in INSTRUCTION_CLASSES.items() if re.match(rf"(?:{p})(?:\.|$)", opcode))
         counts[name] += 1
         memory.update([opcode] if name in MEMORY_CLASSES else [])
+    waits = sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in opcodes)
     return LoopMix(counts, dict(memory.most_common()), waits)
 
 
@@ -328,26 +313,9 @@ def _entries(labels: dict[str, int]) -> list[int]:
     return [index for label, index in labels.items() if label.startswith(".text.")]
 
 
-def _inner_bodies(program: list[_Instruction], labels: dict[str, int]) -> list[set[int]]:
-    """Bodies of the loops that :func:`inner_loops` tells of, in its order."""
-    bodies = _natural_loops(_successors(program, labels), _entries(labels))
-    with_matrix = {h: b for h, b in bodies.items() if any(re.match(_MATRIX, program[i][1]) for i in b)}
-    innermost = [bodies[header] for header in _innermost(with_matrix)]
-    by_size = sorted(innermost or bodies.values(), key=len, reverse=True)
-    return by_size if innermost else by_size[:1]
-
-
 def _innermost(loops: Mapping[int, set[int]]) -> set[int]:
     """Headers of the loops that hold no other of them."""
     return {header for header, body in loops.items() if body & loops.keys() == {header}}
-
-
-def _exclusive_bodies(loops: Mapping[int, set[int]]) -> list[set[int]]:
-    """The loops' bodies in the order of their headers, each without the loops inside it."""
-    return [
-        body.difference(*(loops[other] for other in loops.keys() & body if other != header))
-        for header, body in sorted(loops.items())
-    ]
 
 
 def _successors(program: list[_Instruction], labels: dict[str, int]) -> list[list[int]]:
@@ -387,7 +355,7 @@ def _natural_loops(successors: list[list[int]], entries: list[int]) -> dict[int,
 
 
 def _reachable(graph: list[list[int]], start: list[int], barred: int) -> set[int]:
-    """``barred`` and the nodes that paths from ``start`` reach without passing it."""
+    """`barred` and the nodes that paths from `start` reach without passing it."""
     seen = {barred}
     pending = list(start)
     while pending:

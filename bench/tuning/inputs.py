@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bra_triton.backend import torch_backend
-from bra_triton.bench.machine_code.launches import Setting
+from bra_triton.bench.problems import Problem
 from bra_triton.kernels.attention import launch as attention
 from bra_triton.kernels.problem import Gradients, Lepe, Padding, RoutedAttention, SmallGradients
 from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT
@@ -17,25 +17,25 @@ _SETS, _SET_BYTES = (2, 8), 256 << 20
 
 
 class Inputs:
-    """Input sets of one setting, and what the first of them must give."""
+    """Input sets of one problem, and what the first of them must give."""
 
-    def __init__(self, setting: Setting, dtype: torch.dtype, device: torch.device) -> None:
-        self.setting = setting
+    def __init__(self, problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
+        self.problem = problem
         generator = torch.Generator(device).manual_seed(0)
-        first = _problem(setting, dtype, device, generator)
+        first = _draw_problem(problem, dtype, device, generator)
         bytes_of_set = 2 * first.query.untyped_storage().nbytes()
         n_sets = min(max(_SET_BYTES // bytes_of_set, _SETS[0]), _SETS[1])
-        self.problems = [first] + [_problem(setting, dtype, device, generator) for _ in range(n_sets - 1)]
-        self.grad_out = _draw((*first.query.shape[:3], setting.dim), dtype, device, generator)
+        self.routed = [first] + [_draw_problem(problem, dtype, device, generator) for _ in range(n_sets - 1)]
+        self.grad_out = _draw((*first.query.shape[:3], problem.dim), dtype, device, generator)
         self.gradients = _gradients(first)
-        self.needs_factor = setting.routing_weight != "none"
-        drawn = [_draw((setting.dim, *rest), dtype, device, generator) for rest in ((1, 3, 3), ())]
-        self.lepes = [_lepe(problem, *drawn) for problem in self.problems]
+        self.needs_factor = problem.routing_weight != "none"
+        drawn = [_draw((problem.dim, *rest), dtype, device, generator) for rest in ((1, 3, 3), ())]
+        self.lepes = [_lepe(routed, *drawn) for routed in self.routed]
         self.saved = [self.forward(index) for index in range(n_sets)]
         self.expected = self._expected()
 
     def _expected(self) -> dict[str, list[Tensor]]:
-        problem = _widened(self.problems[0])
+        problem = _widened(self.routed[0])
         gradients = _gradients(problem)
         drawn = self.lepes[0]
         assert drawn.bias is not None
@@ -52,13 +52,13 @@ class Inputs:
 
     def forward(self, index: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """The forward on one of the sets."""
-        return attention.attention_forward(self.problems[index], self.lepes[index])
+        return attention.attention_forward(self.routed[index], self.lepes[index])
 
     def backward(self, index: int) -> SmallGradients:
         """The backward on one of the sets, into `gradients`."""
         _, share, lse = self.saved[index]
         assert share is not None
-        arguments = (self.grad_out, self.problems[index], share, lse, self.gradients, self.needs_factor)
+        arguments = (self.grad_out, self.routed[index], share, lse, self.gradients, self.needs_factor)
         return attention.attention_backward(*arguments)
 
     def error(self, kernel: str) -> float:
@@ -79,24 +79,24 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def _problem(
-    setting: Setting, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+def _draw_problem(
+    problem: Problem, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> RoutedAttention:
     """Random maps, a random graph and, for soft routing, random weights."""
 
     def draw(*shape: int) -> Tensor:
         return _draw(shape, dtype, device, generator)
 
-    widths, grid = (setting.qk_dim, setting.qk_dim, setting.dim), setting.grid
-    query, key, value = draw(setting.batch, setting.height, setting.width, sum(widths)).split(widths, dim=-1)
-    likes = torch.rand(setting.batch, 1, grid.n_regions, grid.n_regions, generator=generator, device=device)
-    r_idx = likes.topk(setting.topk).indices.int()
+    widths, grid = (problem.qk_dim, problem.qk_dim, problem.dim), problem.grid
+    query, key, value = draw(problem.batch, problem.height, problem.width, sum(widths)).split(widths, dim=-1)
+    likes = torch.rand(problem.batch, 1, grid.n_regions, grid.n_regions, generator=generator, device=device)
+    r_idx = likes.topk(problem.topk).indices.int()
     padding = Padding(draw(widths[1]), draw(widths[2])) if grid.is_padded else None
-    is_soft, scale = setting.routing_weight == "soft", setting.qk_dim**-0.5
+    is_soft, scale = problem.routing_weight == "soft", problem.qk_dim**-0.5
     factor = torch.rand(r_idx.shape, generator=generator, device=device) if is_soft else None
-    problem = RoutedAttention(query, key, value, r_idx, grid, grid, setting.num_heads, scale, factor, padding)
+    routed = RoutedAttention(query, key, value, r_idx, grid, grid, problem.num_heads, scale, factor, padding)
     # Not `distinct`, or small regions would be masked, in tiles of no table.
-    return replace(problem, distinct=True).merged() if setting.chooses_all else problem
+    return replace(routed, distinct=True).merged() if problem.chooses_all else routed
 
 
 def _draw(

@@ -1,40 +1,47 @@
-"""What a tile configuration is predicted to cost, from machine code: no GPU needed.
+"""Which tile configuration is predicted to be the best of an entry, from machine code: no GPU needed.
 
-Configurations are compiled in processes of their own, every result is kept in a folder, and the cost model
-makes a cost of it, a size class's problems together.
+Configurations are compiled, the cost model makes a cost of each for the problems of a size class, and the
+cheapest becomes the entry. Triton keeps what it has compiled, so that a stopped run soon is where it was.
 """
 
-import json
-import math
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import geometric_mean
 
 import torch
 import triton
 
-from bra_triton.bench.machine_code.analysis import Analysis, analyse
-from bra_triton.bench.machine_code.cost_model import lepe_apart_over_fused, predict
-from bra_triton.bench.machine_code.hardware import HARDWARE
-from bra_triton.bench.machine_code.launches import Setting, record_attention
-from bra_triton.bench.machine_code.static_analysis import KernelSpecimen, LoopMix, Usage
-from bra_triton.bench.tuning.search_space import SHARED_BYTES, problems
+from bra_triton.bench.machine_code.analysis import Analysis, Result, analyse_each
+from bra_triton.bench.machine_code.cost_model import loop_cost, predict
+from bra_triton.bench.machine_code.hardware import HARDWARE, table_shared_bytes
+from bra_triton.bench.machine_code.launches import record_attention
+from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
+from bra_triton.bench.problems import Problem
+from bra_triton.bench.tuning.search_space import candidates, problems, serves
 from bra_triton.kernels import tiles
-from bra_triton.kernels.tiles import Tile
-from bra_triton.kernels.tiles.cache import source_digest
+from bra_triton.kernels.tiles import PLAIN, Key, Tile
+from bra_triton.kernels.tiles.table import Entry, Table, packaged
 
-LEPE = "lepe"  # the convolution in a launch of its own: of a forward whose tile does not fuse it
 KERNEL_NAMES = {
-    LEPE: "lepe_forward",
     tiles.FORWARD: "attention_forward",
     tiles.QUERY_GRADIENT: "query_gradient",
     tiles.KEY_VALUE_GRADIENT: "key_value_gradient",
 }
 _DTYPES = {16: torch.float16, 32: torch.float32}
+
+# The model is no closer than this. Among costs within it the cheapest loop wins: it alone decides for lists
+# longer than those of the problems that the costs are of.
+TIED = 1.05
+# Where ptxas has serialised a loop, every matrix instruction waits for the one before. The counts tell
+# nothing of it, so that such a loop must be cheaper by this: a margin, not a measurement.
+SERIALISED = 1.1
+# Depths of the pipeline that are tried, the second one where nothing of the first fits.
+STAGES = (3, 2)
+# Of the forms that are not plain so many spill-free configurations are enough, looked for in such batches;
+# in one batch alone where the plain kernel spills in every tile, since a form only adds to it.
+FORM_ENOUGH, FORM_BATCH = 1, 2
 
 
 @dataclass(frozen=True)
@@ -55,161 +62,127 @@ class Job:
     bits: int
     head_dim: int
     tile: Tile
-    form: str = tiles.PLAIN
+    form: str = PLAIN
 
-    @property
-    def key(self) -> str:
-        """Its name in the cache of compile results."""
-        form = "" if self.form == tiles.PLAIN else f" {self.form}"
-        return f"{self.kernel} fp{self.bits} head {self.head_dim} {self.tile}{form}"
+    def __str__(self) -> str:
+        form = "" if self.form == PLAIN else f" {self.form}"
+        return f"{self.arch} {self.kernel} fp{self.bits} head {self.head_dim} {self.tile}{form}"
+
+
+Results = Mapping[Job, Result]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What compiling one configuration came to.
+class Ranked:
+    """One configuration of a size class: its predicted cost, that of the loop alone, and the code."""
 
-    Attributes:
-        code: the counted machine code; None if it did not compile, or has no loop of matrix instructions.
-        error: why there is none.
-    """
+    tile: Tile
+    cost: float
+    loop: float
+    serialised: bool
 
-    code: Analysis | None
-    error: str = ""
-
-    def runs_on(self, arch: str, spilling: bool = False) -> bool:
-        """Whether it compiled, fits the card's shared memory and, unless `spilling`, spills nothing."""
-        if self.code is None:
-            return False
-        usage = self.code.usage
-        keeps = spilling or not (usage.spills or usage.stack_bytes)
-        return keeps and usage.shared_bytes <= SHARED_BYTES[arch]
+    @property
+    def handicapped_cost(self) -> float:
+        """What it competes with."""
+        return self.cost * (SERIALISED if self.serialised else 1)
 
 
-def cost(job: Job, code: Analysis, size: int) -> float:
-    """`Cost.cost`: the geometric mean over the problems of a size class."""
-    hardware = HARDWARE[job.arch]
-    kernel = KERNEL_NAMES[job.kernel]
-    return _geometric_mean(
-        predict(kernel, code, problem, hardware).cost for problem in problems(size, job.head_dim, job.bits)
+def jobs_of(keys: Iterable[Key], arch: str, stages: Sequence[int] = STAGES) -> list[Job]:
+    """All configurations worth compiling for these entries, each once."""
+    return list(
+        dict.fromkeys(
+            _job(key, arch, tile)
+            for key in keys
+            for num_stages in stages
+            for tile in candidates(key.kernel, key.bits, key.head_dim, num_stages)
+            if tile.own <= key.size
+        )
     )
 
 
-def time_apart(job: Job, fused: Analysis, bare: Analysis, lepe: Analysis, size: int) -> float:
-    """Predicted time of a forward and LePE in two launches over that in one: the mean as in `cost`."""
-    return _geometric_mean(
-        lepe_apart_over_fused(fused, bare, lepe, problem, HARDWARE[job.arch])
-        for problem in problems(size, job.head_dim, job.bits)
-    )
+def jobs_of_forms(keys: Iterable[Key], arch: str, results: Results) -> list[Job]:
+    """What to compile next for the entries that are not plain: the best plain ones, a few at a time."""
+    jobs = []
+    for key in keys:
+        if key.form == PLAIN or len(rank(key, arch, results)) >= FORM_ENOUGH:
+            continue
+        plain = replace(key, form=PLAIN)
+        ranked = rank(plain, arch, results) or rank(plain, arch, results, spilling=True)[:FORM_BATCH]
+        forms = [_job(key, arch, each.tile) for each in ranked]
+        jobs += [job for job in forms if job not in results][:FORM_BATCH]
+    return list(dict.fromkeys(jobs))
 
 
-def _geometric_mean(values: Iterable[float]) -> float:
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))
-
-
-def compile_all(jobs: Iterable[Job], folder: Path, workers: int = 2) -> dict[Job, Outcome]:
-    """Compiles what the folder does not hold yet, in processes of their own, and keeps every result.
-
-    Args:
-        jobs: of one architecture.
-        folder: results of earlier runs, `<Triton's version>-<arch>.jsonl`, which this run continues.
-        workers: processes; 1 compiles in this one.
-    """
-    jobs = list(dict.fromkeys(jobs))
-    results: dict[Job, Outcome] = {}
-    for arch in dict.fromkeys(job.arch for job in jobs):
-        known = read_results(folder, triton.__version__, arch)
-        results |= {job: known[job.key] for job in jobs if job.arch == arch and job.key in known}
-    missing = [job for job in jobs if job not in results]
-    folder.mkdir(parents=True, exist_ok=True)
-    for done, (job, outcome) in enumerate(_compiled(missing, workers), 1):
-        results[job] = outcome
-        row = {"source": source_digest(job.kernel), "key": job.key, **asdict(outcome)}
-        with results_path(folder, triton.__version__, job.arch).open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"\r{done}/{len(missing)} {job.key:<60}", end="", file=sys.stderr, flush=True)
-    if missing:
+def compile_all(jobs: Sequence[Job], workers: int) -> dict[Job, Result]:
+    """Compiles and counts, and says on stderr how far it is; the compiler's errors are results, too."""
+    results: dict[Job, Result] = {}
+    todo = [(specimen(job), job.arch) for job in jobs]
+    for done, (index, result) in enumerate(analyse_each(todo, workers), 1):
+        results[jobs[index]] = result
+        print(f"\r{done}/{len(jobs)} {jobs[index]!s:<60}", end="", file=sys.stderr, flush=True)
+    if jobs:
         print(file=sys.stderr)
     return results
 
 
-def results_path(folder: Path, version: str, arch: str) -> Path:
-    """File of one Triton version's results for one architecture."""
-    return folder / f"{version}-{arch}.jsonl"
-
-
-def read_results(folder: Path, version: str, arch: str) -> dict[str, Outcome]:
-    """Results by `Job.key` that an earlier run kept, of the kernels as they are now."""
-    path, results = results_path(folder, version, arch), {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-            if row["source"] == source_digest(row["key"].split()[0]):
-                results[row["key"]] = _outcome(row)
-        except (ValueError, KeyError, TypeError):
-            continue  # the last line of a run that was stopped
-    return results
-
-
-def versions(folder: Path, arch: str) -> list[str]:
-    """Triton versions that the folder has results of."""
-    return [path.name.removesuffix(f"-{arch}.jsonl") for path in sorted(folder.glob(f"*-{arch}.jsonl"))]
-
-
 def specimen(job: Job) -> KernelSpecimen:
     """The kernel as a launch would give it to the compiler: the job's tile, and all that its form adds."""
-    forced = tiles.FORWARD if job.kernel == LEPE else job.kernel
-    side = 80 if job.form == tiles.PLAIN else 79
+    side = 80 if job.form == PLAIN else 79
     routing_weight = "soft" if job.form == tiles.WEIGHTED else "none"
-    heads = (job.head_dim, job.head_dim)
-    setting = Setting(2, side, side, 8, 4, 2, *heads, routing_weight=routing_weight)
-    with tiles.use_tiles({forced: job.tile}):
-        launched = record_attention(setting, _DTYPES[job.bits])
+    problem = Problem("", 2, side, side, 2 * job.head_dim, 2, 8, 4, routing_weight)
+    with tiles.use_tiles({job.kernel: job.tile}):
+        launched = record_attention(problem, _DTYPES[job.bits])
     return next(x.specimen for x in launched if x.specimen.name == KERNEL_NAMES[job.kernel])
 
 
-def compile_one(job: Job) -> Outcome:
-    """Compiles one configuration; the compiler's errors are results, too."""
-    try:
-        code = analyse(specimen(job), job.arch)
-    except Exception as error:  # Triton's compiler raises errors of many kinds
-        return Outcome(None, f"{type(error).__name__}: {error}"[:200])
-    if code.loop is None and job.kernel != LEPE:
-        return Outcome(None, "no loop of matrix instructions")
-    return Outcome(code)
+def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[Ranked]:
+    """Configurations that may serve `key`, cheapest first; unless `spilling`, none that spills.
+
+    A spill costs its instructions alone.
+    """
+    hardware, ranked = HARDWARE[arch], []
+    for job in jobs_of([key], arch):
+        code = results.get(job)
+        if isinstance(code, Analysis) and _runs_on(arch, code, spilling):
+            costs = [
+                predict(KERNEL_NAMES[key.kernel], code, problem, hardware, key.bits // 8).cost
+                for problem in problems(key.size, key.head_dim)
+            ]
+            ranked.append(Ranked(job.tile, geometric_mean(costs), loop_cost(code, hardware), code.serialised))
+    # Smaller tiles read the other side more often than the costs tell; of the widest heads no others fit.
+    ranked = [r for r in ranked if serves(r.tile, key.size)] or ranked
+    by_cost = sorted(ranked, key=lambda r: (r.handicapped_cost, r.tile.num_warps))
+    tied = [r for r in by_cost if r.handicapped_cost <= TIED * by_cost[0].handicapped_cost]
+    return sorted(tied, key=lambda r: (r.serialised, r.loop)) + by_cost[len(tied) :]
 
 
-def _outcome(row: dict[str, Any]) -> Outcome:
-    code = row["code"]
-    if code is not None:
-        names = ("loop", "tail", "taps", "rest", "straight")
-        mixes = {name: LoopMix(**code[name]) for name in names if code.get(name)}
-        loops = tuple(LoopMix(**mix) for mix in code.get("loops", ()))
-        code = Analysis(**(code | mixes | {"usage": Usage(**code["usage"]), "loops": loops}))
-    return Outcome(code, row["error"])
+def _runs_on(arch: str, code: Analysis, spilling: bool) -> bool:
+    """Whether code has a loop of matrix products, fits the card's shared memory and spills nothing."""
+    keeps = spilling or not (code.usage.spills or code.usage.stack_bytes)
+    return keeps and code.loop is not None and code.usage.shared_bytes <= table_shared_bytes(arch)
 
 
-def _compiled(jobs: list[Job], workers: int) -> Iterable[tuple[Job, Outcome]]:
-    if workers == 1 or len(jobs) <= workers:
-        yield from ((job, compile_one(job)) for job in jobs)
-        return
-    # Spawned, not forked: PyTorch's threads do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = iter(jobs)
-        running: dict[Future, Job] = {}
-        _submit(pool, compile_one, waiting, running, 2 * workers)
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-            _submit(pool, compile_one, waiting, running, 2 * workers)
+def table(keys: Sequence[Key], arch: str, results: Results) -> tuple[Table, list[Key]]:
+    """The table of `arch` with the best configuration of every entry, and the entries that all spill.
+
+    Where everything spills, the cheapest that does becomes the entry. Entries of which nothing compiles,
+    those that were measured, and those not asked for, stay as the shipped table has them, as does whether a
+    forward fuses LePE: between that and a launch apart lie a few percent, which only timing tells.
+    """
+    entries = dict(packaged(arch).entries)
+    spilling = []
+    for key in keys:
+        ranked = rank(key, arch, results)
+        if not ranked:
+            spilling.append(key)
+            ranked = rank(key, arch, results, spilling=True)
+        known = entries.get(key)
+        if ranked and not (known and known.measured_on):
+            fuses = known is None or known.tile.fuses_lepe
+            entries[key] = Entry(replace(ranked[0].tile, fuses_lepe=fuses), round(ranked[0].cost, 2))
+    torch_version = re.sub(r"\+.*", "", torch.__version__)
+    return Table(arch, "predicted", torch_version, triton.__version__, entries), spilling
 
 
-def _submit(
-    pool: ProcessPoolExecutor,
-    work: Callable[[Job], Outcome],
-    waiting: Iterator[Job],
-    running: dict[Future, Job],
-    at_most: int,
-) -> None:
-    while len(running) < at_most and (job := next(waiting, None)) is not None:
-        running[pool.submit(work, job)] = job
+def _job(key: Key, arch: str, tile: Tile) -> Job:
+    return Job(arch, key.kernel, key.bits, key.head_dim, tile, key.form)

@@ -17,35 +17,30 @@ The space is pruned by what no good configuration breaks:
 
 import itertools
 
-from bra_triton.bench.machine_code.cost_model import ProblemSizes
-from bra_triton.bench.machine_code.hardware import HARDWARE
+from bra_triton.bench.problems import Problem
 from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, SIZES, Tile
 
 STEPS = (16, 32, 64, 128)
 WARPS = (1, 2, 4, 8)
-# Shared memory that a thread block may ask for. Cards of compute capability 8.6 and 8.9, which have less than
-# an A100, use sm_80's table.
-SHARED_BYTES = {arch: card.block_shared_bytes for arch, card in HARDWARE.items()} | {"sm_80": 99 << 10}
-
 # One exponential in so many goes to the multiply-add units, which about evens out a loop at heads of 32: in
 # the forward on sm_90, 6.9 issue slots a score while the exponential unit takes 7.3 (without it 6.0 and 8.3).
 EXP_SHARE = 8
 
 
-# Each size class's (regions a side, tokens of a region, topk): YOLO's maps at 640, BiFormer's stages at 224.
-PROBLEMS = {
-    16: ((7, 4, 16), (8, 9, 4), (7, 16, 4)),
-    32: ((8, 25, 4), (4, 25, 8)),
-    64: ((7, 49, 4), (7, 64, 1), (8, 64, 4)),
-    128: ((8, 100, 4), (8, 400, 4), (8, 1024, 4)),
+# Each size class's (regions a side, side of a region, topk): YOLO's maps at 640, BiFormer's stages at 224.
+_REGIONS = {
+    16: ((7, 2, 16), (8, 3, 4), (7, 4, 4)),
+    32: ((8, 5, 4), (4, 5, 8)),
+    64: ((7, 7, 4), (7, 8, 1), (8, 8, 4)),
+    128: ((8, 10, 4), (8, 20, 4), (8, 32, 4)),
 }
 
 
-def problems(size: int, head_dim: int, bits: int) -> list[ProblemSizes]:
+def problems(size: int, head_dim: int) -> list[Problem]:
     """What the configurations of a size class are judged by."""
     return [
-        ProblemSizes(8, n_win**2, tokens, topk, tokens, 2, head_dim, head_dim, bits // 8)
-        for n_win, tokens, topk in PROBLEMS[size]
+        Problem("", 8, n_win * side, n_win * side, 2 * head_dim, 2, n_win, topk)
+        for n_win, side, topk in _REGIONS[size]
     ]
 
 

@@ -5,24 +5,23 @@ backward of the attention, its lists included: what they add is the same for all
 kept, so that a stopped run goes on where it was.
 """
 
-import ast
 import contextlib
 import json
 import math
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 
-from bra_triton.bench import cost
-from bra_triton.bench.machine_code.launches import Setting
+from bra_triton.bench import measure
+from bra_triton.bench.problems import Problem
 from bra_triton.bench.tuning.inputs import Inputs
 from bra_triton.bench.tuning.search_space import EXP_SHARE, candidates, serves
 from bra_triton.kernels import tiles
@@ -36,10 +35,6 @@ PASSES = {
 }
 # Relative error against float32 that rounding explains; a wrong index is off by about 1.
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_TRIAL = re.compile(
-    r"Setting\((?P<setting>.*)\) torch\.(?P<dtype>\w+) (?P<kernel>\w+) (?P<own>\d+)x(?P<step>\d+) "
-    r"(?P<num_warps>\d+)w (?P<num_stages>\d+)s( 1/(?P<share>\d+) exp)?(?P<apart> lepe apart)?"
-)
 # Milliseconds of `run(i)`, with `i` the number of an input set.
 Timer = Callable[[Callable[[int], object], int], float]
 
@@ -48,7 +43,7 @@ Timer = Callable[[Callable[[int], object], int], float]
 class Trial:
     """One configuration to time."""
 
-    setting: Setting
+    problem: Problem
     dtype: torch.dtype
     kernel: str
     tile: Tile
@@ -56,29 +51,29 @@ class Trial:
     @property
     def key(self) -> Key:
         """The entry that it competes for."""
-        s = self.setting
-        grid = s.kv_grid if self.kernel == KEY_VALUE_GRADIENT else s.grid
-        grid = grid.merged if s.chooses_all else grid
-        heads = (s.qk_head_dim, s.v_head_dim)
-        # Hard routing has a factor of 1 that is not there, but for its gradient.
+        problem = self.problem.merged()
+        grid = problem.kv_grid if self.kernel == KEY_VALUE_GRADIENT else problem.grid
+        heads = (problem.qk_head_dim, problem.head_dim)
+        # Hard routing multiplies by no factor, but dQ computes the gradient of one.
         weighting = ("soft", "hard") if self.kernel == QUERY_GRADIENT else ("soft",)
-        form = tiles.form_of(heads, s.grid.is_padded, 1, s.routing_weight in weighting)
+        is_padded, is_weighted = self.problem.grid.is_padded, problem.routing_weight in weighting
+        form = tiles.form_of(heads, is_padded, 1, is_weighted)
         return Key.of(self.kernel, 8 * self.dtype.itemsize, max(heads), grid.region_tokens, form)
 
     def __str__(self) -> str:
-        return f"{self.setting} {self.dtype} {self.kernel} {self.tile}"
+        return f"{self.problem} {str(self.dtype)[6:]} {self.kernel} {self.tile}"
 
 
 def trials(
-    settings: Sequence[Setting], dtype: torch.dtype, kernels: Sequence[str], device: torch.device
+    problems: Sequence[Problem], dtype: torch.dtype, kernels: Sequence[str], device: torch.device
 ) -> list[Trial]:
     """All configurations to time: those worth trying, and what launches get so far."""
     found = []
-    for setting in settings:
+    for problem in problems:
         for kernel in kernels:
-            so_far = Trial(setting, dtype, kernel, Tile(16, 16, 1, 1))  # the key does not depend on the tile
+            so_far = Trial(problem, dtype, kernel, Tile(16, 16, 1, 1))  # the key does not depend on the tile
             key = so_far.key
-            head_dim = max(setting.qk_head_dim, setting.v_head_dim)
+            head_dim = max(problem.qk_head_dim, problem.head_dim)
             used = tiles.choose(kernel, dtype, head_dim, key.size, device, key.form)
             stages = (1,) if torch.version.hip else (3, 2)
             space = [t for n in stages for t in candidates(kernel, key.bits, key.head_dim, n)]
@@ -117,7 +112,7 @@ def time_all(
     """Milliseconds of every trial; infinite for what does not run or computes something else.
 
     Args:
-        todo: trials, those of a setting together.
+        todo: trials, those of a problem together.
         device: the card, or the CPU under the interpreter.
         timer: see `device_milliseconds`.
         kept: file of finished trials under these circumstances, which this run continues.
@@ -130,19 +125,14 @@ def time_all(
     kept.parent.mkdir(parents=True, exist_ok=True)
     inputs: Inputs | None = None
     for done, trial in enumerate(left, 1):
-        if inputs is None or inputs.setting != trial.setting:
-            inputs = None  # frees the last setting's memory first
-            inputs = Inputs(trial.setting, trial.dtype, device)
+        if inputs is None or inputs.problem != trial.problem:
+            inputs = None  # frees the last problem's memory first
+            inputs = Inputs(trial.problem, trial.dtype, device)
         milliseconds, refusal = _time(trial, inputs, timer)
         results[trial] = milliseconds
-        row = {
-            **_circumstances(device, trial),
-            "trial": str(trial),
-            "milliseconds": milliseconds,
-            "why": refusal,
-        }
+        row = {"trial": str(trial), "milliseconds": milliseconds, "why": refusal}
         with kept.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_circumstances(device, trial) | row) + "\n")
         shown = refusal or f"{milliseconds:.4f} ms"
         progress = f"[{done}/{len(left)}] {trial.kernel} {trial.tile}: {shown}"
         print(f"\r{progress:<100.100}", end="", file=sys.stderr, flush=True)
@@ -156,7 +146,7 @@ def time_all(
 
 
 def winners(results: Mapping[Trial, float]) -> dict[Key, tuple[Tile, float]]:
-    """For every entry the tile that is fastest over the settings that share it, and its mean milliseconds."""
+    """For every entry the tile that is fastest over the problems that share it, and its mean milliseconds."""
     best = {}
     for key, by_tile in means(results).items():
         tile = min(by_tile, key=by_tile.__getitem__)
@@ -166,43 +156,24 @@ def winners(results: Mapping[Trial, float]) -> dict[Key, tuple[Tile, float]]:
 
 
 def means(results: Mapping[Trial, float]) -> dict[Key, dict[Tile, float]]:
-    """For every entry the tiles that all of its settings timed, and their mean milliseconds.
+    """For every entry the tiles that all of its problems timed, and their mean milliseconds.
 
-    Settings weigh the same whatever they take: by geometric means. One refusal makes a tile's mean infinite.
+    Problems weigh the same whatever they take: by geometric means. One refusal makes a tile's mean infinite.
     """
     by_key: dict[Key, dict[Tile, list[float]]] = {}
     for trial, milliseconds in results.items():
         by_key.setdefault(trial.key, {}).setdefault(trial.tile, []).append(milliseconds)
     most = {key: max(map(len, by_tile.values())) for key, by_tile in by_key.items()}
     return {
-        key: {tile: _geometric_mean(times) for tile, times in by_tile.items() if len(times) == most[key]}
+        key: {tile: geometric_mean(times) for tile, times in by_tile.items() if len(times) == most[key]}
         for key, by_tile in by_key.items()
     }
-
-
-def parse_trial(text: str) -> Trial:
-    """The trial that `str` made the text of.
-
-    Raises:
-        ValueError: it made none of it.
-    """
-    match = _TRIAL.fullmatch(text)
-    if match is None:
-        raise ValueError(f"no trial: {text!r}")
-    call = ast.parse(f"f({match['setting']})", mode="eval").body
-    assert isinstance(call, ast.Call)
-    arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
-    own, step, num_warps, num_stages = map(int, match.group("own", "step", "num_warps", "num_stages"))
-    tile = Tile(
-        own, step, num_warps, num_stages, exp_share=int(match["share"] or 0), fuses_lepe=not match["apart"]
-    )
-    return Trial(Setting(**arguments), getattr(torch, match["dtype"]), match["kernel"], tile)
 
 
 def device_milliseconds(run: Callable[[int], object], n_sets: int) -> float:
     """Median time that the GPU works on `run`, its cache overwritten before each call, input sets in turn."""
     runs = [partial(run, index) for index in range(n_sets)]
-    return 1e3 * cost.median_device_seconds(runs, torch.device("cuda"))
+    return 1e3 * measure.median_device_seconds(runs, torch.device("cuda"))
 
 
 def compile_ahead(todo: Sequence[Trial], device: torch.device, workers: int) -> None:
@@ -223,13 +194,13 @@ def compile_ahead(todo: Sequence[Trial], device: torch.device, workers: int) -> 
 def launch_once(trial: Trial, device: torch.device) -> None:
     """Launches a trial on two images: kernels are the same for any number of them."""
     with contextlib.suppress(Exception), tiles.use_tiles({trial.kernel: trial.tile}):
-        _few_images(replace(trial.setting, batch=2), trial.dtype, device).error(trial.kernel)
+        _few_images(replace(trial.problem, batch=2), trial.dtype, device).error(trial.kernel)
 
 
 @lru_cache(maxsize=1)
-def _few_images(setting: Setting, dtype: torch.dtype, device: torch.device) -> Inputs:
+def _few_images(problem: Problem, dtype: torch.dtype, device: torch.device) -> Inputs:
     with tiles.use_tiles({}):
-        return Inputs(setting, dtype, device)
+        return Inputs(problem, dtype, device)
 
 
 def _time(trial: Trial, inputs: Inputs, timer: Timer) -> tuple[float, str]:
@@ -240,7 +211,7 @@ def _time(trial: Trial, inputs: Inputs, timer: Timer) -> tuple[float, str]:
             if not error <= TOLERANCE[trial.dtype]:
                 return math.inf, f"refused: relative error {error:.1e}"
             run = inputs.forward if trial.kernel == FORWARD else inputs.backward
-            return timer(run, len(inputs.problems)), ""
+            return timer(run, len(inputs.routed)), ""
         except Exception as failure:  # too much shared memory, or any of the compiler's errors
             return math.inf, f"refused: {type(failure).__name__}: {failure}"[:200]
 
@@ -257,22 +228,10 @@ def _circumstances(device: torch.device, trial: Trial) -> dict[str, str]:
 def _read_kept(kept: Path, todo: Sequence[Trial], device: torch.device) -> dict[Trial, float]:
     by_name = {str(trial): trial for trial in todo}
     results = {}
-    for row in _rows(kept):
-        trial = by_name.get(row.get("trial", ""))
-        if trial and _circumstances(device, trial).items() <= row.items():
-            results[trial] = float(row["milliseconds"])
-    return results
-
-
-def _rows(kept: Path) -> Iterator[dict]:
     for line in kept.read_text().splitlines() if kept.exists() else []:
-        try:
+        with contextlib.suppress(ValueError):  # the last line of a run that was stopped
             row = json.loads(line)
-        except ValueError:
-            continue  # the last line of a run that was stopped
-        if isinstance(row, dict):
-            yield row
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
+            trial = by_name.get(row["trial"])
+            if trial and _circumstances(device, trial).items() <= row.items():
+                results[trial] = float(row["milliseconds"])
+    return results

@@ -6,51 +6,44 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from bra_triton import functional, reference
-from bra_triton.backend.region_layout import pad_map
-from bra_triton.bench import peer_benchmark, peers
-from bra_triton.kernels.grid import RegionGrid
-from bra_triton.spec import AttentionSpec
+from bra_triton import functional
+from bra_triton.bench import peer_times, peers
+from bra_triton.bench.problems import PROBLEMS, Problem
 
-SPEC = AttentionSpec(32, 32, 2, n_win=3, topk=2)
-PEERS = list(peers.peers_for(SPEC, "torch"))
+# Regions of 3 x 3 tokens; and of as many on a padded map.
+WHOLE = Problem("", 2, 9, 9, 32, 2, 3, 2)
+PADDED = Problem("", 2, 8, 8, 32, 2, 3, 2)
 
 
-@pytest.fixture(params=[9, 8], ids=["whole", "padded"])
+def attend(qkv, problem, topk, padding=None):
+    """The definition, by the public function."""
+    sizes = {"num_heads": problem.num_heads, "n_win": problem.n_win, "topk": topk}
+    return functional.bi_level_routing_attention(qkv, **sizes, padding=padding, backend="reference")
+
+
+@pytest.fixture(params=[WHOLE, PADDED], ids=["whole", "padded"])
 def inputs(request):
-    """A projection, its routing and what its padding holds, in float64."""
-    qkv = torch.randn(2, request.param, request.param, SPEC.packed_dim, dtype=torch.float64)
-    padding = torch.randn(SPEC.packed_dim, dtype=torch.float64) if request.param == 8 else None
-    options = {"n_win": SPEC.n_win, "topk": SPEC.topk, "padding": padding, "backend": "torch"}
-    return qkv, functional.region_routing(qkv, **options)[1], padding
+    """A problem, its projection and what its padding holds, in float64."""
+    problem = request.param
+    qkv = torch.randn(2, problem.height, problem.width, 3 * problem.dim, dtype=torch.float64)
+    padding = torch.randn(3 * problem.dim, dtype=torch.float64) if problem.grid.is_padded else None
+    return problem, qkv, padding
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", [name for name in PEERS if name != "dense"])
+@pytest.mark.parametrize("name", ["fused", "reference", "flex"])
 def test_routed_peers_equal_the_reference(name, inputs):
-    qkv, r_idx, padding = inputs
-    expected = reference.attend(qkv, SPEC, padding=padding)
-    peer = peers.peers_for(SPEC, "torch", padding, compile_flex=False)[name]
-    assert torch.allclose(peer.prepare(qkv, r_idx)(qkv, r_idx), expected, rtol=1e-10, atol=1e-10)
+    problem, qkv, padding = inputs
+    peer = peers.peers_for(problem, "torch", padding, compile_flex=False)[name]
+    expected = attend(qkv, problem, problem.topk, padding)
+    torch.testing.assert_close(peer.attend(qkv), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["fused", "reference", "fused, regions given", "reference, regions given"])
-def test_gradients_equal_the_references(name, inputs):
-    """But for FlexAttention's, which has none on the CPU."""
-    qkv, r_idx, padding = inputs
-    qkv.requires_grad_()
-    (expected,) = torch.autograd.grad(reference.attend(qkv, SPEC, padding=padding).square().sum(), qkv)
-    peer = peers.peers_for(SPEC, "torch", padding)[name]
-    (actual,) = torch.autograd.grad(peer.prepare(qkv, r_idx)(qkv, r_idx).square().sum(), qkv)
-    assert torch.allclose(actual, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_dense_peer_is_attention_to_all_regions_and_sees_no_padding():
-    qkv = torch.randn(2, 9, 9, SPEC.packed_dim, dtype=torch.float64)
-    every = AttentionSpec(32, 32, 2, n_win=3, topk=9)
-    actual = peers.peers_for(SPEC, "torch")["dense"].prepare(qkv, None)(qkv, None)
-    assert torch.allclose(actual, reference.attend(qkv, every), rtol=1e-10, atol=1e-10)
-    assert torch.allclose(peer_benchmark._dense(qkv, SPEC), actual, rtol=1e-10, atol=1e-10)
+def test_dense_peer_is_attention_to_all_regions_and_sees_no_padding(inputs):
+    problem, qkv, _ = inputs
+    actual = peers.peers_for(problem, "torch")["dense"].attend(qkv)
+    one_region = Problem("", 2, problem.height, problem.width, 32, 2, 1, 1)
+    torch.testing.assert_close(actual, attend(qkv, one_region, 1), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +63,10 @@ def test_block_mask_is_that_of_create_block_mask(n_win, tokens, topk):
     assert actual.seq_lengths == expected.seq_lengths
 
 
-def test_peers_refuse_what_they_cannot_compare():
-    with pytest.raises(ValueError, match="spec must have qk_dim == dim and no routing weight"):
-        peers.peers_for(AttentionSpec(32, 16, 2, 3, 2), "torch")
+@pytest.mark.parametrize("name", ["yolo_p3_soft", "yolo_p3_conv"])
+def test_peers_refuse_what_they_cannot_compare(name):
+    with pytest.raises(ValueError, match="problem must have qk_dim == dim, no routing weight and no K/V"):
+        peers.peers_for(PROBLEMS[name], "torch")
 
 
 class TestBenchmark:
@@ -80,13 +74,13 @@ class TestBenchmark:
         return ["--device", "cpu", "--batch", "1", "--repeats", "1", "--no-compile", *more]
 
     def test_figures_of_a_row(self, tmp_path, capsys):
-        names = ["fused, regions given", "reference, regions given"]
-        flags = self.options("--shapes", "tiny-padded", "--out", str(tmp_path), "--peers", *names)
-        assert peer_benchmark.main(flags) == 0
-        row = json.loads((tmp_path / "tiny-padded-batch1-float32.json").read_text())
+        names = ["fused", "reference"]
+        flags = self.options("--problem", "tiny_padded", "--out", str(tmp_path), "--peers", *names)
+        assert peer_times.main(flags) == 0
+        row = json.loads((tmp_path / "tiny_padded-batch1-float32.json").read_text())
         assert list(row["peers"]) == names
         for peer in row["peers"].values():
-            for which in peer_benchmark.PASSES:
+            for which in peer_times.PASSES:
                 assert peer[which]["work_seconds"] > 0
                 assert peer[which]["peak_bytes"] > 0
         assert row["versions"]["torch"] == torch.__version__
@@ -94,61 +88,43 @@ class TestBenchmark:
 
     @pytest.mark.parametrize("wrong", ["another scale", "one gradient", "nan"])
     def test_peer_that_computes_something_else_is_refused(self, wrong, monkeypatch, capsys):
-        right = peers.reference_attention
+        right = peers.dense_attention
 
-        def attend(qkv, r_idx, spec):
+        def attend(qkv, num_heads):
+            if qkv.dtype == torch.float64:  # the truth
+                return right(qkv, num_heads)
             if wrong == "another scale":
-                return right(qkv * 1.05, r_idx, spec)
+                return right(qkv * 1.05, num_heads)
             if wrong == "nan":
-                return right(qkv, r_idx, spec) * float("nan")
-            return right(torch.cat((qkv[..., :32].detach(), qkv[..., 32:]), -1), r_idx, spec)
+                return right(qkv, num_heads) * float("nan")
+            return right(torch.cat((qkv[..., :32].detach(), qkv[..., 32:]), -1), num_heads)
 
-        truth = peer_benchmark._truth
-        monkeypatch.setattr(peers, "reference_attention", attend)
-
-        def true_truth(*args):
-            with monkeypatch.context() as context:
-                context.setattr(peers, "reference_attention", right)
-                return truth(*args)
-
-        monkeypatch.setattr(peer_benchmark, "_truth", true_truth)
-        flags = self.options("--check-only", "--peers", "fused", "reference, regions given")
-        assert peer_benchmark.main(flags) == 1
+        monkeypatch.setattr(peers, "dense_attention", attend)
+        assert peer_times.main(self.options("--check-only", "--peers", "fused", "dense")) == 1
         out = capsys.readouterr().out
-        assert "FAILED: tiny, reference, regions given" in out
+        assert "FAILED: tiny, dense" in out
         assert "tiny, fused" not in out
 
     def test_peer_that_cannot_run_is_reported_and_the_rest_goes_on(self, monkeypatch, capsys):
-        def broken(qkv, r_idx, spec):
+        def broken(*args, **options):
             raise RuntimeError("no kernel\nfor this")
 
-        monkeypatch.setattr(peers, "dense_attention", broken)
-        assert peer_benchmark.main(self.options("--check-only", "--peers", "dense", "fused")) == 0
+        monkeypatch.setattr(peers, "route_and_flex", broken)
+        assert peer_times.main(self.options("--check-only", "--peers", "flex", "fused")) == 0
         out = capsys.readouterr().out
-        assert "- dense, forward: RuntimeError: no kernel for this" in out
+        assert "- flex, forward: RuntimeError: no kernel for this" in out
         assert "checked" in out
 
-    def test_kernels_that_cannot_run_are_a_failure(self, monkeypatch, capsys):
-        def broken(*args, **options):
-            raise RuntimeError("no kernel")
-
-        monkeypatch.setattr(peers, "fused_attention", broken)
-        assert peer_benchmark.main(self.options("--check-only", "--peers", "fused", "dense")) == 1
-        assert "FAILED: tiny, fused, forward: RuntimeError: no kernel" in capsys.readouterr().out
+    def test_kernels_that_cannot_run_are_a_failure(self, capsys):
+        flags = ["--check-only", "--peers", "fused", "dense", "--backend", "nonsense"]
+        assert peer_times.main(self.options(*flags)) == 1
+        assert "FAILED: tiny, fused, forward: ValueError: backend must be" in capsys.readouterr().out
 
     def test_data_that_routes_differently_for_every_input_set(self):
         """Timing one routing again and again would keep its regions in the cache."""
-        options = peer_benchmark._parse(self.options())
-        torch.manual_seed(0)
-        shape = peer_benchmark.Shape(8, 32, 4, 3)
-        sets = [
-            peer_benchmark._inputs(shape, options, torch.float32, torch.device("cpu"), None) for _ in range(2)
+        problem = Problem("", 1, 8, 8, 32, 1, 4, 3)
+        graphs = [
+            functional.region_routing(x.qkv, n_win=4, topk=3, backend="torch")[1]
+            for x in (peer_times.make_inputs(problem, torch.float32, torch.device("cpu")) for _ in range(2))
         ]
-        assert not torch.equal(sets[0].r_idx, sets[1].r_idx)
-
-
-def test_padding_reaches_the_routing_of_the_fused_peer():
-    qkv, padding = torch.randn(1, 8, 8, SPEC.packed_dim), torch.randn(SPEC.packed_dim) * 3
-    padded = pad_map(qkv, RegionGrid.of_windows(8, 8, SPEC.n_win), padding)
-    expected = reference.route(padded, SPEC)[1]
-    assert torch.equal(peers.fused_routing(qkv, padding, SPEC, "torch").long(), expected)
+        assert not torch.equal(*graphs)

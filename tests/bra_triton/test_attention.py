@@ -12,7 +12,7 @@ from problems import CASES_BY_NAME, Case, cases_for, random_map, relative_error,
 import bra_triton
 from bra_triton import BiLevelRoutingAttention, functional, reference
 from bra_triton.backend import torch_backend
-from bra_triton.bench import cost
+from bra_triton.bench import measure
 
 BACKENDS = ("torch", "triton")
 # Norm of the difference over the norm. Rounding of float32 gives 1 to 4e-7 at these sizes; a wrong tail, mask
@@ -147,7 +147,7 @@ def test_memory_of_the_torch_backend_is_linear_in_the_map():
     for side in (64, 128):
         qkv = torch.randn(1, side, side, spec.packed_dim)
         peaks.append(
-            cost.peak_bytes(lambda qkv=qkv: functional.attend(qkv, spec, backend="torch"), qkv.device)
+            measure.peak_bytes(lambda qkv=qkv: functional.attend(qkv, spec, backend="torch"), qkv.device)
         )
     assert peaks[1] < 5 * peaks[0], peaks
 

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from bra_triton.bench.machine_code.launches import Setting, record_attention, record_kernels
+from bra_triton.bench.machine_code.hardware import BLOCK_SHARED_BYTES, table_shared_bytes
+from bra_triton.bench.machine_code.launches import record_attention, record_kernels
 from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
+from bra_triton.bench.problems import PROBLEMS, Problem
 from bra_triton.kernels import tiles
 from bra_triton.kernels.routing import launch as routing
 
@@ -14,30 +16,26 @@ pytestmark = pytest.mark.compiled
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 SPILL_FREE = ("sm_80", "sm_90")
-# Dynamic shared memory that a thread block may ask for.
-SHARED_BYTES = {
-    "sm_80": 163 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "sm_120": 99 << 10,
-    "gfx942": 64 << 10,
+YOLO_P3 = dataclasses.replace(PROBLEMS["yolo_p3"], batch=2)
+MODELS = {
+    "biformer_stage2": dataclasses.replace(PROBLEMS["biformer_stage2"], batch=2),
+    "yolo_p3": YOLO_P3,
 }
-YOLO_P3 = Setting(2, 80, 80, 8, 4, 2, 32, 32)
-SETTINGS = {"biformer_stage2": Setting(2, 28, 28, 7, 4, 4, 32, 32), "yolo_p3": YOLO_P3}
+PADDED = dataclasses.replace(YOLO_P3, height=79, width=78)
 # What each mode changes in the kernels: pointers that are None otherwise, other strides, other sizes.
 MODES = {
-    "padded_hard": Setting(2, 79, 78, 8, 4, 2, 32, 32, routing_weight="hard"),
-    "padded_soft": Setting(2, 79, 78, 8, 4, 2, 32, 32, routing_weight="soft", side_dwconv=5),
-    "pooled": Setting(2, 80, 80, 8, 4, 2, 32, 32, kv_per_win=4, side_dwconv=0),
-    "head_graphs": Setting(2, 80, 80, 8, 4, 2, 32, 32, head_graphs=True),
-    "unequal_heads": Setting(2, 80, 80, 8, 4, 4, 16, 24),
-    "small_padded": Setting(2, 20, 20, 8, 4, 8, 32, 32),
-    "masked": Setting(2, 14, 14, 7, 16, 8, 32, 32),
+    "padded_hard": dataclasses.replace(PADDED, routing_weight="hard"),
+    "padded_soft": dataclasses.replace(PADDED, routing_weight="soft", side_dwconv=5),
+    "pooled": dataclasses.replace(YOLO_P3, kv_per_win=4, side_dwconv=0),
+    "head_graphs": dataclasses.replace(YOLO_P3, head_graphs=True),
+    "unequal_heads": Problem("", 2, 80, 80, 96, 4, 8, 4, qk_dim=64),
+    "small_padded": dataclasses.replace(PROBLEMS["yolo_p5"], batch=2),
+    "masked": dataclasses.replace(PROBLEMS["biformer_stage3"], batch=2),
 }
 WIDE_HEADS = {
-    "head_64": Setting(2, 80, 80, 8, 4, 2, 64, 64),
-    "head_128": Setting(2, 20, 20, 4, 4, 2, 128, 128),
-    "head_256": Setting(2, 20, 20, 4, 4, 2, 256, 256),
+    "head_64": dataclasses.replace(PROBLEMS["yolo_p3_head64"], batch=2),
+    "head_128": Problem("", 2, 20, 20, 256, 2, 4, 4),
+    "head_256": Problem("", 2, 20, 20, 512, 2, 4, 4),
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = {
@@ -65,14 +63,14 @@ def _usage(specimen, arch):
     return _usages[key]
 
 
-def _check(setting, dtype, arch, expected=KERNELS):
+def _check(problem, dtype, arch, expected=KERNELS):
     with tiles.use_architecture(arch):
-        specimens = [launch.specimen for launch in record_attention(setting, dtype)]
+        specimens = [launch.specimen for launch in record_attention(problem, dtype)]
     # Where the table has LePE apart there is a launch more.
     assert {specimen.name for specimen in specimens} - {"lepe_forward"} == expected
     for specimen in specimens:
         usage = _usage(specimen, arch)
-        assert usage.shared_bytes <= SHARED_BYTES[arch], specimen.name
+        assert usage.shared_bytes <= BLOCK_SHARED_BYTES[arch], specimen.name
         if arch in SPILL_FREE:
             assert usage.spills == 0, (specimen.name, usage)
 
@@ -89,7 +87,7 @@ def _check(setting, dtype, arch, expected=KERNELS):
     + [("biformer_stage2", arch, torch.float16) for arch in SPILL_FREE],
 )
 def test_kernels_compile_fit_and_do_not_spill(name, arch, dtype):
-    _check(SETTINGS[name], dtype, arch)
+    _check(MODELS[name], dtype, arch)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +133,7 @@ def test_routing_fits_every_card_of_an_architecture(n_regions, arch):
     (specimen,) = record_kernels(lambda: routing.route(query, key, min(4, n_regions), 1.0))
     usage = _usage(specimen, arch)
     assert usage.spills == 0
-    assert usage.shared_bytes <= {"sm_80": 99 << 10, "gfx942": 64 << 10}[arch]
+    assert usage.shared_bytes <= table_shared_bytes(arch)
 
 
 def test_the_check_sees_a_spill():
@@ -153,10 +151,10 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("setting", [YOLO_P3, *MODES.values()])
-def test_no_kernel_is_compiled_anew_for_a_size_that_divides_well(setting):
+@pytest.mark.parametrize("problem", [YOLO_P3, *MODES.values()])
+def test_no_kernel_is_compiled_anew_for_a_size_that_divides_well(problem):
     """Triton would compile apart for sizes of 1 and multiples of 16."""
-    for launch in record_attention(setting, torch.float16):
+    for launch in record_attention(problem, torch.float16):
         specimen = launch.specimen
         for parameter in specimen.kernel.params:
             if specimen.signature.get(parameter.name) == "i32":
@@ -170,12 +168,12 @@ def test_no_kernel_is_compiled_anew_for_a_size_that_divides_well(setting):
 @pytest.mark.parametrize("name", ["yolo_p3", "padded_soft"])
 def test_ten_image_sizes_are_one_compilation(name):
     """Ultralytics trains with changing image sizes: multiples of 32 from 512 to 800, at stride 8."""
-    setting = (SETTINGS | MODES)[name]
+    problem = (MODELS | MODES)[name]
     distinct = set()
     for side in range(64, 104, 4):
         # Regions of 64 to 169 tokens take one tile; the two maps of a mode stay padded or not.
         odd = 0 if name == "yolo_p3" else 1
-        sized = dataclasses.replace(setting, height=side // 8 * 8 - odd, width=side // 8 * 8 + 8 - odd)
+        sized = dataclasses.replace(problem, height=side // 8 * 8 - odd, width=side // 8 * 8 + 8 - odd)
         for launch in record_attention(sized, torch.float16):
             specimen = launch.specimen
             key = (specimen.name, str(specimen.signature), str(specimen.constexprs), specimen.num_warps)

@@ -9,22 +9,24 @@ from hypothesis import strategies as st
 from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.cost_model import (
     ATTENTION_KERNELS,
-    ProblemSizes,
     bytes_moved,
-    bytes_requested,
     fma_per_score,
-    lepe_apart_over_fused,
     predict,
     walk_of,
 )
-from bra_triton.bench.machine_code.hardware import HARDWARE, Hardware
+from bra_triton.bench.machine_code.hardware import (
+    BLOCK_SHARED_BYTES,
+    HARDWARE,
+    Hardware,
+    table_shared_bytes,
+)
 from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES, LoopMix, Usage
-from bra_triton.bench.presets import PRESETS
+from bra_triton.bench.problems import MODELS, PROBLEMS, Problem
 
 # One SM of round rates, a clock a second.
-UNIT = Hardware("made up", 1, 1.0, 1.0, 64, 32, 64, 32, 200 << 10, 100 << 10)
+UNIT = Hardware("made up", 1, 1.0, 1.0, 64, 32, 64, 32, 100 << 10)
 # 10x10 regions, four of 64 chosen, heads of 32: a list of 400 keys.
-P3 = ProblemSizes(2, 64, 100, 4, 100, 2, 32, 32)
+P3 = Problem("P3", 2, 80, 80, 64, 2, 8, 4)
 
 
 def mix(**counts):
@@ -43,10 +45,10 @@ def code(registers=128, shared=0, taps=None, n_taps=0):
     )
 
 
-def walk(kernel, block_m, block_n, problem, block_tail=32):
-    found = walk_of(kernel, block_m, block_n, block_tail, problem)
-    own = block_n if kernel == "key_value_gradient" else block_m
-    step = block_m if kernel == "key_value_gradient" else block_n
+def walk(kernel, block_m, block_n, problem, block_tail=32, masked=False):
+    tile = replace(code(), block_m=block_m, block_n=block_n, block_tail=block_tail)
+    found = walk_of(kernel, tile, problem, masked)
+    own, step = (block_n, block_m) if kernel == "key_value_gradient" else (block_m, block_n)
     assert found.scores == own * (step * found.whole_tiles + (block_tail or step) * found.tail_steps)
     return found.programs, found.whole_tiles, found.tail_steps
 
@@ -58,15 +60,11 @@ def test_walks():
     assert walk("attention_forward", 128, 160, P3) == (2 * 2 * 64, 2, 3)
     assert walk("attention_forward", 128, 160, P3, block_tail=0) == (2 * 2 * 64, 2, 1)
     # dK/dV owns keys and walks queries: 16 of 49 regions choose each of 7 x 7 regions of 25 keys.
-    pooled = ProblemSizes(1, 49, 64, 16, 25, 1, 32, 32)
+    pooled = Problem("", 1, 56, 56, 32, 1, 7, 16, kv_per_win=5)
     assert walk("key_value_gradient", 64, 16, pooled) == (49 * 2, 16, 0)
-    # Half as many key regions: rows twice as long.
-    assert walk("key_value_gradient", 64, 16, replace(pooled, kv_regions=98)) == (98 * 2, 8, 0)
     # Under a mask, 49 x 64 queries meet 49 x 25 keys.
-    masked = replace(pooled, masked=True)
-    assert walk("attention_forward", 128, 64, masked) == (25, 19, 1)
-    assert walk("key_value_gradient", 64, 128, masked) == (10, 49, 0)
-    assert masked.useful_scores == pooled.useful_scores
+    assert walk("attention_forward", 128, 64, pooled, masked=True) == (25, 19, 1)
+    assert walk("key_value_gradient", 64, 128, pooled, masked=True) == (10, 49, 0)
 
 
 def test_slots_count_every_section_as_often_as_it_runs():
@@ -96,35 +94,8 @@ def test_bounds():
     )
     assert cost.binding == "matrix"
     assert cost.seconds == cost.bounds["matrix"]
-    assert cost.seconds_per_useful_score == pytest.approx(scores / (100 * 400))
-    assert cost.share_of_ideal == pytest.approx(100 * 400 / scores)
-    assert predict("attention_forward", code(), P3, UNIT, matrix_passes=3).bounds["matrix"] == pytest.approx(
-        3 * cost.bounds["matrix"]
-    )
-
-
-def test_lepe_apart_over_fused():
-    """Fused, its taps are slots of a launch that they bind; apart, they cost memory and a prologue."""
-    taps = mix(fp32=80)
-    fused, bare, apart = (
-        code(taps=taps, n_taps=25),
-        code(),
-        replace(code(), loop=None, tail=None, taps=taps, n_taps=25),
-    )
-    fast = replace(UNIT, half_fma=10**6, exponentials=10**6)  # so that issue binds
-    map_bytes = 2 * 6400 * 64 * 2
-    programs, lepe_programs = 2 * 2 * 64, 2 * 6400 / 128 * 64 / 32
-    for bandwidth in (1e9, 1e-3):
-        hardware = replace(fast, bandwidth=bandwidth)
-        one = max(
-            programs * (1000 + 2000) * 256 / 128,
-            (bytes_moved("attention_forward", P3) + map_bytes) / bandwidth,
-        )
-        first = max(programs * 1000 * 256 / 128, bytes_moved("attention_forward", P3) / bandwidth)
-        second = max(lepe_programs * (310 + 2000) * 256 / 128, 3 * map_bytes / bandwidth)
-        ratio = lepe_apart_over_fused(fused, bare, apart, P3, hardware)
-        assert ratio == pytest.approx((first + second) / one)
-        assert (ratio > 1) == (bandwidth < 1)
+    in_float32 = predict("attention_forward", code(), P3, UNIT, element_bytes=4)
+    assert in_float32.bounds["matrix"] == pytest.approx(3 * 2 * cost.bounds["matrix"])  # at half the rate
 
 
 @pytest.mark.parametrize(
@@ -148,50 +119,38 @@ def test_a_launch_takes_whole_programs_an_sm():
 
 
 def test_what_does_not_fit_costs_infinitely():
-    cost = predict("attention_forward", code(shared=101 << 10), P3, UNIT)
+    cost = predict("attention_forward", code(shared=100 << 10), P3, UNIT)
     assert cost.resident_warps == 0
-    assert cost.seconds_per_useful_score == float("inf")
-    assert cost.share_of_ideal == 0
+    assert cost.seconds == cost.cost == float("inf")
 
 
 def test_products_of_each_kernel():
-    wide = replace(P3, qk_head_dim=24, v_head_dim=40)
-    assert fma_per_score("attention_forward", wide, padded=False) == 24 + 40
-    assert fma_per_score("query_gradient", wide, padded=False) == 2 * 24 + 40
-    assert fma_per_score("key_value_gradient", wide, padded=True) == 2 * 32 + 2 * 64
+    wide = Problem("", 2, 80, 80, 80, 2, 8, 4, qk_dim=48)
+    assert fma_per_score("attention_forward", wide) == 32 + 64
+    assert fma_per_score("query_gradient", wide) == 2 * 32 + 64
+    assert fma_per_score("key_value_gradient", wide) == 2 * 32 + 2 * 64
 
 
 def test_bytes_of_one_image_by_hand():
-    tiny = ProblemSizes(1, 4, 10, 2, 10, 1, 16, 32)  # 40 tokens, rows of 32 and 64 bytes
+    tiny = Problem("", 1, 4, 10, 32, 1, 2, 2, qk_dim=16)  # 40 tokens, rows of 32 and 64 bytes
     graph = 4 * 4 * 2
     assert bytes_moved("attention_forward", tiny) == 40 * (32 + 32 + 64 + 64 + 4) + graph
     assert bytes_moved("query_gradient", tiny) == 40 * (3 * 32 + 3 * 64 + 12) + graph
     assert bytes_moved("key_value_gradient", tiny) == 40 * (3 * 32 + 3 * 64 + 8) + graph
-    # Every region reads 20 keys where 10 a region would do, twice when its queries take two programs.
-    extra = bytes_requested("attention_forward", 16, 16, tiny) - bytes_moved("attention_forward", tiny)
-    assert extra == (4 * 20 - 40) * 96
-    extra = bytes_requested("attention_forward", 8, 16, tiny) - bytes_moved("attention_forward", tiny)
-    assert extra == (2 * 4 * 20 - 40) * 96
-    # Under a mask, three tiles of queries read all 40 keys each, as do three tiles of keys the queries.
-    masked = replace(tiny, masked=True)
-    extra = bytes_requested("attention_forward", 16, 16, masked) - bytes_moved("attention_forward", masked)
-    assert extra == (3 - 1) * 40 * 96
-    extra = bytes_requested("key_value_gradient", 16, 16, masked) - bytes_moved("key_value_gradient", masked)
-    assert extra == (3 - 1) * 40 * (96 + 8)
 
 
 @given(
     kernel=st.sampled_from(ATTENTION_KERNELS),
-    sizes=st.tuples(*[st.integers(1, 40)] * 5),
+    sizes=st.tuples(*[st.integers(1, 8)] * 5),
     block_m=st.sampled_from([16, 32, 64, 128]),
     block_n=st.sampled_from([16, 32, 64, 128]),
+    masked=st.booleans(),
 )
-def test_walks_cover_every_score(kernel, sizes, block_m, block_n):
-    batch, regions, tokens, topk, kv_tokens = sizes
-    problem = ProblemSizes(batch, regions, tokens, min(topk, regions), kv_tokens, 2, 32, 32)
-    walk = walk_of(kernel, block_m, block_n, 16, problem)
+def test_walks_cover_every_score(kernel, sizes, block_m, block_n, masked):
+    batch, n_win, height, width, topk = sizes
+    problem = Problem("", batch, n_win * height, n_win * width, 64, 2, n_win, min(topk, n_win**2))
+    walk = walk_of(kernel, replace(code(), block_m=block_m, block_n=block_n), problem, masked)
     assert walk.programs * walk.scores >= problem.useful_scores
-    assert bytes_requested(kernel, block_m, block_n, problem) >= bytes_moved(kernel, problem)
 
 
 def test_resident_warps_by_each_limit():
@@ -212,13 +171,34 @@ def test_unknown_names_are_errors():
         predict("query_gradient", replace(code(), loop=None), P3, UNIT)
 
 
-def test_presets_are_what_the_models_run():
-    assert {name for name, preset in PRESETS.items() if preset.region_tokens >= 100} == {
-        *("yolo_p3", "yolo_p3_head64", "high_resolution", "high_resolution_head64")
-    }
-    for preset in PRESETS.values():
-        assert preset.topk <= preset.n_win**2
-        assert preset.dim % preset.num_heads == 0
-    p5 = PRESETS["yolo_p5"].sizes()
-    assert (p5.region_tokens, p5.regions, p5.useful_scores) == (9, 64, 16 * 8 * 64 * 9 * 36)
-    assert PRESETS["biformer_stage4"].region_tokens == 1
+def test_a_table_serves_every_card_that_takes_its_tiles():
+    assert table_shared_bytes("sm_80") == BLOCK_SHARED_BYTES["sm_86"] < BLOCK_SHARED_BYTES["sm_80"]
+    assert table_shared_bytes("sm_90") == BLOCK_SHARED_BYTES["sm_90"] == 232448
+
+
+class TestProblems:
+    def test_models_are_sound(self):
+        assert {name for name, problem in MODELS.items() if problem.grid.region_tokens >= 100} == {
+            *("yolo_p3", "yolo_p3_head64", "high_resolution", "high_resolution_head64")
+        }
+        for name, problem in PROBLEMS.items():
+            assert problem.name == name
+            assert problem.topk <= problem.n_win**2
+            assert problem.dim % problem.num_heads == 0
+
+    def test_sizes_follow(self):
+        p5 = PROBLEMS["yolo_p5"]
+        assert (p5.grid.region_tokens, p5.grid.n_regions) == (9, 64)
+        assert p5.useful_scores == 16 * 8 * 64 * 9 * 36
+
+    def test_where_every_region_attends_to_all_there_is_one(self):
+        """With its padding; keys a region become as many in one."""
+        all_chosen = Problem("", 1, 7, 10, 16, 1, 4, 16, kv_per_win=2)
+        merged = all_chosen.merged()
+        assert (merged.grid.n_regions, merged.grid.region_tokens) == (1, 8 * 12)
+        assert merged.kv_grid.region_tokens == 16 * 4
+        assert merged.useful_scores == all_chosen.useful_scores
+        assert replace(all_chosen, routing_weight="soft").merged().n_win == 4
+
+    def test_names_make_no_difference(self):
+        assert replace(PROBLEMS["yolo_p3"], name="other") == PROBLEMS["yolo_p3"]

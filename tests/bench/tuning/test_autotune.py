@@ -2,23 +2,28 @@
 
 import json
 import math
+import re
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from bra_triton.bench import autotune
-from bra_triton.bench.machine_code.hardware import HARDWARE
-from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES
-from bra_triton.bench.tuning import inputs, prediction, ranking, timing
-from bra_triton.bench.tuning.prediction import Job, Outcome
+from bra_triton.bench.machine_code.analysis import Analysis
+from bra_triton.bench.machine_code.hardware import table_shared_bytes
+from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES, LoopMix, Usage
+from bra_triton.bench.problems import Problem
+from bra_triton.bench.tuning import inputs, prediction, timing
+from bra_triton.bench.tuning.prediction import Job
 from bra_triton.bench.tuning.search_space import candidates, problems, serves
 from bra_triton.kernels import tiles
 from bra_triton.kernels.attention import launch as attention
 from bra_triton.kernels.tiles import cache as tile_cache
+from bra_triton.kernels.tiles import choice
 from bra_triton.kernels.tiles import table as tile_table
-from bra_triton.kernels.tiles.table import BITS, HEAD_DIMS, KERNELS, SIZES, Key, Tile
+from bra_triton.kernels.tiles.table import BITS, HEAD_DIMS, KERNELS, SIZES, Entry, Key, Tile
 
 # One region of 2 x 2 tokens and few tiles: the interpreter takes its time for every program.
 TINY = ["--shape", "1x2x2x16", "--num-heads", "1", "--n-win", "1", "--topk", "1"]
@@ -42,8 +47,8 @@ def test_every_entry_has_something_to_try(kernel, bits, head_dim):
 
 def test_problems_are_of_their_size_class():
     for size in SIZES:
-        for problem in problems(size, 32, 16):
-            assert Key.of(tiles.FORWARD, 16, 32, problem.region_tokens).size == size
+        for problem in problems(size, 32):
+            assert Key.of(tiles.FORWARD, 16, 32, problem.grid.region_tokens).size == size
 
 
 def test_a_dry_run_lists_and_writes_nothing(capsys, tmp_path):
@@ -98,14 +103,14 @@ class Stopwatch:
         if len(self.timed) == self.stop_after:
             raise KeyboardInterrupt
         run(n_sets - 1)
-        tile = next(iter(tiles.choice._forced.get().values()))
+        tile = next(iter(choice._forced.get().values()))
         self.timed.append(tile)
         return self.milliseconds.get(tile, 1.0)
 
 
 def measure(argv, timer, device):
     args = autotune._parser().parse_args(argv)
-    autotune.measure(args, autotune._settings(args), device, timer)
+    autotune.measure(args, autotune._problems(args), device, timer)
 
 
 @pytest.fixture
@@ -141,13 +146,13 @@ def test_saving_writes_what_was_measured_into_the_shipped_table(tried, device, m
 
 
 def test_what_compiles_ahead_launches_every_trial_and_minds_no_failure(device, monkeypatch):
-    """On two images of the setting, whatever it has: kernels are the same."""
-    setting = autotune._settings(autotune._parser().parse_args(TINY))[0]
-    good = timing.Trial(replace(setting, batch=50), torch.float16, tiles.FORWARD, Tile(16, 32, 1, 2))
+    """On two images of the problem, whatever it has: kernels are the same."""
+    problem = autotune._problems(autotune._parser().parse_args(TINY))[0]
+    good = timing.Trial(replace(problem, batch=50), torch.float16, tiles.FORWARD, Tile(16, 32, 1, 2))
     launched, error = [], inputs.Inputs.error
 
     def note(self, kernel):
-        launched.append((self.setting.batch, kernel, tiles.choice._forced.get()))
+        launched.append((self.problem.batch, kernel, choice._forced.get()))
         if len(launched) == 1:
             raise RuntimeError("out of resource: shared memory")
         return error(self, kernel)
@@ -196,7 +201,7 @@ def test_what_else_a_tile_can_be():
 def test_trials_compete_for_the_entry_that_launches_take(side, dim, form):
     argv = ["--shape", f"1x{side}x{side}x{dim}", "--num-heads", "1", "--n-win", "2", "--topk", "1"]
     args = autotune._parser().parse_args(argv)
-    trial = timing.Trial(autotune._settings(args)[0], torch.float16, tiles.FORWARD, Tile(16, 16, 1, 1))
+    trial = timing.Trial(autotune._problems(args)[0], torch.float16, tiles.FORWARD, Tile(16, 16, 1, 1))
     assert trial.key.form == form
 
 
@@ -275,7 +280,7 @@ def test_a_broken_context_ends_the_run(device, monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     args = autotune._parser().parse_args(FORWARD_TINY)
-    drawn = inputs.Inputs(autotune._settings(args)[0], torch.float16, device)
+    drawn = inputs.Inputs(autotune._problems(args)[0], torch.float16, device)
     monkeypatch.setattr(timing, "Inputs", lambda *args: drawn)
     monkeypatch.setattr(attention, "attention_forward", forward)
     with pytest.raises(RuntimeError, match="broke the GPU's context"):
@@ -283,11 +288,11 @@ def test_a_broken_context_ends_the_run(device, monkeypatch):
     assert len((tile_cache.folder() / "timings.jsonl").read_text().splitlines()) == 1
 
 
-def test_winners_weigh_settings_alike():
+def test_winners_weigh_problems_alike():
     """A tenth of a short setting's time is worth more than a twentieth of a long one's."""
     args = autotune._parser().parse_args(TINY)
-    short = timing.Trial(autotune._settings(args)[0], torch.float16, tiles.FORWARD, Tile(16, 32, 1, 3))
-    long = replace(short, setting=replace(short.setting, batch=100))
+    short = timing.Trial(autotune._problems(args)[0], torch.float16, tiles.FORWARD, Tile(16, 32, 1, 3))
+    long = replace(short, problem=replace(short.problem, batch=100))
     other = Tile(16, 64, 1, 3)
     only_short = Tile(16, 64, 2, 3)
     times = {
@@ -301,76 +306,72 @@ def test_winners_weigh_settings_alike():
     assert timing.winners(times)[short.key][0] == short.tile
 
 
-def outcome(loop, spills=0, shared=1024, rest=100, waits=0, registers=100):
-    """What a compiler might have said."""
+def code(loop, spills=0, shared=1024, rest=100, waits=0, registers=100):
+    """What might have been counted."""
     mix = dict.fromkeys(INSTRUCTION_CLASSES, 0) | {"matrix": 1, "exponentials": 1}
-    usage = prediction.Usage(registers, shared, 0, spills, 0)
-    loop, rest = (prediction.LoopMix(mix | {"fp32": n - 2}, {}, waits) for n in (loop, rest))
-    return Outcome(prediction.Analysis(128, 64, 32, 0, 4, usage, loop, None, None, rest))
+    usage = Usage(registers, shared, 0, spills, 0)
+    loop, rest = (LoopMix(mix | {"fp32": n - 2}, {}, waits) for n in (loop, rest))
+    return Analysis(128, 64, 32, 0, 4, usage, loop, None, None, rest)
 
 
 class TestRanking:
     KEY = Key(tiles.FORWARD, 16, 32, 128)
     TILES = [tile for tile in candidates(tiles.FORWARD, 16, 32) if serves(tile, 128)][:3]
 
-    def name(self, tile):
-        return Job("sm_90", tiles.FORWARD, 16, 32, tile).key
+    def job(self, tile):
+        return Job("sm_90", tiles.FORWARD, 16, 32, tile)
 
-    def best(self, **by_version):
-        named = {
-            version: {self.name(self.TILES[index]): found for index, found in outcomes.items()}
-            for version, outcomes in by_version.items()
-        }
-        return [self.TILES.index(r.tile) for r in ranking.rank(self.KEY, "sm_90", named)]
+    def best(self, codes):
+        results = {self.job(self.TILES[index]): found for index, found in codes.items()}
+        return [self.TILES.index(r.tile) for r in prediction.rank(self.KEY, "sm_90", results)]
 
     def test_cheapest_first(self):
-        assert self.best(new={0: outcome(900), 1: outcome(700), 2: outcome(800)}) == [1, 2, 0]
+        assert self.best({0: code(900), 1: code(700), 2: code(800)}) == [1, 2, 0]
 
     def test_warps_that_wait_for_few_others_cost_more_than_instructions(self):
         """255 registers leave an SM 8 warps, 128 leave it 16."""
-        assert self.best(new={0: outcome(700, registers=255), 1: outcome(800, registers=128)}) == [1, 0]
+        assert self.best({0: code(700, registers=255), 1: code(800, registers=128)}) == [1, 0]
 
     def test_among_ties_the_cheapest_loop(self):
-        assert self.best(new={0: outcome(900, rest=100), 1: outcome(890, rest=180)})[0] == 1
+        assert self.best({0: code(900, rest=100), 1: code(890, rest=180)})[0] == 1
 
     def test_a_loop_that_waits_for_every_product_must_be_cheaper_by_a_margin(self):
-        assert self.best(new={0: outcome(850, waits=1), 1: outcome(900)}) == [1, 0]
-        assert self.best(new={0: outcome(700, waits=1), 1: outcome(900)}) == [0, 1]
+        assert self.best({0: code(850, waits=1), 1: code(900)}) == [1, 0]
+        assert self.best({0: code(700, waits=1), 1: code(900)}) == [0, 1]
 
     def test_what_spills_or_does_not_fit_or_compile_is_out(self):
-        too_much = HARDWARE["sm_90"].block_shared_bytes + 1
-        outcomes = {0: outcome(500, spills=1), 1: outcome(500, shared=too_much), 2: Outcome(None, "no")}
-        assert self.best(new=outcomes) == []
+        too_much = table_shared_bytes("sm_90") + 1
+        codes = {0: code(500, spills=1), 1: code(500, shared=too_much), 2: RuntimeError("no")}
+        assert self.best(codes) == []
 
     @pytest.mark.parametrize(("spills", "more"), [(0, 1), (1, 0)])
     def test_a_form_is_tried_in_batches_and_in_one_alone_where_the_plain_kernel_spills(self, spills, more):
         padded = replace(self.KEY, form=tiles.PADDED)
-        known = {self.name(tile): outcome(900 + i, spills) for i, tile in enumerate(self.TILES)}
-        first = ranking.jobs_of_forms([padded], "sm_90", {"new": known})
-        assert [job.tile for job in first] == self.TILES[: ranking.FORM_BATCH]
-        known |= {job.key: outcome(900, spills=1) for job in first}
-        assert len(ranking.jobs_of_forms([padded], "sm_90", {"new": known})) == more
+        known = {self.job(tile): code(900 + i, spills) for i, tile in enumerate(self.TILES)}
+        first = prediction.jobs_of_forms([padded], "sm_90", known)
+        assert [job.tile for job in first] == self.TILES[: prediction.FORM_BATCH]
+        known |= {job: code(900, spills=1) for job in first}
+        assert len(prediction.jobs_of_forms([padded], "sm_90", known)) == more
 
-    def test_the_dearest_version_counts(self):
-        assert self.best(new={0: outcome(500), 1: outcome(700)}, old={0: outcome(2000), 1: outcome(700)}) == [
-            1,
-            0,
-        ]
-
-    def test_a_spill_under_any_version_counts(self):
-        assert self.best(
-            new={0: outcome(500), 1: outcome(700)}, old={0: outcome(500, 3), 1: outcome(700)}
-        ) == [1]
-
-    def test_what_was_not_confirmed_is_left_out_where_something_was(self):
-        assert self.best(new={0: outcome(500), 1: outcome(700)}, old={1: outcome(700)}) == [1]
-        assert self.best(new={0: outcome(500), 1: outcome(700)}, old={}) == [0, 1]
+    def test_the_table_takes_the_best_and_keeps_how_lepe_is_computed(self, monkeypatch):
+        """And what was measured; where everything spills, the cheapest that does."""
+        apart = replace(self.TILES[2], fuses_lepe=False)
+        measured = replace(self.KEY, head_dim=64)
+        entries = {self.KEY: Entry(apart, 1.0), measured: Entry(apart, 1.0, "a card")}
+        shipped = tile_table.Table("sm_90", "predicted", "", "", entries)
+        monkeypatch.setattr(prediction, "packaged", lambda arch: shipped)
+        results = {self.job(self.TILES[0]): code(900, spills=1), self.job(self.TILES[1]): code(800, spills=1)}
+        results |= {replace(job, head_dim=64): found for job, found in results.items()}
+        made, spilling = prediction.table([self.KEY, measured], "sm_90", results)
+        assert made.entries[self.KEY].tile == replace(self.TILES[1], fuses_lepe=False)
+        assert made.entries[measured] == entries[measured]
+        assert spilling == [self.KEY, measured]
 
 
 @pytest.mark.compiled
-def test_a_prediction_writes_a_table_and_keeps_what_it_compiled(monkeypatch, tmp_path, capsys):
+def test_a_prediction_writes_a_table(monkeypatch, tmp_path, capsys):
     tile = Tile(64, 32, 2, 3)
-    monkeypatch.setattr(ranking, "candidates", lambda *args: [tile])
+    monkeypatch.setattr(prediction, "candidates", lambda *args: [tile])
     argv = ["--arch", "sm_90", "--kernel", "forward", "--head-dim", "32", "--workers", "1"]
     argv += ["--output", str(tmp_path)]
     assert autotune.main(argv) == 0
@@ -380,12 +381,36 @@ def test_a_prediction_writes_a_table_and_keeps_what_it_compiled(monkeypatch, tmp
     for key, entry in table.entries.items():
         asked = key.kernel == "forward" and (key.bits, key.head_dim) == (16, 32) and key.size in {64, 128}
         if asked and not shipped[key].measured_on:
-            assert entry.tile == tile
+            assert entry.tile == replace(tile, fuses_lepe=shipped[key].tile.fuses_lepe)
             assert 5 < entry.cost < 80
         else:
             assert entry == shipped[key]
     assert "nothing fits" in capsys.readouterr().out
 
-    monkeypatch.setattr(prediction, "compile_one", lambda job: pytest.fail("compiled twice"))
-    assert autotune.main(argv) == 0
-    assert tile_table.parse_table((tmp_path / "sm_90.json").read_text()) == table
+
+def test_what_the_shipped_table_says_was_measured_is_in_the_timings_kept():
+    """With its mean time, at most 8 % over the fastest, which is left out if it spills under Triton 3.8."""
+    path = Path(__file__).parents[3] / "docs" / "measured" / "h200-timings.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    timed = {kept_trial(row["trial"]): row["milliseconds"] for row in rows}
+    means = timing.means({trial: time for trial, time in timed.items() if math.isfinite(time)})
+    entries = {key: e for key, e in tile_table.packaged("sm_90").entries.items() if e.measured_on}
+    assert set(entries) == set(means)
+    for key, entry in entries.items():
+        assert entry.cost == pytest.approx(means[key][entry.tile], abs=1e-4), key
+        assert entry.cost < 1.08 * min(means[key].values()), key
+
+
+def kept_trial(text):
+    """The trial of a row that was kept when problems were called settings."""
+    sizes, dtype, kernel, tile = re.fullmatch(r"Setting\((.*)\) torch\.(\w+) (\w+) (.*)", text).groups()
+    s = eval(f"dict({sizes})", {"__builtins__": {}}, {"dict": dict})
+    problem = Problem(
+        *("", s["batch"], s["height"], s["width"], s["num_heads"] * s["v_head_dim"], s["num_heads"]),
+        *(s["n_win"], s["topk"], s["routing_weight"], s["kv_per_win"], s["kv_pooling"], s["head_graphs"]),
+        qk_dim=s["num_heads"] * s["qk_head_dim"],
+    )
+    numbers = re.match(r"(\d+)x(\d+) (\d+)w (\d+)s(?: 1/(\d+) exp)?", tile).groups(default=0)
+    *sides, share = map(int, numbers)
+    tile = Tile(*sides, exp_share=share, fuses_lepe="lepe apart" not in tile)
+    return timing.Trial(problem, getattr(torch, dtype), kernel, tile)

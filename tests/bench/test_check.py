@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bra_triton.bench import gpu_check, gpu_report, in_tree, jobs, versions
+from bra_triton.bench import check, check_report, in_tree, jobs, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +35,7 @@ def test_every_package_of_the_tree_is_found():
     assert tops == {"bra_triton", "kernels", "bench", "yolo_integration"}
     settings = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
     assert set(settings["tool"]["setuptools"]["packages"]) == set(folders)
+    assert settings["tool"]["setuptools"]["package-dir"] == folders
 
 
 def test_a_bare_tree_is_imported_from_itself_and_needs_no_optional_package(bare_tree):
@@ -46,9 +47,9 @@ def test_a_bare_tree_is_imported_from_itself_and_needs_no_optional_package(bare_
                 if name.split(".")[0] in ("ultralytics", "hypothesis", "matplotlib"):
                     raise ModuleNotFoundError(name)
         sys.meta_path.insert(0, Absent())
-        import bra_triton.bench.peer_benchmark, bra_triton.bench.gpu_check
+        import bra_triton.bench.peer_times, bra_triton.bench.check
         import bra_triton.kernels.attention.launch
-        names = ("bra_triton", "bra_triton.bench", "bra_triton.kernels.lepe", "bra_triton.bench.cost")
+        names = ("bra_triton", "bra_triton.bench", "bra_triton.kernels.lepe", "bra_triton.bench.measure")
         print(json.dumps([sys.modules[n].__file__ for n in names] + sys.argv))
         """)
     )
@@ -76,9 +77,9 @@ def test_processes_that_it_spawns_find_the_tree_too(bare_tree):
     assert done.stdout.split() == [str(bare_tree / "kernels" / "tiles" / "__init__.py"), "32"]
 
 
-def test_called_by_its_path_it_asks_for_a_gpu(bare_tree):
-    """`python bench/gpu_check.py`, with nothing on the path but the standard library and PyTorch."""
-    command = [sys.executable, "bench/gpu_check.py", "--device", "cuda"]
+def test_it_asks_for_a_gpu_from_a_bare_tree(bare_tree):
+    """`make gpu-check`, with nothing on the path but the standard library and PyTorch."""
+    command = [sys.executable, "bench/in_tree.py", "bra_triton.bench.command_line", "check"]
     environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=bare_tree, env=environment, check=False
@@ -89,12 +90,12 @@ def test_called_by_its_path_it_asks_for_a_gpu(bare_tree):
 
 def test_a_copy_without_git_says_what_it_is_of(monkeypatch):
     monkeypatch.setenv("BRA_TRITON_COMMIT", "abc1234")
-    assert versions.describe(torch.device("cpu"))["commit"] == "abc1234"
+    assert measure.circumstances(torch.device("cpu"))["commit"] == "abc1234"
 
 
 def test_the_files_that_start_first_are_there():
     stems = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
-    assert set(gpu_check.LONGEST_FILES) <= stems
+    assert set(check.LONGEST_FILES) <= stems
 
 
 def test_files_are_left_out_by_what_they_import(tmp_path):
@@ -102,7 +103,7 @@ def test_files_are_left_out_by_what_they_import(tmp_path):
     test.write_text(
         "import torch, json\nfrom problems import CASES\ndef f():\n    import no_such_package.sub\n"
     )
-    assert gpu_check.missing_imports(test) == ["no_such_package"]
+    assert check.missing_imports(test) == ["no_such_package"]
 
 
 class TestRun:
@@ -127,7 +128,7 @@ class TestRun:
 
         def run(*flags):
             common = ["--device", "cpu", "--out", str(tmp_path / "out"), "--tests", str(tests)]
-            status = gpu_check.main([*common, *flags])
+            status = check.main([*common, *flags])
             capsys.readouterr()
             results = json.loads((tmp_path / "out" / "results.json").read_text())
             return status, results, (tmp_path / "out" / "report.md").read_text()
@@ -137,8 +138,8 @@ class TestRun:
     def test_a_failing_mode_gives_status_1_and_the_rest_runs(self, run):
         status, results, report = run("--parts", "modes", "--workers", "2")
         assert status == 1
-        checks = {check["name"]: check for check in results["checks"]}
-        assert {name: check["status"] for name, check in checks.items()} == {
+        checks = {one["name"]: one for one in results["checks"]}
+        assert {name: one["status"] for name, one in checks.items()} == {
             "mode good": jobs.PASSED,
             "mode bad": jobs.FAILED,
             "mode dead": jobs.FAILED,
@@ -148,14 +149,16 @@ class TestRun:
         )
         assert "wrong by" in checks["mode bad"]["failures"]["test_mode[bad-bf16]"]
         assert "exit status 3" in checks["mode dead"]["failures"]["mode dead"]
-        assert "| bad | 1 passed | - | **failed: mode** |" in report
-        assert "| good | 2 passed | 1 passed | - |" in report
-        assert "| dead | 1 not finished | - | - |" in report
+        assert "| check | | passed | failed | skipped | not finished | s |" in report
+        assert "| mode bad | failed | 1 | 1 | 0 | 0 |" in report
+        assert "| mode good | passed | 3 | 0 | 0 | 0 |" in report
+        assert "| mode dead | failed | 0 | 0 | 0 | 1 |" in report
+        assert "- test_mode[bad-bf16]: `" in report
 
     def test_only_the_modes_asked_for(self, run):
         status, results, _ = run("--parts", "modes", "--modes", "good")
         assert status == 0
-        assert [check["name"] for check in results["checks"]] == ["mode good"]
+        assert [one["name"] for one in results["checks"]] == ["mode good"]
 
     def test_no_tests_at_all_is_a_failure(self, run):
         status, _, report = run("--parts", "modes", "--modes", "misspelt")
@@ -174,12 +177,12 @@ class TestRun:
         """A check that did not finish has shown nothing."""
         status, results, _ = run("--parts", "modes", "peers", "--budget-seconds", "0.01")
         assert status == 1
-        assert {check["status"] for check in results["checks"]} <= {jobs.NOT_FINISHED, jobs.FAILED}
+        assert {one["status"] for one in results["checks"]} <= {jobs.NOT_FINISHED, jobs.FAILED}
 
     def test_gpu_is_demanded_unless_a_rehearsal_is_asked_for(self, monkeypatch, capsys):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         with pytest.raises(SystemExit):
-            gpu_check.main([])
+            check.main([])
         assert "--device cpu rehearses" in capsys.readouterr().err
 
 
@@ -195,6 +198,6 @@ def test_a_job_that_hangs_is_ended_with_what_it_started(tmp_path):
 
 def test_report_of_nothing():
     results = {"versions": {"card": None, "torch": "2"}, "checks": [], "rows": [], "notes": ["a note"]}
-    report = gpu_report.markdown(results)
+    report = check_report.markdown(results)
     assert "- a note" in report
     assert "card" not in report

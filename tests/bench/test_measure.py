@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from bra_triton.bench import cost
+from bra_triton.bench import measure
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -21,7 +21,7 @@ def test_peak_counts_what_is_held_at_once_and_not_what_came_before():
         third = second + before[:MIB]
         del second, third
 
-    assert cost.peak_bytes(run, CPU) == pytest.approx(8 * MIB, abs=4096)
+    assert measure.peak_bytes(run, CPU) == pytest.approx(8 * MIB, abs=4096)
 
 
 @torch.library.custom_op("bra_triton_tests::wasteful", mutates_args=())
@@ -32,9 +32,9 @@ def wasteful(x: torch.Tensor) -> torch.Tensor:
 
 def test_peak_sees_into_operators():
     x = torch.zeros(MIB)
-    assert cost.peak_bytes(lambda: wasteful(x), CPU) == pytest.approx(4 * x.nbytes, abs=4096)
+    assert measure.peak_bytes(lambda: wasteful(x), CPU) == pytest.approx(4 * x.nbytes, abs=4096)
 
 
 def test_median_is_of_the_counted_runs():
     pauses = iter([2.0, 0.001, 1.0, 0.001])  # the first is not counted
-    assert cost.median_seconds(lambda: time.sleep(next(pauses)), CPU, repeats=3) < 0.9
+    assert measure.median_seconds(lambda: time.sleep(next(pauses)), CPU, repeats=3) < 0.9

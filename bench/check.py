@@ -1,4 +1,4 @@
-"""All that needs a GPU, in one command and in limited time: `python bench/gpu_check.py`, or `make gpu-check`.
+"""All that needs a GPU, in one command and in limited time: `bra-bench check`, or `make gpu-check`.
 
 Needs PyTorch, Triton, einops and pytest, and this working tree; nothing is installed or downloaded. Where the
 tree is a copy without git, `BRA_TRITON_COMMIT` says of which commit, and the report repeats it.
@@ -6,7 +6,7 @@ tree is a copy without git, `BRA_TRITON_COMMIT` says of which commit, and the re
 1. Every mode in float32, float16 and bfloat16 against the float64 reference, for the same bits in every run,
    in CUDA graphs, and for host synchronisation (`tests/gpu`), a process a mode. Beside them the rest of the
    tests, as far as what they import is there, and every peer of the benchmark against the definition.
-2. Times and memory beside the peers (`peer_benchmark`), one row after the other, as long as the time lasts.
+2. Times and memory beside the peers (`bra-bench peers`), one row after the other, as long as the time lasts.
 
 Whatever fails is reported and the rest goes on. The folder of results holds `results.json`, `report.md` and
 the log of every process, and is complete at any moment. Exit status 1 if a check failed or did not finish.
@@ -24,22 +24,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-DTYPES = ("fp32", "fp16", "bf16")
-# Shape, batch and dtype; the most telling first, since the time may not last for all.
+import torch
+
+from bra_triton.bench import jobs, measure
+from bra_triton.bench.check_report import markdown
+from bra_triton.bench.jobs import Job
+from bra_triton.bench.measure import ROOT
+from bra_triton.bench.peer_times import file_name
+
+# Problem, batch and dtype; the most telling first, since the time may not last for all.
 ROWS = (
-    "yolo-p3:8:float16",
-    "biformer-1:8:float16",
-    "yolo-p4:8:float16",
-    "biformer-2:8:float16",
-    "yolo-p5:8:float16",
-    "biformer-3:8:float16",
-    "biformer-4:8:float16",
-    "yolo-p3:1:float16",
+    "yolo_p3:8:float16",
+    "biformer_stage1:8:float16",
+    "yolo_p4:8:float16",
+    "biformer_stage2:8:float16",
+    "yolo_p5:8:float16",
+    "biformer_stage3:8:float16",
+    "biformer_stage4:8:float16",
+    "yolo_p3:1:float16",
 )
-ROWS_ON_CPU = ("tiny:1:float32", "tiny-padded:2:float32")
+ROWS_ON_CPU = ("tiny:1:float32", "tiny_padded:2:float32")
 PYTEST_FLAGS = ("-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}")
 PARTS = ("modes", "suite", "peers", "benchmark")
+DTYPES = ("fp32", "fp16", "bf16")
 # The share of the time that checks may take; the benchmark's need is small once its kernels are compiled.
 CHECK_SHARE = 0.6
 # Files of tests that start before the modes: on an H200 they take 85 to 201 s, a mode or a peer some 40 s.
@@ -48,22 +55,18 @@ LONGEST_FILES = ("test_nchw_attention", "test_attention", "test_routed_attention
 LEAST_ROW_SECONDS = 15
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the checks and the benchmark; returns 1 if a check failed or did not finish."""
-    from bra_triton.bench import jobs, versions
-
     start = time.monotonic()
     options = _parse(arguments)
-    import torch
-
-    device = torch.device(options.device)
-    described = versions.describe(device)
-    out = options.out or _default_folder(described)
+    described = measure.circumstances(torch.device(options.device))
+    name = _slug(f"{described['card'] or 'cpu'}-{described['date']}")
+    out = options.out or ROOT / "runs" / "bench" / "results" / name
     out.mkdir(parents=True, exist_ok=True)
     check_deadline = start + CHECK_SHARE * options.budget_seconds
     deadline = start + options.budget_seconds
     results: dict[str, Any] = {"versions": described, "checks": [], "rows": [], "notes": []}
-    print(", ".join(f"{key} {value}" for key, value in described.items() if value), flush=True)
+    print(measure.on_one_line(described), flush=True)
 
     planned = _plan(options, out, results["notes"], check_deadline)
     environment = _environment(options.device, threads=1 if len(planned) > 1 else None)
@@ -80,14 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if bad else 0
 
 
-def _plan(options: argparse.Namespace, out: Path, notes: list[str], deadline: float) -> list[Any]:
+def _plan(options: argparse.Namespace, out: Path, notes: list[str], deadline: float) -> list[Job]:
     """The checks, the longest first, so that all end at about the same time."""
-    from bra_triton.bench.jobs import Job
-
     planned, files = [], {}
     if "peers" in options.parts:
         planned += [
-            Job(f"peers {row}", _row_command(row, options, out, "--check-only"), _log(out, f"peers {row}"))
+            Job(f"peers {row}", _row_command(row, options, "--check-only"), _log(out, f"peers {row}"))
             for row in options.rows
         ]
     if "suite" in options.parts:
@@ -111,25 +112,20 @@ def _collect_modes(
     options: argparse.Namespace, out: Path, deadline: float
 ) -> tuple[dict[str, list[str]], str]:
     """Ids of the tests of every mode; and why there are none."""
-    from bra_triton.bench import jobs
-
     command = [*_in_tree("pytest"), *PYTEST_FLAGS, "--collect-only", str(options.tests)]
     log = _log(out, "collecting")
-    jobs.run_one(jobs.Job("collect", command, log), deadline, ROOT, _environment(options.device))
+    jobs.run_one(Job("collect", command, log), deadline, ROOT, _environment(options.device))
     text = log.read_text() if log.exists() else ""
     modes: dict[str, list[str]] = {}
-    for file, test, mode in re.findall(
-        rf"^(\S*?)::(\S+\[(\S+)-(?:{'|'.join(DTYPES)})\])$", text, re.MULTILINE
-    ):
+    listed = rf"^(\S*?)::(\S+\[(\S+)-(?:{'|'.join(DTYPES)})\])$"
+    for file, test, mode in re.findall(listed, text, re.MULTILINE):
         if options.modes is None or mode in options.modes:
             path = options.tests / Path(file).name if options.tests.is_dir() else options.tests
             modes.setdefault(mode, []).append(f"{path}::{test}")
     return modes, f"no test of a mode was collected: {text[-1000:]}"
 
 
-def _pytest_job(name: str, tests: Sequence[str], out: Path) -> Any:
-    from bra_triton.bench.jobs import Job
-
+def _pytest_job(name: str, tests: Sequence[str], out: Path) -> Job:
     junit = out / "logs" / f"{_slug(name)}.xml"
     # What is marked `compiled` compiles for GPUs that are not here: `make test` does that.
     flags = [*PYTEST_FLAGS, "-m", "not compiled", f"--junitxml={junit}"]
@@ -153,35 +149,31 @@ def _benchmark(
     options: argparse.Namespace, out: Path, results: dict[str, Any], start: float, deadline: float
 ) -> None:
     """Runs the rows one after the other, each in a process: what breaks one leaves the others alone."""
-    from bra_triton.bench import jobs
-
     for position, row in enumerate(options.rows):
+        budget = f"the budget of {options.budget_seconds:.0f} s"
         if deadline - time.monotonic() < LEAST_ROW_SECONDS:
-            skipped = ", ".join(options.rows[position:])
-            results["notes"].append(
-                f"the budget of {options.budget_seconds:.0f} s was spent; not timed: {skipped}"
-            )
+            results["notes"].append(f"{budget} was spent; not timed: {', '.join(options.rows[position:])}")
             break
         name = f"row {row}"
-        job = jobs.Job(name, _row_command(row, options, out, "--out", str(out / "rows")), _log(out, name))
+        job = Job(name, _row_command(row, options, "--out", str(out / "rows")), _log(out, name))
         outcome = jobs.run_one(job, deadline, ROOT, _environment(options.device))
         _say(start, f"{outcome.status:12} {outcome.name} ({outcome.seconds:.0f} s)")
         if outcome.status == jobs.FAILED:
             results["checks"].append(vars(outcome))
         elif outcome.status == jobs.NOT_FINISHED:
-            results["notes"].append(f"{row} was cut off by the budget of {options.budget_seconds:.0f} s")
-        shape, batch, dtype = row.split(":")
-        path = out / "rows" / f"{shape}-batch{batch}-{dtype}.json"
+            results["notes"].append(f"{row} was cut off by {budget}")
+        path = out / "rows" / file_name(*row.split(":"))
         if path.exists():
             results["rows"].append(json.loads(path.read_text()))
         _write(results, out)
 
 
-def _row_command(row: str, options: argparse.Namespace, out: Path, *flags: str) -> list[str]:
-    shape, batch, dtype = row.split(":")
-    numbers = ["--shapes", shape, "--batch", batch, "--dtype", dtype, "--repeats", str(options.repeats)]
+def _row_command(row: str, options: argparse.Namespace, *flags: str) -> list[str]:
+    problem, batch, dtype = row.split(":")
+    numbers = ["--problem", problem, "--batch", batch, "--dtype", dtype, "--repeats", str(options.repeats)]
     flags = (*flags, "--no-compile") if options.no_compile else flags
-    return [*_in_tree("bra_triton.bench.peer_benchmark"), *numbers, "--device", options.device, *flags]
+    command = _in_tree("bra_triton.bench.command_line")
+    return [*command, "peers", *numbers, "--device", options.device, *flags]
 
 
 def _in_tree(module: str) -> list[str]:
@@ -198,11 +190,6 @@ def _environment(device: str, threads: int | None = None) -> dict[str, str]:
     return environment
 
 
-def _default_folder(described: dict[str, str | None]) -> Path:
-    name = f"{described['card'] or 'cpu'}-{described['date']}"
-    return ROOT / "runs" / "bench" / "results" / _slug(name)
-
-
 def _log(out: Path, name: str) -> Path:
     return out / "logs" / f"{_slug(name)}.log"
 
@@ -216,18 +203,12 @@ def _say(start: float, text: str) -> None:
 
 
 def _write(results: dict[str, Any], out: Path) -> None:
-    from bra_triton.bench.gpu_report import markdown
-
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (out / "report.md").write_text(markdown(results))
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    import torch
-
-    parser = argparse.ArgumentParser(
-        description="Every mode on the GPU against float64, then times beside the peers."
-    )
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("bra-bench check", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="folder (default: runs/bench/results/CARD-DATE)")
     parser.add_argument("--budget-seconds", type=float, default=540.0, help="of the whole (default: 540)")
     parser.add_argument(
@@ -235,7 +216,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
     parser.add_argument("--modes", nargs="+", metavar="MODE", help="only these of tests/gpu/modes.py")
-    parser.add_argument("--rows", nargs="+", metavar="SHAPE:BATCH:DTYPE", help="of the benchmark")
+    parser.add_argument("--rows", nargs="+", metavar="PROBLEM:BATCH:DTYPE", help="of the benchmark")
     parser.add_argument("--workers", type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)))
     parser.add_argument("--repeats", type=int, default=30, help="timed calls of a median")
     parser.add_argument("--no-compile", action="store_true", help="FlexAttention uncompiled")
@@ -246,14 +227,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options.rows = options.rows or list(ROWS if options.device == "cuda" else ROWS_ON_CPU)
     for row in options.rows:
         if row.count(":") != 2:
-            parser.error(f"--rows takes SHAPE:BATCH:DTYPE, got {row!r}")
+            parser.error(f"--rows takes PROBLEM:BATCH:DTYPE, got {row!r}")
     options.out = options.out and options.out.resolve()
     return options
-
-
-if __name__ == "__main__":
-    if __package__:
-        sys.exit(main())
-    import in_tree  # type: ignore[import-not-found]  # beside this file: it was called by its path
-
-    in_tree.main(["bra_triton.bench.gpu_check", *sys.argv[1:]])

@@ -1,0 +1,38 @@
+"""`bra-bench`: all that is measured, a sub-command each; `bra-bench COMMAND --help` lists its options."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Module and purpose. A module is imported when its command is called: some need packages that others do not.
+COMMANDS = {
+    "host": ("host", "what a call costs the CPU, beside plain attention; needs no GPU"),
+    "peers": ("peer_times", "time and memory beside FlexAttention, dense attention and the einops reference"),
+    "report": ("kernel_report", "registers, spills, issue slots and bounds of every kernel; needs no GPU"),
+    "kernel-times": ("kernel_times", "on a GPU: what every kernel takes, beside its bound"),
+    "large-map": ("large_map", "1 x 20 x 600 x 500 on the CPU: time and peak memory"),
+    "demo": ("demo", "train YOLO26 with the attention on eight photographs, compare with the reference"),
+    "check": ("check", "on a GPU: every mode against float64, then times beside the peers, in 9 minutes"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status of the command."""
+    listed = "\n".join(f"  {name:14}{purpose}" for name, (_, purpose) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        "bra-bench",
+        usage="bra-bench COMMAND [OPTION ...]",
+        description=f"{__doc__}\n\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = parser.parse_args(given[:1]).command
+    module = importlib.import_module(f"bra_triton.bench.{COMMANDS[command][0]}")
+    status: int = module.main(given[1:])
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""The measuring module: time in medians and minima, memory, and what a figure was taken on and with."""
+
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+# Written between two timed calls: several times the level-2 cache of any GPU.
+FLUSH_BYTES = 1 << 28
+# The GPU is kept busy while Python enqueues a timed call: this many times as long as enqueueing took before,
+# and at least this long. A millisecond is 2 million cycles at 2 GHz, and longer on a slower GPU.
+HEAD_START, LEAST_HEAD_START, CYCLES_PER_SECOND = 2.0, 1e-3, 2e9
+Run = Callable[[], object]
+Name = TypeVar("Name")
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU; on the CPU there is nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def wall_seconds(run: Run, device: torch.device = CPU, *, waits: bool = True) -> float:
+    """Wall time of one call, which starts on an idle device; with `waits` until the device is idle again."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    if waits:
+        synchronize(device)
+    return time.perf_counter() - start
+
+
+def median_seconds(run: Run, device: torch.device, repeats: int = 10) -> float:
+    """Median wall time of `run` over `repeats` calls, after one that is not counted."""
+    run()
+    return statistics.median(wall_seconds(run, device) for _ in range(repeats))
+
+
+def interleaved_minima(runs: Mapping[Name, Run], device: torch.device, repeats: int) -> dict[Name, float]:
+    """Smallest time in seconds that each call keeps the CPU, the runs taking turns; launches are not awaited.
+
+    Turns make the runs share what disturbs a machine, and the minimum is what is left without disturbance.
+    """
+    for run in runs.values():
+        run()
+        run()  # the first call compiles, and the second may still fill caches
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(repeats):
+        for name, run in runs.items():
+            best[name] = min(best[name], wall_seconds(run, device, waits=False))
+    return best
+
+
+def median_device_seconds(
+    runs: Sequence[Run], device: torch.device, repeats: int = 30, warm_up: int = 5
+) -> float:
+    """Median time that a GPU works on one of `runs`, which are the same work on different inputs.
+
+    The runs take turns. Before each the GPU's level-2 cache is overwritten, and the GPU is kept busy while
+    Python enqueues the run, so that the time to launch kernels does not count (`median_seconds` counts it).
+    On the CPU, whose caches stay as they are, it is the wall time.
+    """
+    enqueued = [
+        wall_seconds(runs[index % len(runs)], device, waits=False) for index in range(max(warm_up, len(runs)))
+    ]
+    if device.type != "cuda":
+        return statistics.median(wall_seconds(runs[index % len(runs)]) for index in range(repeats))
+    head_start = max(LEAST_HEAD_START, HEAD_START * max(enqueued[-2:]))  # the first ones compile
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
+    for index, (start_event, end_event) in enumerate(events):
+        synchronize(device)  # or a long queue would block, and Python fall behind again
+        flush.zero_()
+        torch.cuda._sleep(int(head_start * CYCLES_PER_SECOND))
+        start_event.record()
+        runs[index % len(runs)]()
+        end_event.record()
+    synchronize(device)
+    return statistics.median(start.elapsed_time(end) / 1e3 for start, end in events)
+
+
+def launch_seconds(run: Run, device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every launch on a GPU during `repeats` calls with a cold level-2 cache, by kernel name."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    for _ in range(3):
+        run()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            flush.zero_()
+            run()
+            torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e6)
+    return found
+
+
+def operator_calls(run: Run) -> int:
+    """PyTorch operators (`aten::`) that a call runs, those inside other operators included."""
+    run()
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    return sum(event.name.startswith("aten::") for event in profiler.events())
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """The most bytes that `run` held at once, beyond those allocated before it.
+
+    Every allocation counts, those inside operators included: on the CPU they are read from the profiler's
+    trace, since the CPU's allocator keeps no peak.
+    """
+    run()  # caches and lazily made buffers are not the run's
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def process_peak_bytes() -> int:
+    """The most memory that this process has held resident so far, libraries included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drops what the profiler's library writes to the terminal about its own start and stop."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def circumstances(device: torch.device) -> dict[str, str | None]:
+    """Date, card, driver, processor, versions and commit; None for what is not there."""
+    on_gpu = device.type == "cuda"
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "card": torch.cuda.get_device_name(device) if on_gpu else None,
+        "driver": _first_line(*query) if on_gpu else None,
+        "processor": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
+def on_one_line(described: Mapping[str, str | None]) -> str:
+    """`circumstances` as text."""
+    return ", ".join(f"{key} {value}" for key, value in described.items() if value)
+
+
+def commit() -> str | None:
+    """`$BRA_TRITON_COMMIT`, for copies without git; else the checkout's, `-dirty` if changed; else None."""
+    return os.environ.get("BRA_TRITON_COMMIT") or _first_line(
+        "git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"
+    )
+
+
+def _triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return str(triton.__version__)
+
+
+def _first_line(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.splitlines()), None)

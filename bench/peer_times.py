@@ -1,0 +1,234 @@
+"""Times the kernels beside their peers.
+
+Every peer is first held against the float64 definition; one that computes something else is refused and not
+timed, and the exit status is 1. One that cannot run is reported, and the rest goes on. `peers` says what each
+includes. Of two times, `work` is how long the GPU works (with a cold cache, launches hidden) and `call`
+what a caller waits who waits for every call; on the CPU both are wall time.
+"""
+
+import argparse
+import json
+import re
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bra_triton.bench import measure
+from bra_triton.bench.peers import Peer, peers_for
+from bra_triton.bench.problems import PROBLEMS, Problem
+
+INPUT_SETS = 4
+# Norm of the difference over the norm, for outputs and gradients whose scores and sums are kept in float32 or
+# rounded to the dtype; a region missed or mistaken gives 0.1 and more.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-10}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
+PASSES = ("forward", "training")
+FAILURES = ("refused", "error")
+NOT_RUN = "not run"
+# Peers know no K/V down-sampling and no routing weights.
+CHOICES = [
+    name
+    for name, problem in PROBLEMS.items()
+    if problem.kv_per_win is None and problem.routing_weight == "none"
+]
+
+
+class WrongResultError(Exception):
+    """A peer computed something else than it is timed as."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One set of inputs: the packed projection and the output's gradient."""
+
+    qkv: Tensor
+    grad_out: Tensor
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints a table and writes one JSON file a row; returns 1 if `wrong` finds anything."""
+    options = _parse(arguments)
+
+    def save(row: dict[str, Any]) -> None:
+        if options.out:
+            path = options.out / file_name(row["problem"], row["batch"], row["dtype"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(row, indent=2) + "\n")
+
+    rows = []
+    for name in options.problem:
+        problem = PROBLEMS[name]
+        rows.append(measure_row(replace(problem, batch=options.batch or problem.batch), options, save))
+    print(table(rows))
+    found = [problem for row in rows for problem in wrong(row)]
+    for failure in found:
+        print(f"FAILED: {failure}")
+    return 1 if found else 0
+
+
+def file_name(problem: str, batch: int | str, dtype: str) -> str:
+    """Name of a row's file in the folder `--out`."""
+    return f"{problem}-batch{batch}-{dtype}.json"
+
+
+def measure_row(
+    problem: Problem, options: argparse.Namespace, save: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
+    """One row: a problem in a dtype, with all peers; `save` gets it again after every peer."""
+    dtype, device = DTYPES[options.dtype], torch.device(options.device)
+    padding = torch.zeros(3 * problem.dim, dtype=dtype, device=device) if problem.grid.is_padded else None
+    torch.manual_seed(0)
+    inputs = [make_inputs(problem, dtype, device) for _ in range(INPUT_SETS)]
+    row: dict[str, Any] = {
+        **{"problem": problem.name, "batch": problem.batch, "dtype": options.dtype, "device": device.type},
+        "sizes": str(problem),
+        "versions": measure.circumstances(device),
+        "peers": {},
+    }
+    exact = peers_for(problem, "torch", None if padding is None else padding.double())
+    for name, peer in peers_for(
+        problem, options.backend, padding, compile_flex=not options.no_compile
+    ).items():
+        if options.peers and name not in options.peers:
+            continue
+        figures = row["peers"][name] = {"includes": peer.includes}
+        truth = truth_of(exact["dense" if name == "dense" else "reference"], inputs[0])
+        for which in PASSES:
+            figures[which] = _figures_or_reason(peer, which, inputs, truth, options)
+            save(row)
+    return row
+
+
+def _figures_or_reason(
+    peer: Peer, which: str, inputs: list[Inputs], truth: list[Tensor], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The figures of a pass, or why there are none: `refused` for a wrong result, `error` for any other."""
+    device = inputs[0].qkv.device
+    try:
+        runs = [_run(peer, x, which) for x in inputs]
+        check(runs[0](), truth, TOLERANCE[inputs[0].qkv.dtype])
+        if options.check_only:
+            return {"checked": True}
+        return {
+            "work_seconds": measure.median_device_seconds(runs, device, options.repeats),
+            "call_seconds": measure.median_seconds(runs[0], device, options.repeats),
+            "peak_bytes": measure.peak_bytes(runs[0], device),
+        }
+    except WrongResultError as error:
+        return {"refused": str(error)}
+    except Exception as error:
+        message = re.sub(r"\s+", " ", str(error)).strip()[:200]
+        return {"error": f"{type(error).__name__}: {message}", "traceback": traceback.format_exc()}
+
+
+def _run(peer: Peer, x: Inputs, which: str) -> Callable[[], list[Tensor]]:
+    """The pass as a function without arguments; returns the output, and in training the gradient."""
+    if which == "forward":
+        return torch.no_grad()(lambda: [peer.attend(x.qkv)])
+    qkv = x.qkv.detach().requires_grad_()
+
+    def training() -> list[Tensor]:
+        out = peer.attend(qkv)
+        return [out.detach(), *torch.autograd.grad(out, qkv, x.grad_out)]
+
+    return training
+
+
+def check(results: Iterable[Tensor], truth: list[Tensor], tolerance: float) -> None:
+    """Raises WrongResultError where results of a whole batch part from the truth of its outer images."""
+    for label, actual, expected in zip(("output", "gradient"), results, truth, strict=False):
+        of_images = _outer_images(actual).double()
+        error = (torch.linalg.vector_norm(of_images - expected) / torch.linalg.vector_norm(expected)).item()
+        if not error <= tolerance:  # NaN is refused
+            raise WrongResultError(f"{label} is off by {error:.1e}, more than {tolerance:.0e}")
+
+
+def truth_of(exact: Peer, x: Inputs) -> list[Tensor]:
+    """Output and gradient in float64, of the first and the last image."""
+    outer = Inputs(_outer_images(x.qkv).double(), _outer_images(x.grad_out).double())
+    return _run(exact, outer, "training")()
+
+
+def _outer_images(x: Tensor) -> Tensor:
+    return x if len(x) < 3 else torch.stack((x[0], x[-1]))
+
+
+def make_inputs(problem: Problem, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Random tokens around random means of their regions, so that the chosen regions stand out."""
+    grid, n_win = problem.grid, problem.n_win
+    means = torch.randn(problem.batch, n_win, n_win, 3 * problem.dim, device=device)
+    means = means.repeat_interleave(grid.region_height, 1).repeat_interleave(grid.region_width, 2)
+    qkv = means[:, : problem.height, : problem.width]
+    qkv = (qkv + torch.randn_like(qkv)).to(dtype).contiguous()
+    return Inputs(qkv, torch.randn_like(qkv[..., : problem.dim]))
+
+
+def wrong(row: dict[str, Any]) -> list[str]:
+    """The peers of a row that computed something else, and the fused one if it could not run."""
+    return [
+        f"{row['problem']}, {name}, {which}: {peer[which][key]}"
+        for name, peer in row["peers"].items()
+        for which in PASSES
+        for key in FAILURES
+        if key in peer.get(which, {}) and (key == "refused" or name == "fused")
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as markdown: times in ms, `x` how often the fused peer fits into them."""
+    lines = []
+    for row in rows:
+        lines += [
+            f"### {row['problem']}: {row['sizes']}, {row['dtype']}",
+            *("", measure.on_one_line(row["versions"]), ""),
+            "| peer | includes | forward: work | x | call | peak | training: work | x | call | peak |",
+            "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        reasons, fused = [], row["peers"].get("fused", {})
+        for name, peer in row["peers"].items():
+            cells = []
+            for which in PASSES:
+                figures = peer.get(which, {})
+                cells += _cells(figures, fused.get(which, {}))
+                reasons += [f"- {name}, {which}: {figures[key]}" for key in FAILURES if key in figures]
+            lines.append(f"| {name} | {peer['includes']} | " + " | ".join(cells) + " |")
+        lines += ["", *reasons, ""] if reasons else [""]
+    return "\n".join(lines)
+
+
+def _cells(figures: dict[str, Any], fused: dict[str, Any]) -> list[str]:
+    if "work_seconds" not in figures:
+        text = next((key for key in (*FAILURES, "checked") if key in figures), NOT_RUN)
+        return [text, "", "", ""]
+    ratio = f"{figures['work_seconds'] / fused['work_seconds']:.2f}" if "work_seconds" in fused else ""
+    return [
+        f"{figures['work_seconds'] * 1e3:.3f}",
+        ratio,
+        f"{figures['call_seconds'] * 1e3:.3f}",
+        f"{figures['peak_bytes'] / 2**20:.1f} MiB",
+    ]
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser("bra-bench peers", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--problem", nargs="+", choices=CHOICES, metavar="PROBLEM", default=["tiny"])
+    parser.add_argument("--batch", type=int, help="images (default: the problem's)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16" if on_gpu else "float32")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--backend", help="fused backend (default: triton on a GPU, torch on the CPU)")
+    parser.add_argument("--peers", nargs="+", help="only these (default: all)")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--no-compile", action="store_true", help="FlexAttention uncompiled")
+    parser.add_argument("--check-only", action="store_true", help="check every peer, time none")
+    parser.add_argument("--out", type=Path, help="folder for the JSON files")
+    options = parser.parse_args(arguments)
+    if (options.batch is not None and options.batch < 1) or options.repeats < 1:
+        parser.error("--batch and --repeats must be at least 1")
+    options.backend = options.backend or ("triton" if options.device.startswith("cuda") else "torch")
+    return options

@@ -1,0 +1,151 @@
+"""The one catalogue of shapes: what the benches, the tuner, the kernel report and tests run."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bra_triton.kernels.grid import RegionGrid
+from bra_triton.kernels.pooling.problem import MAX, MEAN, WEIGHTED
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention over a packed projection: sizes and mode, enough to launch it.
+
+    Attributes:
+        name: how it is asked for; problems that differ in nothing else are equal.
+        batch: images.
+        height: rows of the map; a side that is no multiple of `n_win` is padded.
+        width: columns of the map.
+        dim: channels of the values, all heads together.
+        num_heads: attention heads.
+        n_win: regions a side.
+        topk: regions that every region attends to.
+        routing_weight: "none", "soft" or "hard".
+        kv_per_win: keys a side of a region; None for as many as queries.
+        kv_pooling: one of `pooling.problem.MODES`, which makes the `kv_per_win` keys from a region's tokens;
+            None where the keys are given.
+        head_graphs: one routing graph per head.
+        side_dwconv: side of LePE's convolution, 0 for none.
+        qk_dim: channels of the queries, all heads together; 0 stands for `dim`.
+    """
+
+    name: str = field(compare=False)
+    batch: int
+    height: int
+    width: int
+    dim: int
+    num_heads: int
+    n_win: int
+    topk: int
+    routing_weight: str = "none"
+    kv_per_win: int | None = None
+    kv_pooling: str | None = None
+    head_graphs: bool = False
+    side_dwconv: int = 3
+    qk_dim: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.qk_dim:
+            object.__setattr__(self, "qk_dim", self.dim)
+
+    def __str__(self) -> str:
+        sizes = f"{self.batch}x{self.height}x{self.width}x{self.dim}"
+        weight = "" if self.routing_weight == "none" else f" {self.routing_weight}"
+        return f"{sizes} heads {self.num_heads} n_win {self.n_win} topk {self.topk}{weight}"
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a value in one head."""
+        return self.dim // self.num_heads
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a query or key in one head."""
+        return self.qk_dim // self.num_heads
+
+    @property
+    def grid(self) -> RegionGrid:
+        """Regions of the queries."""
+        return RegionGrid.of_windows(self.height, self.width, self.n_win)
+
+    @property
+    def kv_grid(self) -> RegionGrid:
+        """Regions of the keys."""
+        if self.kv_per_win is None:
+            return self.grid
+        side = self.n_win * self.kv_per_win
+        return RegionGrid.of_windows(side, side, self.n_win)
+
+    @property
+    def chooses_all(self) -> bool:
+        """Whether every region attends to every region, so that launches merge them into one."""
+        return self.routing_weight == "none" and not self.head_graphs and self.topk == self.n_win**2
+
+    @property
+    def useful_scores(self) -> int:
+        """Scores that the result depends on: every query with each of its keys, in every head."""
+        pairs = self.grid.region_tokens * self.topk * self.kv_grid.region_tokens
+        return self.batch * self.num_heads * self.grid.n_regions * pairs
+
+    @property
+    def module_arguments(self) -> dict[str, Any]:
+        """Arguments of `BiLevelRoutingAttention`, without K/V down-sampling."""
+        return {
+            "dim": self.dim,
+            "qk_dim": self.qk_dim,
+            "num_heads": self.num_heads,
+            "n_win": self.n_win,
+            "topk": self.topk,
+            "side_dwconv": self.side_dwconv,
+            "auto_pad": self.grid.is_padded,
+            "soft_routing": self.routing_weight == "soft",
+            "diff_routing": self.routing_weight != "none",
+        }
+
+    def merged(self) -> "Problem":
+        """The problem as launches see it: one region where every region attends to all."""
+        if not self.chooses_all:
+            return self
+        keys = None if self.kv_per_win is None else self.n_win * self.kv_per_win
+        sides = {"height": self.n_win * self.grid.region_height, "width": self.n_win * self.grid.region_width}
+        return replace(self, **sides, n_win=1, topk=1, kv_per_win=keys)
+
+
+# Maps as models run them: what is tuned, timed and reported unless something else is asked for.
+MODELS = {
+    problem.name: problem
+    for problem in (
+        Problem("yolo_p3", 16, 80, 80, 64, 2, 8, 4),  # YOLO26 at 640 pixels: stride 8
+        Problem("yolo_p4", 16, 40, 40, 128, 4, 8, 4),
+        Problem("yolo_p5", 16, 20, 20, 256, 8, 8, 4),  # padded to 24 x 24
+        Problem("biformer_stage1", 64, 56, 56, 64, 2, 7, 1),  # BiFormer-T at 224 pixels
+        Problem("biformer_stage2", 64, 28, 28, 128, 4, 7, 4),
+        Problem("biformer_stage3", 64, 14, 14, 256, 8, 7, 16),
+        Problem("biformer_stage4", 64, 7, 7, 512, 16, 7, 49),  # every region attends to all
+        Problem("high_resolution", 4, 160, 160, 64, 2, 8, 4),  # YOLO26 at 1280 pixels: stride 8
+        Problem("yolo_p3_head64", 16, 80, 80, 128, 2, 8, 4),
+        Problem("high_resolution_head64", 4, 160, 160, 128, 2, 8, 4),
+    )
+}
+_P3 = MODELS["yolo_p3"]
+# Modes with kernels that the models above do not launch, for the report.
+MODES = {
+    problem.name: problem
+    for problem in (
+        replace(_P3, name="yolo_p3_soft", routing_weight="soft"),
+        replace(_P3, name="yolo_p3_meanpool", kv_per_win=5, kv_pooling=MEAN),
+        replace(_P3, name="yolo_p3_maxpool", kv_per_win=5, kv_pooling=MAX),
+        replace(_P3, name="yolo_p3_conv", kv_per_win=5, kv_pooling=WEIGHTED),
+    )
+}
+PROBLEMS = {
+    **MODELS,
+    **MODES,
+    # To see a bench run.
+    "tiny": Problem("tiny", 1, 8, 8, 32, 1, 2, 2),
+    "tiny_padded": Problem("tiny_padded", 1, 7, 7, 32, 1, 2, 2),
+    # So small that a call costs what Python costs.
+    "host": Problem("host", 1, 8, 8, 64, 2, 4, 2),
+    # rayleizhu/BiFormer's issue 21: gathered keys and values took about 100 GB.
+    "issue_21": Problem("issue_21", 1, 600, 500, 20, 4, 7, 4),
+}

@@ -1,0 +1,99 @@
+"""`bra-bench`: every sub-command is there, hands its options on, and the small ones run."""
+
+import importlib
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bra_triton.bench import command_line
+
+COMMAND = [sys.executable, "-m", "bra_triton.bench.command_line"]
+
+
+def run(*arguments):
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [*COMMAND, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_every_command_has_a_module_with_an_entry_point_and_says_its_name(capsys):
+    for name, (module, _) in command_line.COMMANDS.items():
+        if name == "demo":
+            pytest.importorskip("ultralytics")
+        main = importlib.import_module(f"bra_triton.bench.{module}").main
+        assert inspect.signature(main).return_annotation is int
+        with pytest.raises(SystemExit) as exit_status:
+            command_line.main([name, "--help"])
+        assert exit_status.value.code == 0
+        assert f"usage: bra-bench {name}" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands_and_an_unknown_one_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in command_line.COMMANDS)
+    with pytest.raises(SystemExit):
+        command_line.main(["nonsense"])
+    assert "'nonsense'" in capsys.readouterr().err
+
+
+def test_help_imports_no_bench():
+    """Optional packages, and Triton's compiler, are imported where they are used."""
+    code = (
+        "import sys, contextlib\n"
+        "from bra_triton.bench import command_line\n"
+        "with contextlib.suppress(SystemExit):\n    command_line.main(['--help'])\n"
+        "print([m for m in sys.modules if m.startswith('bra_triton.bench.') or m == 'ultralytics'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['bra_triton.bench.command_line']"
+
+
+def test_large_map_prints_time_and_peak_and_fails_past_the_limit():
+    """On a map small enough for a test."""
+    done = run("large-map", "--height", "60", "--width", "50", "--limit", "0.01")
+    assert done.returncode == 1
+    assert "1 x 20 x 60 x 50" in done.stdout
+    assert "peak of the process" in done.stdout
+    assert "FAILED: more than 0.01 GiB" in done.stdout
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("flag", ["--profile=3", "--c-launcher", "--compiled"])
+def test_host_measures_without_a_gpu(flag, tmp_path):
+    """In a process of its own: Triton's driver is one per process."""
+    if flag == "--c-launcher" and shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    file = tmp_path / "host.json"
+    flags = ["--form", "identity", "--phase", "no grad", "--repeats", "2", flag, "--json", str(file)]
+    done = run("host", *flags)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(file.read_text())["rows"]
+    assert "error" not in row
+    assert set(row["seconds"]) - {"einops"} == {"fused", "plain"}
+    assert all(seconds > 0 for seconds in row["seconds"].values())
+    assert 1 <= row["launches"] <= 4
+    assert row["operators"] > 0
+    assert ("tottime" in done.stdout) == (flag == "--profile=3")
+    assert f"{row['launches']}" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.compiled
+def test_host_check_fails_where_a_target_is_missed(monkeypatch, capsys):
+    """The targets are judged in `test_host`; here no call can be fast enough."""
+    from bra_triton.bench import host
+
+    monkeypatch.setattr(host, "TARGETS", (host.Target("identity", "no grad", 0.0),))
+    threads = torch.get_num_threads()
+    flags = ["--form", "identity", "--phase", "no grad", "--repeats", "1"]
+    assert host.main([*flags, "--check"]) == 1
+    assert "MISSED: identity, no grad: at most 0.0 times plain" in capsys.readouterr().out
+    assert host.main(flags) == 0
+    torch.set_num_threads(threads)

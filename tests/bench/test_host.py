@@ -1,0 +1,81 @@
+"""The host's cost: what its targets judge, and that plain attention is what it says."""
+
+import math
+
+import pytest
+import torch
+
+from bra_triton.bench import host, measure, stand_in
+
+CPU = torch.device("cpu")
+
+
+def row(form, phase, fused, plain=1.0, compiled=False):
+    seconds = {host.OURS: fused, host.PLAIN: plain}
+    return {"form": form, "phase": phase, "compiled": compiled, "seconds": seconds}
+
+
+def test_targets_are_ratios_to_plain_attention_or_to_the_identity_form():
+    rows = [row("identity", "no grad", 2.0, 2.0), row("padded", "no grad", 2.6), row("soft", "no grad", 2.7)]
+    (missed,) = host.missed(rows)
+    assert missed == "soft, no grad: at most 1.3 times identity, got 1.35"
+    assert host.missed([row("identity", "step", 1.16)]) == [
+        "identity, step: at most 1.15 times plain, got 1.16"
+    ]
+    assert host.missed([row("identity", "step", 1.16, compiled=True)]) == [
+        "compiled identity, step: at most 1.0 times compiled plain, got 1.16"
+    ]
+
+
+def test_what_cannot_be_measured_misses_its_target_and_is_printed():
+    failed = {"form": "identity", "phase": "step", "compiled": True, "error": "RuntimeError: no"}
+    assert math.isnan(host.ratio([failed], host.TARGETS[-1]))
+    assert host.missed([failed]) == [f"{host.TARGETS[-1]}, got nan"]
+    assert "RuntimeError: no" in host.table([failed])
+
+
+@pytest.mark.parametrize("form", host.FORMS)
+def test_every_form_is_what_it_is_called(form):
+    """On the torch backend: the Triton backend runs beside, in `test_command_line`."""
+    modules = host.modules_of(form, CPU)
+    assert modules[host.OURS].backend == "triton"
+    modules[host.OURS].backend = "torch"
+    problem = host.FORMS[form]
+    x = torch.randn(problem.batch, problem.height, problem.width, problem.dim)
+    modules[host.EINOPS].load_state_dict(modules[host.OURS].state_dict())
+    given = x.permute(0, 3, 1, 2) if form == host.NCHW else x
+    torch.testing.assert_close(modules[host.OURS](given), modules[host.EINOPS](given), rtol=1e-4, atol=1e-5)
+    assert modules[host.PLAIN](x).shape == x.shape
+
+
+def test_plain_attention_is_multi_head_attention():
+    plain, x = host.PlainAttention(16, 2), torch.randn(2, 3, 4, 16)
+    theirs = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+    state = {"in_proj_weight": plain.qkv.weight, "in_proj_bias": plain.qkv.bias}
+    theirs.load_state_dict(state | {"out_proj.weight": plain.wo.weight, "out_proj.bias": plain.wo.bias})
+    tokens = x.flatten(1, 2)
+    expected = theirs(tokens, tokens, tokens)[0].view_as(x)
+    torch.testing.assert_close(plain(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_calls_want_gradients_as_their_phase_says():
+    x, module = torch.randn(1, 2, 2, 4), torch.nn.Linear(4, 4)
+    assert not host.call_of(module, x, "no grad")().requires_grad
+    assert host.call_of(module, x, "grad")().requires_grad
+    host.call_of(module, x, "step")()
+    assert module.weight.grad is not None
+
+
+def test_runs_take_turns_and_the_fastest_counts():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = measure.interleaved_minima(runs, CPU, 3)
+    assert "".join(order) == "aabb" + "ab" * 3
+    assert set(times) == {"a", "b"}
+    assert all(0 < seconds < 0.1 for seconds in times.values())
+
+
+def test_the_stand_in_refuses_the_interpreter(monkeypatch):
+    monkeypatch.setattr(stand_in.triton.knobs.runtime, "interpret", True)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"), stand_in.without_gpu():
+        pass
