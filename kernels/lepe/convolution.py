@@ -204,12 +204,14 @@ def lepe_backward_kernel(
 @triton.jit(do_not_specialize=["n_programs"])
 def lepe_sums_kernel(partials, sums, n_programs, CONFIG: tl.constexpr):
     """Sums one row of `partials` over all programs, in order; grid (ROWS, blocks of channels)."""
+    BLOCK_P: tl.constexpr = CONFIG.BLOCK_P
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     row = tl.program_id(0)
-    channel = tl.program_id(1) * CONFIG.BLOCK_C + tl.arange(0, CONFIG.BLOCK_C)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = channel < CONFIG.DIM
-    total = tl.zeros([CONFIG.BLOCK_P, CONFIG.BLOCK_C], tl.float32)
-    for first in tl.range(0, n_programs, CONFIG.BLOCK_P):
-        program = first + tl.arange(0, CONFIG.BLOCK_P)
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for first in tl.range(0, n_programs, BLOCK_P):
+        program = first + tl.arange(0, BLOCK_P)
         at = (program.to(tl.int64) * CONFIG.ROWS + row)[:, None] * CONFIG.DIM + channel[None, :]
         total += tl.load(partials + at, mask=(program < n_programs)[:, None] & live[None, :], other=0.0)
     total = tl.sum(total, axis=0)

@@ -64,6 +64,7 @@ class RouteConfig(NamedTuple):
         BLOCK_C: channels in a step of the product.
         BLOCK_K: `topk`, rounded up to a power of two.
         PRECISION: of the float32 product, as `tl.dot` names it.
+        LISTS: list the tokens of the chosen regions.
         BLOCK_TOKENS: tokens of a chosen region in a step of listing them.
         BLOCK_REGION_TOKENS: tokens of a query region in a step of listing them.
     """
@@ -75,6 +76,7 @@ class RouteConfig(NamedTuple):
     BLOCK_C: int
     BLOCK_K: int
     PRECISION: str
+    LISTS: bool
     BLOCK_TOKENS: int
     BLOCK_REGION_TOKENS: int
 
@@ -125,11 +127,13 @@ class GraphConfig(NamedTuple):
     """Compile-time numbers of `invert_graph_kernel`.
 
     Attributes:
+        LISTS: cut the rows into pieces, and list their queries.
         BLOCK: pairs of a step.
         BLOCK_ENTRIES: pairs in a step of listing their queries.
         BLOCK_TOKENS: tokens in such a step.
     """
 
+    LISTS: bool
     BLOCK: int
     BLOCK_ENTRIES: int
     BLOCK_TOKENS: int

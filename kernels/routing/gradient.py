@@ -35,10 +35,11 @@ def query_routing_gradient_kernel(
     """Gradient of one region's query and of its logits; grid (N * P, blocks of channels)."""
     region = tl.program_id(0) % n_regions
     image = (tl.program_id(0) // n_regions).to(tl.int64)
-    slot = tl.arange(0, CONFIG.BLOCK_K)
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    slot = tl.arange(0, BLOCK_K)
     chosen = slot < topk
     own = (image * n_regions + region) * topk + slot
-    grad_weight = tl.zeros([CONFIG.BLOCK_K], tl.float32)
+    grad_weight = tl.zeros([BLOCK_K], tl.float32)
     for head in tl.range(0, n_heads):
         for tile in tl.range(0, tiles):
             row = ((image * n_heads + head) * n_regions + region) * tiles + tile
@@ -71,11 +72,12 @@ def key_routing_gradient_kernel(
     """Gradient of one region's key, from all that chose it, in order; grid (N * P, blocks of channels)."""
     region = tl.program_id(0) % n_regions
     image = (tl.program_id(0) // n_regions).to(tl.int64)
-    channel = tl.program_id(1) * CONFIG.BLOCK_C + tl.arange(0, CONFIG.BLOCK_C)
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = channel < CONFIG.DIM
     n_pairs = n_regions * topk
     row = row_start + image * (n_regions + 1) + region
-    total = tl.zeros([CONFIG.BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_C], tl.float32)
     for index in tl.range(tl.load(row), tl.load(row + 1)):
         pair = tl.load(pairs + image * n_pairs + index)
         weight = tl.load(grad_logits + image * n_pairs + pair)

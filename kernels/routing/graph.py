@@ -147,7 +147,7 @@ def invert_graph_kernel(
     row's start, then writes its own in order. All programs of a graph read 2 * P_kv * P * TOPK numbers: 19
     thousand at 49 regions and topk 4, a billion at 4096 regions and topk 32, where a sort would be due.
 
-    Without `lists` the row is all that is written.
+    Without LISTS the row is all that is written.
     """
     BLOCK: tl.constexpr = CONFIG.BLOCK
     region = tl.program_id(0) % n_regions
@@ -173,7 +173,7 @@ def invert_graph_kernel(
         tl.store(next_free + tl.cumsum(chosen, axis=0) - 1, index, mask=chosen != 0)
         next_free += tl.sum(chosen, axis=0)
 
-    if lists is not None:
+    if CONFIG.LISTS:
         n_extras = n_pairs // longest
         _cut_row(
             inverse.work + graph * (n_regions + n_extras) * 4,

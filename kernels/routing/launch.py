@@ -108,6 +108,7 @@ def launch_route(
         BLOCK_C=max(1, min(_ROUTE_CHANNELS, _ROUTE_TILE // block_r)),
         BLOCK_K=block_k,
         PRECISION="ieee" if torch.version.hip else "tf32x3",
+        LISTS=lists is not None,
         BLOCK_TOKENS=max(1, _LISTED // (block_q * block_k)),
         BLOCK_REGION_TOKENS=_LISTED // block_q,
     )

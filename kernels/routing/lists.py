@@ -167,7 +167,7 @@ def launch_inverse(
         (
             *(n_rows * topk, n_regions, topk, longest),
             *(grid.geometry if grid else (1,) * 5),
-            GraphConfig(_BLOCK_PAIRS, BLOCK_ENTRIES, BLOCK_TOKENS),
+            GraphConfig(lists is not None, _BLOCK_PAIRS, BLOCK_ENTRIES, BLOCK_TOKENS),
         ),
         num_warps=4,
     )

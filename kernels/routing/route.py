@@ -131,7 +131,7 @@ def route_kernel(
     if r_weight is not None:
         tl.store(r_weight + place, weight, mask=stored)
     tl.store(r_idx + place, top_regions, mask=stored)
-    if lists is not None:
+    if CONFIG.LISTS:
         ENTRIES: tl.constexpr = BLOCK_Q * BLOCK_K
         list_regions(
             lists.token_list,
