@@ -53,14 +53,17 @@ __all__ = [
 _MOST_PLANS = 1024
 _plans: dict[Hashable, Plan] = {}
 _planning = Lock()
+# Part of the keys of plans that are kept elsewhere; another number makes all of them stale.
+_generation = [0]
 
 
 def forget_plans() -> None:
     """Plans every call anew: for whoever has changed the tables of tiles."""
     _plans.clear()
+    _generation[0] += 1
 
 
-def _plan(make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any) -> Plan:
+def _plan_of(make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any) -> Plan:
     """The plan that `make` makes of the arguments, made once for a key.
 
     Args:
@@ -69,20 +72,34 @@ def _plan(make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any)
             force.
         arguments: of `make`.
     """
-    full_key = (make, *key, float32_setting(), tiles.in_force())
-    plan = _plans.get(full_key)
+    return _found(_plans, (make, *key, float32_setting(), tiles.in_force()), make, *arguments)
+
+
+def _packed_plan(
+    problem: PackedAttention[Tensor], make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any
+) -> Plan:
+    """`_plan_of` for a problem that may have a place for its plans, where a shorter key finds them."""
+    if problem.plans is None:
+        return _plan_of(make, (_key(problem), *key), problem, *arguments)
+    full_key = (make, key, float32_setting(), tiles.in_force(), _generation[0])
+    plan: Plan | None = problem.plans.get(full_key)
+    return plan or _found(problem.plans, full_key, make, problem, *arguments)
+
+
+def _found(plans: dict[Hashable, Plan], key: Hashable, make: Callable[..., Plan], *arguments: Any) -> Plan:
+    plan = plans.get(key)
     if plan is None:
         plan = make(*arguments)
         with _planning:
-            if len(_plans) >= _MOST_PLANS:
-                _plans.clear()
-            _plans[full_key] = plan
+            if len(plans) >= _MOST_PLANS:
+                plans.clear()
+            plans[key] = plan
     return plan
 
 
 def attend(problem: PackedAttention[Tensor], trains: bool, own_form: bool = False) -> AttentionResult:
     """See `FusedKernels`."""
-    plan = _plan(plan_attend, (_key(problem), trains, own_form), problem, trains, own_form)
+    plan = _packed_plan(problem, plan_attend, (trains, own_form), trains, own_form)
     out, *rest = plan.run(*problem.tensors)
     if own_form:
         return AttentionResult(out, kept=rest[0] if rest else None)
@@ -97,8 +114,7 @@ def attend_backward(
     if not grad_out.shape[0]:
         return PackedGradients(torch.zeros_like(problem.qkv), *_zeros(problem, needs))
     saved = (grad_out, *result[1:])
-    key = (_key(problem), needs, result.kept is None)
-    plan = _plan(plan_attend_backward, key, problem, saved, needs)
+    plan = _packed_plan(problem, plan_attend_backward, (needs, result.kept is None), saved, needs)
     grad_qkv, *rest = plan.run(*problem.tensors, *saved)
     outputs = iter(rest)
     grad_kv, grad_means, grad_weight, grad_bias, fill, shares = (
@@ -138,7 +154,7 @@ def _padding_gradient(
 def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     """See `FusedKernels`; the statistic is the softmax denominator's base-2 logarithm."""
     tensors = _tensors(problem)
-    out, lse = _plan(_plan_attend_routed, _routed_key(problem), problem).run(*tensors)
+    out, lse = _plan_of(_plan_attend_routed, _routed_key(problem), problem).run(*tensors)
     return out, lse
 
 
@@ -146,7 +162,7 @@ def attend_routed_backward(
     grad_out: Tensor, problem: RoutedAttention[Tensor], out: Tensor, lse: Tensor
 ) -> Gradients[Tensor]:
     """See `FusedKernels`."""
-    plan = _plan(_plan_attend_routed_backward, _routed_key(problem), problem, (grad_out, out, lse))
+    plan = _plan_of(_plan_attend_routed_backward, _routed_key(problem), problem, (grad_out, out, lse))
     return Gradients(*plan.run(*_tensors(problem), grad_out, out, lse))
 
 

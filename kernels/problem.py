@@ -1,8 +1,9 @@
 """What one routed attention is made of: the tensors and numbers that every backend takes. Needs no Triton."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +73,8 @@ class PackedAttention(Generic[A]):
         lepe_weight: `(dim, 1, k, k)`, contiguous: depthwise convolution of the values; None for none.
         lepe_bias: `(dim,)`, contiguous.
         settings: the numbers.
+        plans: where the caller keeps the plans of problems like this one, with the same settings, shapes,
+            dtype and device; None if it has no such place.
     """
 
     qkv: A
@@ -81,6 +84,7 @@ class PackedAttention(Generic[A]):
     lepe_weight: A | None
     lepe_bias: A | None
     settings: Settings
+    plans: dict[Hashable, Any] | None = None
 
     @property
     def tensors(self) -> tuple[A | None, ...]:

@@ -32,7 +32,7 @@ from ..kernels.problem import (
 )
 from .library import (
     gradient_operator,
-    is_seen_by_none,
+    is_seen,
     needs_gradient,
     operator,
     or_empty,
@@ -58,10 +58,10 @@ def attend(problem: PackedAttention[Tensor], backend: str, eager: bool) -> Tenso
     """
     tensors = problem.tensors
     trains = needs_gradient(tensors)
-    if not eager or not is_seen_by_none(tensors):
+    if not eager or is_seen(tensors):
         return torch.ops.bra_triton.attend(*tensors, *_numbers(problem.settings, backend), trains)[0]
     if trains:
-        return _Attend.apply(problem.settings, backend, *tensors)
+        return _Attend.apply(problem.settings, problem.plans, backend, *tensors)
     return fused_kernels(backend).attend(problem, trains=False, own_form=True).out
 
 
@@ -73,25 +73,25 @@ class _Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, settings: Settings, backend: str, *tensors: Tensor | None) -> Tensor:
-        problem = _problem(tensors, settings)
+    def forward(ctx: Any, settings: Settings, plans: Any, backend: str, *tensors: Tensor | None) -> Tensor:
+        problem = _problem(tensors, settings, plans)
         out, attention, *rest = fused_kernels(backend).attend(problem, trains=True, own_form=True)
         if problem.lepe_weight is None:
             attention = out
         ctx.save_for_backward(*tensors, attention, *rest)
-        ctx.settings, ctx.backend, ctx.tiles = settings, backend, tiles.in_force()
+        ctx.settings, ctx.plans, ctx.backend, ctx.tiles = settings, plans, backend, tiles.in_force()
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: non-reentrant checkpointing lets no one ask again
-        tensors, rest, needs = saved[:_N_TENSORS], saved[_N_TENSORS:], ctx.needs_input_grad[2:]
-        problem = _problem(tensors, ctx.settings)
+        tensors, rest, needs = saved[:_N_TENSORS], saved[_N_TENSORS:], ctx.needs_input_grad[3:]
+        problem = _problem(tensors, ctx.settings, ctx.plans)
         result = AttentionResult(problem.qkv, *rest)
         # Autograd runs this in a thread of its own, to which what is in force must be taken along.
         with nullcontext() if ctx.tiles is None else tiles.restored(ctx.tiles):
             gradients = _backward(grad_out, problem, result, ctx.backend, needs)
-        return None, None, *refusing_second_derivative(gradients, grad_out, *tensors)
+        return None, None, None, *refusing_second_derivative(gradients, grad_out, *tensors)
 
 
 @operator("attend", f"({_TENSORS}, {_NUMBERS}, bool trains) -> (Tensor out, {_RESULT})")
@@ -223,7 +223,9 @@ def _unpack(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], str, Seq
     return _problem(tensors, settings), backend, rest[_N_NUMBERS:]
 
 
-def _problem(tensors: Sequence[Tensor | None], settings: Settings) -> PackedAttention[Tensor]:
+def _problem(
+    tensors: Sequence[Tensor | None], settings: Settings, plans: Any = None
+) -> PackedAttention[Tensor]:
     qkv, kv, padding, means, lepe_weight, lepe_bias = tensors
     assert qkv is not None
-    return PackedAttention(qkv, kv, padding, means, lepe_weight, lepe_bias, settings)
+    return PackedAttention(qkv, kv, padding, means, lepe_weight, lepe_bias, settings, plans)
