@@ -1,18 +1,14 @@
 """Routing, attention and LePE of a packed projection, as PyTorch sees it.
 
-| operator | gradient |
-|---|---|
-| `bra_triton::attend` | for `qkv`, `kv`, `padding`, `means`, `lepe_weight`, `lepe_bias` |
-| `bra_triton::attend_backward` | none |
-
 `attend` is what the rest of the package calls. Eagerly it is an `autograd.Function` and a call of the
-backend; under a compiler, a dispatch mode or a transform it is the operator, which computes the same. The
-operators trust their callers: arguments are checked, and contiguous.
+backend; under a compiler, a dispatch mode or a transform it is another one over the operators, which compute
+the same. The operators themselves have no gradient, and trust their callers: arguments are checked, and
+contiguous.
 
 This file is the only one that takes a `PackedAttention` apart for a schema and puts it together again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,7 +27,6 @@ from ..kernels.problem import (
     statistic_dtype,
 )
 from .library import (
-    gradient_operator,
     is_seen,
     needs_gradient,
     operator,
@@ -59,18 +54,17 @@ def attend(problem: PackedAttention[Tensor], backend: str, eager: bool) -> Tenso
     tensors = problem.tensors
     trains = needs_gradient(tensors)
     if not eager or is_seen(tensors):
-        return torch.ops.bra_triton.attend(*tensors, *_numbers(problem.settings, backend), trains)[0]
+        numbers = _numbers(problem.settings, backend)
+        if trains:
+            return _AttendByOperator.apply(*tensors, *numbers)[0]
+        return torch.ops.bra_triton.attend(*tensors, *numbers, False)[0]
     if trains:
         return _Attend.apply(problem.settings, problem.plans, backend, *tensors)
     return fused_kernels(backend).attend(problem, trains=False, own_form=True).out
 
 
 class _Attend(torch.autograd.Function):
-    """`attend` with a gradient, past PyTorch's dispatcher.
-
-    An operator's registered autograd formula costs 75 us of the CPU's time a forward and 113 us a step with
-    these arguments, this 14 and 43.
-    """
+    """`attend` with a gradient, past PyTorch's dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, settings: Settings, plans: Any, backend: str, *tensors: Tensor | None) -> Tensor:
@@ -94,19 +88,50 @@ class _Attend(torch.autograd.Function):
         return None, None, None, *refusing_second_derivative(gradients, grad_out, *tensors)
 
 
+class _AttendByOperator(torch.autograd.Function):
+    """`attend` with a gradient, by the operators.
+
+    Not their own autograd formula, by `torch.library.register_autograd`: a compiled graph passes it at every
+    call, though gradients are none of its business there, for 10 us of the CPU's time.
+    """
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return torch.ops.bra_triton.attend(*arguments, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors, ctx.numbers = inputs[:_N_TENSORS], inputs[_N_TENSORS:]
+        out, attention, *rest = output
+        ctx.save_for_backward(*tensors, out if tensors[4] is None else attention, *rest)
+        ctx.mark_non_differentiable(attention, *rest)
+        ctx.set_materialize_grads(False)  # or autograd fills a map with zeros for `attention`
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * (_N_TENSORS + _N_NUMBERS)
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:_N_TENSORS]
+        found = iter(torch.ops.bra_triton.attend_backward(grad_out, *saved, *ctx.numbers, needs))
+        gradients = [next(found) if is_wanted else None for is_wanted in _wanted(saved, needs)]
+        refusing = refusing_second_derivative(gradients, grad_out, *saved[:_N_TENSORS])
+        return *refusing, *(None,) * _N_NUMBERS
+
+
 @operator("attend", f"({_TENSORS}, {_NUMBERS}, bool trains) -> (Tensor out, {_RESULT})")
-def _attend_operator(*arguments: Any) -> tuple[Tensor, ...]:
+def _attend_operator(*given: Any) -> tuple[Tensor, ...]:
     """See `attend`: the output and, empty where there is none, what `AttentionResult` has besides."""
-    problem, backend, (trains,) = _unpack(arguments)
+    *arguments, trains = given
+    problem, backend = _known_problem(arguments)
     result = fused_kernels(backend).attend(problem, trains)
     out = result.out
-    small = (result.attention, result.lse, result.r_weight, result.r_idx)
-    return out, *(or_empty(x, out) for x in small)
+    return out, *[or_empty(x, out) for x in result[1:-1]]
 
 
 @torch.library.register_fake(_attend_operator)
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, _, (trains,) = _unpack(arguments)
+def _(*given: Any) -> tuple[Tensor, ...]:
+    *arguments, trains = given
+    problem = _problem(arguments[:_N_TENSORS], _settings(*arguments[_N_TENSORS:-1]))
     qkv, settings = problem.qkv, problem.settings
     batch, height, width, _ = qkv.shape
     out = qkv.new_empty(batch, height, width, problem.dim)
@@ -123,33 +148,29 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return out, *(or_empty(x, out) for x in (attention, lse, r_weight, r_idx))
 
 
-@gradient_operator(
-    "attend_backward",
-    f"(Tensor grad_out, {_TENSORS}, {_RESULT}, {_NUMBERS}, bool[] needs) -> ("
-    + ", ".join(["Tensor"] * _N_TENSORS)
-    + ")",
+@operator(
+    "attend_backward", f"(Tensor grad_out, {_TENSORS}, {_RESULT}, {_NUMBERS}, bool[] needs) -> Tensor[]"
 )
-def _attend_backward_operator(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of the tensors that `attend` takes, in its order; empty where there are none."""
-    tensors, saved, rest = (
-        arguments[:_N_TENSORS],
-        arguments[_N_TENSORS : _N_TENSORS + _N_RESULT],
-        arguments[_N_TENSORS + _N_RESULT :],
-    )
-    problem, backend, (needs,) = _unpack((*tensors, *rest))
-    result = AttentionResult(saved[0], saved[0], *map(or_none, saved[1:]))
-    gradients = _backward(grad_out, problem, result, backend, needs)
-    return tuple(or_empty(x, problem.qkv) for x in gradients)
+def _attend_backward_operator(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
+    """Gradients of the tensors that `attend` takes, in its order: of `qkv`, and of those that are needed."""
+    tensors, rest = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
+    saved, numbers, needs = rest[:_N_RESULT], rest[_N_RESULT:-1], rest[-1]
+    problem, backend = _known_problem((*tensors, *numbers))
+    result = AttentionResult(problem.qkv, saved[0], *map(or_none, saved[1:]))
+    gradients = _backward(grad_out, problem, result, backend, _wanted(tensors, needs))
+    return [x for x in gradients if x is not None]
 
 
 @torch.library.register_fake(_attend_backward_operator)
-def _(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
     tensors, needs = arguments[:_N_TENSORS], arguments[-1]
-    qkv = tensors[0]
-    return tuple(
-        x.new_empty(x.shape) if x is not None and (needed or x is qkv) else qkv.new_empty(0)
-        for x, needed in zip(tensors, needs, strict=True)
-    )
+    wanted = zip(tensors, _wanted(tensors, needs), strict=True)
+    return [x.new_empty(x.shape) for x, is_wanted in wanted if is_wanted]
+
+
+def _wanted(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[bool]:
+    """Which of the tensors get a gradient."""
+    return [True, *(x is not None and n for x, n in zip(tensors[1:_N_TENSORS], needs[1:], strict=True))]
 
 
 def _backward(
@@ -160,36 +181,6 @@ def _backward(
     needs: Sequence[bool],
 ) -> PackedGradients:
     return fused_kernels(backend).attend_backward(grad_out.contiguous(), problem, result, Needs(*needs))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.numbers = inputs[:_N_TENSORS], inputs[_N_TENSORS:-1]
-    out, attention, *rest = output
-    ctx.save_for_backward(*tensors, out if tensors[4] is None else attention, *rest)
-    ctx.mark_non_differentiable(attention, *rest)
-    ctx.set_materialize_grads(False)  # or autograd fills a map with zeros for `attention`
-
-
-def _backward_of_operator(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    n_others = _N_NUMBERS + 1
-    if grad_out is None:
-        return (None,) * (_N_TENSORS + n_others)
-    gradients = _by_operator(grad_out, ctx.saved_tensors, ctx.numbers, ctx.needs_input_grad[:_N_TENSORS])
-    return *gradients, *(None,) * n_others
-
-
-torch.library.register_autograd(_attend_operator, _backward_of_operator, setup_context=_setup_context)
-
-
-def _by_operator(
-    grad_out: Tensor, saved: Sequence[Tensor], numbers: tuple[Any, ...], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients of the tensors, by the operator."""
-    gradients = _attend_backward_operator(grad_out, *saved, *numbers, needs)
-    return [
-        gradient if needed and x is not None else None
-        for gradient, needed, x in zip(gradients, needs, saved[:_N_TENSORS], strict=True)
-    ]
 
 
 def _numbers(settings: Settings, backend: str) -> tuple[Any, ...]:
@@ -203,13 +194,14 @@ def _numbers(settings: Settings, backend: str) -> tuple[Any, ...]:
     )
 
 
-def _unpack(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], str, Sequence[Any]]:
-    """Undoes `_numbers`: the problem, the backend, and the arguments that follow."""
-    tensors, rest = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
-    (qk_dim, num_heads, topk, *grid), scales, routing_weight, flags, backend = rest[:_N_NUMBERS]
+def _settings(
+    sizes: Sequence[int], scales: Sequence[float], routing_weight: str, flags: Sequence[bool]
+) -> Settings:
+    """Undoes `_numbers`."""
+    qk_dim, num_heads, topk, *grid = sizes
     scale, routing_scale = scales
     diff_routing, counts_padding = flags
-    settings = Settings(
+    return Settings(
         qk_dim,
         num_heads,
         RegionGrid(*grid),
@@ -220,7 +212,28 @@ def _unpack(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], str, Seq
         diff_routing,
         counts_padding,
     )
-    return _problem(tensors, settings), backend, rest[_N_NUMBERS:]
+
+
+def _known_problem(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], str]:
+    """The problem of an operator's tensors and numbers, with a place for its plans; and the backend."""
+    tensors, (*numbers, backend) = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
+    sizes, scales, routing_weight, flags = numbers
+    key = (
+        *(backend, routing_weight, tuple(sizes), tuple(scales), tuple(flags), tensors[0].dtype),
+        *(None if x is None else x.shape for x in tensors),
+        tensors[0].device,
+    )
+    known = _known.get(key)
+    if known is None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        known = _known[key] = _settings(*numbers), {}
+    return _problem(tensors, *known), backend
+
+
+# What `_known_problem` has made before: to make it anew would cost as much as the launches.
+_MOST_KNOWN = 1024
+_known: dict[Hashable, tuple[Settings, dict[Hashable, Any]]] = {}
 
 
 def _problem(
