@@ -3,7 +3,7 @@
 What the functions take and return is described in `bra_triton.backend.kernels.FusedKernels`.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from threading import Lock
 from typing import Any
 
@@ -21,12 +21,11 @@ from .attention.launch import (
     launch_query_gradient,
 )
 from .grid import RegionGrid
-from .packed import plan_attend, plan_attend_backward
+from .packed import kept_bytes, plan_attend, plan_attend_backward
 from .padding import padding_gradient, share_of_means
 from .plan import Plan
 from .pooling.launch import pool, pool_backward
 from .problem import (
-    AttentionResult,
     Gradients,
     Needs,
     PackedAttention,
@@ -47,6 +46,7 @@ __all__ = [
     "region_means",
     "route",
     "route_backward",
+    "saved_like",
 ]
 
 # Plans of a training run: a forward and a backward for every size of map and every module's numbers.
@@ -97,25 +97,31 @@ def _found(plans: dict[Hashable, Plan], key: Hashable, make: Callable[..., Plan]
     return plan
 
 
-def attend(problem: PackedAttention[Tensor], trains: bool, own_form: bool = False) -> AttentionResult:
+def attend(problem: PackedAttention[Tensor], trains: bool) -> tuple[Tensor, list[Tensor]]:
     """See `FusedKernels`."""
-    plan = _packed_plan(problem, plan_attend, (trains, own_form), trains, own_form)
-    out, *rest = plan.run(*problem.tensors)
-    if own_form:
-        return AttentionResult(out, kept=rest[0] if rest else None)
-    outputs = iter(rest)
-    return AttentionResult(out, *[next(outputs) if wanted else None for wanted in plan.wanted])
+    plan = _packed_plan(problem, plan_attend, (trains,), trains)
+    out, *saved = plan.run(*problem.tensors)
+    return out, saved
+
+
+def saved_like(problem: PackedAttention[Tensor]) -> list[Tensor]:
+    """See `FusedKernels`."""
+    return [problem.qkv.new_empty(kept_bytes(problem), dtype=torch.uint8)]
 
 
 def attend_backward(
-    grad_out: Tensor, problem: PackedAttention[Tensor], result: AttentionResult, needs: Needs
+    grad_out: Tensor,
+    problem: PackedAttention[Tensor],
+    out: Tensor | None,
+    saved: Sequence[Tensor],
+    needs: Needs,
 ) -> PackedGradients:
     """See `FusedKernels`."""
     if not grad_out.shape[0]:
         return PackedGradients(torch.zeros_like(problem.qkv), *_zeros(problem, needs))
-    saved = (grad_out, *result[1:])
-    plan = _packed_plan(problem, plan_attend_backward, (needs, result.kept is None), saved, needs)
-    grad_qkv, *rest = plan.run(*problem.tensors, *saved)
+    others = (grad_out, out, *saved)
+    plan = _packed_plan(problem, plan_attend_backward, (needs,), others, needs)
+    grad_qkv, *rest = plan.run(*problem.tensors, *others)
     outputs = iter(rest)
     grad_kv, grad_means, grad_weight, grad_bias, fill, shares = (
         next(outputs) if wanted else None for wanted in plan.wanted

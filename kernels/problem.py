@@ -155,28 +155,6 @@ class PackedAttention(Generic[A]):
         return Lepe(value, self.lepe_weight, self.lepe_bias, self.settings.grid, fill)
 
 
-class AttentionResult(NamedTuple):
-    """What a fused backend returns of a `PackedAttention`.
-
-    Attributes:
-        out: `(N, H, W, dim)` of the dtype of `qkv`, contiguous.
-        attention: the attention's share of `out`, for the backward; None where that is `out` itself, or where
-            no backward will follow.
-        lse: `(N, num_heads, H, W)`: the backend's softmax statistic; None where no backward will follow.
-        r_weight: `(N, P, topk)`: routing weights; None where they do not enter.
-        r_idx: `(N, P, topk)` int32: the chosen regions; None where every region attends to all.
-        kept: all that the backward reads, in a form of the backend's own, in place of the four before; None
-            where it is in those.
-    """
-
-    out: Tensor
-    attention: Tensor | None = None
-    lse: Tensor | None = None
-    r_weight: Tensor | None = None
-    r_idx: Tensor | None = None
-    kept: Tensor | None = None
-
-
 class Needs(NamedTuple):
     """Which tensors of a `PackedAttention` need a gradient; that of `qkv` is computed in any case."""
 

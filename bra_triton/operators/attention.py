@@ -19,19 +19,15 @@ from ..backend.kernels import fused_kernels
 from ..kernels import tiles
 from ..kernels.grid import RegionGrid
 from ..kernels.problem import (
-    AttentionResult,
     Needs,
     PackedAttention,
     PackedGradients,
     Settings,
-    statistic_dtype,
 )
 from .library import (
     is_seen,
     needs_gradient,
     operator,
-    or_empty,
-    or_none,
     refusing_second_derivative,
 )
 
@@ -39,8 +35,6 @@ _TENSORS = "Tensor qkv, Tensor? kv, Tensor? padding, Tensor? means, Tensor? lepe
 _N_TENSORS = 6
 _NUMBERS = "SymInt[] sizes, float[] scales, str routing_weight, bool[] flags, str backend"
 _N_NUMBERS = 5
-_RESULT = "Tensor attention, Tensor lse, Tensor r_weight, Tensor r_idx"
-_N_RESULT = 4
 
 
 def attend(problem: PackedAttention[Tensor], backend: str, eager: bool) -> Tensor:
@@ -60,7 +54,7 @@ def attend(problem: PackedAttention[Tensor], backend: str, eager: bool) -> Tenso
         return torch.ops.bra_triton.attend(*tensors, *numbers, False)[0]
     if trains:
         return _Attend.apply(problem.settings, problem.plans, backend, *tensors)
-    return fused_kernels(backend).attend(problem, trains=False, own_form=True).out
+    return fused_kernels(backend).attend(problem, trains=False)[0]
 
 
 class _Attend(torch.autograd.Function):
@@ -69,22 +63,19 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: Settings, plans: Any, backend: str, *tensors: Tensor | None) -> Tensor:
         problem = _problem(tensors, settings, plans)
-        out, attention, *rest = fused_kernels(backend).attend(problem, trains=True, own_form=True)
-        if problem.lepe_weight is None:
-            attention = out
-        ctx.save_for_backward(*tensors, attention, *rest)
+        out, saved = fused_kernels(backend).attend(problem, trains=True)
+        ctx.save_for_backward(*tensors, _needed_output(problem, out), *saved)
         ctx.settings, ctx.plans, ctx.backend, ctx.tiles = settings, plans, backend, tiles.in_force()
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # once: non-reentrant checkpointing lets no one ask again
-        tensors, rest, needs = saved[:_N_TENSORS], saved[_N_TENSORS:], ctx.needs_input_grad[3:]
-        problem = _problem(tensors, ctx.settings, ctx.plans)
-        result = AttentionResult(problem.qkv, *rest)
+        all_saved = ctx.saved_tensors  # once: non-reentrant checkpointing lets no one ask for them again
+        tensors, out, saved = _parts(all_saved)
+        problem, needs = _problem(tensors, ctx.settings, ctx.plans), ctx.needs_input_grad[3:]
         # Autograd runs this in a thread of its own, to which what is in force must be taken along.
         with nullcontext() if ctx.tiles is None else tiles.restored(ctx.tiles):
-            gradients = _backward(grad_out, problem, result, ctx.backend, needs)
+            gradients = _backward(grad_out, problem, out, saved, (ctx.backend, needs))
         return None, None, None, *refusing_second_derivative(gradients, grad_out, *tensors)
 
 
@@ -97,67 +88,55 @@ class _AttendByOperator(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return torch.ops.bra_triton.attend(*arguments, True)
+        out, saved = torch.ops.bra_triton.attend(*arguments, True)
+        return out, *saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensors, ctx.numbers = inputs[:_N_TENSORS], inputs[_N_TENSORS:]
-        out, attention, *rest = output
-        ctx.save_for_backward(*tensors, out if tensors[4] is None else attention, *rest)
-        ctx.mark_non_differentiable(attention, *rest)
-        ctx.set_materialize_grads(False)  # or autograd fills a map with zeros for `attention`
+        out, *saved = output
+        ctx.save_for_backward(*tensors, out if tensors[4] is None else None, *saved)
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * (_N_TENSORS + _N_NUMBERS)
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:_N_TENSORS]
-        found = iter(torch.ops.bra_triton.attend_backward(grad_out, *saved, *ctx.numbers, needs))
-        gradients = [next(found) if is_wanted else None for is_wanted in _wanted(saved, needs)]
-        refusing = refusing_second_derivative(gradients, grad_out, *saved[:_N_TENSORS])
-        return *refusing, *(None,) * _N_NUMBERS
+        tensors, out, saved = _parts(ctx.saved_tensors)
+        needs = ctx.needs_input_grad[:_N_TENSORS]
+        found = iter(
+            torch.ops.bra_triton.attend_backward(grad_out, *tensors, out, saved, *ctx.numbers, needs)
+        )
+        gradients = [next(found) if is_wanted else None for is_wanted in _wanted(tensors, needs)]
+        return *refusing_second_derivative(gradients, grad_out, *tensors), *(None,) * _N_NUMBERS
 
 
-@operator("attend", f"({_TENSORS}, {_NUMBERS}, bool trains) -> (Tensor out, {_RESULT})")
-def _attend_operator(*given: Any) -> tuple[Tensor, ...]:
-    """See `attend`: the output and, empty where there is none, what `AttentionResult` has besides."""
+@operator("attend", f"({_TENSORS}, {_NUMBERS}, bool trains) -> (Tensor out, Tensor[] saved)")
+def _attend_operator(*given: Any) -> tuple[Tensor, list[Tensor]]:
+    """See `attend`: the output, and what the backward reads."""
     *arguments, trains = given
     problem, backend = _known_problem(arguments)
-    result = fused_kernels(backend).attend(problem, trains)
-    out = result.out
-    return out, *[or_empty(x, out) for x in result[1:-1]]
+    return fused_kernels(backend).attend(problem, trains)
 
 
 @torch.library.register_fake(_attend_operator)
-def _(*given: Any) -> tuple[Tensor, ...]:
-    *arguments, trains = given
-    problem = _problem(arguments[:_N_TENSORS], _settings(*arguments[_N_TENSORS:-1]))
-    qkv, settings = problem.qkv, problem.settings
-    batch, height, width, _ = qkv.shape
-    out = qkv.new_empty(batch, height, width, problem.dim)
-    statistic = statistic_dtype(qkv.dtype)
-    lse = r_weight = r_idx = None
-    if trains:
-        lse = qkv.new_empty(batch, settings.num_heads, height, width, dtype=statistic)
-    choices = (batch, settings.grid.n_regions, settings.topk)
-    if problem.weighs:
-        r_weight = qkv.new_empty(choices, dtype=statistic)
-    if not settings.chooses_all:
-        r_idx = qkv.new_empty(choices, dtype=torch.int32)
-    attention = torch.empty_like(out) if trains and problem.lepe_weight is not None else None
-    return out, *(or_empty(x, out) for x in (attention, lse, r_weight, r_idx))
+def _(*given: Any) -> tuple[Tensor, list[Tensor]]:
+    *arguments, backend, trains = given
+    problem = _problem(arguments[:_N_TENSORS], _settings(*arguments[_N_TENSORS:]))
+    out = problem.qkv.new_empty(*problem.qkv.shape[:3], problem.dim)
+    return out, fused_kernels(backend).saved_like(problem) if trains else []
 
 
 @operator(
-    "attend_backward", f"(Tensor grad_out, {_TENSORS}, {_RESULT}, {_NUMBERS}, bool[] needs) -> Tensor[]"
+    "attend_backward",
+    f"(Tensor grad_out, {_TENSORS}, Tensor? out, Tensor[] saved, {_NUMBERS}, bool[] needs) -> Tensor[]",
 )
 def _attend_backward_operator(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
     """Gradients of the tensors that `attend` takes, in its order: of `qkv`, and of those that are needed."""
-    tensors, rest = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
-    saved, numbers, needs = rest[:_N_RESULT], rest[_N_RESULT:-1], rest[-1]
+    tensors, (out, saved, *numbers, needs) = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
     problem, backend = _known_problem((*tensors, *numbers))
-    result = AttentionResult(problem.qkv, saved[0], *map(or_none, saved[1:]))
-    gradients = _backward(grad_out, problem, result, backend, _wanted(tensors, needs))
+    gradients = _backward(grad_out, problem, out, saved, (backend, _wanted(tensors, needs)))
     return [x for x in gradients if x is not None]
 
 
@@ -176,11 +155,25 @@ def _wanted(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[boo
 def _backward(
     grad_out: Tensor,
     problem: PackedAttention[Tensor],
-    result: AttentionResult,
-    backend: str,
-    needs: Sequence[bool],
+    out: Tensor | None,
+    saved: Sequence[Tensor],
+    how: tuple[str, Sequence[bool]],
 ) -> PackedGradients:
-    return fused_kernels(backend).attend_backward(grad_out.contiguous(), problem, result, Needs(*needs))
+    backend, needs = how
+    return fused_kernels(backend).attend_backward(grad_out.contiguous(), problem, out, saved, Needs(*needs))
+
+
+def _needed_output(problem: PackedAttention[Tensor], out: Tensor) -> Tensor | None:
+    """The output, if the backward reads it: without LePE, which is no part of what it needs."""
+    return out if problem.lepe_weight is None else None
+
+
+def _parts(
+    saved: Sequence[Tensor | None],
+) -> tuple[Sequence[Tensor | None], Tensor | None, list[Tensor]]:
+    """Undoes what is saved for a backward: the problem's tensors, the output, and what `attend` saved."""
+    rest = [x for x in saved[_N_TENSORS + 1 :] if x is not None]
+    return saved[:_N_TENSORS], saved[_N_TENSORS], rest
 
 
 def _numbers(settings: Settings, backend: str) -> tuple[Any, ...]:
