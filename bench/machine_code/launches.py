@@ -28,6 +28,8 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
 }
+# What Triton takes where a launch does not say.
+_DEFAULTS = {"num_warps": 4, "num_stages": 3}
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ def _plans_of_pooling(problem: Problem, attention: PackedAttention[Tensor]) -> I
     assert attention.kv is not None
     grid, pooled = problem.grid, attention.kv
     kv = attention.qkv[..., problem.qk_dim :]
-    cells = (torch.empty(problem.kv_per_win, 2, dtype=torch.int32, device="meta") for _ in range(2))
-    pooling = RegionPooling(*cells, problem.kv_pooling, grid)
+    rows, columns = (torch.empty(problem.kv_per_win, 2, dtype=torch.int32, device="meta") for _ in range(2))
+    pooling = RegionPooling(rows, columns, problem.kv_pooling, grid)
     fill = None if attention.padding is None else attention.padding[problem.qk_dim :]
     weight = bias = argmax = None
     if pooling.mode == WEIGHTED:
@@ -156,7 +158,8 @@ def _launch(launch: PlannedLaunch) -> Launch:
     # Slices need not start at multiples of 16 bytes.
     divisible = frozenset(name for name, x in _buffers(bound) if x.offset % 16 == 0)
     name = launch.name.removesuffix("_kernel")
-    specimen = KernelSpecimen(name, kernel, signature, constexprs, divisible, **launch.options)
+    warps, stages = (launch.options.get(option, default) for option, default in _DEFAULTS.items())
+    specimen = KernelSpecimen(name, kernel, signature, constexprs, divisible, warps, stages)
     return Launch(specimen, launch.grid, bound)
 
 
