@@ -152,6 +152,8 @@ class Plan:
         return outputs
 
     def _launch(self, tensors: list[Tensor | None]) -> None:
+        if not self.launches:
+            return  # an empty batch
         starts = [0 if x is None else x.data_ptr() for x in tensors]
         direct = self._direct
         if direct is None or reduce(or_, starts) % _ALIGNMENT or _is_watched():

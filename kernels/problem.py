@@ -225,6 +225,12 @@ class RoutedAttention(Generic[A]):
     distinct: bool = False
 
     @property
+    def tensors(self) -> tuple[A | None, ...]:
+        """The arrays, in their order, those of the padding last."""
+        padding = (None, None) if self.padding is None else (self.padding.key, self.padding.value)
+        return self.query, self.key, self.value, self.r_idx, *padding
+
+    @property
     def batch(self) -> int:
         """Images, `N`."""
         return self.query.shape[0]

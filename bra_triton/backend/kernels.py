@@ -109,7 +109,7 @@ class FusedKernels(Protocol):
         self,
         x: Tensor,
         fill: Tensor | None,
-        pooling: RegionPooling,
+        pooling: RegionPooling[Tensor],
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -133,7 +133,7 @@ class FusedKernels(Protocol):
         x: Tensor,
         fill: Tensor | None,
         argmax: Tensor | None,
-        pooling: RegionPooling,
+        pooling: RegionPooling[Tensor],
         weight: Tensor | None,
         grad_x: Tensor,
     ) -> PoolingGradients:
