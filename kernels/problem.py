@@ -227,8 +227,8 @@ class RoutedAttention(Generic[A]):
     @property
     def tensors(self) -> tuple[A | None, ...]:
         """The arrays, in their order, those of the padding last."""
-        padding = (None, None) if self.padding is None else (self.padding.key, self.padding.value)
-        return self.query, self.key, self.value, self.r_idx, *padding
+        key, value = (None, None) if self.padding is None else (self.padding.key, self.padding.value)
+        return self.query, self.key, self.value, self.r_idx, key, value
 
     @property
     def batch(self) -> int:

@@ -30,7 +30,7 @@ def plan_attend_routed(problem: RoutedAttention[Tensor]) -> Plan:
 def plan_attend_routed_backward(
     problem: RoutedAttention[Tensor], saved: tuple[Tensor, Tensor, Tensor]
 ) -> Plan:
-    """The backward: of the problem's tensors, the output's gradient, the output and its statistic, dQ, dK, dV."""
+    """The backward: of the problem's tensors, `grad_out`, `out` and `lse` the gradients."""
     plan, routed = _routed_plan(problem, saved)
     grad_out, out, lse = plan.given[-3:]
     gradients = Gradients(*(plan.output(x.shape, x.dtype) for x in (routed.query, routed.key, routed.value)))
