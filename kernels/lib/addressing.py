@@ -12,14 +12,13 @@ import triton.language as tl
 
 
 @triton.jit
-def locate_program(n_regions, tiles, NUM_HEADS: tl.constexpr):
-    """What this program of a 1-d grid of N * n_regions * tiles * heads works on: (image, region, tile, head).
+def locate_program(program, n_regions, tiles, NUM_HEADS: tl.constexpr):
+    """What one of N * n_regions * tiles * heads programs works on: (image, region, tile, head).
 
     Heads run fastest: programs that run together read neighbouring channels of the same rows.
     """
-    pid = tl.program_id(0)
-    head = pid % NUM_HEADS
-    pid = pid // NUM_HEADS
+    head = program % NUM_HEADS
+    pid = program // NUM_HEADS
     tile = pid % tiles
     pid = pid // tiles
     # 64 bits, since the image's offset in the batch may pass 2**31 elements.
