@@ -1,6 +1,5 @@
 """Plans of a packed attention, forward and backward: routing, lists, attention, LePE."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,41 +56,37 @@ class ForwardArrays:
     lists: KeyLists
 
     @classmethod
-    def take(cls, packed: PackedAttention[Buffer], trains: bool, small: Take, lists: Take) -> "ForwardArrays":
-        """The arrays that `small` makes or finds, and the lists that `lists` makes or finds."""
+    def take(cls, packed: PackedAttention[Buffer], trains: bool, take: Take) -> "ForwardArrays":
+        """The arrays that `take` makes, or finds where the forward has kept them."""
         settings, (batch, height, width, _) = packed.settings, packed.qkv.shape
         attention = lse = r_weight = r_idx = None
         if trains and packed.lepe_weight is not None:
-            attention = small((batch, height, width, packed.dim), packed.qkv.dtype)
+            attention = take((batch, height, width, packed.dim), packed.qkv.dtype)
         if trains:
-            lse = small((batch, settings.num_heads, height, width), torch.float32)
+            lse = take((batch, settings.num_heads, height, width), torch.float32)
         choices = (batch, settings.grid.n_regions, settings.topk)
         if packed.weighs:
-            r_weight = small(choices, torch.float32)
+            r_weight = take(choices, torch.float32)
         if not settings.chooses_all:
-            r_idx = small(choices, torch.int32)
+            r_idx = take(choices, torch.int32)
         routed = _routed(packed, r_weight, r_idx)
         form = form_of(routed, packed.routing_learns)
-        return cls(attention, lse, r_weight, r_idx, routed, form, take_key_lists(routed, form, lists))
+        return cls(attention, lse, r_weight, r_idx, routed, form, take_key_lists(routed, form, take))
 
 
-def plan_attend(problem: PackedAttention[Tensor], trains: bool, own_form: bool) -> Plan:
-    """The forward: its inputs are the problem's tensors.
+def kept_bytes(problem: PackedAttention[Tensor]) -> int:
+    """Bytes that a forward keeps for its backward."""
+    plan = Plan(problem.tensors, problem.qkv.device)
+    ForwardArrays.take(_packed(plan, problem.settings), True, plan.keep)
+    return plan.kept_bytes
 
-    Its outputs are the attention's and, for a backward, in its own form what is kept; else the arrays of
-    `ForwardArrays`, those that there are, of which `wanted` tells.
-    """
+
+def plan_attend(problem: PackedAttention[Tensor], trains: bool) -> Plan:
+    """The forward: of the problem's tensors the attention and, for a backward, what is kept."""
     plan = Plan(problem.tensors, problem.qkv.device)
     packed = _packed(plan, problem.settings)
     out = plan.output((*packed.qkv.shape[:3], packed.dim), packed.qkv.dtype)
-    if own_form:
-        take = plan.keep if trains else plan.scratch
-        arrays = ForwardArrays.take(packed, trains, take, take)
-    else:
-        arrays = ForwardArrays.take(packed, trains, plan.output, plan.scratch)
-        small = (arrays.attention, arrays.lse, arrays.r_weight, arrays.r_idx)
-        plan.wanted = [x is not None for x in small]
-
+    arrays = ForwardArrays.take(packed, trains, plan.keep if trains else plan.scratch)
     routed, lists, settings, listed = arrays.routed, arrays.lists, packed.settings, False
     if arrays.r_idx is not None:
         query, key = _region_queries_keys(plan, packed)
@@ -151,21 +146,20 @@ class _Gradients:
 def plan_attend_backward(
     problem: PackedAttention[Tensor], saved: tuple[Tensor | None, ...], needs: Needs
 ) -> Plan:
-    """The backward: its inputs are the problem's tensors, the output's gradient, and what the forward left.
+    """The backward: its inputs are the problem's tensors, the output's gradient, the output, what was kept.
 
     Its outputs are gradients of `qkv`, `kv`, region means, LePE's weight and bias, and what padding holds by
     LePE; then the shares of padding by the attention. `wanted` tells which of them there are.
     """
     plan = Plan((*problem.tensors, *saved), problem.qkv.device)
     packed = _packed(plan, problem.settings)
-    grad_out, *small, kept = plan.inputs[len(problem.tensors) :]
+    grad_out, out, kept = plan.inputs[len(problem.tensors) :]
     assert grad_out is not None
-    arrays = _arrays_of_forward(plan, packed, small, kept)
-    attention_out = arrays.attention or small[0]
+    assert kept is not None
+    arrays = ForwardArrays.take(packed, True, Kept(kept).take)
+    attention_out = arrays.attention or out
     assert attention_out is not None
     assert arrays.lse is not None
-    if kept is None:
-        launch_key_lists(plan, arrays.routed, arrays.lists)
 
     gradients = _Gradients.output(plan, packed, needs)
     maps = gradients.maps(packed)
@@ -200,27 +194,6 @@ def plan_attend_backward(
     outputs = (gradients.kv, gradients.means, gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
     plan.wanted = [x is not None for x in (*outputs, shares)]
     return plan
-
-
-def _arrays_of_forward(
-    plan: Plan, packed: PackedAttention[Buffer], small: list[Buffer | None], kept: Buffer | None
-) -> ForwardArrays:
-    """Where the forward's arrays are: among what it kept, or among these inputs, with lists to be written."""
-    if kept is not None:
-        reader = Kept(kept)
-        return ForwardArrays.take(packed, True, reader.take, reader.take)
-    # Without LePE the attention's share of the output is the output, which is not among the arrays.
-    inputs = iter(x for x in small[1 if packed.lepe_weight is None else 0 :] if x is not None)
-    return ForwardArrays.take(packed, True, _next_of(inputs), plan.scratch)
-
-
-def _next_of(inputs: Iterator[Buffer]) -> Take:
-    def take(shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
-        found = next(inputs)
-        assert found.dtype == dtype
-        return found.view(*shape)
-
-    return take
 
 
 def _packed(plan: Plan, settings: Settings) -> PackedAttention[Buffer]:

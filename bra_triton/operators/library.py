@@ -66,21 +66,23 @@ def refusing_second_derivative(
     return [None if x is None else _RefuseSecondDerivative.apply(x, *inputs) for x in gradients]
 
 
-def is_seen_by_none(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether an eager call may leave PyTorch's dispatcher out: then an `autograd.Function` serves for less.
+def is_seen(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether something wants to see the operators of an eager call.
 
-    Not where something wants to see operators: a dispatch mode such as a FLOP counter, a transform of
-    `torch.func`, or a subclass of Tensor.
+    That is a dispatch mode such as a FLOP counter, a transform of `torch.func`, or a subclass of Tensor. For
+    anything else an `autograd.Function`, which leaves PyTorch's dispatcher out, serves for less.
     """
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
+    if _len_dispatch_stack() or _peek_transforms() is not None:
+        return True
     for x in tensors:  # noqa: SIM110  a generator would cost a call a tensor
         if x is not None and type(x) not in _PLAIN_TYPES:
-            return False
-    return True
+            return True
+    return False
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_len_dispatch_stack = torch._C._len_torch_dispatch_stack
+_peek_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
