@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+import planned
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,16 +14,16 @@ from hypothesis import strategies as st
 from problems import relative_error
 from torch import Tensor
 
-from bra_triton.backend import torch_lepe
+from bra_triton.backend.torch import lepe as torch_lepe
 from bra_triton.bench.machine_code.launches import record_kernels
 from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.lepe import launch as triton_lepe
-from bra_triton.kernels.lepe.arguments import LepeParts
-from bra_triton.kernels.lepe.convolution import convolve_tile
+from bra_triton.kernels.lepe.arguments import LepeParts, LepeSums, LepeSumsConfig
+from bra_triton.kernels.lepe.convolution import convolve_tile, lepe_sums_kernel
 from bra_triton.kernels.problem import Lepe
 
-BACKENDS = {"torch": torch_lepe, "triton": triton_lepe}
+BACKENDS = ("torch", "triton")
 HALVES = (torch.float16, torch.bfloat16)
 # Float32 sums of at most a few hundred products, each rounded at 6e-8; errors partly cancel.
 FLOAT32_TOLERANCE = 1e-6
@@ -148,13 +149,35 @@ def truth(case: Case, data: Data) -> dict[str, Tensor]:
     return result
 
 
+def run_triton(
+    attention: Tensor, lepe: Lepe, grad_out: Tensor, grad_value: Tensor, needs_weight_grad: bool = True
+) -> tuple[Tensor, triton_lepe.LepeGradients]:
+    """Output and parameters' gradients, in float32; the values' is added to `grad_value`."""
+    out = torch.full_like(attention, torch.nan)
+    planned.run(triton_lepe.launch_lepe, attention, lepe, out)
+
+    def add(plan, grad_out, grad_value, lepe):
+        def like(x):
+            return None if x is None else plan.output(x.shape, torch.float32)
+
+        weight, bias = (like(x) if needs_weight_grad else None for x in (lepe.weight, lepe.bias))
+        gradients = triton_lepe.LepeGradients(weight, bias, like(lepe.fill))
+        triton_lepe.launch_lepe_gradient(plan, grad_out, grad_value, lepe, gradients)
+        return gradients
+
+    return out, planned.run(add, grad_out, grad_value, lepe)
+
+
 def run(case: Case, data: Data, backend: str, dtype: torch.dtype, device: torch.device, **options):
     """Output and gradients of a backend, on the CPU, and the packed gradient that it wrote into."""
-    functions, lepe = BACKENDS[backend], data.lepe(case, dtype, device)
-    out = functions.lepe_forward(data.attention.to(device, dtype), lepe)
+    lepe, attention = data.lepe(case, dtype, device), data.attention.to(device, dtype)
     packed_grad = data.packed_grad.to(device, dtype, copy=True)
-    grad_value = packed_grad[..., -case.dim :]
-    grads = functions.lepe_backward(data.grad_out.to(device, dtype), grad_value, lepe, **options)
+    grad_out, grad_value = data.grad_out.to(device, dtype), packed_grad[..., -case.dim :]
+    if backend == "triton":
+        out, grads = run_triton(attention, lepe, grad_out, grad_value, **options)
+    else:
+        out = torch_lepe.lepe_forward(attention, lepe)
+        grads = torch_lepe.lepe_backward(grad_out, grad_value, lepe, **options)
     result = {"out": out, "value": grad_value, "weight": grads.weight, "bias": grads.bias, "fill": grads.fill}
     return {name: x.cpu() for name, x in result.items() if x is not None}, packed_grad.cpu()
 
@@ -382,8 +405,45 @@ def test_a_column_of_any_stride(device):
     for value in (column, column.clone(memory_format=torch.contiguous_format).view(1, 8, 1, 16)):
         lepe = Lepe(value, weight, bias, case.grid)
         grad_value = torch.zeros(1, 1, 8, 16, device=device).transpose(1, 2)
-        out = triton_lepe.lepe_forward(torch.zeros(1, 8, 1, 16, device=device), lepe)
-        gradients = triton_lepe.lepe_backward(torch.ones_like(out), grad_value, lepe)
+        attention = torch.zeros(1, 8, 1, 16, device=device)
+        out, gradients = run_triton(attention, lepe, torch.ones_like(attention), grad_value)
         results.append((out, grad_value, gradients.weight))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert results[0][0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("wanted", ["weight bias fill", "weight bias", "weight", "bias fill", "fill"])
+@pytest.mark.parametrize(("kernel", "n_programs", "dim"), [(3, 1, 16), (3, 300, 20), (5, 7, 40), (5, 600, 5)])
+def test_the_programs_shares_are_summed_and_rounded_once(kernel, n_programs, dim, wanted, dtype, device):
+    """Up to three steps of 256 programs; a last block of channels that is not full; a row for each tap."""
+    taps, names = kernel * kernel, wanted.split()
+    has_taps = "weight" in names or "bias" in names
+    rows = (taps + 1 if has_taps else 0) + ("fill" in names)
+    partials = torch.randn(n_programs, rows, dim, device=device)
+    shapes = {"weight": (dim, 1, kernel, kernel), "bias": (dim,), "fill": (dim,)}
+    sums = LepeSums(
+        **{
+            name: torch.full(
+                shape, torch.nan, device=device, dtype=torch.float32 if name == "fill" else dtype
+            )
+            if name in names
+            else None
+            for name, shape in shapes.items()
+        }
+    )
+    config = LepeSumsConfig(dim, taps, rows, has_taps, 256, 16)
+    lepe_sums_kernel[(rows, -(-dim // 16))](partials, sums, n_programs, CONFIG=config)
+    exact = partials.double().sum(0)
+    if "weight" in names:
+        assert_rounded_once(sums.weight, exact[:taps].T.reshape(shapes["weight"]), n_programs)
+    if "bias" in names:
+        assert_rounded_once(sums.bias, exact[taps], n_programs)
+    if "fill" in names:
+        assert_rounded_once(sums.fill, exact[-1], n_programs)
+
+
+def assert_rounded_once(actual: Tensor, exact: Tensor, n_terms: int) -> None:
+    """Of float32 sums of so many normal terms, up to 3e-6 off, then rounded to half a unit."""
+    unit = torch.finfo(actual.dtype).eps / 2
+    assert torch.allclose(actual.double(), exact, rtol=unit, atol=1e-7 * n_terms**0.5 + 1e-7)

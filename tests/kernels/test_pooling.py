@@ -8,13 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import relative_error
 
-from bra_triton import downsampling
-from bra_triton.backend import torch_pooling
+from bra_triton.backend.torch import pooling as torch_pooling
 from bra_triton.bench.machine_code.launches import record_kernels
 from bra_triton.bench.machine_code.static_analysis import compile_for, inner_loops, resource_usage
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.pooling import launch as launches
 from bra_triton.kernels.pooling.problem import MAX, RegionPooling
+from bra_triton.modules import downsampling
 
 BACKENDS = {"triton": launches, "torch": torch_pooling}
 QK_DIM, DIM = 3, 5  # a slice that starts at an odd channel and whose channels fill no block
@@ -109,7 +109,7 @@ def _check(name, grid, backend, dtype, device, tolerance, **sizes):
 
     weight, bias = (None if p is None else p.detach().to(dtype) for p in module.packed_parameters())
     narrow, narrow_fill = qkv.to(dtype), fill.detach().to(dtype)
-    pooled, argmax = backend.pool_forward(narrow[..., qk_dim:], narrow_fill, pooling, weight, bias)
+    pooled, argmax = backend.pool(narrow[..., qk_dim:], narrow_fill, pooling, weight, bias)
     assert pooled.dtype == dtype
     assert pooled.is_contiguous()
     grad_qkv = torch.full_like(narrow, torch.nan)
@@ -186,7 +186,7 @@ def test_maxima_of_nan_and_infinities_are_pytorchs(name, backend, device):
     x = qkv[..., QK_DIM:].float().contiguous()
     x[0, 1, 2], x[0, 5, 7, 1], x[1, 0:4, 0:5] = torch.nan, torch.inf, -torch.inf
     pooling = _pooling(module, grid, device)
-    pooled, argmax = BACKENDS[backend].pool_forward(x, None, pooling)
+    pooled, argmax = BACKENDS[backend].pool(x, None, pooling)
     expected = _expected(module, x, torch.zeros_like(fill).float(), grid)
     assert expected.isnan().any()
     assert (expected == -torch.inf).any()
@@ -205,7 +205,7 @@ def test_the_same_bits_every_time(name, backend, device):
     x, fill = torch.randn_like(qkv).float()[..., QK_DIM:], fill.float()
 
     def run():
-        pooled, argmax = BACKENDS[backend].pool_forward(x, fill, pooling, weight, bias)
+        pooled, argmax = BACKENDS[backend].pool(x, fill, pooling, weight, bias)
         grad_x = torch.empty_like(qkv, dtype=torch.float32)[..., QK_DIM:]
         grads = BACKENDS[backend].pool_backward(pooled.sin(), x, fill, argmax, pooling, weight, grad_x)
         return [pooled, grad_x, grads.fill, *(() if weight is None else (grads.weight, grads.bias))]
@@ -220,7 +220,7 @@ def test_an_empty_batch(device):
     weight, bias = (p.detach().float() for p in module.packed_parameters())
     x, fill = qkv.float()[..., QK_DIM:], fill.float()
     for backend in BACKENDS.values():
-        pooled, _ = backend.pool_forward(x, fill, pooling, weight, bias)
+        pooled, _ = backend.pool(x, fill, pooling, weight, bias)
         grads = backend.pool_backward(pooled, x, fill, None, pooling, weight, torch.empty_like(x))
         assert pooled.shape == (0, 3 * 1, 3 * 2, QK_DIM + DIM)
         assert not any(grad.any() for grad in (grads.fill, grads.weight, grads.bias))
@@ -263,7 +263,7 @@ class TestAnySpans:
         expected.backward(grad_out := torch.randn_like(expected).float().double())
 
         narrow = x.detach().float()
-        pooled, argmax = BACKENDS[backend].pool_forward(narrow, fill.detach().float(), pooling)
+        pooled, argmax = BACKENDS[backend].pool(narrow, fill.detach().float(), pooling)
         grad_x = torch.full_like(narrow, torch.nan)
         grads = BACKENDS[backend].pool_backward(grad_out.float(), narrow, None, argmax, pooling, None, grad_x)
         assert torch.allclose(pooled.double(), expected, atol=1e-5)
@@ -297,7 +297,7 @@ def _specimens(name, grid, dtype, qk_dim=64, dim=64):
 
     def run():
         x = qkv[..., qk_dim:]
-        pooled, argmax = launches.pool_forward(x, fill, pooling, weight, bias)
+        pooled, argmax = launches.pool(x, fill, pooling, weight, bias)
         grad_x = torch.empty_like(qkv)[..., qk_dim:]
         launches.pool_backward(pooled, x, fill, argmax, pooling, weight, grad_x)
 
