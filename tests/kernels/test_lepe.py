@@ -444,6 +444,6 @@ def test_the_programs_shares_are_summed_and_rounded_once(kernel, n_programs, dim
 
 
 def assert_rounded_once(actual: Tensor, exact: Tensor, n_terms: int) -> None:
-    """Of float32 sums of so many normal terms, up to 3e-6 off, then rounded to half a unit."""
+    """Of float32 sums of so many normal terms, some units off, then rounded by half a unit."""
     unit = torch.finfo(actual.dtype).eps / 2
-    assert torch.allclose(actual.double(), exact, rtol=unit, atol=1e-7 * n_terms**0.5 + 1e-7)
+    assert torch.allclose(actual.double(), exact, rtol=unit, atol=4e-7 * n_terms**0.5)
