@@ -150,7 +150,9 @@ def _problems(args: argparse.Namespace) -> list[Problem]:
             f"--num-heads must divide {dim} channels, got {args.num_heads}, and --topk be at most "
             f"{args.n_win**2} regions, got {args.topk}"
         )
-    return [Problem("", *args.shape, args.num_heads, args.n_win, args.topk, args.routing_weight)]
+    batch, height, width, _ = args.shape
+    sizes = (args.num_heads, args.n_win, args.topk, args.routing_weight)
+    return [Problem("", batch, height, width, dim, *sizes)]
 
 
 def _shape(text: str) -> tuple[int, ...]:

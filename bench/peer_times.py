@@ -96,7 +96,8 @@ def measure_row(
     ).items():
         if options.peers and name not in options.peers:
             continue
-        figures = row["peers"][name] = {"includes": peer.includes}
+        figures: dict[str, Any] = {"includes": peer.includes}
+        row["peers"][name] = figures
         truth = truth_of(exact["dense" if name == "dense" else "reference"], inputs[0])
         for which in PASSES:
             figures[which] = _figures_or_reason(peer, which, inputs, truth, options)

@@ -62,8 +62,13 @@ def peers_for(
         raise ValueError(
             f"problem must have qk_dim == dim, no routing weight and no K/V down-sampling, got {problem!r}"
         )
-    sizes = {"num_heads": problem.num_heads, "n_win": problem.n_win, "topk": problem.topk}
-    ours = functools.partial(functional.bi_level_routing_attention, **sizes, padding=padding)
+    ours = functools.partial(
+        functional.bi_level_routing_attention,
+        num_heads=problem.num_heads,
+        n_win=problem.n_win,
+        topk=problem.topk,
+        padding=padding,
+    )
     flex = functools.partial(route_and_flex, problem=problem, padding=padding, compiled=compile_flex)
     return {
         "fused": Peer(f"routing, attention ({backend})", functools.partial(ours, backend=backend)),
@@ -88,8 +93,7 @@ def route_and_flex(qkv: Tensor, problem: Problem, padding: Tensor | None, compil
         whole = padding.expand(len(qkv), *sides, -1).clone()
         whole[:, : problem.height, : problem.width] = qkv
         qkv = whole
-    routing = {"n_win": problem.n_win, "topk": problem.topk, "backend": "reference"}
-    _, r_idx = functional.region_routing(qkv, **routing)
+    _, r_idx = functional.region_routing(qkv, n_win=problem.n_win, topk=problem.topk, backend="reference")
     mask = block_mask(r_idx, problem.grid.region_tokens)
     axes = {"j": problem.n_win, "i": problem.n_win, "m": problem.num_heads}
     regions = rearrange(qkv, "n (j h) (i w) (t m c) -> t n m (j i h w) c", t=3, **axes).contiguous()

@@ -5,6 +5,7 @@ from typing import Any
 
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.pooling.problem import MAX, MEAN, WEIGHTED
+from bra_triton.kernels.problem import Settings
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,16 @@ class Problem:
         return self.batch * self.num_heads * self.grid.n_regions * pairs
 
     @property
+    def settings(self) -> Settings:
+        """The numbers, as the kernels take them."""
+        scale = self.qk_dim**-0.5
+        learns = self.routing_weight != "none"
+        return Settings(
+            *(self.qk_dim, self.num_heads, self.grid, self.topk, scale, scale),
+            *(self.routing_weight, learns),
+        )
+
+    @property
     def module_arguments(self) -> dict[str, Any]:
         """Arguments of `BiLevelRoutingAttention`, without K/V down-sampling."""
         return {
@@ -107,8 +118,8 @@ class Problem:
         if not self.chooses_all:
             return self
         keys = None if self.kv_per_win is None else self.n_win * self.kv_per_win
-        sides = {"height": self.n_win * self.grid.region_height, "width": self.n_win * self.grid.region_width}
-        return replace(self, **sides, n_win=1, topk=1, kv_per_win=keys)
+        height, width = self.n_win * self.grid.region_height, self.n_win * self.grid.region_width
+        return replace(self, height=height, width=width, n_win=1, topk=1, kv_per_win=keys)
 
 
 # Maps as models run them: what is tuned, timed and reported unless something else is asked for.

@@ -7,7 +7,6 @@ What the benches know of the package's choice of a backend, and of Triton's driv
 
 import atexit
 import ctypes
-import dataclasses
 import re
 import shutil
 import subprocess
@@ -23,8 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as triton_driver
 
-from bra_triton.backend import registry
+from bra_triton import functional
+from bra_triton.backend import select
 from bra_triton.bench.machine_code.hardware import BLOCK_SHARED_BYTES, HARDWARE
+from bra_triton.call import Request
+from bra_triton.kernels import calls
 
 ARCH = "sm_90"
 
@@ -97,16 +99,27 @@ def without_gpu(c_launcher: bool = False) -> Iterator[None]:
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels do not take Triton's launch path")
-    serving = dataclasses.replace(registry.BACKENDS["triton"], why_not=lambda *args, **kwargs: None)
     # Reading the property `active` would look for a GPU; Triton 3.4 has a plain attribute of that name.
     slot = "_active" if hasattr(triton_driver, "_active") else "active"
     before = getattr(triton_driver, slot)
     triton_driver.set_active(_driver_of_c_launcher() if c_launcher else _Driver())
+    _forget()
     try:
-        with mock.patch.dict(registry.BACKENDS, {"triton": serving}):
+        with mock.patch.object(select.BACKENDS["triton"], "why_not", _no_reason):
             yield
     finally:
         setattr(triton_driver, slot, before)
+        _forget()
+
+
+def _no_reason(request: Request) -> None:
+    """`why_not` of a backend that serves everything."""
+
+
+def _forget() -> None:
+    """Drops what was decided under another driver: who serves a call, and the kernels compiled for it."""
+    functional._known.clear()
+    calls.forget_plans()
 
 
 def _driver_of_c_launcher() -> _Driver:

@@ -3,7 +3,7 @@
 What the functions take and return is described in `bra_triton.backend.kernels.FusedKernels`.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from threading import Lock
 from typing import Any
 
@@ -24,7 +24,8 @@ from .grid import RegionGrid
 from .packed import plan_attend, plan_attend_backward
 from .padding import padding_gradient, share_of_means
 from .plan import Plan
-from .pooling.launch import pool, pool_backward
+from .pooling.launch import plan_pool, plan_pool_backward, pooling_inputs
+from .pooling.problem import PoolingGradients, RegionPooling
 from .problem import (
     AttentionResult,
     Gradients,
@@ -138,7 +139,7 @@ def _padding_gradient(
 def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     """See `FusedKernels`; the statistic is the softmax denominator's base-2 logarithm."""
     tensors = _tensors(problem)
-    out, lse = _plan(_plan_attend_routed, _routed_key(problem), problem).run(*tensors)
+    out, lse = _plan(plan_attend_routed, _routed_key(problem), problem).run(*tensors)
     return out, lse
 
 
@@ -146,7 +147,7 @@ def attend_routed_backward(
     grad_out: Tensor, problem: RoutedAttention[Tensor], out: Tensor, lse: Tensor
 ) -> Gradients[Tensor]:
     """See `FusedKernels`."""
-    plan = _plan(_plan_attend_routed_backward, _routed_key(problem), problem, (grad_out, out, lse))
+    plan = _plan(plan_attend_routed_backward, _routed_key(problem), problem, (grad_out, out, lse))
     return Gradients(*plan.run(*_tensors(problem), grad_out, out, lse))
 
 
@@ -191,7 +192,41 @@ def route_backward(
     return outputs[0], outputs[1]
 
 
-def _plan_attend_routed(problem: RoutedAttention[Tensor]) -> Plan:
+def pool(
+    x: Tensor,
+    fill: Tensor | None,
+    pooling: RegionPooling[Tensor],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `FusedKernels`."""
+    tensors = pooling_inputs(x, fill, pooling, weight, bias)
+    plan = _plan(plan_pool, (pooling.mode, pooling.grid, _layouts(tensors)), tensors, pooling)
+    pooled, *rest = plan.run(*tensors)
+    return pooled, rest[0] if rest else None
+
+
+def pool_backward(
+    grad_pooled: Tensor,
+    x: Tensor,
+    fill: Tensor | None,
+    argmax: Tensor | None,
+    pooling: RegionPooling[Tensor],
+    weight: Tensor | None,
+    grad_x: Tensor,
+) -> PoolingGradients:
+    """See `FusedKernels`."""
+    tensors = (*pooling_inputs(x, fill, pooling, weight), grad_pooled, argmax, grad_x)
+    plan = _plan(plan_pool_backward, (pooling.mode, pooling.grid, _layouts(tensors)), tensors, pooling)
+    sums = iter([shares.sum(0) for shares in plan.run(*tensors)])
+    grad_fill = next(sums) if pooling.grid.is_padded else None
+    if weight is None:
+        return PoolingGradients(grad_fill)
+    grad_bias = grad_pooled.sum((0, 1, 2), dtype=torch.float32)
+    return PoolingGradients(grad_fill, next(sums).t().reshape(weight.shape), grad_bias)
+
+
+def plan_attend_routed(problem: RoutedAttention[Tensor]) -> Plan:
     plan, routed = _routed_plan(problem, ())
     (batch, height, width, _), num_heads = routed.query.shape, routed.num_heads
     out = plan.output((batch, height, width, routed.value.shape[-1]), routed.query.dtype)
@@ -201,7 +236,7 @@ def _plan_attend_routed(problem: RoutedAttention[Tensor]) -> Plan:
     return plan
 
 
-def _plan_attend_routed_backward(
+def plan_attend_routed_backward(
     problem: RoutedAttention[Tensor], saved: tuple[Tensor, Tensor, Tensor]
 ) -> Plan:
     plan, routed = _routed_plan(problem, saved)
@@ -252,8 +287,12 @@ def _routed_key(problem: RoutedAttention[Tensor]) -> tuple[Hashable, ...]:
         problem.kv_grid,
         problem.num_heads,
         problem.scale,
-        *((None if x is None else (x.shape, x.stride(), x.dtype, x.device)) for x in _tensors(problem)),
+        _layouts(_tensors(problem)),
     )
+
+
+def _layouts(tensors: Iterable[Tensor | None]) -> tuple[Hashable, ...]:
+    return tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
 
 
 def _key(problem: PackedAttention[Tensor]) -> tuple[Hashable, ...]:

@@ -155,7 +155,7 @@ class Plan:
 
     def _launch(self, tensors: list[Tensor | None]) -> None:
         if not self.launches:
-            return  # the batch is empty
+            return  # an empty batch
         starts = [0 if x is None else x.data_ptr() for x in tensors]
         if reduce(or_, starts) % _ALIGNMENT or _is_watched() or not self._compile():
             self._launch_by_triton(tensors)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.conv import Conv
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
-from bra_triton.backend import registry
+from bra_triton.backend import select
 
 HEAD_DIM = 32
 ATTENTIONS = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
@@ -66,7 +66,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
     Raises:
         ValueError: if there is no such backend.
     """
-    registry.check_name(backend)
+    select.check_name(backend)
     for module in model.modules():
         if isinstance(module, ATTENTIONS):
             module.backend = backend

@@ -194,7 +194,8 @@ def compile_ahead(todo: Sequence[Trial], device: torch.device, workers: int) -> 
 def launch_once(trial: Trial, device: torch.device) -> None:
     """Launches a trial on two images: kernels are the same for any number of them."""
     with contextlib.suppress(Exception), tiles.use_tiles({trial.kernel: trial.tile}):
-        _few_images(replace(trial.problem, batch=2), trial.dtype, device).error(trial.kernel)
+        inputs = _few_images(replace(trial.problem, batch=2), trial.dtype, device)
+        inputs.error(trial.kernel, inputs.runner(trial.kernel))
 
 
 @lru_cache(maxsize=1)
@@ -207,11 +208,11 @@ def _time(trial: Trial, inputs: Inputs, timer: Timer) -> tuple[float, str]:
     """Milliseconds of a trial, or infinity and why it is refused."""
     with tiles.use_tiles({trial.kernel: trial.tile}):
         try:
-            error = inputs.error(trial.kernel)
+            run = inputs.runner(trial.kernel)
+            error = inputs.error(trial.kernel, run)
             if not error <= TOLERANCE[trial.dtype]:
                 return math.inf, f"refused: relative error {error:.1e}"
-            run = inputs.forward if trial.kernel == FORWARD else inputs.backward
-            return timer(run, len(inputs.routed)), ""
+            return timer(run, len(inputs.sets)), ""
         except Exception as failure:  # too much shared memory, or any of the compiler's errors
             return math.inf, f"refused: {type(failure).__name__}: {failure}"[:200]
 

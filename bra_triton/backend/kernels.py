@@ -103,7 +103,7 @@ class FusedKernels(Protocol):
         self,
         x: Tensor,
         fill: Tensor | None,
-        pooling: RegionPooling,
+        pooling: RegionPooling[Tensor],
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -127,7 +127,7 @@ class FusedKernels(Protocol):
         x: Tensor,
         fill: Tensor | None,
         argmax: Tensor | None,
-        pooling: RegionPooling,
+        pooling: RegionPooling[Tensor],
         weight: Tensor | None,
         grad_x: Tensor,
     ) -> PoolingGradients:

@@ -1,23 +1,23 @@
 """Groups of arguments that the pooling kernels take. Needs no Triton.
 
-A group of pointers holds tensors on the host and pointers in a kernel.
+A group of pointers holds buffers on the host and pointers in a kernel.
 """
 
 from typing import NamedTuple
 
-from torch import Tensor
+from ..arrays import Buffer
 
 
 class Taps(NamedTuple):
     """A depthwise convolution.
 
     Attributes:
-        weight: `(KERNEL_HEIGHT * KERNEL_WIDTH, CHANNELS)` float32, taps first.
+        weight: `(KERNEL_HEIGHT, KERNEL_WIDTH, CHANNELS)` float32.
         bias: `(CHANNELS,)` float32.
     """
 
-    weight: Tensor
-    bias: Tensor
+    weight: Buffer
+    bias: Buffer
 
 
 class Cells(NamedTuple):
@@ -29,8 +29,8 @@ class Cells(NamedTuple):
         columns: `(w', 2)` int32, likewise for columns.
     """
 
-    rows: Tensor
-    columns: Tensor
+    rows: Buffer
+    columns: Buffer
 
 
 class Holders(NamedTuple):
@@ -41,8 +41,8 @@ class Holders(NamedTuple):
         columns: `(w, 2)` int32, likewise for columns.
     """
 
-    rows: Tensor
-    columns: Tensor
+    rows: Buffer
+    columns: Buffer
 
 
 class PoolingConfig(NamedTuple):

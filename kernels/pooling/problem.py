@@ -1,9 +1,11 @@
 """What a pooling of regions is made of: the tensors and numbers that every backend takes. Needs no Triton."""
 
 from dataclasses import dataclass
+from typing import Generic
 
 from torch import Tensor
 
+from ..arrays import A
 from ..grid import RegionGrid
 
 MEAN, MAX, WEIGHTED = "mean", "max", "weighted"
@@ -11,7 +13,7 @@ MODES = (MEAN, MAX, WEIGHTED)
 
 
 @dataclass(frozen=True)
-class RegionPooling:
+class RegionPooling(Generic[A]):
     """The tokens of every region reduced to the same cells, which may overlap and may leave tokens out.
 
     A cell is a span of rows times a span of columns. Tokens past the map's edge take part as any other.
@@ -25,8 +27,8 @@ class RegionPooling:
         grid: regions of the map.
     """
 
-    row_cells: Tensor
-    column_cells: Tensor
+    row_cells: A
+    column_cells: A
     mode: str
     grid: RegionGrid
 

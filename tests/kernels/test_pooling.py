@@ -8,15 +8,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import relative_error
 
-from bra_triton.backend.torch import pooling as torch_pooling
-from bra_triton.bench.machine_code.launches import record_kernels
+from bra_triton.backend import torch as torch_kernels
+from bra_triton.bench.machine_code.launches import launches_of
 from bra_triton.bench.machine_code.static_analysis import compile_for, inner_loops, resource_usage
+from bra_triton.kernels import calls
 from bra_triton.kernels.grid import RegionGrid
-from bra_triton.kernels.pooling import launch as launches
+from bra_triton.kernels.pooling import launch
 from bra_triton.kernels.pooling.problem import MAX, RegionPooling
 from bra_triton.modules import downsampling
 
-BACKENDS = {"triton": launches, "torch": torch_pooling}
+BACKENDS = {"triton": calls, "torch": torch_kernels}
 QK_DIM, DIM = 3, 5  # a slice that starts at an odd channel and whose channels fill no block
 GRIDS = {
     # Regions of 4 x 5 tokens: sides that differ, which 3 cells do not divide, nor a ratio of 2 both.
@@ -159,10 +160,12 @@ def test_equals_pytorchs_pooling_forward_and_backward(name, grid, backend, devic
 @pytest.mark.parametrize("name", ["ada_avgpool", "maxpool", "conv"])
 def test_many_tiles_strips_and_channel_blocks(name, device, monkeypatch):
     """Sizes as they are on real maps relative to a tile: tails of tiles, of strips and of channel blocks."""
-    monkeypatch.setattr(launches, "TILE_BYTES", 1024)
-    monkeypatch.setattr(launches, "MAX_BLOCK_CHANNELS", 8)
-    monkeypatch.setattr(launches, "MAX_STRIPS", 2)
-    _check(name, GRIDS["padded"], launches, torch.float32, device, FLOAT32, qk_dim=4, dim=6, batch=1)
+    monkeypatch.setattr(launch, "TILE_BYTES", 1024)
+    monkeypatch.setattr(launch, "MAX_BLOCK_CHANNELS", 8)
+    monkeypatch.setattr(launch, "MAX_STRIPS", 2)
+    calls.forget_plans()
+    _check(name, GRIDS["padded"], calls, torch.float32, device, FLOAT32, qk_dim=4, dim=6, batch=1)
+    calls.forget_plans()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -175,7 +178,7 @@ def test_half_precision_rounds_once(name, dtype, backend, device):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_torch_backend_in_float64(name, device):
-    _check(name, GRIDS["padded"], torch_pooling, torch.float64, device, 1e-14)
+    _check(name, GRIDS["padded"], torch_kernels, torch.float64, device, 1e-14)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -295,13 +298,15 @@ def _specimens(name, grid, dtype, qk_dim=64, dim=64):
         kernel = module.kernel
         weight, bias = qkv.new_empty(qk_dim + dim, kernel, kernel), fill
 
-    def run():
-        x = qkv[..., qk_dim:]
-        pooled, argmax = launches.pool(x, fill, pooling, weight, bias)
-        grad_x = torch.empty_like(qkv)[..., qk_dim:]
-        launches.pool_backward(pooled, x, fill, argmax, pooling, weight, grad_x)
-
-    return record_kernels(run)
+    x = qkv[..., qk_dim:]
+    pooled = qkv.new_empty(2, pooling.pooled_grid.height, pooling.pooled_grid.width, qk_dim + dim)
+    argmax = torch.empty_like(pooled, dtype=torch.int32) if pooling.mode == MAX else None
+    inputs = launch.pooling_inputs(x, fill, pooling, weight, bias)
+    plans = (
+        launch.plan_pool(inputs, pooling),
+        launch.plan_pool_backward((*inputs, pooled, argmax, x), pooling),
+    )
+    return [each.specimen for plan in plans for each in launches_of(plan)]
 
 
 @pytest.mark.compiled

@@ -19,7 +19,7 @@ from .autocast import outside_autocast
 def pool(
     x: Tensor,
     fill: Tensor | None,
-    pooling: RegionPooling,
+    pooling: RegionPooling[Tensor],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -45,7 +45,7 @@ def pool_backward(
     x: Tensor,
     fill: Tensor | None,
     argmax: Tensor | None,
-    pooling: RegionPooling,
+    pooling: RegionPooling[Tensor],
     weight: Tensor | None,
     grad_x: Tensor,
 ) -> PoolingGradients:
@@ -91,7 +91,7 @@ def _to_regions(x: Tensor, grid: RegionGrid) -> Tensor:
     return x.view(x.shape[0] * grid.rows, *shape)
 
 
-def _mean_matrices(pooling: RegionPooling, like: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_matrices(pooling: RegionPooling[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
     """For each axis `(cells, tokens)`: one over the cell's size where it contains the token, else 0."""
     matrices = []
     sides = (pooling.grid.region_height, pooling.grid.region_width)
@@ -110,7 +110,7 @@ def _apply_matrices(regions: Tensor, row_matrix: Tensor, column_matrix: Tensor) 
     return pooled.view(batch, len(row_matrix), columns, len(column_matrix), channels)
 
 
-def _maximum(regions: Tensor, pooling: RegionPooling) -> tuple[Tensor, Tensor]:
+def _maximum(regions: Tensor, pooling: RegionPooling[Tensor]) -> tuple[Tensor, Tensor]:
     """Maxima `(B, h', columns, w', C)` and the tokens of the region that they are, int64."""
     value, column = _maximum_along(regions, 3, pooling.column_cells)
     value, row = _maximum_along(value, 1, pooling.row_cells)
@@ -146,7 +146,7 @@ def _scatter(grad: Tensor, argmax: Tensor, grid: RegionGrid) -> Tensor:
 
 
 def _weighted_backward(
-    grad: Tensor, regions: Tensor, pooling: RegionPooling, weight: Tensor
+    grad: Tensor, regions: Tensor, pooling: RegionPooling[Tensor], weight: Tensor
 ) -> tuple[Tensor, PoolingGradients]:
     """Gradients of the regions, the weight and the bias."""
     grid = pooling.grid
@@ -163,7 +163,7 @@ def _weighted_backward(
     return total, PoolingGradients(None, grad_weight, grad.sum((0, 1, 2, 3)))
 
 
-def _taps(pooling: RegionPooling, weight: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def _taps(pooling: RegionPooling[Tensor], weight: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """For every element of the kernel the rows and columns of a region that it meets, one a cell."""
     row_starts, column_starts = pooling.row_cells[:, 0], pooling.column_cells[:, 0]
     for i in range(weight.shape[1]):

@@ -19,7 +19,6 @@ from bra_triton.bench.tuning import inputs, prediction, timing
 from bra_triton.bench.tuning.prediction import Job
 from bra_triton.bench.tuning.search_space import candidates, problems, serves
 from bra_triton.kernels import tiles
-from bra_triton.kernels.attention import launch as attention
 from bra_triton.kernels.tiles import cache as tile_cache
 from bra_triton.kernels.tiles import choice
 from bra_triton.kernels.tiles import table as tile_table
@@ -33,6 +32,11 @@ FORWARD_TINY = [*TINY, "--pass", "forward"]
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BRA_TRITON_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _few_sets(monkeypatch):
+    monkeypatch.setattr(inputs, "_SETS", (2, 2))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -151,11 +155,11 @@ def test_what_compiles_ahead_launches_every_trial_and_minds_no_failure(device, m
     good = timing.Trial(replace(problem, batch=50), torch.float16, tiles.FORWARD, Tile(16, 32, 1, 2))
     launched, error = [], inputs.Inputs.error
 
-    def note(self, kernel):
+    def note(self, kernel, run):
         launched.append((self.problem.batch, kernel, choice._forced.get()))
         if len(launched) == 1:
             raise RuntimeError("out of resource: shared memory")
-        return error(self, kernel)
+        return error(self, kernel, run)
 
     monkeypatch.setattr(inputs.Inputs, "error", note)
     timing.launch_once(good, device)
@@ -226,8 +230,8 @@ def test_routing_weights_are_timed_for_the_entries_that_launches_take(
     monkeypatch.setattr(timing, "variants", lambda *args: [])
     timer, errors, good = Stopwatch(), {}, inputs.Inputs.error
 
-    def error(inputs, kernel):
-        errors[kernel] = good(inputs, kernel), len(inputs.expected[kernel])
+    def error(inputs, kernel, run):
+        errors[kernel] = good(inputs, kernel, run), len(inputs.expected[kernel])
         return errors[kernel][0]
 
     monkeypatch.setattr(inputs.Inputs, "error", error)
@@ -254,18 +258,22 @@ def test_a_stopped_run_goes_on_where_it_was(tried, device):
 
 @pytest.mark.parametrize("fault", ["wrong", "nan", "error"])
 def test_what_computes_something_else_is_refused(fault, tried, device, monkeypatch):
-    good = attention.attention_forward
-    broken = tried[1]
+    good, broken = inputs.Inputs.runner, tried[1]
 
-    def forward(problem, lepe):
-        out, share, lse = good(problem, lepe)
-        if tiles.choose(tiles.FORWARD, torch.float16, 16, 4, device) == broken:
+    def runner(self, kernel):
+        run = good(self, kernel)
+        if tiles.choose(tiles.FORWARD, torch.float16, 16, 4, device) != broken:
+            return run
+
+        def faulty(index):
             if fault == "error":
                 raise RuntimeError("out of resource: shared memory")
-            out = out.roll(1, dims=1) if fault == "wrong" else out * math.nan
-        return out, share, lse
+            (out,) = run(index)
+            return [out.roll(1, dims=1) if fault == "wrong" else out * math.nan]
 
-    monkeypatch.setattr(attention, "attention_forward", forward)
+        return faulty
+
+    monkeypatch.setattr(inputs.Inputs, "runner", runner)
     timer = Stopwatch({broken: 0.1, tried[2]: 0.5})
     measure(FORWARD_TINY, timer, device)
     assert broken not in timer.timed
@@ -276,16 +284,30 @@ def test_what_computes_something_else_is_refused(fault, tried, device, monkeypat
 
 
 def test_a_broken_context_ends_the_run(device, monkeypatch):
-    def forward(problem, lepe):
+    def runner(self, kernel):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    args = autotune._parser().parse_args(FORWARD_TINY)
-    drawn = inputs.Inputs(autotune._problems(args)[0], torch.float16, device)
-    monkeypatch.setattr(timing, "Inputs", lambda *args: drawn)
-    monkeypatch.setattr(attention, "attention_forward", forward)
+    monkeypatch.setattr(inputs.Inputs, "runner", runner)
     with pytest.raises(RuntimeError, match="broke the GPU's context"):
         measure(FORWARD_TINY, Stopwatch(), device)
     assert len((tile_cache.folder() / "timings.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_timed_launches_the_tile_in_force(kernel, device, monkeypatch):
+    planned = []
+
+    def plan(self, *inputs):
+        planned.append(self)
+        raise RuntimeError("enough is known")
+
+    drawn = inputs.Inputs(autotune._problems(autotune._parser().parse_args(TINY))[0], torch.float16, device)
+    monkeypatch.setattr(inputs.Plan, "run", plan)
+    tile = Tile(16, 32, 2, 5)
+    with tiles.use_tiles({kernel: tile}), pytest.raises(RuntimeError, match="enough"):
+        drawn.runner(kernel)(0)
+    stages = {x.name: x.options.get("num_stages") for x in planned[0].launches}
+    assert stages[f"{prediction.KERNEL_NAMES[kernel]}_kernel"] == 5
 
 
 def test_winners_weigh_problems_alike():
