@@ -57,8 +57,11 @@ _planning = Lock()
 
 
 def forget_plans() -> None:
-    """Plans every call anew: for whoever has changed the tables of tiles."""
+    """Plans every call anew."""
     _plans.clear()
+
+
+tiles.when_forgotten.append(forget_plans)
 
 
 def _plan(make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any) -> Plan:
