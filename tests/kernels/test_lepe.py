@@ -370,7 +370,7 @@ def test_kernels_compile_and_do_not_spill(side, kernel, dtype, arch):
     assert [specimen.name for specimen in found] == ["lepe_forward", "lepe_backward", "lepe_sums"]
     for specimen in found:
         usage = resource_usage(compile_for(specimen, arch))
-        assert usage.spill_loads == usage.spill_stores == usage.spilled_vgprs == 0, (specimen.name, usage)
+        assert usage.spills == 0, (specimen.name, usage)
 
 
 @pytest.mark.compiled
