@@ -44,9 +44,12 @@ _generation = [0]
 
 
 def forget_plans() -> None:
-    """Plans every call anew: for whoever has changed the tables of tiles."""
+    """Plans every call anew."""
     _plans.clear()
     _generation[0] += 1
+
+
+tiles.when_forgotten.append(forget_plans)
 
 
 def _plan_of(make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any) -> Plan:

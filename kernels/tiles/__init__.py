@@ -11,6 +11,7 @@ from .choice import (
     restored,
     use_architecture,
     use_tiles,
+    when_forgotten,
 )
 from .table import (
     BITS,
@@ -52,4 +53,5 @@ __all__ = [
     "restored",
     "use_architecture",
     "use_tiles",
+    "when_forgotten",
 ]

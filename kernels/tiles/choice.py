@@ -7,7 +7,7 @@ What was measured on this very card (`bra-autotune`, kept in the user's cache) c
 that the package ships for the card's architecture or the nearest older one, read at the first launch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -147,11 +147,17 @@ def architecture_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+# Called when the tables are forgotten, by `forget`: they drop what was made from them.
+when_forgotten: list[Callable[[], None]] = []
+
+
 def forget() -> None:
     """Reads all tables anew at the next launch: for whoever has just written one."""
     _of_card.cache_clear()
     _of_architecture.cache_clear()
     packaged.cache_clear()
+    for drop in when_forgotten:
+        drop()
 
 
 @cache
