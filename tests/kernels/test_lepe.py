@@ -177,7 +177,7 @@ def run(case: Case, data: Data, backend: str, dtype: torch.dtype, device: torch.
     packed_grad = data.packed_grad.to(device, dtype, copy=True)
     grad_out, grad_value = data.grad_out.to(device, dtype), packed_grad[..., -case.dim :]
     if backend == "triton":
-        before = grad_value.float()
+        before = grad_value.to(torch.float32, copy=True)
         out, grads = run_triton(attention, lepe, grad_out, grad_value, **options)
         grad_value = grad_value.float() + before  # as dK/dV does, which comes after
     else:
