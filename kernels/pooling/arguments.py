@@ -1,6 +1,6 @@
 """Groups of arguments that the pooling kernels take. Needs no Triton.
 
-A group of pointers holds tensors on the host and pointers in a kernel.
+A group holds tensors on the host; inside a kernel its members are pointers.
 """
 
 from typing import NamedTuple
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Taps(NamedTuple):
-    """A depthwise convolution.
+    """Weight and bias of a depthwise convolution.
 
     Attributes:
-        weight: `(KERNEL_HEIGHT * KERNEL_WIDTH, CHANNELS)` float32, taps first.
+        weight: `(KERNEL_HEIGHT * KERNEL_WIDTH, CHANNELS)` float32; PyTorch has the channels first.
         bias: `(CHANNELS,)` float32.
     """
 
@@ -21,11 +21,11 @@ class Taps(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """The cells of a region, an axis at a time; see `RegionPooling`.
+    """Where the cells of a region lie along each axis; see `RegionPooling`.
 
     Attributes:
-        rows: `(h', 2)` int32, the row of a region at which each cell starts, and the first row past it; both
-            ascend.
+        rows: `(h', 2)` int32: for each cell, the row of the region at which it starts and the first row after
+            it. Both columns of this table ascend.
         columns: `(w', 2)` int32, likewise for columns.
     """
 
@@ -34,10 +34,11 @@ class Cells(NamedTuple):
 
 
 class Holders(NamedTuple):
-    """The cells that hold each token of a region, an axis at a time.
+    """Which cells hold each token of a region, along each axis.
 
     Attributes:
-        rows: `(h, 2)` int32, the first cell that holds a token of each row, and the first cell past those.
+        rows: `(h, 2)` int32: for each row of a region, the first cell that contains the row, and the first
+            cell after those that contain it.
         columns: `(w, 2)` int32, likewise for columns.
     """
 
@@ -50,7 +51,7 @@ class PoolingConfig(NamedTuple):
 
     Attributes:
         MODE: how a cell is reduced, one of `problem.MODES`.
-        KERNEL_WIDTH: taps in a row of the convolution; 1 without one.
+        KERNEL_WIDTH: taps in a row of the convolution; 1 if there is none.
         TOKEN_STRIDE: elements from one token of the map to the next.
         CHANNELS: channels of a token.
         BLOCK_T: tokens of a tile.
@@ -69,8 +70,8 @@ class InvertConfig(NamedTuple):
     """Compile-time numbers of `invert_cells_kernel`.
 
     Attributes:
-        BLOCK: tokens of a program.
-        BLOCK_CELLS: cells of a step.
+        BLOCK: tokens of each program.
+        BLOCK_CELLS: cells that it compares in one step.
     """
 
     BLOCK: int

@@ -1,4 +1,4 @@
-"""Launches of the pooling kernels: shapes of outputs, grids, tiles. No synchronisation with the device."""
+"""Launches of the pooling kernels: shapes of outputs, grids, tiles. Nothing waits for the device."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,12 @@ from .arguments import Cells, Holders, InvertConfig, PoolingConfig, Taps
 from .cells import invert_cells_kernel, pool_backward_kernel, pool_kernel, pool_weight_gradient_kernel
 from .problem import MAX, PoolingGradients, RegionPooling
 
-# Two 16-byte loads in flight a thread. Predicted, not measured; with twice as much float32 spills.
+# Each thread has two 16-byte loads in flight. Predicted, not measured; with twice as many bytes, registers
+# spill in float32.
 TILE_BYTES = 4096
 MAX_BLOCK_CHANNELS = 64
 NUM_WARPS = 4
-# Programs that share a sum over the tokens of an image; more would only make their partial sums larger.
+# Most programs among which a sum over tokens is divided; more would only need more memory for their shares.
 MAX_STRIPS = 1024
 
 
@@ -29,14 +30,15 @@ def pool(
     Args:
         x: `(N, H, W, C)` under `pooling.grid`; float32, float16 or bfloat16. A channel slice of a contiguous
             map.
-        fill: `(C,)`, contiguous: what tokens past the map's edge hold; needed where the grid is padded.
-        pooling: the cells and how they are reduced.
+        fill: `(C,)`, contiguous: what tokens past the map's edge hold; needed if the grid is padded.
+        pooling: the cells, and how they are reduced.
         weight: `(C, kernel height, kernel width)`, for `WEIGHTED`.
         bias: `(C,)`, for `WEIGHTED`.
 
     Returns:
-        The pooled map `(N, rows*h', columns*w', C)`, contiguous, of the dtype of `x`; and for `MAX` the
-        token of its region that each element is, row-major, int32 of that shape, else None.
+        The pooled map `(N, rows*h', columns*w', C)`, contiguous, of the dtype of `x`. For `MAX` also an
+        int32 tensor of that shape, which says from which token of its region (row-major) each element comes;
+        None for the other modes.
     """
     grid = pooling.pooled_grid
     pooled = x.new_empty(x.shape[0], grid.height, grid.width, x.shape[-1])
@@ -64,16 +66,16 @@ def pool_backward(
     weight: Tensor | None,
     grad_x: Tensor,
 ) -> PoolingGradients:
-    """Gradients of `pool`, the same bits for the same input.
+    """Gradients of `pool`; the same input gives the same bits.
 
     Args:
         grad_pooled: `(N, rows*h', columns*w', C)`, contiguous.
-        x: the forward's; its values are read for `WEIGHTED` alone.
-        fill: the forward's.
-        argmax: the forward's.
-        pooling: the forward's.
-        weight: the forward's.
-        grad_x: where to write the gradient of `x`; `(N, H, W, C)` with the strides of `x`. Every element is
+        x: as given to `pool`; only `WEIGHTED` reads its values.
+        fill: as given to `pool`.
+        argmax: the second result of `pool`.
+        pooling: as given to `pool`.
+        weight: as given to `pool`.
+        grad_x: where the gradient of `x` is written, `(N, H, W, C)` with the strides of `x`; every element is
             written once.
     """
     config = _config(grad_x, pooling, weight)
@@ -103,7 +105,7 @@ def _cells(pooling: RegionPooling) -> Cells:
 
 
 def _holders(pooling: RegionPooling) -> Holders:
-    """The cells that hold each token; one table for both axes where they have the same cells."""
+    """The cells that hold each token; both axes share one table if they have the same cells."""
     grid = pooling.grid
     rows = _invert(pooling.row_cells, grid.region_height)
     if pooling.column_cells is pooling.row_cells and grid.region_width == grid.region_height:
@@ -154,7 +156,7 @@ def _config(x: Tensor, pooling: RegionPooling, weight: Tensor | None) -> Pooling
 
 
 def _sizes(pooling: RegionPooling) -> tuple[int, ...]:
-    """Run-time numbers that the kernels have in common."""
+    """Run-time numbers that all pooling kernels take."""
     grid = pooling.grid
     return (
         *(grid.height, grid.width, grid.region_height, grid.region_width, grid.rows, grid.columns),
@@ -167,7 +169,7 @@ def _channel_blocks(config: PoolingConfig) -> int:
 
 
 def _strips(tiles: int) -> tuple[int, int]:
-    """Number of strips that tiles are dealt out to, and tiles in each."""
+    """Number of strips into which tiles are divided, and number of tiles in each."""
     strip_tiles = cdiv(tiles, MAX_STRIPS)
     return (cdiv(tiles, strip_tiles) if tiles else 0), strip_tiles
 

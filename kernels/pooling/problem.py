@@ -1,4 +1,4 @@
-"""What a pooling of regions is made of: the tensors and numbers that every backend takes. Needs no Triton."""
+"""Pooling of regions: the tensors and numbers that every backend takes. Needs no Triton."""
 
 from dataclasses import dataclass
 
@@ -12,16 +12,18 @@ MODES = (MEAN, MAX, WEIGHTED)
 
 @dataclass(frozen=True)
 class RegionPooling:
-    """The tokens of every region reduced to the same cells, which may overlap and may leave tokens out.
+    """How the tokens of every region are reduced to cells, in the same way for all regions.
 
-    A cell is a span of rows times a span of columns. Tokens past the map's edge take part as any other.
+    A cell is a rectangle of tokens of a region. Cells may overlap, and tokens may lie in no cell. Tokens past
+    the map's edge take part like all others.
 
     Attributes:
-        row_cells: `(h', 2)` int32, contiguous: rows of a region at which each cell starts and before which it
-            ends. Starts ascend, ends ascend, no cell is empty.
+        row_cells: `(h', 2)` int32, contiguous: for each cell, the row of the region at which it starts and
+            the first row after it. Starts ascend, ends ascend, no cell is empty.
         column_cells: `(w', 2)` int32, likewise for columns.
-        mode: `MEAN`; `MAX`, where the first maximum in row-major order gets the gradient and NaN is larger
-            than all; or `WEIGHTED`, a depthwise convolution: all cells have the size of its kernel.
+        mode: `MEAN`; `MAX`, where the first maximum in row-major order gets the gradient, and NaN counts as
+            larger than any number; or `WEIGHTED`, a depthwise convolution, where every cell has the size of
+            the convolution's kernel.
         grid: regions of the map.
     """
 
@@ -48,12 +50,12 @@ class RegionPooling:
 
 @dataclass(frozen=True)
 class PoolingGradients:
-    """What a backward returns besides the map's gradient, all float32 (float64 for float64).
+    """What a backward returns besides the map's gradient; float32, or float64 for a float64 map.
 
     Attributes:
-        fill: `(C,)`: gradient of what tokens past the map's edge hold; None where there are none.
-        weight: `(C, kernel height, kernel width)`; None but for `WEIGHTED`.
-        bias: `(C,)`; None but for `WEIGHTED`.
+        fill: `(C,)`: gradient of what tokens past the map's edge hold; None if there are no such tokens.
+        weight: `(C, kernel height, kernel width)`; None except for `WEIGHTED`.
+        bias: `(C,)`; None except for `WEIGHTED`.
     """
 
     fill: Tensor | None = None
