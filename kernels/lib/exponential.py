@@ -44,8 +44,8 @@ def _last_halves(x, SHARE: tl.constexpr):
     right = x
     for level in tl.static_range(_MOST_HALVINGS):
         if (2 << level) <= SHARE:
-            # The left and the right half of the columns, not every second one: halves stay in the registers
-            # that they lie in.
+            # Splits into the left and the right half of the columns, not into even and odd columns. Either
+            # way the numbers stay in the registers that hold them.
             halves = tl.reshape(right, (right.shape[0], 2, right.shape[1] // 2))
             left, right = tl.split(tl.permute(halves, (0, 2, 1)))
     return left, right
