@@ -154,6 +154,8 @@ class Plan:
         return outputs
 
     def _launch(self, tensors: list[Tensor | None]) -> None:
+        if not self.launches:
+            return  # an empty batch
         starts = [0 if x is None else x.data_ptr() for x in tensors]
         if reduce(or_, starts) % _ALIGNMENT or _is_watched() or not self._compile():
             self._launch_by_triton(tensors)
