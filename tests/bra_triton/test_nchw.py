@@ -2,21 +2,21 @@
 
 import copy
 import inspect
-import pickle
-import shutil
 
 import pytest
 import torch
-import torch._dynamo.testing
+from modules import reference_of, run
 from problems import relative_error, worst
 
 import bra_triton
-from bra_triton import NCHWBiLevelRoutingAttention, nchw_reference
+from bra_triton import NCHWBiLevelRoutingAttention, reference
+from bra_triton.call import Call
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.operators import routing as operators
+from bra_triton.spec import AttentionSpec
 
 BACKENDS = ("torch", "triton")
-# As in test_nchw.
+# As in test_regional.
 FLOAT32_TOLERANCE = 1e-5
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -25,13 +25,13 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_routes_as_its_float32_values(backend, device):
     """Means of bfloat16 tokens rounded to bfloat16 would choose other regions; so would autocast."""
     grid = RegionGrid.of_region_size(16, 16, (2, 2))
+    spec = AttentionSpec(32, 32, 1, n_win=8, topk=8, router_scale=1.0, counts_padding=False)
     qkv = torch.randn(1, 16, 16, 96, device=device).bfloat16()
+    _, expected = reference.route(Call(qkv.float(), spec))
     query, key, _ = qkv.permute(0, 3, 1, 2).chunk(3, 1)
-    expected = nchw_reference.route(query.float(), key.float(), grid, 8)
     rounded = [torch.nn.functional.avg_pool2d(x, 2).flatten(2) for x in (query, key)]
     assert not torch.equal((rounded[0].transpose(1, 2) @ rounded[1]).topk(8).indices, expected)
     with torch.autocast(device.type, torch.bfloat16):
-        assert torch.equal(nchw_reference.route(query, key, grid, 8), expected)
         means = operators.region_means(qkv, None, 32, grid.numbers, backend)
         assert torch.equal(operators.route(*means.split(32, -1), 8, 1.0, backend)[1].long(), expected)
 
@@ -39,17 +39,7 @@ def test_half_precision_routes_as_its_float32_values(backend, device):
 def _pair(backend, device, dim=16, num_heads=2, n_win=3, **arguments):
     """The drop-in in float32 and the reference in float64, with the same weights."""
     module = NCHWBiLevelRoutingAttention(dim, num_heads, n_win, **arguments, backend=backend).to(device)
-    oracle = nchw_reference.NCHWBiLevelRoutingAttention(dim, num_heads, n_win, **arguments).to(device)
-    oracle.load_state_dict(module.state_dict())
-    return module, oracle.double()
-
-
-def _run(module, x, grad_out):
-    """Output, input gradient and parameter gradients, by name."""
-    x = x.detach().requires_grad_()
-    out = module(x)
-    out.backward(grad_out.to(out))
-    return {"out": out.detach(), "x": x.grad, **{k: p.grad for k, p in module.named_parameters()}}
+    return module, reference_of(module)
 
 
 MODULE_CASES = {
@@ -80,7 +70,7 @@ class TestModule:
         x = torch.randn(2, 16, *size, device=device)
         x = x.contiguous(memory_format=LAYOUTS[layout])
         grad_out = torch.randn(2, 16, *size, dtype=torch.float64, device=device)
-        actual, expected = _run(module, x, grad_out), _run(oracle, x.double(), grad_out)
+        actual, expected = run(module, x, grad_out), run(oracle, x.double(), grad_out)
         assert actual["out"].is_contiguous(memory_format=torch.channels_last)
         errors = {name: relative_error(actual[name], expected[name]) for name in expected}
         assert max(errors.values()) < FLOAT32_TOLERANCE, errors
@@ -88,13 +78,13 @@ class TestModule:
     def test_float64_is_the_references(self, device):
         module, oracle = _pair("torch", device)
         x = torch.randn(2, 16, 7, 8, dtype=torch.float64, device=device)
-        expected = _run(oracle, x, x)
-        assert worst(relative_error(a, expected[k]) for k, a in _run(module.double(), x, x).items()) < 1e-12
+        expected = run(oracle, x, x)
+        assert worst(relative_error(a, expected[k]) for k, a in run(module.double(), x, x).items()) < 1e-12
 
     @every_backend
     def test_an_empty_batch_and_its_gradients(self, backend, device):
         module, _ = _pair(backend, device)
-        results = _run(module, torch.randn(0, 16, 7, 8, device=device), torch.randn(0, 16, 7, 8))
+        results = run(module, torch.randn(0, 16, 7, 8, device=device), torch.randn(0, 16, 7, 8))
         assert results["out"].shape == results["x"].shape == (0, 16, 7, 8)
         assert not results["qkv_linear.weight"].any()
 
@@ -147,13 +137,6 @@ class TestModule:
         assert relative_error(attn_weight, expected_weight) < FLOAT32_TOLERANCE
         assert relative_error(module(x), expected) < FLOAT32_TOLERANCE
 
-    def test_copies_and_pickles(self):
-        module = NCHWBiLevelRoutingAttention(16, 2, 3, backend="torch").eval()
-        x = torch.randn(1, 16, 7, 8)
-        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-            assert torch.equal(twin(x), module(x))
-            assert twin.backend == "torch"
-
     @every_backend
     def test_autocast_runs_in_half_precision(self, backend, device):
         module, _ = _pair(backend, device)
@@ -167,43 +150,6 @@ class TestModule:
         # bfloat16 keeps 8 bits; three roundings on the way.
         assert relative_error(out, expected.double()) < 3e-2
 
-    @every_backend
-    def test_compiles_to_one_graph_without_recompiling_for_a_seen_size(self, backend, device):
-        module, _ = _pair(backend, device, num_heads=1, n_win=2, topk=2)
-        torch._dynamo.reset()
-        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(module, fullgraph=True, backend=counter)
-        for size in (4, 5, 4):
-            x = torch.randn(1, 16, size, size, device=device, requires_grad=True)
-            y = x.detach().clone().requires_grad_()
-            actual, expected = compiled(x), module(y)
-            actual.sum().backward()
-            expected.sum().backward()
-            assert torch.allclose(actual, expected, atol=1e-5)
-            assert torch.allclose(x.grad, y.grad, atol=1e-5)
-        assert counter.frame_count <= 2
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler of C++")
-def test_inductor_compiles_the_training_of_several_sizes():
-    """From the second size on sizes are symbols; the maps kept for the backward must not trip over that."""
-    module, _ = _pair("torch", torch.device("cpu"))
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True)
-    for size in ((6, 9), (7, 8), (10, 11)):
-        x, grad_out = torch.randn(2, 2, 16, *size)
-        module.zero_grad()
-        expected = _run(module, x, grad_out)
-        module.zero_grad()
-        actual = _run(compiled, x, grad_out)
-        assert (
-            worst(
-                relative_error(actual[key], expected[key.removeprefix("_orig_mod.")].double())
-                for key in actual
-            )
-            < 1e-5
-        )
-
 
 class TestExport:
     """Exported graphs hold plain PyTorch operators alone, and serve other sizes."""
@@ -211,8 +157,8 @@ class TestExport:
     @staticmethod
     def _pair():
         module, _ = _pair("auto", torch.device("cpu"), topk=4, auto_pad=True)
-        twin = nchw_reference.NCHWBiLevelRoutingAttention(16, 2, 3, topk=4, auto_pad=True)
-        twin.load_state_dict(module.state_dict())
+        twin = copy.deepcopy(module)
+        twin.backend = "reference"
         return module.eval(), twin.eval()
 
     # At 3 x 4, n_win's own size, and at 2 x 7, which auto_pad alone admits, regions have sides of 1.

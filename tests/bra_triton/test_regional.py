@@ -5,8 +5,6 @@ import torch
 from problems import relative_error
 from regional_problems import REGIONAL_CASES, REGIONAL_CASES_BY_NAME, log_problems
 
-import bra_triton
-from bra_triton import functional, nchw_reference
 from bra_triton.functional import regional_routing_attention
 from bra_triton.operators import regional as operators
 
@@ -31,7 +29,7 @@ def test_float32_matches_the_float64_oracle(case, backend, device):
     grad_out = torch.randn(case.batch, maps[2].shape[1], *case.size, device=device)
 
     def oracle(*maps):
-        return nchw_reference.regional_routing_attention(*maps, case.scale, graph, **case.numbers)[0]
+        return regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend="reference")
 
     def fused(*maps):
         return regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)
@@ -195,14 +193,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("function", [nchw_reference.regional_routing_attention, regional_routing_attention])
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_arguments_are_explained(wrong, function):
+def test_wrong_arguments_are_explained(wrong):
     replaced, message = WRONG[wrong]
     maps = {name: torch.randn(1, 4, 4, 6) for name in ("query", "key", "value")}
     numbers = {"scale": 1.0, "region_graph": torch.zeros(1, 2, 4, 1).long(), "region_size": (2, 3)}
     with pytest.raises(ValueError, match=message):
-        function(**{**maps, **numbers, **replaced})
+        regional_routing_attention(**{**maps, **numbers, **replaced})
 
 
 def test_an_unknown_backend_is_refused():
@@ -211,29 +208,11 @@ def test_an_unknown_backend_is_refused():
         regional_routing_attention(*case.maps(), 1.0, case.graph(), case.region_size, backend="cuda")
 
 
-def test_the_functional_api_has_it_too():
-    assert functional.regional_routing_attention is bra_triton.regional.regional_routing_attention
-
-
-class TestOperator:
-    @pytest.mark.parametrize(
-        ("name", "backend"), [("padded", "torch"), ("other_keys", "torch"), ("other_keys", "triton")]
-    )
-    def test_meets_pytorchs_own_checks(self, name, backend, device):
-        """Schema, fake implementation, autograd registration and AOT dispatch with dynamic shapes."""
-        case = REGIONAL_CASES_BY_NAME[name]
-        maps = [x.permute(0, 2, 3, 1).float().contiguous().to(device).requires_grad_() for x in case.maps()]
-        grids = (case.query_grid.numbers, case.kv_grid.numbers)
-        torch.library.opcheck(
-            operators.regional_attention,
-            (*maps, case.graph().int().to(device), *grids, case.num_heads, case.scale, backend),
-        )
-
-    @every_backend
-    def test_autocast_does_not_reach_inside(self, backend, device):
-        case = REGIONAL_CASES_BY_NAME["padded"]
-        maps, graph = [x.float().to(device) for x in case.maps()], case.graph().to(device)
-        expected = regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)
-        with torch.autocast(device.type, torch.bfloat16):
-            actual = regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)
-        assert torch.equal(actual, expected)
+@every_backend
+def test_autocast_does_not_reach_inside(backend, device):
+    case = REGIONAL_CASES_BY_NAME["padded"]
+    maps, graph = [x.float().to(device) for x in case.maps()], case.graph().to(device)
+    expected = regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)
+    assert torch.equal(actual, expected)
