@@ -94,8 +94,6 @@ def attend_backward(
     grad_out: Tensor, problem: PackedAttention[Tensor], result: AttentionResult, needs: Needs
 ) -> PackedGradients:
     """See `FusedKernels`."""
-    if not grad_out.shape[0]:
-        return PackedGradients(torch.zeros_like(problem.qkv), *_zeros(problem, needs))
     saved = (grad_out, *result[1:])
     key = (_key(problem), needs, result.kept is None)
     plan = _plan(plan_attend_backward, key, problem, saved, needs)
@@ -110,14 +108,6 @@ def attend_backward(
     return PackedGradients(
         grad_qkv, grad_kv, grad_padding, grad_means if needs.means else None, grad_weight, grad_bias
     )
-
-
-def _zeros(problem: PackedAttention[Tensor], needs: Needs) -> list[Tensor | None]:
-    """Gradients of all but `qkv`, for an empty batch."""
-    return [
-        torch.zeros_like(x) if x is not None and needed else None
-        for x, needed in zip(problem.tensors[1:], needs[1:], strict=True)
-    ]
 
 
 def _padding_gradient(

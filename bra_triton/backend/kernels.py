@@ -45,7 +45,7 @@ class FusedKernels(Protocol):
         """Gradients of `attend`'s tensors.
 
         Args:
-            grad_out: contiguous `(N, H, W, dim)`.
+            grad_out: contiguous `(N, H, W, dim)`, `N` at least 1.
             problem: the forward's.
             result: the forward's; without LePE, `attention` is its output.
             needs: which gradients to return.

@@ -159,7 +159,15 @@ def _backward(
     backend: str,
     needs: Sequence[bool],
 ) -> PackedGradients:
-    return fused_kernels(backend).attend_backward(grad_out.contiguous(), problem, result, Needs(*needs))
+    if not grad_out.shape[0]:  # nothing was saved either
+        return PackedGradients(
+            *(
+                x.new_zeros(x.shape) if x is not None and (needed or x is problem.qkv) else None
+                for x, needed in zip(problem.tensors, needs, strict=True)
+            )
+        )
+    with torch.no_grad():  # create_graph=True runs a backward with gradients enabled
+        return fused_kernels(backend).attend_backward(grad_out.contiguous(), problem, result, Needs(*needs))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
