@@ -1,6 +1,7 @@
 """How a module is compared with its oracle: the same module, on the reference and in float64."""
 
 import copy
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -15,11 +16,13 @@ def reference_of(module: nn.Module) -> nn.Module:
     return oracle
 
 
-def run(module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor | None]:
-    """Output, input gradient and parameter gradients, by name."""
+def run(
+    module: nn.Module, x: Tensor, grad_out: Tensor, forward: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor | None]:
+    """Output, input gradient and parameter gradients, by name; `forward` is the module's by default."""
     module.zero_grad()
     x = x.detach().requires_grad_()
-    out = module(x)
+    out = (forward or module)(x)
     out.backward(grad_out.to(out))
     return {"out": out.detach(), "x": x.grad, **{k: p.grad for k, p in module.named_parameters()}}
 
