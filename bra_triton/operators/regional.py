@@ -62,7 +62,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem, backend = _problem(*arguments)
-    gradients = fused_kernels(backend).attend_routed_backward(grad_out.contiguous(), problem, out, lse)
+    with torch.no_grad():  # create_graph=True runs a backward with gradients enabled
+        gradients = fused_kernels(backend).attend_routed_backward(grad_out.contiguous(), problem, out, lse)
     return gradients.query, gradients.key, gradients.value
 
 
