@@ -117,7 +117,12 @@ def attend_backward(
     if problem.padding is not None and needs.padding:
         grad_padding = _padding_gradient(problem, shares, fill, grad_means)
     return PackedGradients(
-        grad_qkv, grad_kv, grad_padding, grad_means if needs.means else None, grad_weight, grad_bias
+        grad_qkv,
+        grad_kv if needs.kv else None,
+        grad_padding,
+        grad_means if needs.means else None,
+        grad_weight,
+        grad_bias,
     )
 
 

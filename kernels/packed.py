@@ -18,6 +18,7 @@ from .lepe.arguments import LepeSums
 from .lepe.launch import launch_lepe_gradient
 from .plan import Kept, Plan, Take
 from .problem import Gradients, Needs, PackedAttention, RoutedAttention, Settings
+from .routing.arguments import Inverse
 from .routing.launch import (
     Routing,
     launch_region_means,
@@ -189,22 +190,35 @@ def plan_attend_backward(
     if gradients.means is not None:
         assert factor_shares is not None
         assert query_lists.inverse is not None
-        assert arrays.r_idx is not None
-        settings, qk_dim = packed.settings, packed.settings.qk_dim
-        query, key = _region_queries_keys(plan, packed)
-        launch_route_gradient(
-            plan,
-            Routing(query, key, arrays.r_weight, arrays.r_idx, settings.routing_scale),
-            factor_shares,
-            query_lists.inverse,
-            channels(gradients.means, 0, qk_dim),
-            channels(gradients.means, qk_dim, 2 * qk_dim),
-        )
-        if packed.means is None:
-            launch_spread_means(plan, gradients.means, gradients.qkv, settings.grid, settings.counts_padding)
+        _launch_routing_gradient(plan, packed, arrays, factor_shares, query_lists.inverse, gradients)
     outputs = (gradients.kv, gradients.means, gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
     plan.wanted = [x is not None for x in (*outputs, of_keys_values.results.grad_padding)]
     return plan
+
+
+def _launch_routing_gradient(
+    plan: Plan,
+    packed: PackedAttention[Buffer],
+    arrays: ForwardArrays,
+    factor_shares: Buffer,
+    inverse: Inverse,
+    gradients: _Gradients,
+) -> None:
+    """Adds what reaches region queries and keys through the routing weights, and from there the map."""
+    assert arrays.r_idx is not None
+    assert gradients.means is not None
+    settings, qk_dim = packed.settings, packed.settings.qk_dim
+    query, key = _region_queries_keys(plan, packed)
+    launch_route_gradient(
+        plan,
+        Routing(query, key, arrays.r_weight, arrays.r_idx, settings.routing_scale),
+        factor_shares,
+        inverse,
+        channels(gradients.means, 0, qk_dim),
+        channels(gradients.means, qk_dim, 2 * qk_dim),
+    )
+    if packed.means is None:
+        launch_spread_means(plan, gradients.means, gradients.qkv, settings.grid, settings.counts_padding)
 
 
 def _packed(plan: Plan, settings: Settings) -> PackedAttention[Buffer]:

@@ -56,7 +56,7 @@ def pool_regions(
 
     Returns:
         Keys and values `(N, rows*h', columns*w', qk_dim + dim)`, contiguous; and for the backward the tokens
-        that are the maxima, int32, empty but for `MAX`.
+        that are the maxima, int32, empty except for `MAX`.
     """
     pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid))
     pooled, argmax = fused_kernels(backend).pool(

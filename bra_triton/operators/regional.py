@@ -140,7 +140,7 @@ def _problem(
 
 
 def with_dense_tokens(x: Tensor) -> Tensor:
-    """An NHWC map as backends take it, dense but for its channels; a copy only where it is not so already.
+    """An NHWC map as backends take it, dense except for its channels; a copy only where it is not so already.
 
     The stride from token to token must be right even in a column of single tokens: kernels need no other.
     """

@@ -233,7 +233,7 @@ def launch_key_value_gradient(
     needs_padding: bool = False,
     adds_to_value: bool = False,
 ) -> KeyValueGradient:
-    """Adds dK and dV, written to `gradients`, but for what `launch_finish` has to sum.
+    """Adds dK and dV, written to `gradients`, except for what `launch_finish` has to sum.
 
     Args:
         plan: where to add them.
