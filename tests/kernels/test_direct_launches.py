@@ -65,6 +65,7 @@ def _settings(height, width, n_win, topk, **others):
 
 
 def _attention(settings, dtype=HALF, lepe=3, pooled=None, router=False):
+    """With `qk_dim` of 20, half-precision keys start at no multiple of 16 bytes in the packed map."""
     grid, dim = settings.grid, 32
     packed_dim = 2 * settings.qk_dim + dim
 
@@ -73,7 +74,9 @@ def _attention(settings, dtype=HALF, lepe=3, pooled=None, router=False):
 
     return PackedAttention(
         random(2, grid.height, grid.width, packed_dim),
-        None if pooled is None else random(2, grid.rows * pooled, grid.columns * pooled, packed_dim - 32),
+        None
+        if pooled is None
+        else random(2, grid.rows * pooled, grid.columns * pooled, packed_dim - settings.qk_dim),
         random(packed_dim) if grid.is_padded else None,
         random(2, grid.n_regions, 2 * settings.qk_dim, dtype=torch.float32) if router else None,
         random(dim, 1, lepe, lepe) if lepe else None,
@@ -83,9 +86,9 @@ def _attention(settings, dtype=HALF, lepe=3, pooled=None, router=False):
 
 
 def _regional(n_graphs=2):
-    """Heads of 20 channels: slices of the packed map that start at no multiple of 16 bytes."""
+    """Heads of 20 channels, in slices of packed maps."""
     grid, kv_grid = RegionGrid.of_region_size(7, 9, (3, 4)), RegionGrid.of_region_size(5, 6, (2, 2))
-    query = torch.randn(1, 7, 9, 80).to(HALF)[..., 20:60]
+    query = torch.randn(1, 7, 9, 80).to(HALF)[..., 24:64]
     key, value = torch.randn(1, 5, 6, 80).to(HALF).split(40, dim=-1)
     r_idx = torch.zeros(1, n_graphs, grid.n_regions, 2, dtype=torch.int32)
     padding = Padding(torch.zeros(40, dtype=HALF), torch.zeros(40, dtype=HALF))
@@ -128,6 +131,7 @@ FORMS = {
         _settings(7, 10, 4, 3, routing_weight="hard", diff_routing=True), lepe=5
     ),
     "router": lambda: _attention(replace(PLAIN, routing_weight="hard", diff_routing=True), router=True),
+    "narrow queries": lambda: _attention(replace(PLAIN, qk_dim=20)),
     "masked": lambda: _attention(_settings(14, 14, 7, 16)),
     "whole": lambda: _attention(_settings(7, 10, 4, 16)),
     "pooled": lambda: _attention(PLAIN, pooled=1),
