@@ -346,7 +346,7 @@ def test_the_precision_of_float32_products(log):
 
 def test_forgotten_tables_and_plans(log, monkeypatch):
     """Whoever has written a table gets its tiles at the next launch, though the call was planned before."""
-    problem, before = FORMS["plain"](), choice.packaged
+    problem, before = _attention(_settings(32, 32, 2, 2)), choice.packaged
     tiles.forget()
     first = _launched(log, problem)
 
@@ -392,13 +392,13 @@ def _in_threads(function):
 
 def test_many_threads_at_once(log, monkeypatch):
     """They plan, compile and drop the same plans, with tiles of their own in every other thread."""
-    problems = [_attention(_settings(side, 8, 4, 3)) for side in SIDES]
+    problems = [_attention(_settings(4 * side, 32, 2, 3)) for side in SIDES]
     small = dict.fromkeys(tiles.KERNELS, tiles.Tile(16, 32, 1, 1))
 
     def work(index):
         with tiles.use_tiles(small if index % 2 else {}):
-            order = [*problems[index % 4 :], *problems[: index % 4]] * 3
-            return [(problems.index(problem), _launched(log, problem)) for problem in order]
+            order = [(index + step) % len(problems) for step in range(3 * len(problems))]
+            return [(which, _launched(log, problems[which])) for which in order]
 
     expected = [dict(work(index)) for index in range(2)]
     assert expected[0] != expected[1]
