@@ -6,8 +6,9 @@ from collections import defaultdict
 import planned
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import profile
 
 from bra_triton.kernels.attention.arguments import Lists
 from bra_triton.kernels.grid import RegionGrid
@@ -44,7 +45,7 @@ def _pairs_by_region(chosen, n_regions):
     return rows
 
 
-@settings(max_examples=15, deadline=None)
+@profile(15)
 @given(
     data=st.data(),
     query_grid=grids,
@@ -88,7 +89,7 @@ def test_a_region_larger_than_a_block_of_the_kernel(device):
     r_idx = torch.zeros(1, 1, 4, 1, dtype=torch.int32, device=device)
     keys, queries = planned.lists_of(_problem(r_idx, grid, grid))
     assert keys.query_regions.flatten().tolist() == _expected_tokens(grid, range(4))
-    assert keys.query_regions is keys.key_regions or torch.equal(keys.query_regions, keys.key_regions)
+    assert torch.equal(keys.query_regions, keys.key_regions)
     assert queries.arguments.token_list.flatten().tolist() == _expected_tokens(grid, range(4))
 
 
@@ -170,7 +171,7 @@ def _check_inverse(r_idx, n_regions):
         assert inverse.pairs[graph].tolist() == list(itertools.chain(*rows)), graph
 
 
-@settings(max_examples=12, deadline=None)
+@profile(12)
 @given(data=st.data(), n_regions=st.integers(1, 16), n_rows=st.integers(1, 16), batch=st.integers(1, 2))
 def test_inverse_graph_holds_each_pair_once_in_order(data, n_regions, n_rows, batch, device):
     topk = data.draw(st.integers(1, n_regions))
@@ -231,7 +232,7 @@ def graphs(draw):
     return torch.tensor(entries, dtype=torch.int32).view(batch, n_graphs, n_rows, topk), n_regions
 
 
-@settings(max_examples=20, deadline=None)
+@profile(20)
 @given(drawn=graphs())
 def test_pieces_cover_every_row_once_and_none_is_long(drawn, device):
     """However uneven the rows: the longest piece is at most a constant times the mean row."""
