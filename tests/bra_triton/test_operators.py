@@ -1,12 +1,25 @@
 """What PyTorch's dispatcher sees of the operators: their fake implementations, and what touches the map."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from operator_calls import BRANCHES, OPERATORS, Calls, attend, attend_regional, route
+from problems import Case, random_map
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, functional
+from bra_triton.backend.kernels import fused_kernels
+from bra_triton.bench import in_tree
+from bra_triton.kernels.grid import RegionGrid
+from bra_triton.kernels.problem import Needs, PackedAttention
+
 BACKENDS = ("torch", "triton")
+CASE = Case("operators", "four regions of 3 x 4 tokens: the interpreter is slow", 6, 8, 32, 2, 2, 2, 16)
 
 
 def _layout(result):
@@ -46,7 +59,7 @@ class TestFakes:
 def test_operators_meet_pytorchs_own_checks(backend, device):
     """Schema, fake implementation, autograd registration and AOT dispatch with dynamic shapes."""
     calls = {}
-    with Calls(lambda function, arguments, _: calls.setdefault(function, arguments)) as log:
+    with Calls(lambda function, arguments, _: calls.update({function: arguments})) as log:
         attend("everything", backend, 1, device)
         route(backend, 1, device)
         attend_regional(backend, 1, device)
@@ -59,3 +72,138 @@ def test_operators_meet_pytorchs_own_checks(backend, device):
             arguments,
         )
         torch.library.opcheck(function, arguments)
+
+
+class _Log(TorchDispatchMode):
+    """Names of the operators that touch a tensor of at least `elements` elements.
+
+    What Triton's interpreter does to emulate a launch (it copies every argument) is not the package's doing.
+    """
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements = elements
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
+        if any(t.numel() >= self.elements for t in tensors) and not _called_by_the_interpreter():
+            self.names.append(function.overloadpacket._qualified_op_name)
+        return result
+
+
+def _called_by_the_interpreter():
+    frame = sys._getframe()
+    while frame:
+        if frame.f_code.co_filename.endswith("triton/runtime/interpreter.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+# The map is larger than any weight, so that only what touches it is logged.
+MAP_CASE = Case("map", "", 12, 15, 16, 1, 3, 3)
+# Everything that a forward and a backward may do with a tensor as large as the map. What is not here,
+# gather, index, cat, pad, permuted copies (clone, copy_, contiguous), zero-filled projections, fails.
+ALLOWED = {
+    *("bra_triton::attend", "bra_triton::attend_backward"),
+    *("aten::addmm", "aten::mm", "aten::sum", "aten::mul", "aten::ones_like"),  # projections, loss
+    *("aten::convolution", "aten::convolution_backward"),  # projections of NCHW maps
+    *("aten::view", "aten::_unsafe_view", "aten::t", "aten::detach", "aten::expand"),  # no memory moves
+    *("aten::permute", "aten::sym_size"),
+}
+
+
+@pytest.mark.parametrize("size", [(12, 15), (11, 13)], ids=["divisible", "padded"])
+@pytest.mark.parametrize("kind", [BiLevelRoutingAttention, NCHWBiLevelRoutingAttention])
+def test_forward_and_backward_of_the_module_touch_the_map_only_by_allowed_operators(kind, size, device):
+    """Padding a map must not copy it either, nor need the one gradient of an NCHW map's projection."""
+    case = MAP_CASE
+    module = kind(case.dim, case.num_heads, case.n_win, topk=case.topk, auto_pad=True, backend="triton")
+    module.to(device)
+    x = torch.randn(1, *size, case.dim, device=device)
+    x = x.permute(0, 3, 1, 2) if kind is NCHWBiLevelRoutingAttention else x
+    x.requires_grad_()
+    with _Log(x.numel()) as log:
+        module(x).sum().backward()
+    assert "bra_triton::attend_backward" in log.names
+    assert set(log.names) <= ALLOWED, set(log.names) - ALLOWED
+
+
+def test_inside_the_operators_nothing_but_allocations_touches_the_map(device):
+    """The log of the module cannot see into an operator, so its implementation is logged on its own."""
+    case = MAP_CASE
+    spec, qkv = case.spec, random_map(case, device).float()
+    weight = torch.randn(case.dim, 1, 3, 3, device=device)
+    grad_out = torch.randn(*qkv.shape[:3], case.dim, device=device)
+    settings = spec.settings(RegionGrid.of_windows(case.height, case.width, case.n_win))
+    problem = PackedAttention(qkv, None, None, None, weight, None, settings)
+    kernels = fused_kernels("triton")
+    with _Log(grad_out.numel()) as log:
+        for own_form in (False, True):
+            result = kernels.attend(problem, trains=True, own_form=own_form)
+            kernels.attend_backward(grad_out, problem, result, Needs(lepe_weight=True))
+    allowed = {"aten::empty", "aten::detach"}
+    assert set(log.names) <= allowed, set(log.names) - allowed
+    assert "aten::empty" in log.names
+
+
+@pytest.mark.parametrize("kind", [BiLevelRoutingAttention, NCHWBiLevelRoutingAttention])
+@pytest.mark.parametrize("topk", [8, 9])
+def test_where_every_region_attends_to_all_nothing_is_routed(kind, topk, device):
+    case = MAP_CASE
+    module = kind(case.dim, case.num_heads, case.n_win, topk=topk, backend="triton").to(device)
+    x = torch.randn(1, case.height, case.width, case.dim, device=device)
+    routes = []
+    with Calls(lambda function, arguments, result: routes.append(result[-1].numel())):
+        module(x.permute(0, 3, 1, 2) if kind is NCHWBiLevelRoutingAttention else x)
+    assert routes == [case.n_win**2 * topk if topk < 9 else 0]
+
+
+def test_control_the_log_sees_the_reference_gather(device):
+    case = MAP_CASE
+    module = BiLevelRoutingAttention(
+        case.dim, case.num_heads, case.n_win, topk=case.topk, backend="reference"
+    ).to(device)
+    with _Log(case.height * case.width * case.dim) as log:
+        module(torch.randn(1, case.height, case.width, case.dim, device=device)).sum().backward()
+    assert {"aten::index", "aten::clone"} <= set(log.names)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_reach_into_the_operators(backend, device):
+    qkv = random_map(CASE, device).float()
+    options = {"n_win": CASE.n_win, "topk": CASE.topk, "qk_dim": CASE.qk_dim, "backend": backend}
+    expected = functional.region_routing(qkv, **options)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = functional.region_routing(qkv, **options)
+    assert actual[0].dtype == torch.float32
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_every_way_to_allow_tf32_is_understood():
+    """In processes of their own, since PyTorch refuses to go back from the newer settings to the older."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(Path(in_tree.__file__).parent)!r})
+import in_tree
+in_tree.install()  # where the package is not installed
+sys.path.pop(0)
+import torch
+from bra_triton.kernels.attention import launch as attention
+for setting in (
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.set_float32_matmul_precision('high')",
+):
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0, setting
+        continue
+    assert attention.dot_precision(torch.float32) == "tf32x3"
+    exec(setting)
+    assert attention.dot_precision(torch.float32) == "tf32"
+    assert attention.dot_precision(torch.float16) == "ieee"
+    os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
