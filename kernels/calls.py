@@ -44,9 +44,12 @@ _generation = [0]
 
 
 def forget_plans() -> None:
-    """Plans every call anew: for whoever has changed the tables of tiles."""
+    """Plans every call anew."""
     _plans.clear()
     _generation[0] += 1
+
+
+tiles.when_forgotten.append(forget_plans)
 
 
 def _plan_of(make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any) -> Plan:
@@ -103,8 +106,6 @@ def attend_backward(
     needs: Needs,
 ) -> PackedGradients:
     """See `FusedKernels`."""
-    if not grad_out.shape[0]:
-        return PackedGradients(torch.zeros_like(problem.qkv), *_zeros(problem, needs))
     others = (grad_out, out, *saved)
     plan = _packed_plan(problem, plan_attend_backward, (needs,), others, needs)
     grad_qkv, *rest = plan.run(*problem.tensors, *others)
@@ -116,16 +117,13 @@ def attend_backward(
     if problem.padding is not None and needs.padding:
         grad_padding = _padding_gradient(problem, shares, fill, grad_means)
     return PackedGradients(
-        grad_qkv, grad_kv, grad_padding, grad_means if needs.means else None, grad_weight, grad_bias
+        grad_qkv,
+        grad_kv if needs.kv else None,
+        grad_padding,
+        grad_means if needs.means else None,
+        grad_weight,
+        grad_bias,
     )
-
-
-def _zeros(problem: PackedAttention[Tensor], needs: Needs) -> list[Tensor | None]:
-    """Gradients of all but `qkv`, for an empty batch."""
-    return [
-        torch.zeros_like(x) if x is not None and needed else None
-        for x, needed in zip(problem.tensors[1:], needs[1:], strict=True)
-    ]
 
 
 def _padding_gradient(

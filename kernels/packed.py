@@ -10,12 +10,15 @@ from .attention.arguments import ForwardResults, Saved
 from .attention.launch import (
     Attention,
     launch_attention,
+    launch_finish,
     launch_key_value_gradient,
     launch_query_gradient,
 )
-from .lepe.launch import LepeGradients, launch_lepe_gradient
+from .lepe.arguments import LepeSums
+from .lepe.launch import launch_lepe_gradient
 from .plan import Kept, Plan, Take
 from .problem import Gradients, Needs, PackedAttention, RoutedAttention, Settings
+from .routing.arguments import Inverse
 from .routing.launch import (
     Routing,
     launch_region_means,
@@ -168,32 +171,54 @@ def plan_attend_backward(
         plan, attention, Saved(attention_out, arrays.lse, grad_out), maps.query, packed.routing_learns
     )
     query_lists = launch_query_lists(plan, arrays.routed, arrays.lists)
-    has_padding = arrays.routed.padding is not None and needs.padding
-    shares = launch_key_value_gradient(plan, attention, query_lists, statistics, grad_out, maps, has_padding)
-    lepe = packed.lepe()
+    lepe, of_lepe = packed.lepe(), None
     if lepe is not None:
         value = channels(gradients.qkv, 2 * packed.settings.qk_dim, packed.qkv.shape[-1])
-        of_lepe = LepeGradients(gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
-        launch_lepe_gradient(plan, grad_out, value, lepe, of_lepe)
+        sums = LepeSums(gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
+        of_lepe = launch_lepe_gradient(plan, grad_out, value, lepe, sums)
+    of_keys_values = launch_key_value_gradient(
+        plan,
+        attention,
+        query_lists,
+        statistics,
+        grad_out,
+        maps,
+        needs_padding=arrays.routed.padding is not None and needs.padding,
+        adds_to_value=lepe is not None and packed.kv is None,
+    )
+    launch_finish(plan, of_keys_values, of_lepe)
     if gradients.means is not None:
         assert factor_shares is not None
         assert query_lists.inverse is not None
-        assert arrays.r_idx is not None
-        settings, qk_dim = packed.settings, packed.settings.qk_dim
-        query, key = _region_queries_keys(plan, packed)
-        launch_route_gradient(
-            plan,
-            Routing(query, key, arrays.r_weight, arrays.r_idx, settings.routing_scale),
-            factor_shares,
-            query_lists.inverse,
-            channels(gradients.means, 0, qk_dim),
-            channels(gradients.means, qk_dim, 2 * qk_dim),
-        )
-        if packed.means is None:
-            launch_spread_means(plan, gradients.means, gradients.qkv, settings.grid, settings.counts_padding)
+        _launch_routing_gradient(plan, packed, arrays, factor_shares, query_lists.inverse, gradients)
     outputs = (gradients.kv, gradients.means, gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
-    plan.wanted = [x is not None for x in (*outputs, shares)]
+    plan.wanted = [x is not None for x in (*outputs, of_keys_values.results.grad_padding)]
     return plan
+
+
+def _launch_routing_gradient(
+    plan: Plan,
+    packed: PackedAttention[Buffer],
+    arrays: ForwardArrays,
+    factor_shares: Buffer,
+    inverse: Inverse,
+    gradients: _Gradients,
+) -> None:
+    """Adds what reaches region queries and keys through the routing weights, and from there the map."""
+    assert arrays.r_idx is not None
+    assert gradients.means is not None
+    settings, qk_dim = packed.settings, packed.settings.qk_dim
+    query, key = _region_queries_keys(plan, packed)
+    launch_route_gradient(
+        plan,
+        Routing(query, key, arrays.r_weight, arrays.r_idx, settings.routing_scale),
+        factor_shares,
+        inverse,
+        channels(gradients.means, 0, qk_dim),
+        channels(gradients.means, qk_dim, 2 * qk_dim),
+    )
+    if packed.means is None:
+        launch_spread_means(plan, gradients.means, gradients.qkv, settings.grid, settings.counts_padding)
 
 
 def _packed(plan: Plan, settings: Settings) -> PackedAttention[Buffer]:

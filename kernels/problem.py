@@ -194,7 +194,7 @@ class Padding(Generic[A]):
 class RoutedAttention(Generic[A]):
     """Attention from every query region to the tokens of the key regions it chose.
 
-    Maps are NHWC, dense but for their channels: those may be a slice of a wider packed map, with stride 1.
+    Maps are NHWC, dense except for their channels: those may be a slice of a wider packed map, with stride 1.
 
     Attributes:
         query: `(N, H, W, num_heads * qk_head_dim)`.
@@ -287,7 +287,7 @@ class Lepe(Generic[A]):
     """The depthwise convolution of the values that is added to the attention's output.
 
     Attributes:
-        value: `(N, H, W, dim)`, NHWC, dense but for its channels, as in `RoutedAttention`.
+        value: `(N, H, W, dim)`, NHWC, dense except for its channels, as in `RoutedAttention`.
         weight: `(dim, 1, k, k)`, `k` odd, of the values' dtype, contiguous.
         bias: `(dim,)`, of the values' dtype, contiguous; None for none.
         grid: regions of `value`. Tokens past the map but within its regions take part in the convolution;

@@ -8,6 +8,7 @@ from .attention.arguments import ForwardResults, Saved
 from .attention.launch import (
     Attention,
     launch_attention,
+    launch_finish,
     launch_key_value_gradient,
     launch_query_gradient,
 )
@@ -37,7 +38,8 @@ def plan_attend_routed_backward(
     attention = _listed(plan, routed)
     statistics, _ = launch_query_gradient(plan, attention, Saved(out, lse, grad_out), gradients.query)
     query_lists = launch_query_lists(plan, routed, attention.lists)
-    launch_key_value_gradient(plan, attention, query_lists, statistics, grad_out, gradients, False)
+    of_keys_values = launch_key_value_gradient(plan, attention, query_lists, statistics, grad_out, gradients)
+    launch_finish(plan, of_keys_values)
     return plan
 
 

@@ -3,9 +3,19 @@
 import itertools
 from dataclasses import replace
 
+import planned
 import torch
 
+from bra_triton.backend.torch import attention as torch_attention
+from bra_triton.kernels.attention.arguments import ForwardResults, Saved
+from bra_triton.kernels.attention.launch import (
+    Attention,
+    launch_attention,
+    launch_key_value_gradient,
+    launch_query_gradient,
+)
 from bra_triton.kernels.problem import Gradients, Padding
+from bra_triton.kernels.routing.lists import form_of, launch_key_lists, launch_query_lists, take_key_lists
 
 
 def attend(problem):
@@ -40,7 +50,8 @@ def _attend_region(problem, query, key, value, image, head, region, out):
     graph = head if problem.n_graphs > 1 else 0
     keys, factors = [], []
     for slot, index in itertools.product(range(problem.topk), range(problem.kv_grid.region_tokens)):
-        token = problem.kv_grid.token(int(problem.r_idx[image, graph, region, slot]), index)
+        chosen = 0 if problem.r_idx is None else int(problem.r_idx[image, graph, region, slot])
+        token = problem.kv_grid.token(chosen, index)
         keys.append(-1 if token is None else token)
         if problem.factor is not None:
             factors.append(problem.factor[image, graph, region, slot])
@@ -68,7 +79,7 @@ def gradients(problem, grad_out, needs_factor=False):
     truth = replace(
         problem,
         **{name: leaves[name] for name in ("query", "key", "value")},
-        r_idx=problem.r_idx.cpu(),
+        r_idx=None if problem.r_idx is None else problem.r_idx.cpu(),
         padding=padding,
         factor=leaves.get("factor", factor),
     )
@@ -77,20 +88,58 @@ def gradients(problem, grad_out, needs_factor=False):
     return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def run_backend(backend, problem, grad_out, needs_factor=False):
-    """The same of a backend; maps are filled with NaN first, so what is not written shows."""
-    targets = Gradients(
-        *(torch.full(x.shape, float("nan"), dtype=x.dtype, device=x.device) for x in _maps(problem))
-    )
-    out, _, lse = backend.attention_forward(problem)
-    small = backend.attention_backward(grad_out, problem, out, lse, targets, needs_factor)
+def run_backend(backend, problem, grad_out, needs_factor=False, targets=None):
+    """The same of a backend's kernels.
+
+    The maps' gradients are written to `targets`, by default maps of NaN: what is not written shows.
+    """
+    if targets is None:
+        maps = problem.query, problem.key, problem.value
+        targets = Gradients(
+            *(torch.full(x.shape, float("nan"), dtype=x.dtype, device=x.device) for x in maps)
+        )
+    of_backend = {"torch": _run_torch, "triton": _run_triton}[backend]
+    out, padding, factor = of_backend(problem, grad_out, needs_factor, targets)
     results = {"out": out, "query": targets.query, "key": targets.key, "value": targets.value}
     if problem.padding is not None:
-        results |= {"padding.key": small.padding.key, "padding.value": small.padding.value}
+        results |= {"padding.key": padding.key, "padding.value": padding.value}
     if needs_factor:
-        results["factor"] = small.factor
+        results["factor"] = factor
     return {name: x.cpu() for name, x in results.items()}
 
 
-def _maps(problem):
-    return problem.query, problem.key, problem.value
+def _run_torch(problem, grad_out, needs_factor, targets):
+    out, lse = torch_attention.attend_routed(problem)
+    small = torch_attention.attention_backward(grad_out, problem, out, lse, targets, needs_factor)
+    return out, small.padding, small.factor
+
+
+def _run_triton(problem, grad_out, needs_factor, targets):
+    out, factor_shares, padding_shares = planned.run(add_attention, problem, grad_out, needs_factor, targets)
+    padding = factor = None
+    if padding_shares is not None:
+        widths = problem.qk_head_dim, problem.v_head_dim
+        shares = padding_shares.sum((0, 2, 3)).split(widths, dim=-1)
+        padding = Padding(*(share.flatten() for share in shares))
+    if factor_shares is not None:
+        # Of all tiles, and of all heads that follow one graph.
+        factor = factor_shares.sum(3).unflatten(1, (problem.n_graphs, -1)).sum(2)
+    return out, padding, factor
+
+
+def add_attention(plan, problem, grad_out, needs_factor, targets):
+    """Adds forward and backward of an attention; returns its output and the small gradients' shares."""
+    form = form_of(problem, needs_factor)
+    lists = take_key_lists(problem, form, plan.scratch)
+    launch_key_lists(plan, problem, lists)
+    attention = Attention(problem, form, lists)
+    out = plan.output(grad_out.shape, problem.query.dtype)
+    lse = plan.output((problem.batch, problem.num_heads, *problem.query.shape[1:3]), torch.float32)
+    launch_attention(plan, attention, None, ForwardResults(out, None, lse))
+    saved = Saved(out, lse, grad_out)
+    statistics, factor_shares = launch_query_gradient(plan, attention, saved, targets.query, needs_factor)
+    queries = launch_query_lists(plan, problem, lists)
+    padding_shares = launch_key_value_gradient(
+        plan, attention, queries, statistics, grad_out, targets, problem.padding is not None
+    )
+    return out, factor_shares, padding_shares

@@ -6,7 +6,6 @@ import attention_oracle
 import torch
 from problems import relative_error
 
-from bra_triton.backend import registry
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.problem import Padding, RoutedAttention
 
@@ -27,6 +26,7 @@ class Part:
     all_choose: int | None = None
     batch: int = 1
     masked: bool = False
+    whole: bool = False
 
 
 def windows(height, width, n_win):
@@ -91,6 +91,17 @@ PARTS = {
         batch=2,
         masked=True,
     ),
+    "whole": Part("all regions attend to all: dense attention", windows(6, 8, 2), batch=2, whole=True),
+    "whole_padding": Part(
+        "dense attention with rows and columns of padding, queries and keys",
+        windows(7, 10, 4),
+        head_dims=(5, 20),
+        batch=2,
+        whole=True,
+    ),
+    "whole_kv_grid": Part(
+        "dense attention to pooled keys", windows(7, 7, 3), windows(6, 6, 3), num_heads=1, whole=True
+    ),
     "unequal_heads": Part(
         "heads of 5 and 20: tiles of 16 and 32 channels", windows(4, 6, 2), head_dims=(5, 20)
     ),
@@ -120,6 +131,9 @@ def make(part, device, dtype=torch.float32):
     padding = None
     if kv_grid.is_padded:
         padding = Padding(*(torch.randn(w, device=device).to(dtype) for w in widths[1:]))
+    if part.whole:
+        grids = part.grid.merged, kv_grid.merged
+        return RoutedAttention(query, key, value, None, *grids, num_heads, qk**-0.5, None, padding)
     return RoutedAttention(
         query, key, value, r_idx.contiguous(), part.grid, kv_grid, num_heads, qk**-0.5, factor, padding
     )
@@ -128,7 +142,7 @@ def make(part, device, dtype=torch.float32):
 def compare(backend, problem, needs_factor):
     """Relative errors of a backend's output and gradients, by name, against the oracle in float64."""
     grad_out = torch.randn(*problem.query.shape[:3], problem.value.shape[-1]).to(problem.query)
-    actual = attention_oracle.run_backend(registry.load(backend), problem, grad_out, needs_factor)
+    actual = attention_oracle.run_backend(backend, problem, grad_out, needs_factor)
     expected = attention_oracle.gradients(problem, grad_out, needs_factor)
     assert actual.keys() == expected.keys()
     return {name: relative_error(actual[name], expected[name]) for name in expected}

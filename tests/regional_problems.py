@@ -96,11 +96,12 @@ REGIONAL_CASES_BY_NAME = {case.name: case for case in REGIONAL_CASES}
 def log_problems(monkeypatch) -> list[RoutedAttention]:
     """A list that fills with what backends are given from now on."""
     problems = []
-    problem_of = operators.problem_of
+    problem_of = operators._problem
 
     def log(*arguments):
-        problems.append(problem_of(*arguments))
-        return problems[-1]
+        problem, backend = problem_of(*arguments)
+        problems.append(problem)
+        return problem, backend
 
-    monkeypatch.setattr(operators, "problem_of", log)
+    monkeypatch.setattr(operators, "_problem", log)
     return problems

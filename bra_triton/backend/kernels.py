@@ -50,7 +50,7 @@ class FusedKernels(Protocol):
         """Gradients of `attend`'s tensors.
 
         Args:
-            grad_out: contiguous `(N, H, W, dim)`.
+            grad_out: contiguous `(N, H, W, dim)`, `N` at least 1.
             problem: the forward's.
             out: the forward's output; None with LePE, where it is not needed.
             saved: the forward's.

@@ -160,7 +160,14 @@ def _backward(
     how: tuple[str, Sequence[bool]],
 ) -> PackedGradients:
     backend, needs = how
-    return fused_kernels(backend).attend_backward(grad_out.contiguous(), problem, out, saved, Needs(*needs))
+    if not grad_out.shape[0]:
+        _, *others = zip(problem.tensors, needs, strict=True)
+        zeros = [x.new_zeros(x.shape) if x is not None and needed else None for x, needed in others]
+        return PackedGradients(problem.qkv.new_zeros(problem.qkv.shape), *zeros)
+    with torch.no_grad():  # create_graph=True runs a backward with gradients enabled
+        return fused_kernels(backend).attend_backward(
+            grad_out.contiguous(), problem, out, saved, Needs(*needs)
+        )
 
 
 def _needed_output(problem: PackedAttention[Tensor], out: Tensor) -> Tensor | None:

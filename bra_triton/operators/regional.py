@@ -62,7 +62,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem, backend = _problem(*arguments)
-    gradients = fused_kernels(backend).attend_routed_backward(grad_out.contiguous(), problem, out, lse)
+    with torch.no_grad():  # create_graph=True runs a backward with gradients enabled
+        gradients = fused_kernels(backend).attend_routed_backward(grad_out.contiguous(), problem, out, lse)
     return gradients.query, gradients.key, gradients.value
 
 
@@ -139,7 +140,7 @@ def _problem(
 
 
 def with_dense_tokens(x: Tensor) -> Tensor:
-    """An NHWC map as backends take it, dense but for its channels; a copy only where it is not so already.
+    """An NHWC map as backends take it, dense except for its channels; a copy only where it is not so already.
 
     The stride from token to token must be right even in a column of single tokens: kernels need no other.
     """

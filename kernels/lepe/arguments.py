@@ -72,7 +72,7 @@ class LepeSums(NamedTuple):
 
 
 class LepeSumsConfig(NamedTuple):
-    """Compile-time numbers of `lepe_sums_kernel`.
+    """Compile-time numbers of `sum_lepe_shares`.
 
     Attributes:
         DIM: channels of the values.
@@ -81,6 +81,7 @@ class LepeSumsConfig(NamedTuple):
         HAS_TAPS: the first TAPS + 1 rows are of weight and bias.
         BLOCK_P: programs' shares in a step.
         BLOCK_C: channels of a program.
+        HAS_PIECES: `finish_gradients_kernel`: rows of the inverse graph may have been cut.
     """
 
     DIM: int
@@ -89,3 +90,4 @@ class LepeSumsConfig(NamedTuple):
     HAS_TAPS: bool
     BLOCK_P: int
     BLOCK_C: int
+    HAS_PIECES: bool

@@ -1,4 +1,4 @@
-"""Tile configurations as data: what an entry says, the tables that hold them, and which one a launch gets."""
+"""Tile configurations as data: what an entry says, the tables of entries, and the choice for a launch."""
 
 from .choice import (
     MASKED,
@@ -11,6 +11,7 @@ from .choice import (
     restored,
     use_architecture,
     use_tiles,
+    when_forgotten,
 )
 from .table import (
     BITS,
@@ -52,4 +53,5 @@ __all__ = [
     "restored",
     "use_architecture",
     "use_tiles",
+    "when_forgotten",
 ]

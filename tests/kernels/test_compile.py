@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from bra_triton.bench.machine_code.hardware import BLOCK_SHARED_BYTES, table_shared_bytes
-from bra_triton.bench.machine_code.launches import record_attention, record_kernels
+from bra_triton.bench.machine_code.launches import launches_of, record_attention
 from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
 from bra_triton.bench.problems import PROBLEMS, Problem
 from bra_triton.kernels import tiles
-from bra_triton.kernels.routing import launch as routing
+from bra_triton.kernels.arrays import channels
+from bra_triton.kernels.plan import Plan
+from bra_triton.kernels.routing.launch import Routing, launch_route
 
 pytestmark = pytest.mark.compiled
 
@@ -31,6 +33,24 @@ MODES = {
     "unequal_heads": Problem("", 2, 80, 80, 96, 4, 8, 4, qk_dim=64),
     "small_padded": dataclasses.replace(PROBLEMS["yolo_p5"], batch=2),
     "masked": dataclasses.replace(PROBLEMS["biformer_stage3"], batch=2),
+    "whole": dataclasses.replace(PADDED, topk=64),
+}
+_ROUTING_GRADIENT = {"query_routing_gradient", "key_routing_gradient", "spread_means"}
+_LEPE, _ROUTING = {"lepe_backward"}, {"region_means", "route"}
+# What a mode launches besides `KERNELS`, and what it does without.
+BESIDES = {
+    "padded_hard": _ROUTING_GRADIENT,
+    "padded_soft": _ROUTING_GRADIENT,
+    "pooled": {"list_tokens"},  # of queries and keys apart
+    "head_graphs": {"list_tokens"},  # of a graph that is given
+    "masked": {"list_tokens", "mark_choices"},
+    "whole": {"list_tokens"},
+}
+WITHOUT = {
+    "pooled": _LEPE,
+    "head_graphs": _LEPE | _ROUTING,
+    "masked": {"invert_graph"},
+    "whole": {"invert_graph", *_ROUTING},
 }
 WIDE_HEADS = {
     "head_64": dataclasses.replace(PROBLEMS["yolo_p3_head64"], batch=2),
@@ -39,8 +59,8 @@ WIDE_HEADS = {
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = {
-    *("region_means", "route", "list_tokens", "invert_graph", "cut_rows"),
-    *("attention_forward", "query_gradient", "key_value_gradient", "sum_pieces", "lepe_backward"),
+    *("region_means", "route", "invert_graph", "attention_forward", "query_gradient"),
+    *("key_value_gradient", "finish_gradients", "lepe_backward"),
 }
 
 
@@ -100,14 +120,7 @@ def test_kernels_compile_fit_and_do_not_spill(name, arch, dtype):
     ],
 )
 def test_every_mode_compiles_fits_and_does_not_spill(name, arch):
-    expected = set(KERNELS)
-    if name == "masked":  # small regions: no inverse graph, no pieces of its rows
-        expected = expected - {"invert_graph", "cut_rows", "sum_pieces"} | {"mark_choices"}
-    if MODES[name].routing_weight != "none":
-        expected.add("sum_over_pairs")
-    if not MODES[name].side_dwconv:
-        expected.remove("lepe_backward")
-    _check(MODES[name], torch.float16, arch, expected)
+    _check(MODES[name], torch.float16, arch, KERNELS - WITHOUT.get(name, set()) | BESIDES.get(name, set()))
 
 
 @pytest.mark.parametrize(
@@ -129,9 +142,13 @@ def test_wide_heads_fit_and_do_not_spill(name, dtype, arch):
 @pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
 def test_routing_fits_every_card_of_an_architecture(n_regions, arch):
     """Most at 256 regions. Cards of compute capability 8.6 and 8.9 allow less than an A100, but 99 KiB."""
-    query, key = torch.empty(2, n_regions, 128, device="meta").split(64, dim=-1)
-    (specimen,) = record_kernels(lambda: routing.route(query, key, min(4, n_regions), 1.0))
-    usage = _usage(specimen, arch)
+    means, topk = torch.empty(2, n_regions, 128, device="meta"), min(4, n_regions)
+    plan = Plan((means,), means.device)
+    query, key = (channels(plan.given[0], start, start + 64) for start in (0, 64))
+    r_weight, r_idx = (plan.output((2, n_regions, topk), dtype) for dtype in (torch.float32, torch.int32))
+    launch_route(plan, Routing(query, key, r_weight, r_idx, 1.0))
+    (launch,) = launches_of(plan)
+    usage = _usage(launch.specimen, arch)
     assert usage.spills == 0
     assert usage.shared_bytes <= table_shared_bytes(arch)
 
@@ -179,6 +196,4 @@ def test_ten_image_sizes_are_one_compilation(name):
             key = (specimen.name, str(specimen.signature), str(specimen.constexprs), specimen.num_warps)
             distinct.add((*key, specimen.divisible, specimen.num_stages))
     names = [name for name, *_ in distinct]
-    # Compiled twice are list_tokens, for keys and for queries, and sum_over_pairs, likewise.
-    twice = {"list_tokens", "sum_over_pairs"} & set(names)
-    assert sorted(names) == sorted([*set(names), *twice])
+    assert sorted(names) == sorted(set(names))

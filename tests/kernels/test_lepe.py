@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+import planned
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,16 +14,19 @@ from hypothesis import strategies as st
 from problems import relative_error
 from torch import Tensor
 
-from bra_triton.backend import torch_lepe
-from bra_triton.bench.machine_code.launches import record_kernels
+from bra_triton.backend.torch import lepe as torch_lepe
+from bra_triton.bench.machine_code.launches import launches_of
 from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
+from bra_triton.kernels.arrays import channels
+from bra_triton.kernels.attention.finish import finish_gradients_kernel
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.lepe import launch as triton_lepe
-from bra_triton.kernels.lepe.arguments import LepeParts
+from bra_triton.kernels.lepe.arguments import LepeParts, LepeSums, LepeSumsConfig
 from bra_triton.kernels.lepe.convolution import convolve_tile
+from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import Lepe
 
-BACKENDS = {"torch": torch_lepe, "triton": triton_lepe}
+BACKENDS = ("torch", "triton")
 HALVES = (torch.float16, torch.bfloat16)
 # Float32 sums of at most a few hundred products, each rounded at 6e-8; errors partly cancel.
 FLOAT32_TOLERANCE = 1e-6
@@ -148,13 +152,37 @@ def truth(case: Case, data: Data) -> dict[str, Tensor]:
     return result
 
 
+def run_triton(
+    attention: Tensor, lepe: Lepe, grad_out: Tensor, grad_value: Tensor, needs_weight_grad: bool = True
+) -> tuple[Tensor, LepeSums]:
+    """Output and parameters' gradients, in float32; the values' is written to `grad_value`."""
+    out = torch.full_like(attention, torch.nan)
+    planned.run(triton_lepe.launch_lepe, attention, lepe, out)
+
+    def add(plan, grad_out, grad_value, lepe):
+        def like(x):
+            return None if x is None else plan.output(x.shape, torch.float32)
+
+        weight, bias = (like(x) if needs_weight_grad else None for x in (lepe.weight, lepe.bias))
+        return planned.lepe_gradient(
+            plan, grad_out, grad_value, lepe, LepeSums(weight, bias, like(lepe.fill))
+        )
+
+    return out, planned.run(add, grad_out, grad_value, lepe)
+
+
 def run(case: Case, data: Data, backend: str, dtype: torch.dtype, device: torch.device, **options):
     """Output and gradients of a backend, on the CPU, and the packed gradient that it wrote into."""
-    functions, lepe = BACKENDS[backend], data.lepe(case, dtype, device)
-    out = functions.lepe_forward(data.attention.to(device, dtype), lepe)
+    lepe, attention = data.lepe(case, dtype, device), data.attention.to(device, dtype)
     packed_grad = data.packed_grad.to(device, dtype, copy=True)
-    grad_value = packed_grad[..., -case.dim :]
-    grads = functions.lepe_backward(data.grad_out.to(device, dtype), grad_value, lepe, **options)
+    grad_out, grad_value = data.grad_out.to(device, dtype), packed_grad[..., -case.dim :]
+    if backend == "triton":
+        before = grad_value.to(torch.float32, copy=True)
+        out, grads = run_triton(attention, lepe, grad_out, grad_value, **options)
+        grad_value = grad_value.float() + before  # as dK/dV does, which comes after
+    else:
+        out = torch_lepe.lepe_forward(attention, lepe)
+        grads = torch_lepe.lepe_backward(grad_out, grad_value, lepe, **options)
     result = {"out": out, "value": grad_value, "weight": grads.weight, "bias": grads.bias, "fill": grads.fill}
     return {name: x.cpu() for name, x in result.items() if x is not None}, packed_grad.cpu()
 
@@ -308,22 +336,28 @@ def test_a_convolution_that_does_not_fit_is_refused(weight, n_win, has_fill, mes
         Lepe(torch.empty(1, 5, 5, 4), torch.empty(weight), None, grid, torch.empty(4) if has_fill else None)
 
 
-def recorded(side: int, dtype: torch.dtype, kernel: int = 3, n_win: int = 8, dim: int = 64, **options):
-    """Both kernels as a launch on a GPU would compile them."""
+def specimens(side: int, dtype: torch.dtype, kernel: int = 3, n_win: int = 8, dim: int = 64):
+    """The kernels as a launch on a GPU would compile them."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     grid = RegionGrid.of_windows(side, side, n_win)
-    fill = empty(dim) if grid.is_padded else None
-    packed = empty(2, side, side, 3 * dim)
-    lepe = Lepe(packed[..., -dim:], empty(dim, 1, kernel, kernel), empty(dim), grid, fill)
-
-    def run() -> None:
-        out = triton_lepe.lepe_forward(empty(2, side, side, dim), lepe)
-        triton_lepe.lepe_backward(out, empty(2, side, side, 3 * dim)[..., -dim:], lepe, **options)
-
-    return record_kernels(run)
+    shape, packed = (2, side, side, dim), (2, side, side, 3 * dim)
+    inputs = [empty(*shape), empty(*packed), empty(dim, 1, kernel, kernel), empty(dim), empty(*packed)]
+    plan = Plan(inputs, inputs[0].device)
+    attention, qkv, weight, bias, grad_qkv = plan.given
+    fill = channels(plan.scratch((3 * dim,), dtype), 2 * dim, 3 * dim) if grid.is_padded else None
+    lepe = Lepe(channels(qkv, 2 * dim, 3 * dim), weight, bias, grid, fill)
+    triton_lepe.launch_lepe(plan, attention, lepe, plan.output(shape, dtype))
+    sums = LepeSums(
+        plan.output(weight.shape, dtype),
+        plan.output(bias.shape, dtype),
+        None if fill is None else plan.output(fill.shape, torch.float32),
+    )
+    grad_value = channels(grad_qkv, 2 * dim, 3 * dim)
+    planned.lepe_gradient(plan, attention, grad_value, lepe, sums)
+    return [launch.specimen for launch in launches_of(plan)]
 
 
 @pytest.mark.compiled
@@ -335,25 +369,25 @@ def recorded(side: int, dtype: torch.dtype, kernel: int = 3, n_win: int = 8, dim
     + [(40, 3, arch, torch.float16) for arch in ("sm_80", "sm_90")],
 )
 def test_kernels_compile_and_do_not_spill(side, kernel, dtype, arch):
-    specimens = recorded(side, dtype, kernel)
-    assert [specimen.name for specimen in specimens] == ["lepe_forward", "lepe_backward"]
-    for specimen in specimens:
+    found = specimens(side, dtype, kernel)
+    assert [specimen.name for specimen in found] == ["lepe_forward", "lepe_backward", "finish_gradients"]
+    for specimen in found:
         usage = resource_usage(compile_for(specimen, arch))
-        assert usage.spill_loads == usage.spill_stores == usage.spilled_vgprs == 0, (specimen.name, usage)
+        assert usage.spills == 0, (specimen.name, usage)
 
 
 @pytest.mark.compiled
 def test_the_check_sees_a_spill(monkeypatch):
     """The same check on a tile that cannot fit the registers: it must fail."""
     monkeypatch.setattr(triton_lepe, "BACKWARD_TILE", (128, 32, 1))
-    usage = resource_usage(compile_for(recorded(40, torch.float32)[1], "sm_90"))
+    usage = resource_usage(compile_for(specimens(40, torch.float32)[1], "sm_90"))
     assert usage.spill_loads > 0
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", ["lepe_forward", "lepe_backward"])
 def test_values_are_read_and_gradients_written_16_bytes_at_a_time(name):
-    specimen = next(s for s in recorded(20, torch.float16) if s.name == name)
+    specimen = next(s for s in specimens(20, torch.float16) if s.name == name)
     sass = compile_for(specimen, "sm_90").sass
     assert "LDG.E.128" in sass
     assert "STG.E.128" in sass
@@ -364,10 +398,10 @@ def test_values_are_read_and_gradients_written_16_bytes_at_a_time(name):
 @pytest.mark.compiled
 def test_sizes_do_not_compile_anew():
     """Ultralytics trains with changing image sizes."""
-    for small, large in zip(recorded(20, torch.float16), recorded(44, torch.float16), strict=True):
+    for small, large in zip(specimens(20, torch.float16), specimens(44, torch.float16), strict=True):
         assert (small.signature, small.constexprs) == (large.signature, large.constexprs)
         sizes = [p for p in small.kernel.params if small.signature.get(p.name) == "i32"]
-        assert len(sizes) == 4
+        assert len(sizes) == (8 if small.name == "finish_gradients" else 4)
         assert all(size.do_not_specialize for size in sizes), small.name
 
 
@@ -382,8 +416,47 @@ def test_a_column_of_any_stride(device):
     for value in (column, column.clone(memory_format=torch.contiguous_format).view(1, 8, 1, 16)):
         lepe = Lepe(value, weight, bias, case.grid)
         grad_value = torch.zeros(1, 1, 8, 16, device=device).transpose(1, 2)
-        out = triton_lepe.lepe_forward(torch.zeros(1, 8, 1, 16, device=device), lepe)
-        gradients = triton_lepe.lepe_backward(torch.ones_like(out), grad_value, lepe)
+        attention = torch.zeros(1, 8, 1, 16, device=device)
+        out, gradients = run_triton(attention, lepe, torch.ones_like(attention), grad_value)
         results.append((out, grad_value, gradients.weight))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert results[0][0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("wanted", ["weight bias fill", "weight bias", "weight", "bias fill", "fill"])
+@pytest.mark.parametrize(("kernel", "n_programs", "dim"), [(3, 1, 16), (3, 300, 20), (5, 7, 40), (5, 600, 5)])
+def test_the_programs_shares_are_summed_and_rounded_once(kernel, n_programs, dim, wanted, dtype, device):
+    """Up to three steps of 256 programs; a last block of channels that is not full; a row for each tap."""
+    taps, names = kernel * kernel, wanted.split()
+    has_taps = "weight" in names or "bias" in names
+    rows = (taps + 1 if has_taps else 0) + ("fill" in names)
+    partials = torch.randn(n_programs, rows, dim, device=device)
+    shapes = {"weight": (dim, 1, kernel, kernel), "bias": (dim,), "fill": (dim,)}
+    sums = LepeSums(
+        **{
+            name: torch.full(
+                shape, torch.nan, device=device, dtype=torch.float32 if name == "fill" else dtype
+            )
+            if name in names
+            else None
+            for name, shape in shapes.items()
+        }
+    )
+    config = LepeSumsConfig(dim, taps, rows, has_taps, 256, 16, HAS_PIECES=False)
+    n_sums = rows * -(-dim // 16)
+    sizes = (*(1,) * 6, n_programs, n_sums)
+    finish_gradients_kernel[(n_sums,)](None, None, partials, sums, *sizes, CONFIG=None, SUMS=config)
+    exact = partials.double().sum(0)
+    if "weight" in names:
+        assert_rounded_once(sums.weight, exact[:taps].T.reshape(shapes["weight"]), n_programs)
+    if "bias" in names:
+        assert_rounded_once(sums.bias, exact[taps], n_programs)
+    if "fill" in names:
+        assert_rounded_once(sums.fill, exact[-1], n_programs)
+
+
+def assert_rounded_once(actual: Tensor, exact: Tensor, n_terms: int) -> None:
+    """Of float32 sums of so many normal terms, some units off, then rounded by half a unit."""
+    unit = torch.finfo(actual.dtype).eps / 2
+    assert torch.allclose(actual.double(), exact, rtol=unit, atol=4e-7 * n_terms**0.5)

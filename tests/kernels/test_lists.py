@@ -1,15 +1,20 @@
 """The lists that the attention kernels walk: tokens, inverse graph, pieces of its rows."""
 
 import itertools
+from collections import defaultdict
 
+import planned
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bra_triton.kernels.attention.arguments import Lists
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.problem import RoutedAttention
+from bra_triton.kernels.routing import launch as routing_launch
 from bra_triton.kernels.routing import lists
+from bra_triton.kernels.routing.launch import Routing, launch_route
 
 
 def _problem(r_idx, query_grid, kv_grid, factor=None):
@@ -31,51 +36,138 @@ grids = st.builds(
 )
 
 
+def _pairs_by_region(chosen, n_regions):
+    """The inverse of a graph of one image, `(P * topk)` regions: the pairs that chose each."""
+    rows = [[] for _ in range(n_regions)]
+    for pair, region in enumerate(chosen):
+        rows[region].append(pair)
+    return rows
+
+
 @settings(max_examples=15, deadline=None)
-@given(data=st.data(), query_grid=grids, kv_grid=grids, n_graphs=st.integers(1, 2))
-def test_lists_hold_the_tokens_of_the_routed_regions_in_order(data, query_grid, kv_grid, n_graphs, device):
+@given(
+    data=st.data(),
+    query_grid=grids,
+    kv_grid=grids,
+    batch=st.integers(1, 2),
+    n_graphs=st.integers(1, 2),
+    weighs=st.booleans(),
+)
+def test_lists_hold_the_tokens_of_the_routed_regions_in_order(
+    data, query_grid, kv_grid, batch, n_graphs, weighs, device
+):
     topk = data.draw(st.integers(1, min(3, kv_grid.n_regions)))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
-    shape = (1, n_graphs, query_grid.n_regions, topk)
+    shape = (batch, n_graphs, query_grid.n_regions, topk)
     r_idx = torch.randint(kv_grid.n_regions, shape, generator=generator, dtype=torch.int32).to(device)
-    problem = _problem(r_idx, query_grid, kv_grid, torch.rand(shape, generator=generator).to(device))
+    factor = torch.rand(shape, generator=generator).to(device) if weighs else None
+    keys, queries = planned.lists_of(_problem(r_idx, query_grid, kv_grid, factor))
 
-    keys = lists.list_keys(problem)
-    assert keys.region_list.flatten().tolist() == _expected_tokens(query_grid, range(query_grid.n_regions))
-    for graph, region in itertools.product(range(n_graphs), range(query_grid.n_regions)):
-        row = r_idx[0, graph, region]
-        assert keys.key_list[0, graph, region].tolist() == _expected_tokens(kv_grid, row.tolist())
-        expected = problem.factor[0, graph, region].repeat_interleave(kv_grid.region_tokens)
-        assert torch.equal(keys.factors[0, graph, region], expected)
-
-    queries = lists.list_queries(problem)
-    assert queries.region_list.flatten().tolist() == _expected_tokens(kv_grid, range(kv_grid.n_regions))
-    _, pairs = lists.inverse_graph(r_idx, kv_grid.n_regions)
-    for graph in range(n_graphs):
-        order = pairs[0, graph].long()
-        assert queries.query_list[0, graph].tolist() == _expected_tokens(query_grid, (order // topk).tolist())
-        expected = problem.factor[0, graph].flatten()[order].repeat_interleave(query_grid.region_tokens)
-        assert torch.equal(queries.factors[0, graph], expected)
+    assert keys.query_regions.flatten().tolist() == _expected_tokens(query_grid, range(query_grid.n_regions))
+    assert keys.key_regions.flatten().tolist() == _expected_tokens(kv_grid, range(kv_grid.n_regions))
+    assert torch.equal(queries.arguments.region_list, keys.key_regions)
+    for graph in itertools.product(range(batch), range(n_graphs)):
+        for region, row in enumerate(r_idx[graph].tolist()):
+            assert keys.key_list[graph][region].tolist() == _expected_tokens(kv_grid, row)
+        chosen = r_idx[graph].flatten().tolist()
+        order = list(itertools.chain(*_pairs_by_region(chosen, kv_grid.n_regions)))
+        expected = _expected_tokens(query_grid, [pair // topk for pair in order])
+        assert queries.arguments.token_list[graph].tolist() == expected
+    if factor is None:
+        assert keys.factors is None
+        assert queries.arguments.factors is None
+        return
+    assert torch.equal(keys.factors, factor.repeat_interleave(kv_grid.region_tokens, -1))
+    by_pair = factor.flatten(2).gather(2, queries.inverse.pairs.long())
+    expected = by_pair.repeat_interleave(query_grid.region_tokens, -1)
+    assert torch.equal(queries.arguments.factors, expected)
 
 
 def test_a_region_larger_than_a_block_of_the_kernel(device):
     grid = RegionGrid.of_windows(9, 20, 2)  # 5 x 10 tokens, one row of padding
-    keys = lists.list_keys(_problem(torch.zeros(1, 1, 4, 1, dtype=torch.int32, device=device), grid, grid))
-    assert keys.region_list.flatten().tolist() == _expected_tokens(grid, range(4))
-    assert keys.factors is None
+    r_idx = torch.zeros(1, 1, 4, 1, dtype=torch.int32, device=device)
+    keys, queries = planned.lists_of(_problem(r_idx, grid, grid))
+    assert keys.query_regions.flatten().tolist() == _expected_tokens(grid, range(4))
+    assert keys.query_regions is keys.key_regions or torch.equal(keys.query_regions, keys.key_regions)
+    assert queries.arguments.token_list.flatten().tolist() == _expected_tokens(grid, range(4))
+
+
+def test_one_region_needs_no_graph(device):
+    """Where all attend to all, the map's tokens are the one list of every kernel."""
+    grid, kv_grid = RegionGrid.of_windows(5, 6, 3).merged, RegionGrid.of_windows(3, 4, 2).merged
+    query, kv = (torch.zeros(2, g.height, g.width, 1, device=device) for g in (grid, kv_grid))
+    problem = RoutedAttention(query, kv, kv, None, grid, kv_grid, 1, 1.0)
+    keys, queries = planned.lists_of(problem)
+    assert keys.key_list.tolist() == keys.key_regions.flatten().tolist() == _expected_tokens(kv_grid, [0])
+    assert queries.arguments.token_list.tolist() == _expected_tokens(grid, [0])
+    assert queries.inverse is None
+
+
+def _route_with_lists(plan, query, key, r_weight, r_idx, factors, grid):
+    """What `route_kernel` lists, and what `list_tokens_kernel` lists of the graph that it chose."""
+    batch, n_regions, topk = r_idx.shape
+    listed = (batch, 1, n_regions, topk * grid.region_tokens)
+    at_once, apart = (
+        Lists(
+            plan.output((n_regions, grid.region_tokens), torch.int32),
+            plan.output(listed, torch.int32),
+            plan.output(listed, torch.float32) if factors else None,
+        )
+        for _ in range(2)
+    )
+    launch_route(plan, Routing(query, key, r_weight, r_idx, 0.5), at_once, grid)
+    graph, factor = r_idx.view(batch, 1, n_regions, topk), None
+    if factors:
+        factor = r_weight.view(batch, 1, n_regions, topk)
+    maps = plan.output((batch, grid.height, grid.width, 1), torch.float32)
+    problem = RoutedAttention(maps, maps, maps, graph, grid, grid, 1, 1.0, factor)
+    key_lists = lists.KeyLists(apart.region_list, apart.region_list, apart.token_list, apart.factors, None)
+    lists.launch_key_lists(plan, problem, key_lists)
+    return at_once, apart
+
+
+@pytest.mark.parametrize(
+    ("grid", "topk", "batch", "factors"),
+    [
+        (RegionGrid.of_windows(8, 12, 2), 2, 2, True),
+        (RegionGrid.of_windows(8, 12, 2), 3, 2, False),
+        # Padding, regions that are nothing else; 25 regions: two programs, the second not full.
+        (RegionGrid.of_windows(11, 13, 5), 3, 1, True),
+        # 140 tokens a region and 16 choices: more than a step lists.
+        (RegionGrid.of_windows(40, 54, 4), 16, 1, False),
+    ],
+)
+@pytest.mark.parametrize("one_a_program", [False, True])
+def test_lists_made_while_routing_are_those_of_the_graph(
+    grid, topk, batch, factors, one_a_program, device, monkeypatch
+):
+    if one_a_program:  # as where there are many regions
+        monkeypatch.setattr(routing_launch, "_ROUTE_OPERAND", 0)
+    query, key = torch.randn(2, batch, grid.n_regions, 8, device=device)
+    r_idx = torch.full((batch, grid.n_regions, topk), -1, dtype=torch.int32, device=device)
+    r_weight = torch.full(r_idx.shape, torch.nan, device=device)
+    at_once, apart = planned.run(_route_with_lists, query, key, r_weight, r_idx, factors, grid)
+    expected = _expected_tokens(grid, range(grid.n_regions))
+    assert at_once.region_list.flatten().tolist() == expected
+    assert at_once.token_list[-1, 0, -1].tolist() == _expected_tokens(grid, r_idx[-1, -1].tolist())
+    for one, other in zip(at_once, apart, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+def _invert(r_idx, n_regions):
+    return planned.run(lists.launch_inverse, r_idx, n_regions)
 
 
 def _check_inverse(r_idx, n_regions):
-    row_start, pairs = lists.inverse_graph(r_idx, n_regions)
-    batch, n_graphs, n_rows, topk = r_idx.shape
-    assert row_start.shape == (batch, n_graphs, n_regions + 1)
+    inverse = _invert(r_idx, n_regions)
+    batch, n_graphs = r_idx.shape[:2]
+    assert inverse.row_start.shape == (batch, n_graphs, n_regions + 1)
+    assert inverse.work is None
     for graph in itertools.product(range(batch), range(n_graphs)):
-        chosen = r_idx[graph].flatten().tolist()
-        starts = row_start[graph].tolist()
-        assert (starts[0], starts[-1]) == (0, n_rows * topk)
-        for region in range(n_regions):
-            expected = [pair for pair, choice in enumerate(chosen) if choice == region]
-            assert pairs[graph][starts[region] : starts[region + 1]].tolist() == expected, (graph, region)
+        rows = _pairs_by_region(r_idx[graph].flatten().tolist(), n_regions)
+        starts = [0, *itertools.accumulate(map(len, rows))]
+        assert inverse.row_start[graph].tolist() == starts
+        assert inverse.pairs[graph].tolist() == list(itertools.chain(*rows)), graph
 
 
 @settings(max_examples=12, deadline=None)
@@ -96,69 +188,110 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize("name", EXTREMES)
-def test_inverse_graph_at_its_extremes(name, device):
+def test_inverse_graph_and_pieces_at_their_extremes(name, device):
     topk, choose = EXTREMES[name]
     graph = [[[[choose(q, slot) for slot in range(topk)] for q in range(25)]]]
-    _check_inverse(torch.tensor(graph, dtype=torch.int32, device=device), 25)
+    r_idx = torch.tensor(graph, dtype=torch.int32, device=device)
+    _check_inverse(r_idx, 25)
+    _check_pieces(r_idx, 25)
 
 
 def test_inverse_graph_longer_than_one_block(device):
     """49 regions, all chosen by all: 2401 pairs, read in ten blocks of 256."""
     graph = torch.arange(49, dtype=torch.int32, device=device).flip(0).expand(1, 1, 49, 49).contiguous()
-    row_start, pairs = lists.inverse_graph(graph, 49)
-    assert row_start[0, 0].tolist() == list(range(0, 2402, 49))
-    assert (pairs // 49).view(49, 49).tolist() == [list(range(49))] * 49
+    inverse = _invert(graph, 49)
+    assert inverse.row_start[0, 0].tolist() == list(range(0, 2402, 49))
+    assert (inverse.pairs // 49).view(49, 49).tolist() == [list(range(49))] * 49
 
 
-def test_inverse_graph_of_an_empty_batch(device):
-    row_start, pairs = lists.inverse_graph(torch.empty(0, 1, 9, 2, dtype=torch.int32, device=device), 9)
-    assert row_start.shape == (0, 1, 10)
-    assert pairs.shape == (0, 1, 18)
+def test_lists_of_an_empty_batch(device):
+    grid = RegionGrid.of_windows(6, 6, 3)
+    r_idx = torch.empty(0, 1, 9, 2, dtype=torch.int32, device=device)
+    keys, queries = planned.lists_of(_problem(r_idx, grid, grid))
+    assert keys.key_regions.flatten().tolist() == _expected_tokens(grid, range(9))
+    assert keys.key_list.shape == (0, 1, 9, 8)
+    assert queries.inverse.row_start.shape == (0, 1, 10)
+    assert queries.inverse.pairs.shape == (0, 1, 18)
 
 
-rows_of_pairs = st.lists(st.sampled_from([0, 1, 2, 3, 7, 8, 9, 30]), min_size=1, max_size=40)
+@st.composite
+def graphs(draw):
+    """Graphs `(N, G, P, topk)` with rows as uneven as they come, and the number of key regions.
+
+    An entry is a hub, one of few regions, or any; all equal, in a row or in all, is among them.
+    """
+    n_regions = draw(st.integers(1, 16))
+    region = st.integers(0, n_regions - 1)
+    hubs = draw(st.lists(region, min_size=1, max_size=3))
+    entry = draw(st.sampled_from([st.just(hubs[0]), st.sampled_from(hubs), region]))
+    n_rows, topk = draw(st.integers(1, 24)), draw(st.integers(1, 4))
+    batch, n_graphs = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    size = batch * n_graphs * n_rows * topk
+    entries = draw(st.lists(entry, min_size=size, max_size=size))
+    return torch.tensor(entries, dtype=torch.int32).view(batch, n_graphs, n_rows, topk), n_regions
 
 
-@settings(max_examples=30, deadline=None)
-@given(lengths=rows_of_pairs)
-def test_pieces_cover_every_row_once_and_none_is_long(lengths, device):
+@settings(max_examples=20, deadline=None)
+@given(drawn=graphs())
+def test_pieces_cover_every_row_once_and_none_is_long(drawn, device):
     """However uneven the rows: the longest piece is at most a constant times the mean row."""
-    _check_pieces(lengths, device)
+    r_idx, n_regions = drawn
+    _check_pieces(r_idx.to(device), n_regions)
 
 
-def test_pieces_of_more_rows_than_the_kernel_takes_at_once(device):
-    """Rows of 0, 1 and, among the last of a block and the first of the next, 30 pairs."""
-    _check_pieces([30 if region % 17 == 0 else region % 2 for region in range(600)], device)
+@pytest.mark.parametrize("n_regions", [1, 4, 7])
+def test_pieces_where_every_region_chooses_all(n_regions, device):
+    r_idx = torch.arange(n_regions, dtype=torch.int32, device=device)
+    _check_pieces(r_idx.expand(2, 1, n_regions, n_regions).contiguous(), n_regions)
 
 
-def _check_pieces(lengths, device):
-    n_pairs, n_regions = sum(lengths), len(lengths)
-    if n_pairs == 0:
-        return
-    row_start = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    row_start = row_start.view(1, 1, -1)
-    work, longest, n_partials = lists.cut_rows(row_start, n_pairs)
-    pieces = [piece for piece in work[0, 0].tolist() if piece[0] >= 0]
-    assert [region for region, *_ in pieces[:n_regions]] == list(range(n_regions))
-    for region, length in enumerate(lengths):
-        mine = [piece for piece in pieces if piece[0] == region]
-        covered = [pair for _, first, last, _ in mine for pair in range(first, last)]
-        start = sum(lengths[:region])
-        assert covered == list(range(start, start + length))
+def test_pieces_of_a_row_with_more_than_the_kernel_cuts_at_once(device, monkeypatch):
+    """27 pieces of 4 pairs, cut in two steps of 16."""
+    monkeypatch.setattr(lists, "_BLOCK_PAIRS", 16)
+    r_idx = torch.full((1, 1, 110, 1), 1, dtype=torch.int32, device=device)
+    r_idx[0, 0, :3] = 0
+    _check_inverse(r_idx, 110)
+    _check_pieces(r_idx, 110)
+
+
+def _check_pieces(r_idx, n_regions):
+    batch, n_graphs, n_rows, topk = r_idx.shape
+    query_grid = RegionGrid.of_region_size(n_rows, 1, (1, 1))
+    kv_grid = RegionGrid.of_region_size(n_regions, 1, (1, 1))
+    _, queries = planned.lists_of(_problem(r_idx, query_grid, kv_grid))
+    work, longest, n_partials = queries.inverse.work, queries.longest, queries.n_partials
+    assert work.shape == (batch, n_graphs, queries.n_pieces, 4)
+    assert longest < lists.LONGEST_TO_MEAN * (n_rows * topk / n_regions + 1)
+    for graph in itertools.product(range(batch), range(n_graphs)):
+        rows = _pairs_by_region(r_idx[graph].flatten().tolist(), n_regions)
+        starts = [0, *itertools.accumulate(map(len, rows))]
+        _check_pieces_of_graph(work[graph].tolist(), starts, longest, n_partials)
+
+
+def _check_pieces_of_graph(work, starts, longest, n_partials):
+    n_regions, pieces, taken = len(starts) - 1, defaultdict(list), []
+    assert [region for region, *_ in work[:n_regions]] == list(range(n_regions))
+    assert all(-1 <= region < n_regions for region, *_ in work)
+    for region, first, last, partial in work:
+        if region >= 0:
+            pieces[region].append((first, last, partial))
+    for region, mine in pieces.items():
+        covered = [pair for first, last, _ in mine for pair in range(first, last)]
+        assert covered == list(range(starts[region], starts[region + 1]))
+        assert all(last - first <= longest for first, last, _ in mine)
+        assert len(mine) == 1 or all(last > first for first, last, _ in mine)
         partials = [partial for *_, partial in mine]
         assert partials == ([-1] if len(mine) == 1 else list(range(partials[0], partials[0] + len(mine))))
-    used = sorted(partial for *_, partial in pieces if partial >= 0)
-    assert used == list(range(len(used)))
-    assert len(used) <= n_partials
-    mean = n_pairs / n_regions
-    assert max(last - first for _, first, last, _ in pieces) <= longest
-    assert longest < lists.LONGEST_TO_MEAN * (mean + 1)
+        taken += [partial for partial in partials if partial >= 0]
+    assert len(set(taken)) == len(taken)
+    assert all(partial < n_partials for partial in taken)
 
 
 def test_one_region_that_all_choose_is_cut(device):
     """The bound is not met by chance: without cutting this row would be 49 times the mean."""
+    grid = RegionGrid.of_windows(7, 7, 7)
     r_idx = torch.zeros(1, 1, 49, 1, dtype=torch.int32, device=device)
-    row_start, pairs = lists.inverse_graph(r_idx, 49)
-    work, longest, _ = lists.cut_rows(row_start, pairs.shape[-1])
-    assert longest == 4
-    assert (work[0, 0, :, 2] - work[0, 0, :, 1])[work[0, 0, :, 0] == 0].tolist() == [4] * 12 + [1]
+    _, queries = planned.lists_of(_problem(r_idx, grid, grid))
+    work = queries.inverse.work[0, 0]
+    assert queries.longest == 4
+    assert (work[:, 2] - work[:, 1])[work[:, 0] == 0].tolist() == [4] * 12 + [1]

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import attention_oracle
+import planned
 import pytest
 import torch
 from attention_parts import PARTS, Part, compare, make, windows
@@ -10,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import relative_error, worst
 
-from bra_triton.backend import registry
+from bra_triton.backend.kernels import fused_kernels
+from bra_triton.backend.torch.lepe import lepe_forward
 from bra_triton.kernels import tiles
-from bra_triton.kernels.attention import launch as attention
 from bra_triton.kernels.attention import masking
+from bra_triton.kernels.attention.arguments import ForwardResults
+from bra_triton.kernels.attention.launch import Attention, launch_attention
 from bra_triton.kernels.grid import RegionGrid
-from bra_triton.kernels.lepe import launch as lepe_launches
 from bra_triton.kernels.problem import Lepe
 from bra_triton.kernels.routing import lists
 
@@ -36,9 +38,9 @@ def test_output_and_all_gradients(name, backend, device, monkeypatch):
 def test_long_rows_are_cut_and_the_others_are_not(device):
     """Or the two cases above would not test what they are for."""
     problem = make(PARTS["long_row"], device)
-    queries = lists.list_queries(problem)
+    _, queries = planned.lists_of(problem)
     lengths = torch.bincount(problem.r_idx.flatten().long(), minlength=problem.kv_grid.n_regions)
-    pieces = torch.bincount(queries.work[0, 0, :, 0].clamp(min=-1).long() + 1)[1:]
+    pieces = torch.bincount(queries.inverse.work[0, 0, :, 0].clamp(min=-1).long() + 1)[1:]
     assert pieces.tolist() == (-(-lengths // queries.longest)).clamp(min=1).tolist()
     assert lengths[3] == problem.query_grid.n_regions
     assert pieces[3] > 1
@@ -50,9 +52,7 @@ def test_gradients_are_bitwise_equal(name, backend, device, monkeypatch):
     problem, masked = make(PARTS[name], device), PARTS[name].masked
     monkeypatch.setattr(masking, "is_cheaper", lambda problem: masked)
     grad_out = torch.randn(*problem.query.shape[:3], problem.value.shape[-1], device=device)
-    first, second = (
-        attention_oracle.run_backend(registry.load(backend), problem, grad_out, not masked) for _ in range(2)
-    )
+    first, second = (attention_oracle.run_backend(backend, problem, grad_out, not masked) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -62,7 +62,7 @@ def test_an_empty_batch(device):
     for backend in BACKENDS:
         grad_out = torch.randn(0, *problem.query.shape[1:3], problem.value.shape[-1], device=device)
         results = attention_oracle.run_backend(
-            registry.load(backend), replace(problem, **empty), grad_out, needs_factor=True
+            backend, replace(problem, **empty), grad_out, needs_factor=True
         )
         assert results["query"].shape == empty["query"].shape
         assert (results["padding.key"] == 0).all()
@@ -164,26 +164,50 @@ def _check_drawn(backend, part, dtype):
     assert worst(significant.values()) < tolerance, errors
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["packed", "padding", "kv_grid", "masked", "whole_padding"])
+def test_the_backends_function_and_its_backward(name, backend, device, monkeypatch):
+    """Gradients are maps of their own, contiguous, not slices of packed ones."""
+    monkeypatch.setattr(masking, "is_cheaper", lambda problem: PARTS[name].masked)
+    problem, kernels = make(PARTS[name], device), fused_kernels(backend)
+    grad_out = torch.randn(*problem.query.shape[:3], problem.value.shape[-1], device=device)
+    with planned.poisoned():
+        out, lse = kernels.attend_routed(problem)
+        gradients = kernels.attend_routed_backward(grad_out, problem, out, lse)
+    expected = attention_oracle.gradients(problem, grad_out)
+    actual = {"out": out, "query": gradients.query, "key": gradients.key, "value": gradients.value}
+    errors = {name: relative_error(x.cpu(), expected[name]) for name, x in actual.items()}
+    assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
+    assert all(x.is_contiguous() for x in actual.values())
+
+
+def _add_with_lepe(plan, problem, lepe, out, attention):
+    form = lists.form_of(problem)
+    key_lists = lists.take_key_lists(problem, form, plan.scratch)
+    lists.launch_key_lists(plan, problem, key_lists)
+    results = ForwardResults(out, attention, None)
+    launch_attention(plan, Attention(problem, form, key_lists), lepe, results)
+    return [launch.name for launch in plan.launches]
+
+
 @pytest.mark.parametrize("keep_attention", [True, False])
 @pytest.mark.parametrize("name", ["packed", "padding"])
-def test_lepe_in_a_launch_of_its_own_gives_the_same(name, keep_attention, device, monkeypatch):
+def test_lepe_in_a_launch_of_its_own_gives_the_same(name, keep_attention, device):
     """The table decides which; both against the torch backend."""
     problem = make(PARTS[name], device)
     dim = problem.value.shape[-1]
     weight, bias = torch.randn(dim, 1, 3, 3, device=device), torch.randn(dim, device=device)
     lepe = Lepe(problem.value, weight, bias, problem.kv_grid, problem.padding and problem.padding.value)
-    expected = registry.load("torch").attention_forward(problem, lepe, keep_attention=True)
-    calls = []
-    monkeypatch.setattr(
-        attention, "lepe_forward", lambda *args: calls.append(args) or lepe_launches.lepe_forward(*args)
-    )
+    share_expected, _ = fused_kernels("torch").attend_routed(problem)
+    expected = lepe_forward(share_expected, lepe)
     for fuses_lepe in (True, False):
+        out = torch.full_like(expected, torch.nan)
+        share = torch.full_like(expected, torch.nan) if keep_attention else None
         with tiles.use_tiles({tiles.FORWARD: tiles.Tile(16, 32, 1, 1, fuses_lepe=fuses_lepe)}):
-            out, share, _ = attention.attention_forward(problem, lepe, keep_attention)
-        assert relative_error(out, expected[0].double()) < FLOAT32_TOLERANCE
-        assert (share is not None) == keep_attention
-        assert share is None or relative_error(share, expected[1].double()) < FLOAT32_TOLERANCE
-    assert len(calls) == 1
+            launches = planned.run(_add_with_lepe, problem, lepe, out, share)
+        assert relative_error(out, expected.double()) < FLOAT32_TOLERANCE
+        assert share is None or relative_error(share, share_expected.double()) < FLOAT32_TOLERANCE
+        assert ("lepe_forward_kernel" in launches) != fuses_lepe
 
 
 FORMS = {  # of forward, dQ and dK/dV
@@ -208,7 +232,7 @@ def test_launches_ask_for_the_tile_of_their_form(name, device, monkeypatch):
     monkeypatch.setattr(tiles, "choose", choose)
     problem = make(PARTS[name], device)
     grad_out = torch.zeros(*problem.query.shape[:3], problem.value.shape[-1], device=device)
-    attention_oracle.run_backend(registry.load("triton"), problem, grad_out, PARTS[name].needs_factor)
+    attention_oracle.run_backend("triton", problem, grad_out, PARTS[name].needs_factor)
     assert asked == dict(zip(tiles.KERNELS, FORMS[name], strict=True))
 
 

@@ -1,5 +1,6 @@
 """Routing: the choice, ties, NaN, and the gradient of the weights."""
 
+import planned
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,13 @@ from hypothesis import strategies as st
 from problems import CASES, CASES_BY_NAME, random_map, relative_error
 
 from bra_triton import functional, reference
+from bra_triton.backend.kernels import fused_kernels
+from bra_triton.backend.torch.regions import pad_map
+from bra_triton.call import Call
+from bra_triton.kernels.arrays import channels
 from bra_triton.kernels.grid import RegionGrid
-from bra_triton.kernels.routing import launch as triton_routing
+from bra_triton.kernels.routing.launch import Routing, launch_route_gradient, launch_spread_means
+from bra_triton.kernels.routing.lists import launch_inverse
 from bra_triton.operators import routing as operators
 
 BACKENDS = ("torch", "triton")
@@ -19,7 +25,7 @@ BACKENDS = ("torch", "triton")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_indices_and_weights_equal_the_reference(case, backend, device):
     qkv = random_map(case, device)
-    expected_weight, expected_idx = reference.route(qkv, case.spec)
+    expected_weight, expected_idx = reference.route(Call(qkv, case.spec))
     r_weight, r_idx = functional.region_routing(
         qkv.float(), n_win=case.n_win, topk=case.topk, qk_dim=case.qk_dim, backend=backend
     )
@@ -33,7 +39,7 @@ def test_padding_takes_part_in_the_means(backend, device):
     """Of 5 x 7 tokens in regions of 2 x 2, the last row and column of regions hold 1 or 2 of the map."""
     qkv, padding = torch.randn(2, 5, 7, 24, device=device), torch.randn(24, device=device)
     grid = RegionGrid.of_windows(5, 7, 4)
-    padded = reference.pad_map(qkv, grid, padding)
+    padded = pad_map(qkv, grid, padding)
     arguments = {"n_win": 4, "topk": 3, "backend": backend}
     expected = functional.region_routing(padded, **arguments)
     actual = functional.region_routing(qkv, padding=padding, **arguments)
@@ -134,10 +140,100 @@ def test_every_cut_of_the_query_regions_into_programs(n_regions, topk, device):
         query[:, -1] = torch.nan
     logits = 0.5 * (query[:, :, None].double() * key[:, None].double()).sum(-1)
     expected = logits.nan_to_num(torch.inf).sort(dim=-1, descending=True, stable=True)
-    r_weight, r_idx = triton_routing.route(query, key, topk, 0.5)
+    r_weight, r_idx = fused_kernels("triton").route(query, key, topk, 0.5)
     assert torch.equal(r_idx.long(), expected.indices[..., :topk])
     weight = expected.values[..., :topk].softmax(-1)
     assert torch.allclose(r_weight.double(), weight, atol=1e-5, equal_nan=True)
+
+
+def _problem_of_routing(n_regions, topk, dim, device, batch=2):
+    """Region queries and keys that are slices of one tensor, the choice, and a gradient; float32."""
+    means = torch.randn(batch, n_regions, 2 * dim, device=device)
+    means[:, 0, dim:] = means[:, :, :dim].mean(1) * 3  # chosen by many: a long row
+    query, key = means.split(dim, dim=-1)
+    r_weight, r_idx = fused_kernels("torch").route(query, key, topk, 0.3)
+    return query, key, r_weight, r_idx, torch.randn_like(r_weight)
+
+
+def _autograd_of_routing(query, key, r_idx, grad, scale):
+    query, key = (x.double().requires_grad_() for x in (query, key))
+    logits = scale * query @ key.transpose(1, 2)
+    r_weight = logits.gather(-1, r_idx.long()).softmax(-1)
+    return torch.autograd.grad(r_weight, (query, key), grad.double())
+
+
+SIZES_OF_ROUTING = [
+    (1, 1, 5),  # a softmax of one: no gradient
+    (9, 2, 16),
+    (16, 16, 24),  # all are chosen by all
+    (10, 3, 200),  # two blocks of channels, the last not full
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("n_regions", "topk", "dim"), SIZES_OF_ROUTING)
+def test_gradient_of_the_choice_is_autograds(n_regions, topk, dim, backend, device):
+    query, key, r_weight, r_idx, grad = _problem_of_routing(n_regions, topk, dim, device)
+    expected = _autograd_of_routing(query, key, r_idx, grad, 0.3)
+    with planned.poisoned():
+        actual = fused_kernels(backend).route_backward(grad, r_weight, r_idx, query, key, 0.3)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.is_contiguous()
+        # Float32 sums of up to 200 products, whose factors have passed a softmax.
+        assert relative_error(a, e) < 1e-5 if topk > 1 else not a.any()
+
+
+def _add_route_gradient(plan, query, key, r_weight, r_idx, shares, grad_means):
+    batch, n_regions, topk = r_idx.shape
+    inverse = launch_inverse(plan, r_idx.view(batch, 1, n_regions, topk), n_regions)
+    grads = (
+        channels(grad_means, 0, query.shape[-1]),
+        channels(grad_means, query.shape[-1], 2 * query.shape[-1]),
+    )
+    launch_route_gradient(plan, Routing(query, key, r_weight, r_idx, 0.3), shares, inverse, *grads)
+
+
+def test_shares_of_all_heads_and_tiles_are_summed_and_rows_may_be_slices(device):
+    """As the attention's backward leaves them: a share for each head and tile of a region."""
+    query, key, r_weight, r_idx, _ = _problem_of_routing(9, 3, 20, device)
+    shares = torch.randn(2, 2, 9, 5, 3, device=device)
+    expected = _autograd_of_routing(query, key, r_idx, shares.sum((1, 3)), 0.3)
+    grad_means = torch.full((2, 9, 40), torch.nan, device=device)
+    planned.run(_add_route_gradient, query, key, r_weight, r_idx, shares, grad_means)
+    for a, e in zip(grad_means.split(20, dim=-1), expected, strict=True):
+        assert relative_error(a, e) < 1e-5
+
+
+GRIDS = {
+    "whole": RegionGrid.of_windows(6, 8, 2),
+    "padded": RegionGrid.of_windows(7, 10, 4),
+    "more tokens than a tile": RegionGrid.of_windows(13, 13, 2),
+    "a token a region": RegionGrid.of_windows(3, 4, 4),
+}
+
+
+@pytest.mark.parametrize("counts_padding", [True, False])
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a region that holds no token has no mean
+def test_gradient_of_means_is_added_to_the_map(name, dtype, counts_padding, device):
+    """In place, to the first channels alone; where padding counts, it takes a share that goes nowhere."""
+    grid = GRIDS[name]
+    grad_means = torch.randn(2, grid.n_regions, 70, device=device)
+    grad_qkv = torch.randn(2, grid.height, grid.width, 105, device=device).to(dtype)
+    tokens = torch.zeros(2, 70, grid.height, grid.width, device=device).double().requires_grad_()
+    bottom, right = grid.padding
+    padded, ones = (F.pad(x, (0, right, 0, bottom)) for x in (tokens, torch.ones_like(tokens)))
+    region = (grid.region_height, grid.region_width)
+    means = F.avg_pool2d(padded, region)
+    if not counts_padding:
+        means = means / F.avg_pool2d(ones, region)
+    expected = grad_qkv.double()
+    grad = grad_means.double().transpose(1, 2).view_as(means)
+    expected[..., :70] += torch.autograd.grad(means, tokens, grad)[0].permute(0, 2, 3, 1)
+    planned.run(launch_spread_means, grad_means, grad_qkv, grid, counts_padding)
+    # One rounding, of the sum.
+    assert torch.allclose(grad_qkv.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.arrays import dense
 from ...kernels.padding import padding_gradient, share_of_means
 from ...kernels.problem import (
     Gradients,
@@ -158,4 +159,4 @@ def _route_gradient(grad_weight: Tensor, problem: PackedAttention[Tensor], resul
 
 
 def _cast(x: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if x is None else x.to(like.dtype).contiguous()
+    return None if x is None else dense(x.to(like.dtype))

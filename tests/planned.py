@@ -1,0 +1,104 @@
+"""Runs what a function adds to a plan, on tensors."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bra_triton.kernels.arrays import Buffer
+from bra_triton.kernels.attention.arguments import AttentionConfig, KeyValueResults
+from bra_triton.kernels.attention.launch import KeyValueGradient, launch_finish
+from bra_triton.kernels.lepe.arguments import LepeSums
+from bra_triton.kernels.lepe.launch import launch_lepe_gradient
+from bra_triton.kernels.plan import Plan
+from bra_triton.kernels.problem import Lepe, RoutedAttention
+from bra_triton.kernels.routing import lists
+from bra_triton.kernels.tiles import Tile
+
+
+class OpenPlan(Plan):
+    """A plan of which all arrays are outputs, those of the workspace, too."""
+
+    scratch = Plan.output
+
+
+def run(add: Callable[..., Any], *arguments: Any) -> Any:
+    """What `add(plan, *arguments)` returns, with tensors in the place of buffers, after the plan has run.
+
+    `add` gets buffers in the place of the arguments' tensors; what it writes to these is written in place.
+    """
+    tensors = _tensors_in(arguments)
+    plan = OpenPlan(tensors, tensors[0].device)
+    inputs = iter(plan.given)
+    result = add(plan, *_replaced(arguments, Tensor, lambda _: next(inputs)))
+    with poisoned():
+        arrays = [*tensors, *plan.run(*tensors)]
+    return _replaced(result, Buffer, lambda buffer: _view(arrays[buffer.source], buffer))
+
+
+def lists_of(problem: RoutedAttention[Tensor]) -> tuple[lists.KeyLists, lists.QueryLists]:
+    """What the attention kernels walk."""
+
+    def add(plan: Plan, problem: RoutedAttention[Buffer]) -> tuple[lists.KeyLists, lists.QueryLists]:
+        keys = lists.take_key_lists(problem, lists.form_of(problem), plan.scratch)
+        lists.launch_key_lists(plan, problem, keys)
+        return keys, lists.launch_query_lists(plan, problem, keys)
+
+    return run(add, problem)
+
+
+def lepe_gradient(
+    plan: Plan, grad_out: Buffer, grad_value: Buffer, lepe: Lepe[Buffer], sums: LepeSums
+) -> LepeSums:
+    """Adds LePE's backward and the launch that sums its shares, with no attention beside it."""
+    shares = launch_lepe_gradient(plan, grad_out, grad_value, lepe, sums)
+    config = AttentionConfig(
+        *(16,) * (len(AttentionConfig._fields) - len(AttentionConfig._field_defaults) - 1), "ieee"
+    )
+    results = KeyValueResults(grad_value, grad_value, None, grad_value, grad_value)
+    none = KeyValueGradient(results, None, (1,) * 6, 0, config, Tile(16, 16, 4, 1))
+    launch_finish(plan, none, shares)
+    return sums
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within, memory of new tensors holds NaN, or the largest integer: what nobody writes shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _tensors_in(arguments: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    _replaced(arguments, Tensor, note)
+    return found
+
+
+def _view(holder: Tensor, buffer: Buffer) -> Tensor:
+    first = holder.storage_offset() + buffer.offset // buffer.dtype.itemsize
+    return holder.as_strided(buffer.shape, buffer.strides, first)
+
+
+def _replaced(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """The value with `function` applied to all of a kind in it, in groups and dataclasses, too."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, list | tuple):
+        members = [_replaced(member, kind, function) for member in value]
+        return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
+    if is_dataclass(value):
+        members = {f.name: _replaced(getattr(value, f.name), kind, function) for f in fields(value)}
+        return replace(value, **members) if members else value
+    return value
