@@ -167,11 +167,11 @@ def _launch(launch: PlannedLaunch) -> Launch:
 def _buffers(bound: Mapping[str, Any]) -> Iterator[tuple[str, Buffer]]:
     """Arrays among arguments, those of a group named as `maps.query`."""
     for name, value in bound.items():
-        if isinstance(value, Buffer):
+        if isinstance(value, tuple):
+            members: dict[str, Any] = value._asdict()  # type: ignore[attr-defined]
+            yield from _buffers({f"{name}.{inner}": x for inner, x in members.items()})
+        elif isinstance(value, Buffer):
             yield name, value
-        elif isinstance(value, tuple) and name != "CONFIG":
-            members: dict[str, Buffer | None] = value._asdict()  # type: ignore[attr-defined]
-            yield from ((f"{name}.{inner}", x) for inner, x in members.items() if x is not None)
 
 
 def _type(value: Any) -> Any:

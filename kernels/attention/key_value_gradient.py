@@ -257,8 +257,9 @@ def key_value_gradient_kernel(
             results.partial_value + row * V_HEAD_DIM, index, v_channel, exists, grad_v, V_HEAD_DIM, V_HEAD_DIM
         )
     else:
-        # Of an only region the address would stay in two registers, which spill on sm_90 (64 x 64, 2 warps).
-        if work is not None:
+        # Of an only region the address would stay in two registers, which spill on sm_90 (64 x 64, 2 warps);
+        # with padding the tokens themselves would (128 x 64, 8 warps, head 64, sm_80).
+        if work is not None or QUERY_IS_PADDED:
             _, _, own = own_tokens(lists.region_list, region, tile, region_tokens, BLOCK_N, AGAIN=True)
         row = ((image * NUM_HEADS + head) * n_regions + region) * tiles + tile
         _store_key_value_gradient(results, image * kv_tokens, row, head, own, exists, grad_k, grad_v, CONFIG)
