@@ -15,7 +15,7 @@ from .attention.launch import (
     launch_query_gradient,
 )
 from .lepe.arguments import LepeSums
-from .lepe.launch import launch_lepe_gradient
+from .lepe.launch import LepeShares, launch_lepe_gradient
 from .plan import Kept, Plan, Take
 from .problem import Gradients, Needs, PackedAttention, RoutedAttention, Settings
 from .routing.arguments import Inverse
@@ -171,11 +171,10 @@ def plan_attend_backward(
         plan, attention, Saved(attention_out, arrays.lse, grad_out), maps.query, packed.routing_learns
     )
     query_lists = launch_query_lists(plan, arrays.routed, arrays.lists)
-    lepe, of_lepe = packed.lepe(), None
-    if lepe is not None:
-        value = channels(gradients.qkv, 2 * packed.settings.qk_dim, packed.qkv.shape[-1])
-        sums = LepeSums(gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
-        of_lepe = launch_lepe_gradient(plan, grad_out, value, lepe, sums)
+    # Where rows may be cut, LePE comes first, so that one launch sums both its shares and their pieces. Elsewhere
+    # it comes last: dK/dV of one region has no register left to add to what is there (compiled for sm_90).
+    lepe_first = arrays.form == ROUTED
+    of_lepe = _launch_lepe_gradient(plan, packed, grad_out, gradients) if lepe_first else None
     of_keys_values = launch_key_value_gradient(
         plan,
         attention,
@@ -184,8 +183,10 @@ def plan_attend_backward(
         grad_out,
         maps,
         needs_padding=arrays.routed.padding is not None and needs.padding,
-        adds_to_value=lepe is not None and packed.kv is None,
+        adds_to_value=lepe_first and packed.lepe_weight is not None and packed.kv is None,
     )
+    if not lepe_first:
+        of_lepe = _launch_lepe_gradient(plan, packed, grad_out, gradients, adds_to_grad=packed.kv is None)
     launch_finish(plan, of_keys_values, of_lepe)
     if gradients.means is not None:
         assert factor_shares is not None
@@ -194,6 +195,21 @@ def plan_attend_backward(
     outputs = (gradients.kv, gradients.means, gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
     plan.wanted = [x is not None for x in (*outputs, of_keys_values.results.grad_padding)]
     return plan
+
+
+def _launch_lepe_gradient(
+    plan: Plan,
+    packed: PackedAttention[Buffer],
+    grad_out: Buffer,
+    gradients: _Gradients,
+    adds_to_grad: bool = False,
+) -> LepeShares | None:
+    lepe = packed.lepe()
+    if lepe is None:
+        return None
+    value = channels(gradients.qkv, 2 * packed.settings.qk_dim, packed.qkv.shape[-1])
+    sums = LepeSums(gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
+    return launch_lepe_gradient(plan, grad_out, value, lepe, sums, adds_to_grad)
 
 
 def _launch_routing_gradient(

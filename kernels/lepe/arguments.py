@@ -40,6 +40,7 @@ class LepeConfig(NamedTuple):
         GRAD_STRIDE: backward alone: elements from one token of the values' gradient to the next.
         NEEDS_WEIGHT_GRAD: backward alone: compute the gradients of weight and bias.
         ROWS: backward alone: rows of `partials`.
+        ADDS_TO_GRAD: backward alone: the values' gradient holds the attention's share already.
     """
 
     DIM: int
@@ -50,6 +51,7 @@ class LepeConfig(NamedTuple):
     GRAD_STRIDE: int = 0
     NEEDS_WEIGHT_GRAD: bool = False
     ROWS: int = 0
+    ADDS_TO_GRAD: bool = False
 
     @classmethod
     def of(cls, lepe: Lepe[Buffer], block_m: int, block_v: int) -> "LepeConfig":

@@ -197,6 +197,8 @@ def lepe_backward_kernel(
         grad_fill = tl.sum(tl.where(in_map[:, None], 0.0, grad), axis=0)
         tl.store(partial + (ROWS - 1) * DIM, grad_fill, mask=channel_live)
     places = grad_value + token[:, None] * CONFIG.GRAD_STRIDE + channel[None, :]
+    if CONFIG.ADDS_TO_GRAD:
+        grad += tl.load(places, mask=map_mask, other=0.0).to(tl.float32)
     tl.store(places, grad.to(grad_value.dtype.element_ty), mask=map_mask)
 
 

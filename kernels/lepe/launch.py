@@ -64,7 +64,12 @@ def launch_lepe(plan: Plan, attention: Buffer, lepe: Lepe[Buffer], out: Buffer) 
 
 
 def launch_lepe_gradient(
-    plan: Plan, grad_out: Buffer, grad_value: Buffer, lepe: Lepe[Buffer], sums: LepeSums
+    plan: Plan,
+    grad_out: Buffer,
+    grad_value: Buffer,
+    lepe: Lepe[Buffer],
+    sums: LepeSums,
+    adds_to_grad: bool = False,
 ) -> LepeShares | None:
     """Adds the values' gradient, and each program's shares of the parameters' gradients.
 
@@ -74,6 +79,7 @@ def launch_lepe_gradient(
         grad_value: where the values' gradient goes: `(N, H, W, dim)`, dense except for its channels.
         lepe: the forward's.
         sums: where the parameters' gradients are to go.
+        adds_to_grad: whether `grad_value` holds the attention's share already.
 
     Returns:
         What is still to be summed; None where nothing is.
@@ -93,7 +99,10 @@ def launch_lepe_gradient(
         (
             *(grid.height, grid.width, reach_height, reach_width),
             LepeConfig.of(lepe, block_m, block_v)._replace(
-                GRAD_STRIDE=row_stride(grad_value), NEEDS_WEIGHT_GRAD=has_taps, ROWS=rows
+                GRAD_STRIDE=row_stride(grad_value),
+                NEEDS_WEIGHT_GRAD=has_taps,
+                ROWS=rows,
+                ADDS_TO_GRAD=adds_to_grad,
             ),
         ),
         num_warps=num_warps,
