@@ -171,8 +171,8 @@ def plan_attend_backward(
         plan, attention, Saved(attention_out, arrays.lse, grad_out), maps.query, packed.routing_learns
     )
     query_lists = launch_query_lists(plan, arrays.routed, arrays.lists)
-    # Where rows may be cut, LePE comes first, so that one launch sums both its shares and their pieces. Elsewhere
-    # it comes last: dK/dV of one region has no register left to add to what is there (compiled for sm_90).
+    # Where rows may be cut, LePE comes first, so that one launch sums its shares and their pieces. Elsewhere
+    # it comes last: dK/dV of one region has no register left to add to what is there (sm_90, compiled).
     lepe_first = arrays.form == ROUTED
     of_lepe = _launch_lepe_gradient(plan, packed, grad_out, gradients) if lepe_first else None
     of_keys_values = launch_key_value_gradient(

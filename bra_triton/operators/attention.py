@@ -112,7 +112,9 @@ class _AttendByOperator(torch.autograd.Function):
         return *refusing_second_derivative(gradients, grad_out, *tensors), *(None,) * _N_NUMBERS
 
 
-@operator("attend", f"({_TENSORS}, {_NUMBERS}, bool trains) -> (Tensor out, Tensor[] saved)")
+@operator(
+    "attend", f"({_TENSORS}, {_NUMBERS}, bool trains) -> (Tensor out, Tensor[] saved)", has_gradient=False
+)
 def _attend_operator(*given: Any) -> tuple[Tensor, list[Tensor]]:
     """See `attend`: the output, and what the backward reads."""
     *arguments, trains = given
@@ -131,6 +133,7 @@ def _(*given: Any) -> tuple[Tensor, list[Tensor]]:
 @operator(
     "attend_backward",
     f"(Tensor grad_out, {_TENSORS}, Tensor? out, Tensor[] saved, {_NUMBERS}, bool[] needs) -> Tensor[]",
+    has_gradient=False,
 )
 def _attend_backward_operator(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
     """Gradients of the tensors that `attend` takes, in its order: of `qkv`, and of those that are needed."""

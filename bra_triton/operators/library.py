@@ -9,7 +9,7 @@ from torch import Tensor
 _library = torch.library.Library("bra_triton", "FRAGMENT")
 
 
-def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+def operator(name: str, schema: str, has_gradient: bool = True) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: makes `bra_triton::<name>` of a function that changes no argument.
 
     `torch.library.custom_op` would do the same, but PyTorch 2.11 runs what is inside with Dynamo's hook on
@@ -19,11 +19,15 @@ def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
     Args:
         name: of the operator.
         schema: arguments and results, as in PyTorch's `native_functions.yaml`.
+        has_gradient: whether an autograd formula will be registered. If not, PyTorch records nothing of the
+            operator, and gradients are its caller's affair.
     """
 
     def make(function: Callable[..., Any]) -> Any:
         _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(name, function, "CompositeExplicitAutograd")
+        if not has_gradient:
+            _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         made = getattr(torch.ops.bra_triton, name).default
         made.__doc__ = function.__doc__
         return made

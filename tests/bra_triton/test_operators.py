@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from operator_calls import BRANCHES, OPERATORS, Calls, attend, attend_regional, route
+from planned import poisoned
 from problems import Case, random_map
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,7 +72,9 @@ def test_operators_meet_pytorchs_own_checks(backend, device):
             lambda x, learns=learns: x.detach().requires_grad_(learns and x.is_floating_point()),
             arguments,
         )
-        torch.library.opcheck(function, arguments)
+        # What the Triton backend saves has gaps between its arrays, which nobody writes: filled, they compare.
+        with poisoned():
+            torch.library.opcheck(function, arguments)
 
 
 class _Log(TorchDispatchMode):

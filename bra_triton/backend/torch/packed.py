@@ -43,6 +43,7 @@ class _Saved(NamedTuple):
         return cls(attention, lse, r_weight, None if problem.settings.chooses_all else next(rest))
 
 
+@torch.no_grad()  # inside the operator, which has no gradient of its own, PyTorch would record every step
 @outside_autocast
 def attend(problem: PackedAttention[Tensor], trains: bool) -> tuple[Tensor, list[Tensor]]:
     """See `FusedKernels`."""
