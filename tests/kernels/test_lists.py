@@ -183,6 +183,7 @@ def test_inverse_graph_holds_each_pair_once_in_order(data, n_regions, n_rows, ba
 EXTREMES = {
     "all choose region 0, the other rows are empty": (1, lambda q, slot: 0),
     "all choose the last region": (1, lambda q, slot: 24),
+    "two regions between them are chosen by all": (1, lambda q, slot: 3 if q % 2 else 7),
     "everyone chooses everyone": (25, lambda q, slot: slot),
     "everyone chooses itself and its successors": (3, lambda q, slot: (q + slot) % 25),
 }

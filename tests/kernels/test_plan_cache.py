@@ -1,5 +1,6 @@
 """The cache of plans shows in nothing but time; kernels are compiled for a stand-in of the driver."""
 
+import itertools
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launch_log import FORMS, PLAIN, attention, launched, regional, settings, step
+from launch_log import FORMS, HALF, PLAIN, attention, launched, regional, seen, settings, step
 
 from bra_triton.bench import stand_in
 from bra_triton.kernels import calls, tiles
+from bra_triton.kernels.problem import Needs
 from bra_triton.kernels.tiles import choice
 
 pytestmark = pytest.mark.compiled
@@ -55,11 +57,34 @@ def test_sizes_dtypes_and_numbers(log):
     problems += [attention(PLAIN, lepe=lepe) for lepe in (0, 5)]
     problems += [attention(settings(8, 12, 4, 3, **{"routing_weight": w})) for w in ("soft", "hard")]
     problems += [attention(replace(PLAIN, **{name: 0.5})) for name in ("scale", "routing_scale")]
-    problems += [FORMS[form]() for form in ("padded", "router", "pooled", "nchw", "pooling")]
+    problems += [FORMS[form]() for form in ("plain", "padded", "router", "pooled", "nchw", "pooling")]
+    problems.append(attention(replace(PLAIN, routing_weight="hard", diff_routing=True)))
     problems.append(replace(attention(PLAIN), lepe_bias=None))
     problems.append(attention(settings(7, 10, 4, 3, counts_padding=False)))
     problems.append(regional(n_graphs=1))
     _check_cache_is_invisible(log, [lambda problem=problem: nullcontext(problem) for problem in problems])
+
+
+def test_what_needs_a_gradient_and_what_the_forward_keeps(log):
+    problem = FORMS["padded hard"]()
+    everything = Needs(*(x is not None for x in problem.tensors))
+    states = [everything._replace(**{name: False}) for name in ("padding", "lepe_weight", "lepe_bias")]
+    grad_out = torch.empty(problem.qkv[..., :32].shape, dtype=HALF)
+
+    def visit(own_form, needs):
+        result = calls.attend(problem, trains=needs is not None, own_form=own_form)
+        if needs is not None:
+            calls.attend_backward(grad_out, problem, result, needs)
+        return seen(log)
+
+    visits = list(itertools.product((True, False), (None, everything, *states)))
+    expected = {}
+    for key in visits:
+        calls.forget_plans()
+        expected[key] = visit(*key)
+    calls.forget_plans()
+    for key in visits * 2:
+        assert visit(*key) == expected[key], key
 
 
 def test_tiles_and_architectures_that_are_set(log):
@@ -179,16 +204,16 @@ def test_launches_go_to_the_stream_that_is_current_in_the_thread(log, streams):
     log.take()
 
     def work(index):
-        seen = []
+        are_current = []
         for turn in range(20):
             streams.current = 1000 * index + turn // 2
             calls.attend(problem, trains=False, own_form=True)
-            seen += [args[3] == streams.current for _, args in log.take()]
-        return seen
+            are_current += [args[3] == streams.current for _, args in log.take()]
+        return are_current
 
-    for seen in _in_threads(work):
-        assert len(seen) >= 60
-        assert all(seen)
+    for are_current in _in_threads(work):
+        assert len(are_current) >= 60
+        assert all(are_current)
 
 
 def test_after_a_fork(log):

@@ -1,0 +1,114 @@
+"""Routing, attention and LePE of a packed projection: every backend's functions against the reference's
+autograd in float64."""
+
+from dataclasses import replace
+
+import planned
+import pytest
+import torch
+from problems import relative_error, worst
+
+from bra_triton import reference
+from bra_triton.backend.kernels import fused_kernels
+from bra_triton.call import Call
+from bra_triton.kernels.grid import RegionGrid
+from bra_triton.kernels.packed import plan_attend, plan_attend_backward
+from bra_triton.kernels.problem import Needs, PackedAttention
+from bra_triton.spec import AttentionSpec
+
+BACKENDS = ("torch", "triton")
+# Float32 logits of the regions go through a softmax; elsewhere rounding is some units of 1e-7.
+TOLERANCE = 3e-5
+SPEC = AttentionSpec(dim=24, qk_dim=16, num_heads=2, n_win=3, topk=3)
+SOFT = replace(SPEC, soft_routing=True, diff_routing=True)
+HARD = replace(SPEC, diff_routing=True)
+# Specification, height and width of the map.
+CASES = {
+    "none": (SPEC, 6, 9),
+    "soft": (SOFT, 6, 9),
+    "soft_padded": (SOFT, 7, 8),
+    "soft_frozen": (replace(SPEC, soft_routing=True), 6, 9),
+    "hard": (HARD, 6, 9),
+    "hard_padded": (HARD, 7, 8),
+    "hard_padding_left_out": (replace(HARD, counts_padding=False), 7, 8),
+    "whole": (replace(SPEC, topk=9), 6, 9),
+    "whole_padded": (replace(SPEC, topk=9), 7, 8),
+    # Weights enter though all are chosen.
+    "hard_all": (replace(HARD, topk=9), 6, 9),
+}
+NAMES = ("qkv", "padding", "lepe_weight", "lepe_bias")
+
+
+def _tensors(spec, height, width, device):
+    """Float64 tensors by name; means of the regions lie far apart, so that every precision routes alike."""
+    grid = RegionGrid.of_windows(height, width, spec.n_win)
+    means = 2 * torch.randn(2, spec.n_win, spec.n_win, spec.packed_dim)
+    means = means.repeat_interleave(grid.region_height, 1).repeat_interleave(grid.region_width, 2)
+    tensors = {
+        "qkv": torch.randn(2, height, width, spec.packed_dim) / 2 + means[:, :height, :width],
+        "padding": torch.randn(spec.packed_dim) if grid.is_padded else None,
+        "lepe_weight": torch.randn(spec.dim, 1, 3, 3),
+        "lepe_bias": torch.randn(spec.dim),
+    }
+    return {
+        name: None if x is None else x.bfloat16().double().to(device).requires_grad_()
+        for name, x in tensors.items()
+    }
+
+
+def _expected(spec, tensors, grad_out):
+    call = Call(tensors["qkv"], spec, *(tensors[name] for name in ("lepe_weight", "lepe_bias", "padding")))
+    scored = reference.attend(call)
+    leaves = {name: x for name, x in tensors.items() if x is not None}
+    gradients = torch.autograd.grad(scored.out, list(leaves.values()), grad_out.double())
+    return scored, {"out": scored.out.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def _problem(spec, tensors):
+    narrow = {name: None if x is None else x.detach().float() for name, x in tensors.items()}
+    grid = RegionGrid.of_windows(*narrow["qkv"].shape[1:3], spec.n_win)
+    return PackedAttention(
+        narrow["qkv"],
+        None,
+        narrow["padding"],
+        None,
+        *(narrow["lepe_weight"], narrow["lepe_bias"]),
+        spec.settings(grid),
+    )
+
+
+def _needs(problem):
+    return Needs(*(x is not None for x in problem.tensors))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_all_gradients(name, backend, device):
+    spec, height, width = CASES[name]
+    tensors = _tensors(spec, height, width, device)
+    problem, kernels = _problem(spec, tensors), fused_kernels(backend)
+    grad_out = torch.randn(2, height, width, spec.dim, device=device)
+    scored, expected = _expected(spec, tensors, grad_out)
+    with planned.poisoned():
+        result = kernels.attend(problem, trains=True)
+        gradients = kernels.attend_backward(grad_out, problem, result, _needs(problem))
+    if result.r_idx is not None:
+        assert torch.equal(result.r_idx.long(), scored.r_idx)
+    actual = {"out": result.out, **{n: getattr(gradients, n) for n in NAMES}}
+    assert {n for n, x in actual.items() if x is not None} == set(expected)
+    errors = {n: relative_error(actual[n], expected[n]) for n in expected}
+    assert worst(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("name", ["whole", "whole_padded"])
+def test_where_all_attend_to_all_nothing_is_routed(name, device):
+    spec, height, width = CASES[name]
+    problem = _problem(spec, _tensors(spec, height, width, device))
+    forward = plan_attend(problem, trains=True, own_form=True)
+    assert [launch.name for launch in forward.launches] == ["list_tokens_kernel", "attention_forward_kernel"]
+    out, kept = (torch.empty(s, device=device) for s in ((2, height, width, spec.dim), forward.kept_bytes))
+    saved = (out, None, None, None, None, kept.byte())
+    backward = plan_attend_backward(problem, saved, _needs(problem))
+    names = [launch.name for launch in backward.launches]
+    assert names[:2] == ["query_gradient_kernel", "key_value_gradient_kernel"]
+    assert names[2:] == ["lepe_backward_kernel", "lepe_sums_kernel"]
