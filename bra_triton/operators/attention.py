@@ -160,12 +160,11 @@ def _backward(
     needs: Sequence[bool],
 ) -> PackedGradients:
     if not grad_out.shape[0]:  # nothing was saved either
-        return PackedGradients(
-            *(
-                x.new_zeros(x.shape) if x is not None and (needed or x is problem.qkv) else None
-                for x, needed in zip(problem.tensors, needs, strict=True)
-            )
-        )
+        zeros = [
+            x.new_zeros(x.shape) if x is not None and needed else None
+            for x, needed in zip(problem.tensors, needs, strict=True)
+        ]
+        return PackedGradients(problem.qkv.new_zeros(problem.qkv.shape), *zeros[1:])
     with torch.no_grad():  # create_graph=True runs a backward with gradients enabled
         return fused_kernels(backend).attend_backward(grad_out.contiguous(), problem, result, Needs(*needs))
 
