@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import INTERPRETED
 from operator_calls import BRANCHES, OPERATORS, Calls, attend, attend_regional, route
 from planned import poisoned
 from problems import Case, random_map
@@ -42,6 +43,8 @@ class TestFakes:
 
     @pytest.mark.parametrize("branch", BRANCHES)
     def test_attention(self, branch, backend, batch, device):
+        if batch == 2 and backend == "triton" and INTERPRETED and branch not in ("plain", "everything"):
+            pytest.skip("the interpreter is slow, and strides of one image tell more")
         with Calls(_compare_with_fake) as calls:
             attend(branch, backend, batch, device)
         assert {"bra_triton::attend", "bra_triton::attend_backward"} <= calls.names
