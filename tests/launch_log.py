@@ -70,11 +70,9 @@ def step(problem):
         pool(problem)
     else:
         needs = Needs(*(x is not None for x in problem.tensors))
-        for own_form in (True, False):
-            result = calls.attend(problem, trains=True, own_form=own_form)
-            if problem.lepe_weight is None:
-                result = result._replace(attention=result.out)
-            calls.attend_backward(torch.empty_like(result.out), problem, result, needs)
+        out, saved = calls.attend(problem, trains=True)
+        needed = out if problem.lepe_weight is None else None
+        calls.attend_backward(torch.empty_like(out), problem, needed, saved, needs)
 
 
 def pool(pooling):

@@ -81,23 +81,23 @@ def test_tensors_that_start_elsewhere_are_launched_by_triton(name, log):
     """Compiled for multiples of 16 bytes, a kernel would read them wrongly, or fault."""
     form = {"kv": "pooled", "padding": "padded", "means": "router"}.get(name, "plain")
     problem = FORMS[form]()
-    calls.attend(problem, trains=True, own_form=True)
+    calls.attend(problem, trains=True)
     aligned = log.take()
     assert _are_direct(aligned)
     shifted = replace(problem, **{name: _shifted(getattr(problem, name))})
-    calls.attend(shifted, trains=True, own_form=True)
+    calls.attend(shifted, trains=True)
     misaligned = log.take()
     assert not _are_direct(misaligned)
     # Some kernel is another, compiled for any address.
     assert {id(run) for run, _ in aligned} != {id(run) for run, _ in misaligned}
-    calls.attend(problem, trains=True, own_form=True)
+    calls.attend(problem, trains=True)
     assert _are_direct(log.take())
 
 
 @pytest.mark.parametrize("which", ["launch_enter_hook", "launch_exit_hook"])
 def test_whoever_watches_launches_gets_them_by_triton(which, log):
     problem, runtime = FORMS["plain"](), plan._runtime
-    calls.attend(problem, trains=False, own_form=True)
+    calls.attend(problem, trains=False)
     assert _are_direct(log.take())
     before = getattr(runtime, which)
     watch = print
@@ -106,7 +106,7 @@ def test_whoever_watches_launches_gets_them_by_triton(which, log):
             before.add(watch)
         else:  # Triton 3.4
             setattr(runtime, which, watch)
-        calls.attend(problem, trains=False, own_form=True)
+        calls.attend(problem, trains=False)
     finally:
         if hasattr(before, "remove"):
             before.remove(watch)
@@ -116,5 +116,5 @@ def test_whoever_watches_launches_gets_them_by_triton(which, log):
     assert not _are_direct(watched)
     at = 7 if which == "launch_enter_hook" else 8
     assert all(args[at] is not None for _, args in watched)
-    calls.attend(problem, trains=False, own_form=True)
+    calls.attend(problem, trains=False)
     assert _are_direct(log.take())
