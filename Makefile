@@ -1,12 +1,12 @@
-# `make demo` and `make test` work on a fresh machine: they build the virtual environment they need first.
+# `make demo` and `make test` work on a fresh machine: first they build the virtual environment that they need.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Ultralytics must not look for a network, nor write its settings outside this folder.
+# Keeps Ultralytics from using the network and from writing its settings outside this folder.
 export YOLO_OFFLINE := true
 export YOLO_CONFIG_DIR := $(CURDIR)/runs/ultralytics
-# One test worker a core, one thread a worker.
+# One test worker per core, one thread per worker.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: help setup demo test test-interpreted test-compiled gpu-check lint format clean
@@ -27,13 +27,13 @@ demo: setup  ## train YOLO26 with BRA on the photographs, predict, compare with 
 
 test: test-interpreted test-compiled  ## all tests; no GPU needed
 
-test-interpreted: setup  ## the kernels under Triton's interpreter, everything else as it is
+test-interpreted: setup  ## the tests without the compiled ones; kernels run under Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST)
 
-test-compiled: setup  ## the kernels compiled for GPUs that need not be there
+test-compiled: setup  ## the tests that compile the kernels, for GPUs that need not be there
 	TRITON_INTERPRET=0 $(PYTEST) -m compiled
 
-gpu-check:  ## where there is a GPU: every mode, then times beside peers, in 9 minutes; installs nothing
+gpu-check:  ## on a GPU: checks every mode, then times it beside peers, in 9 minutes; installs nothing
 	$(PYTHON) bench/in_tree.py bra_triton.bench.command_line check $(GPU_CHECK)
 
 lint: setup  ## ruff and mypy
@@ -41,7 +41,7 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/typecheck.py
 
-format: setup  ## let ruff mend what it can
+format: setup  ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

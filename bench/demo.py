@@ -169,7 +169,7 @@ def _fit(model: YOLO, data: Path, epochs: int, settings: dict[str, Any]) -> None
     # Ultralytics leaves one core of the CPU idle.
     model.add_callback("on_train_start", lambda trainer: torch.set_num_threads(os.cpu_count() or 1))
     with _ProductsInFloat32():
-        model.train(data=str(data), epochs=epochs, save=False, **settings)  # but for the last epoch
+        model.train(data=str(data), epochs=epochs, save=False, **settings)  # except for the last epoch
 
 
 def attention_costs(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:

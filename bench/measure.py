@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -61,15 +62,18 @@ def median_seconds(run: Run, device: torch.device, repeats: int = 10) -> float:
 def interleaved_minima(runs: Mapping[Name, Run], device: torch.device, repeats: int) -> dict[Name, float]:
     """Smallest time in seconds that each call keeps the CPU, the runs taking turns; launches are not awaited.
 
-    Turns make the runs share what disturbs a machine, and the minimum is what is left without disturbance.
+    Turns make the runs share what disturbs a machine; the minimum is what is left without disturbance. The
+    order changes from turn to turn: a run is faster after one that has brought the same code to the caches.
     """
+    order, shuffler = list(runs), random.Random(0)
     for run in runs.values():
         run()
         run()  # the first call compiles, and the second may still fill caches
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(repeats):
-        for name, run in runs.items():
-            best[name] = min(best[name], wall_seconds(run, device, waits=False))
+        shuffler.shuffle(order)
+        for name in order:
+            best[name] = min(best[name], wall_seconds(runs[name], device, waits=False))
     return best
 
 

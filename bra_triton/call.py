@@ -5,6 +5,7 @@ A call with a signature (shapes, dtypes, numbers) that passed the checks before 
 """
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -40,6 +41,21 @@ class Request(Protocol):
 
 
 @dataclass(slots=True)
+class Known:
+    """What is known of all calls with one signature.
+
+    Attributes:
+        settings: their numbers.
+        backend: what serves them; None where that has not been decided.
+        plans: a place for the backend's own plans of them.
+    """
+
+    settings: Settings
+    backend: Any = None
+    plans: dict[Hashable, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Call:
     """Bi-level routing attention of a packed projection; what backends receive.
 
@@ -54,7 +70,7 @@ class Call:
         kv_downsampling: reduces keys and values inside each region.
         given_grid: the regions, where they are not `n_win` a side.
         eager: whether no graph is being recorded, see `export.is_eager`.
-        known_settings: what `settings` is, where a call with the same signature has been seen before.
+        known: what is known of calls with the same signature, where there was one before.
     """
 
     qkv: Tensor
@@ -67,16 +83,16 @@ class Call:
     kv_downsampling: KVDownsampling | None = None
     given_grid: RegionGrid | None = None
     eager: bool = field(default_factory=is_eager)
-    known_settings: Settings | None = None
+    known: Known | None = None
 
     @property
     def settings(self) -> Settings:
         """The specification's numbers for a map of this size."""
-        if self.known_settings is None:
+        if self.known is None:
             _, height, width, _ = self.qkv.shape
             grid = self.given_grid or RegionGrid.of_windows(height, width, self.spec.n_win)
-            self.known_settings = self.spec.settings(grid)
-        return self.known_settings
+            self.known = Known(self.spec.settings(grid))
+        return self.known.settings
 
     @property
     def grid(self) -> RegionGrid:

@@ -8,15 +8,14 @@ from torch import Tensor
 
 from .backend.protocol import Backend
 from .backend.select import select
-from .call import Call, regional_call
-from .kernels.problem import Settings
+from .call import Call, Known, regional_call
 from .modules.downsampling import KVDownsampling
 from .spec import AttentionSpec
 
 # Signatures that have passed the checks, what serves them, and their numbers. Emptied when full: a data set
 # of images of all sizes may bring more.
 _MOST_SIGNATURES = 1024
-_known: dict[Hashable, tuple[Backend, Settings]] = {}
+_known: dict[Hashable, Known] = {}
 _knowing = Lock()
 
 
@@ -172,12 +171,13 @@ def _backend_of(call: Call, name: str) -> Backend:
     known = _known.get(signature)
     if known is None:
         call.check()
-        known = select(name, call), call.settings
+        known = Known(call.settings, select(name, call))
         with _knowing:
             if len(_known) >= _MOST_SIGNATURES:
                 _known.clear()
             _known[signature] = known
-    backend, call.known_settings = known
+    call.known = known
+    backend: Backend = known.backend
     return backend
 
 

@@ -81,3 +81,12 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def channels(x: A, start: int, stop: int) -> A:
     """A slice of the last axis."""
     return x.channels(start, stop) if isinstance(x, Buffer) else x[..., start:stop]
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x` with a contiguous tensor's strides, as a compiler expects an operator's result.
+
+    `contiguous` leaves the strides of dimensions of one entry, and of empty tensors, as they are.
+    """
+    is_dense = x.stride() == contiguous_strides(tuple(x.shape))
+    return x if is_dense else x.clone(memory_format=torch.contiguous_format)

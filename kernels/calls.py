@@ -3,7 +3,7 @@
 What the functions take and return is described in `bra_triton.backend.kernels.FusedKernels`.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from threading import Lock
 from typing import Any
 
@@ -11,32 +11,16 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .arrays import Buffer
-from .attention.arguments import ForwardResults, Saved
-from .attention.launch import (
-    Attention,
-    float32_setting,
-    launch_attention,
-    launch_key_value_gradient,
-    launch_query_gradient,
-)
+from .attention.launch import float32_setting
 from .grid import RegionGrid
-from .packed import plan_attend, plan_attend_backward
+from .packed import kept_bytes, plan_attend, plan_attend_backward
 from .padding import padding_gradient, share_of_means
 from .plan import Plan
 from .pooling.launch import plan_pool, plan_pool_backward, pooling_inputs
 from .pooling.problem import PoolingGradients, RegionPooling
-from .problem import (
-    AttentionResult,
-    Gradients,
-    Needs,
-    PackedAttention,
-    PackedGradients,
-    Padding,
-    RoutedAttention,
-)
-from .routing.launch import Routing, launch_region_means, launch_route, launch_route_gradient
-from .routing.lists import form_of, launch_inverse, launch_key_lists, launch_query_lists, take_key_lists
+from .problem import Gradients, Needs, PackedAttention, PackedGradients, RoutedAttention
+from .routed import plan_attend_routed, plan_attend_routed_backward
+from .routing.plans import plan_region_means, plan_route, plan_route_backward
 
 __all__ = [
     "attend",
@@ -48,23 +32,27 @@ __all__ = [
     "region_means",
     "route",
     "route_backward",
+    "saved_like",
 ]
 
 # Plans of a training run: a forward and a backward for every size of map and every module's numbers.
 _MOST_PLANS = 1024
 _plans: dict[Hashable, Plan] = {}
 _planning = Lock()
+# Part of the keys of plans that are kept elsewhere; another number makes all of them stale.
+_generation = [0]
 
 
 def forget_plans() -> None:
     """Plans every call anew."""
     _plans.clear()
+    _generation[0] += 1
 
 
 tiles.when_forgotten.append(forget_plans)
 
 
-def _plan(make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any) -> Plan:
+def _plan_of(make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any) -> Plan:
     """The plan that `make` makes of the arguments, made once for a key.
 
     Args:
@@ -73,37 +61,54 @@ def _plan(make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any)
             force.
         arguments: of `make`.
     """
-    full_key = (make, *key, float32_setting(), tiles.in_force())
-    plan = _plans.get(full_key)
+    return _found(_plans, (make, *key, float32_setting(), tiles.in_force()), make, *arguments)
+
+
+def _packed_plan(
+    problem: PackedAttention[Tensor], make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any
+) -> Plan:
+    """`_plan_of` for a problem that may have a place for its plans, where a shorter key finds them."""
+    if problem.plans is None:
+        return _plan_of(make, (_key(problem), *key), problem, *arguments)
+    full_key = (make, key, float32_setting(), tiles.in_force(), _generation[0])
+    plan: Plan | None = problem.plans.get(full_key)
+    return plan or _found(problem.plans, full_key, make, problem, *arguments)
+
+
+def _found(plans: dict[Hashable, Plan], key: Hashable, make: Callable[..., Plan], *arguments: Any) -> Plan:
+    plan = plans.get(key)
     if plan is None:
         plan = make(*arguments)
         with _planning:
-            if len(_plans) >= _MOST_PLANS:
-                _plans.clear()
-            _plans[full_key] = plan
+            if len(plans) >= _MOST_PLANS:
+                plans.clear()
+            plans[key] = plan
     return plan
 
 
-def attend(problem: PackedAttention[Tensor], trains: bool, own_form: bool = False) -> AttentionResult:
+def attend(problem: PackedAttention[Tensor], trains: bool) -> tuple[Tensor, list[Tensor]]:
     """See `FusedKernels`."""
-    plan = _plan(plan_attend, (_key(problem), trains, own_form), problem, trains, own_form)
-    out, *rest = plan.run(*problem.tensors)
-    if own_form:
-        return AttentionResult(out, kept=rest[0] if rest else None)
-    outputs = iter(rest)
-    return AttentionResult(out, *[next(outputs) if wanted else None for wanted in plan.wanted])
+    plan = _packed_plan(problem, plan_attend, (trains,), trains)
+    out, *saved = plan.run(*problem.tensors)
+    return out, saved
+
+
+def saved_like(problem: PackedAttention[Tensor]) -> list[Tensor]:
+    """See `FusedKernels`."""
+    return [problem.qkv.new_empty(kept_bytes(problem), dtype=torch.uint8)]
 
 
 def attend_backward(
-    grad_out: Tensor, problem: PackedAttention[Tensor], result: AttentionResult, needs: Needs
+    grad_out: Tensor,
+    problem: PackedAttention[Tensor],
+    out: Tensor | None,
+    saved: Sequence[Tensor],
+    needs: Needs,
 ) -> PackedGradients:
     """See `FusedKernels`."""
-    if not grad_out.shape[0]:
-        return PackedGradients(torch.zeros_like(problem.qkv), *_zeros(problem, needs))
-    saved = (grad_out, *result[1:])
-    key = (_key(problem), needs, result.kept is None)
-    plan = _plan(plan_attend_backward, key, problem, saved, needs)
-    grad_qkv, *rest = plan.run(*problem.tensors, *saved)
+    others = (grad_out, out, *saved)
+    plan = _packed_plan(problem, plan_attend_backward, (needs,), others, needs)
+    grad_qkv, *rest = plan.run(*problem.tensors, *others)
     outputs = iter(rest)
     grad_kv, grad_means, grad_weight, grad_bias, fill, shares = (
         next(outputs) if wanted else None for wanted in plan.wanted
@@ -112,16 +117,13 @@ def attend_backward(
     if problem.padding is not None and needs.padding:
         grad_padding = _padding_gradient(problem, shares, fill, grad_means)
     return PackedGradients(
-        grad_qkv, grad_kv, grad_padding, grad_means if needs.means else None, grad_weight, grad_bias
+        grad_qkv,
+        grad_kv if needs.kv else None,
+        grad_padding,
+        grad_means if needs.means else None,
+        grad_weight,
+        grad_bias,
     )
-
-
-def _zeros(problem: PackedAttention[Tensor], needs: Needs) -> list[Tensor | None]:
-    """Gradients of all but `qkv`, for an empty batch."""
-    return [
-        torch.zeros_like(x) if x is not None and needed else None
-        for x, needed in zip(problem.tensors[1:], needs[1:], strict=True)
-    ]
 
 
 def _padding_gradient(
@@ -141,8 +143,8 @@ def _padding_gradient(
 
 def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     """See `FusedKernels`; the statistic is the softmax denominator's base-2 logarithm."""
-    tensors = _tensors(problem)
-    out, lse = _plan(plan_attend_routed, _routed_key(problem), problem).run(*tensors)
+    tensors = problem.tensors
+    out, lse = _plan_of(plan_attend_routed, _routed_key(problem), problem).run(*tensors)
     return out, lse
 
 
@@ -150,31 +152,24 @@ def attend_routed_backward(
     grad_out: Tensor, problem: RoutedAttention[Tensor], out: Tensor, lse: Tensor
 ) -> Gradients[Tensor]:
     """See `FusedKernels`."""
-    plan = _plan(plan_attend_routed_backward, _routed_key(problem), problem, (grad_out, out, lse))
-    return Gradients(*plan.run(*_tensors(problem), grad_out, out, lse))
+    plan = _plan_of(plan_attend_routed_backward, _routed_key(problem), problem, (grad_out, out, lse))
+    return Gradients(*plan.run(*problem.tensors, grad_out, out, lse))
 
 
 def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels: int) -> Tensor:
     """See `FusedKernels`."""
-
-    def make() -> Plan:
-        plan = Plan((qkv, padding), qkv.device)
-        means = plan.output((qkv.shape[0], grid.n_regions, channels), torch.float32)
-        launch_region_means(plan, plan.given[0], plan.inputs[1], grid, means)
-        return plan
-
-    return make().run(qkv, padding)[0]
+    tensors = (qkv, padding)
+    plan = _plan_of(plan_region_means, (grid, channels, _layouts(tensors)), tensors, grid, channels)
+    return plan.run(*tensors)[0]
 
 
 def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
     """See `FusedKernels`."""
-    plan = Plan((query, key), query.device)
-    shape = (*query.shape[:2], topk)
-    r_weight, r_idx = plan.output(shape, torch.float32), plan.output(shape, torch.int32)
-    region_query, region_key = plan.given
-    launch_route(plan, Routing(region_query, region_key, r_weight, r_idx, scale))
-    outputs = plan.run(query, key)
-    return outputs[0], outputs[1]
+    tensors = (query, key)
+    r_weight, r_idx = _plan_of(plan_route, (topk, scale, _layouts(tensors)), tensors, topk, scale).run(
+        *tensors
+    )
+    return r_weight, r_idx
 
 
 def route_backward(
@@ -182,17 +177,9 @@ def route_backward(
 ) -> tuple[Tensor, Tensor]:
     """See `FusedKernels`."""
     tensors = (grad_weight, r_weight, r_idx, query, key)
-    plan = Plan(tensors, query.device)
-    of_weight, weight, idx, region_query, region_key = plan.given
-    batch, n_regions, topk = idx.shape
-    grads = [plan.output(tuple(query.shape), torch.float32) for _ in range(2)]
-    inverse = launch_inverse(plan, idx.view(batch, 1, n_regions, topk), n_regions)
-    shares = of_weight.view(batch, 1, n_regions, 1, topk)
-    launch_route_gradient(
-        plan, Routing(region_query, region_key, weight, idx, scale), shares, inverse, *grads
-    )
-    outputs = plan.run(*tensors)
-    return outputs[0], outputs[1]
+    plan = _plan_of(plan_route_backward, (scale, _layouts(tensors)), tensors, scale)
+    grad_query, grad_key = plan.run(*tensors)
+    return grad_query, grad_key
 
 
 def pool(
@@ -204,7 +191,7 @@ def pool(
 ) -> tuple[Tensor, Tensor | None]:
     """See `FusedKernels`."""
     tensors = pooling_inputs(x, fill, pooling, weight, bias)
-    plan = _plan(plan_pool, (pooling.mode, pooling.grid, _layouts(tensors)), tensors, pooling)
+    plan = _plan_of(plan_pool, (pooling.mode, pooling.grid, _layouts(tensors)), tensors, pooling)
     pooled, *rest = plan.run(*tensors)
     return pooled, rest[0] if rest else None
 
@@ -220,67 +207,13 @@ def pool_backward(
 ) -> PoolingGradients:
     """See `FusedKernels`."""
     tensors = (*pooling_inputs(x, fill, pooling, weight), grad_pooled, argmax, grad_x)
-    plan = _plan(plan_pool_backward, (pooling.mode, pooling.grid, _layouts(tensors)), tensors, pooling)
+    plan = _plan_of(plan_pool_backward, (pooling.mode, pooling.grid, _layouts(tensors)), tensors, pooling)
     sums = iter([shares.sum(0) for shares in plan.run(*tensors)])
     grad_fill = next(sums) if pooling.grid.is_padded else None
     if weight is None:
         return PoolingGradients(grad_fill)
     grad_bias = grad_pooled.sum((0, 1, 2), dtype=torch.float32)
     return PoolingGradients(grad_fill, next(sums).t().reshape(weight.shape), grad_bias)
-
-
-def plan_attend_routed(problem: RoutedAttention[Tensor]) -> Plan:
-    plan, routed = _routed_plan(problem, ())
-    (batch, height, width, _), num_heads = routed.query.shape, routed.num_heads
-    out = plan.output((batch, height, width, routed.value.shape[-1]), routed.query.dtype)
-    lse = plan.output((batch, num_heads, height, width), torch.float32)
-    attention = _listed(plan, routed)
-    launch_attention(plan, attention, None, ForwardResults(out, None, lse))
-    return plan
-
-
-def plan_attend_routed_backward(
-    problem: RoutedAttention[Tensor], saved: tuple[Tensor, Tensor, Tensor]
-) -> Plan:
-    plan, routed = _routed_plan(problem, saved)
-    grad_out, out, lse = plan.given[-3:]
-    gradients = Gradients(*(plan.output(x.shape, x.dtype) for x in (routed.query, routed.key, routed.value)))
-    attention = _listed(plan, routed)
-    statistics, _ = launch_query_gradient(plan, attention, Saved(out, lse, grad_out), gradients.query)
-    query_lists = launch_query_lists(plan, routed, attention.lists)
-    launch_key_value_gradient(plan, attention, query_lists, statistics, grad_out, gradients, False)
-    return plan
-
-
-def _routed_plan(
-    problem: RoutedAttention[Tensor], saved: tuple[Tensor, ...]
-) -> tuple[Plan, RoutedAttention[Buffer]]:
-    """A plan whose inputs are the tensors of a problem and others, and the problem of its buffers."""
-    plan = Plan((*_tensors(problem), *saved), problem.query.device)
-    query, key, value, r_idx, padding_key, padding_value = plan.inputs[:6]
-    assert query is not None
-    assert key is not None
-    assert value is not None
-    padding = None
-    if padding_key is not None and padding_value is not None:
-        padding = Padding(padding_key, padding_value)
-    grids = problem.query_grid, problem.kv_grid
-    return plan, RoutedAttention(
-        query, key, value, r_idx, *grids, problem.num_heads, problem.scale, padding=padding
-    )
-
-
-def _listed(plan: Plan, routed: RoutedAttention[Buffer]) -> Attention:
-    """The attention with lists that are written for it."""
-    form = form_of(routed)
-    lists = take_key_lists(routed, form, plan.scratch)
-    launch_key_lists(plan, routed, lists)
-    return Attention(routed, form, lists)
-
-
-def _tensors(problem: RoutedAttention[Tensor]) -> tuple[Tensor | None, ...]:
-    padding = (None, None) if problem.padding is None else (problem.padding.key, problem.padding.value)
-    return problem.query, problem.key, problem.value, problem.r_idx, *padding
 
 
 def _routed_key(problem: RoutedAttention[Tensor]) -> tuple[Hashable, ...]:
@@ -290,7 +223,7 @@ def _routed_key(problem: RoutedAttention[Tensor]) -> tuple[Hashable, ...]:
         problem.kv_grid,
         problem.num_heads,
         problem.scale,
-        _layouts(_tensors(problem)),
+        _layouts(problem.tensors),
     )
 
 

@@ -1,6 +1,5 @@
 """Plans of a packed attention, forward and backward: routing, lists, attention, LePE."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +10,15 @@ from .attention.arguments import ForwardResults, Saved
 from .attention.launch import (
     Attention,
     launch_attention,
+    launch_finish,
     launch_key_value_gradient,
     launch_query_gradient,
 )
-from .lepe.launch import LepeGradients, launch_lepe_gradient
+from .lepe.arguments import LepeSums
+from .lepe.launch import LepeShares, launch_lepe_gradient
 from .plan import Kept, Plan, Take
 from .problem import Gradients, Needs, PackedAttention, RoutedAttention, Settings
+from .routing.arguments import Inverse
 from .routing.launch import (
     Routing,
     launch_region_means,
@@ -57,41 +59,37 @@ class ForwardArrays:
     lists: KeyLists
 
     @classmethod
-    def take(cls, packed: PackedAttention[Buffer], trains: bool, small: Take, lists: Take) -> "ForwardArrays":
-        """The arrays that `small` makes or finds, and the lists that `lists` makes or finds."""
+    def take(cls, packed: PackedAttention[Buffer], trains: bool, take: Take) -> "ForwardArrays":
+        """The arrays that `take` makes, or finds where the forward has kept them."""
         settings, (batch, height, width, _) = packed.settings, packed.qkv.shape
         attention = lse = r_weight = r_idx = None
         if trains and packed.lepe_weight is not None:
-            attention = small((batch, height, width, packed.dim), packed.qkv.dtype)
+            attention = take((batch, height, width, packed.dim), packed.qkv.dtype)
         if trains:
-            lse = small((batch, settings.num_heads, height, width), torch.float32)
+            lse = take((batch, settings.num_heads, height, width), torch.float32)
         choices = (batch, settings.grid.n_regions, settings.topk)
         if packed.weighs:
-            r_weight = small(choices, torch.float32)
+            r_weight = take(choices, torch.float32)
         if not settings.chooses_all:
-            r_idx = small(choices, torch.int32)
+            r_idx = take(choices, torch.int32)
         routed = _routed(packed, r_weight, r_idx)
         form = form_of(routed, packed.routing_learns)
-        return cls(attention, lse, r_weight, r_idx, routed, form, take_key_lists(routed, form, lists))
+        return cls(attention, lse, r_weight, r_idx, routed, form, take_key_lists(routed, form, take))
 
 
-def plan_attend(problem: PackedAttention[Tensor], trains: bool, own_form: bool) -> Plan:
-    """The forward: its inputs are the problem's tensors.
+def kept_bytes(problem: PackedAttention[Tensor]) -> int:
+    """Bytes that a forward keeps for its backward."""
+    plan = Plan(problem.tensors, problem.qkv.device)
+    ForwardArrays.take(_packed(plan, problem.settings), True, plan.keep)
+    return plan.kept_bytes
 
-    Its outputs are the attention's and, for a backward, in its own form what is kept; else the arrays of
-    `ForwardArrays`, those that there are, of which `wanted` tells.
-    """
+
+def plan_attend(problem: PackedAttention[Tensor], trains: bool) -> Plan:
+    """The forward: of the problem's tensors the attention and, for a backward, what is kept."""
     plan = Plan(problem.tensors, problem.qkv.device)
     packed = _packed(plan, problem.settings)
     out = plan.output((*packed.qkv.shape[:3], packed.dim), packed.qkv.dtype)
-    if own_form:
-        take = plan.keep if trains else plan.scratch
-        arrays = ForwardArrays.take(packed, trains, take, take)
-    else:
-        arrays = ForwardArrays.take(packed, trains, plan.output, plan.scratch)
-        small = (arrays.attention, arrays.lse, arrays.r_weight, arrays.r_idx)
-        plan.wanted = [x is not None for x in small]
-
+    arrays = ForwardArrays.take(packed, trains, plan.keep if trains else plan.scratch)
     routed, lists, settings, listed = arrays.routed, arrays.lists, packed.settings, False
     if arrays.r_idx is not None:
         query, key = _region_queries_keys(plan, packed)
@@ -151,21 +149,20 @@ class _Gradients:
 def plan_attend_backward(
     problem: PackedAttention[Tensor], saved: tuple[Tensor | None, ...], needs: Needs
 ) -> Plan:
-    """The backward: its inputs are the problem's tensors, the output's gradient, and what the forward left.
+    """The backward: its inputs are the problem's tensors, the output's gradient, the output, what was kept.
 
     Its outputs are gradients of `qkv`, `kv`, region means, LePE's weight and bias, and what padding holds by
     LePE; then the shares of padding by the attention. `wanted` tells which of them there are.
     """
     plan = Plan((*problem.tensors, *saved), problem.qkv.device)
     packed = _packed(plan, problem.settings)
-    grad_out, *small, kept = plan.inputs[len(problem.tensors) :]
+    grad_out, out, kept = plan.inputs[len(problem.tensors) :]
     assert grad_out is not None
-    arrays = _arrays_of_forward(plan, packed, small, kept)
-    attention_out = arrays.attention or small[0]
+    assert kept is not None
+    arrays = ForwardArrays.take(packed, True, Kept(kept).take)
+    attention_out = arrays.attention or out
     assert attention_out is not None
     assert arrays.lse is not None
-    if kept is None:
-        launch_key_lists(plan, arrays.routed, arrays.lists)
 
     gradients = _Gradients.output(plan, packed, needs)
     maps = gradients.maps(packed)
@@ -174,53 +171,70 @@ def plan_attend_backward(
         plan, attention, Saved(attention_out, arrays.lse, grad_out), maps.query, packed.routing_learns
     )
     query_lists = launch_query_lists(plan, arrays.routed, arrays.lists)
-    has_padding = arrays.routed.padding is not None and needs.padding
-    shares = launch_key_value_gradient(plan, attention, query_lists, statistics, grad_out, maps, has_padding)
-    lepe = packed.lepe()
-    if lepe is not None:
-        value = channels(gradients.qkv, 2 * packed.settings.qk_dim, packed.qkv.shape[-1])
-        of_lepe = LepeGradients(gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
-        launch_lepe_gradient(plan, grad_out, value, lepe, of_lepe)
+    # Where rows may be cut, LePE comes first, so that one launch sums its shares and their pieces. Elsewhere
+    # it comes last: dK/dV of one region has no register left to add to what is there (sm_90, compiled).
+    lepe_first = arrays.form == ROUTED
+    of_lepe = _launch_lepe_gradient(plan, packed, grad_out, gradients) if lepe_first else None
+    of_keys_values = launch_key_value_gradient(
+        plan,
+        attention,
+        query_lists,
+        statistics,
+        grad_out,
+        maps,
+        needs_padding=arrays.routed.padding is not None and needs.padding,
+        adds_to_value=lepe_first and packed.lepe_weight is not None and packed.kv is None,
+    )
+    if not lepe_first:
+        of_lepe = _launch_lepe_gradient(plan, packed, grad_out, gradients, adds_to_grad=packed.kv is None)
+    launch_finish(plan, of_keys_values, of_lepe)
     if gradients.means is not None:
         assert factor_shares is not None
         assert query_lists.inverse is not None
-        assert arrays.r_idx is not None
-        settings, qk_dim = packed.settings, packed.settings.qk_dim
-        query, key = _region_queries_keys(plan, packed)
-        launch_route_gradient(
-            plan,
-            Routing(query, key, arrays.r_weight, arrays.r_idx, settings.routing_scale),
-            factor_shares,
-            query_lists.inverse,
-            channels(gradients.means, 0, qk_dim),
-            channels(gradients.means, qk_dim, 2 * qk_dim),
-        )
-        if packed.means is None:
-            launch_spread_means(plan, gradients.means, gradients.qkv, settings.grid, settings.counts_padding)
+        _launch_routing_gradient(plan, packed, arrays, factor_shares, query_lists.inverse, gradients)
     outputs = (gradients.kv, gradients.means, gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
-    plan.wanted = [x is not None for x in (*outputs, shares)]
+    plan.wanted = [x is not None for x in (*outputs, of_keys_values.results.grad_padding)]
     return plan
 
 
-def _arrays_of_forward(
-    plan: Plan, packed: PackedAttention[Buffer], small: list[Buffer | None], kept: Buffer | None
-) -> ForwardArrays:
-    """Where the forward's arrays are: among what it kept, or among these inputs, with lists to be written."""
-    if kept is not None:
-        reader = Kept(kept)
-        return ForwardArrays.take(packed, True, reader.take, reader.take)
-    # Without LePE the attention's share of the output is the output, which is not among the arrays.
-    inputs = iter(x for x in small[1 if packed.lepe_weight is None else 0 :] if x is not None)
-    return ForwardArrays.take(packed, True, _next_of(inputs), plan.scratch)
+def _launch_lepe_gradient(
+    plan: Plan,
+    packed: PackedAttention[Buffer],
+    grad_out: Buffer,
+    gradients: _Gradients,
+    adds_to_grad: bool = False,
+) -> LepeShares | None:
+    lepe = packed.lepe()
+    if lepe is None:
+        return None
+    value = channels(gradients.qkv, 2 * packed.settings.qk_dim, packed.qkv.shape[-1])
+    sums = LepeSums(gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
+    return launch_lepe_gradient(plan, grad_out, value, lepe, sums, adds_to_grad)
 
 
-def _next_of(inputs: Iterator[Buffer]) -> Take:
-    def take(shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
-        found = next(inputs)
-        assert found.dtype == dtype
-        return found.view(*shape)
-
-    return take
+def _launch_routing_gradient(
+    plan: Plan,
+    packed: PackedAttention[Buffer],
+    arrays: ForwardArrays,
+    factor_shares: Buffer,
+    inverse: Inverse,
+    gradients: _Gradients,
+) -> None:
+    """Adds what reaches region queries and keys through the routing weights, and from there the map."""
+    assert arrays.r_idx is not None
+    assert gradients.means is not None
+    settings, qk_dim = packed.settings, packed.settings.qk_dim
+    query, key = _region_queries_keys(plan, packed)
+    launch_route_gradient(
+        plan,
+        Routing(query, key, arrays.r_weight, arrays.r_idx, settings.routing_scale),
+        factor_shares,
+        inverse,
+        channels(gradients.means, 0, qk_dim),
+        channels(gradients.means, qk_dim, 2 * qk_dim),
+    )
+    if packed.means is None:
+        launch_spread_means(plan, gradients.means, gradients.qkv, settings.grid, settings.counts_padding)
 
 
 def _packed(plan: Plan, settings: Settings) -> PackedAttention[Buffer]:

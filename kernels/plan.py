@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import reduce
 from math import prod
 from operator import itemgetter, or_
-from threading import Lock
 from typing import Any
 
 import torch
@@ -29,6 +28,8 @@ from .arrays import Buffer, contiguous_strides
 _WORKSPACE, _KEPT = -1, -2
 # Arrays in the workspace start at multiples of so many bytes: a cache line of the GPU.
 _WORKSPACE_STEP = 128
+# Streams of which a plan remembers what it calls there.
+_MOST_STREAMS = 64
 # Triton compiles pointers that are multiples of 16 bytes with wider loads.
 _ALIGNMENT = 16
 
@@ -93,10 +94,7 @@ class Plan:
         self.wanted: list[bool] = []
         self.workspace_bytes = self.kept_bytes = 0
         self._outputs: list[tuple[tuple[int, ...], torch.dtype, bool]] = []
-        self._places: tuple[tuple[int, int], ...] = ()
-        self._direct: list[_DirectLaunch] = []
-        self._current_stream: Any = None
-        self._compiling = Lock()
+        self._direct: _DirectLaunches | None = None
         self._index = (device.index or 0) if device.type == "cuda" else 0
 
     @property
@@ -157,26 +155,16 @@ class Plan:
         if not self.launches:
             return  # an empty batch
         starts = [0 if x is None else x.data_ptr() for x in tensors]
-        if reduce(or_, starts) % _ALIGNMENT or _is_watched() or not self._compile():
+        direct = self._direct
+        if direct is None or reduce(or_, starts) % _ALIGNMENT or _is_watched():
+            # A call of another kind, or the first one, which compiles the kernels.
             self._launch_by_triton(tensors)
             return
         addresses: list[int | None] = [None]
-        addresses += [starts[source] + offset for source, offset in self._places]
-        stream = self._current_stream(self._index)
-        for launch in self._direct:
-            launch(stream, addresses)
-
-    def _compile(self) -> bool:
-        """Whether launches can be made directly; compiles them where that has not been done."""
-        if len(self._direct) < len(self.launches):
-            if any(not isinstance(launch.kernel, JITFunction) for launch in self.launches):
-                return False  # under the interpreter
-            with self._compiling:
-                places: dict[tuple[int, int], int] = {}
-                direct = [_DirectLaunch(launch, places) for launch in self.launches]
-                self._places, self._current_stream = tuple(places), driver.active.get_current_stream
-                self._direct = direct
-        return True
+        addresses += [starts[source] + offset for source, offset in direct.places]
+        launches = direct.on(direct.current_stream(self._index))
+        for run, head, find, tail in launches:
+            run(*head, *[pointers(addresses) for pointers in find], *tail)
 
     def _launch_by_triton(self, tensors: list[Tensor | None]) -> None:
         """Launches as any Triton kernel is, with tensors for arguments: whatever the addresses and hooks."""
@@ -186,6 +174,8 @@ class Plan:
                 *launch.numbers,
                 **launch.options,
             )
+        if self._direct is None and all(isinstance(launch.kernel, JITFunction) for launch in self.launches):
+            self._direct = _DirectLaunches(self.launches)
 
 
 class Kept:
@@ -206,47 +196,56 @@ class Kept:
         return Buffer(self._holder.source, start, shape, contiguous_strides(shape), dtype)
 
 
-class _DirectLaunch:
-    """A compiled launch, called with the stream and the addresses of a run.
+class _DirectLaunches:
+    """Compiled launches, to be called with addresses alone.
 
     Args:
-        launch: what to launch.
-        places: where to enter the arrays that it needs, (source, offset): position among the addresses, of
-            which the first is None.
+        launches: what to launch.
+
+    Attributes:
+        places: the arrays that they need, (source, offset). Their addresses follow a None.
+        current_stream: asks the driver for the current stream of a device.
     """
 
-    __slots__ = ("_arguments", "_compiled", "_grid", "_head", "_run", "_tail")
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        places: dict[tuple[int, int], int] = {}
 
-    def __init__(self, launch: Launch, places: dict[tuple[int, int], int]) -> None:
         def position(buffer: Buffer | None) -> int:
             if buffer is None:
                 return 0
             return places.setdefault((buffer.source, buffer.offset), len(places) + 1)
 
-        self._arguments = tuple(
-            itemgetter(*map(position, pointers))
-            if isinstance(pointers, tuple)
-            else itemgetter(position(pointers))
-            for pointers in launch.pointers
-        )
-        # Kept, since Triton 3.8 unloads the code with it.
-        self._compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
-        self._run = self._compiled.run  # before `function`, which Triton 3.4 fills in when this is read
-        self._grid = (*launch.grid, 1, 1)[:3]
-        self._head = self._head_on(0)
-        self._tail = launch.numbers
+        def find(pointers: Pointers) -> Callable[[Sequence[int | None]], Any]:
+            group = pointers if isinstance(pointers, tuple) else (pointers,)
+            return itemgetter(*map(position, group))
 
-    def _head_on(self, stream: int) -> tuple[Any, ...]:
-        """The launcher's arguments before the kernel's own."""
-        compiled = self._compiled
+        self._launches = launches
+        # Kept, since Triton 3.8 unloads the code with them.
+        self._compiled = [x.kernel.warmup(*x.arguments, grid=x.grid, **x.options) for x in launches]
+        self._find = [tuple(map(find, launch.pointers)) for launch in launches]
+        self._by_stream: dict[int, list[tuple[Any, ...]]] = {}
+        self.places = tuple(places)
+        self.current_stream = driver.active.get_current_stream
+
+    def on(self, stream: int) -> list[tuple[Any, ...]]:
+        """Per launch: what to call, the arguments before the kernel's own, getters of pointers, the rest."""
+        found = self._by_stream.get(stream)
+        if found is None:
+            if len(self._by_stream) >= _MOST_STREAMS:
+                self._by_stream.clear()
+            found = self._by_stream[stream] = [
+                self._call(*one, stream)
+                for one in zip(self._launches, self._compiled, self._find, strict=True)
+            ]
+        return found
+
+    @staticmethod
+    def _call(launch: Launch, compiled: Any, find: tuple[Any, ...], stream: int) -> tuple[Any, ...]:
+        run = compiled.run  # before `function`, which Triton 3.4 fills in when this is read
         # Metadata for hooks, and the hooks of a launch: there are none, or it would not be direct.
-        return (*self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None)
-
-    def __call__(self, stream: int, addresses: Sequence[int | None]) -> None:
-        head = self._head
-        if head[3] != stream:
-            self._head = head = self._head_on(stream)
-        self._run(*head, *[find(addresses) for find in self._arguments], *self._tail)
+        hooks = (None, None, None)
+        head = (*(*launch.grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, *hooks)
+        return run, head, find, launch.numbers
 
 
 def _rounded_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

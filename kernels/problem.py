@@ -1,8 +1,9 @@
 """What one routed attention is made of: the tensors and numbers that every backend takes. Needs no Triton."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +73,8 @@ class PackedAttention(Generic[A]):
         lepe_weight: `(dim, 1, k, k)`, contiguous: depthwise convolution of the values; None for none.
         lepe_bias: `(dim,)`, contiguous.
         settings: the numbers.
+        plans: where the caller keeps the plans of problems like this one, with the same settings, shapes,
+            dtype and device; None if it has no such place.
     """
 
     qkv: A
@@ -81,6 +84,7 @@ class PackedAttention(Generic[A]):
     lepe_weight: A | None
     lepe_bias: A | None
     settings: Settings
+    plans: dict[Hashable, Any] | None = None
 
     @property
     def tensors(self) -> tuple[A | None, ...]:
@@ -151,28 +155,6 @@ class PackedAttention(Generic[A]):
         return Lepe(value, self.lepe_weight, self.lepe_bias, self.settings.grid, fill)
 
 
-class AttentionResult(NamedTuple):
-    """What a fused backend returns of a `PackedAttention`.
-
-    Attributes:
-        out: `(N, H, W, dim)` of the dtype of `qkv`, contiguous.
-        attention: the attention's share of `out`, for the backward; None where that is `out` itself, or where
-            no backward will follow.
-        lse: `(N, num_heads, H, W)`: the backend's softmax statistic; None where no backward will follow.
-        r_weight: `(N, P, topk)`: routing weights; None where they do not enter.
-        r_idx: `(N, P, topk)` int32: the chosen regions; None where every region attends to all.
-        kept: all that the backward reads, in a form of the backend's own, in place of the four before; None
-            where it is in those.
-    """
-
-    out: Tensor
-    attention: Tensor | None = None
-    lse: Tensor | None = None
-    r_weight: Tensor | None = None
-    r_idx: Tensor | None = None
-    kept: Tensor | None = None
-
-
 class Needs(NamedTuple):
     """Which tensors of a `PackedAttention` need a gradient; that of `qkv` is computed in any case."""
 
@@ -212,7 +194,7 @@ class Padding(Generic[A]):
 class RoutedAttention(Generic[A]):
     """Attention from every query region to the tokens of the key regions it chose.
 
-    Maps are NHWC, dense but for their channels: those may be a slice of a wider packed map, with stride 1.
+    Maps are NHWC, dense except for their channels: those may be a slice of a wider packed map, with stride 1.
 
     Attributes:
         query: `(N, H, W, num_heads * qk_head_dim)`.
@@ -241,6 +223,12 @@ class RoutedAttention(Generic[A]):
     factor: A | None = None
     padding: Padding[A] | None = None
     distinct: bool = False
+
+    @property
+    def tensors(self) -> tuple[A | None, ...]:
+        """The arrays, in their order, those of the padding last."""
+        key, value = (None, None) if self.padding is None else (self.padding.key, self.padding.value)
+        return self.query, self.key, self.value, self.r_idx, key, value
 
     @property
     def batch(self) -> int:
@@ -299,7 +287,7 @@ class Lepe(Generic[A]):
     """The depthwise convolution of the values that is added to the attention's output.
 
     Attributes:
-        value: `(N, H, W, dim)`, NHWC, dense but for its channels, as in `RoutedAttention`.
+        value: `(N, H, W, dim)`, NHWC, dense except for its channels, as in `RoutedAttention`.
         weight: `(dim, 1, k, k)`, `k` odd, of the values' dtype, contiguous.
         bias: `(dim,)`, of the values' dtype, contiguous; None for none.
         grid: regions of `value`. Tokens past the map but within its regions take part in the convolution;

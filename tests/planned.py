@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from bra_triton.kernels.arrays import Buffer
+from bra_triton.kernels.attention.arguments import AttentionConfig, KeyValueResults
+from bra_triton.kernels.attention.launch import KeyValueGradient, launch_finish
+from bra_triton.kernels.lepe.arguments import LepeSums
+from bra_triton.kernels.lepe.launch import launch_lepe_gradient
 from bra_triton.kernels.plan import Plan
-from bra_triton.kernels.problem import RoutedAttention
+from bra_triton.kernels.problem import Lepe, RoutedAttention
 from bra_triton.kernels.routing import lists
+from bra_triton.kernels.tiles import Tile
 
 
 class OpenPlan(Plan):
@@ -43,6 +48,20 @@ def lists_of(problem: RoutedAttention[Tensor]) -> tuple[lists.KeyLists, lists.Qu
         return keys, lists.launch_query_lists(plan, problem, keys)
 
     return run(add, problem)
+
+
+def lepe_gradient(
+    plan: Plan, grad_out: Buffer, grad_value: Buffer, lepe: Lepe[Buffer], sums: LepeSums
+) -> LepeSums:
+    """Adds LePE's backward and the launch that sums its shares, with no attention beside it."""
+    shares = launch_lepe_gradient(plan, grad_out, grad_value, lepe, sums)
+    config = AttentionConfig(
+        *(16,) * (len(AttentionConfig._fields) - len(AttentionConfig._field_defaults) - 1), "ieee"
+    )
+    results = KeyValueResults(grad_value, grad_value, None, grad_value, grad_value)
+    none = KeyValueGradient(results, None, (1,) * 6, 0, config, Tile(16, 16, 4, 1))
+    launch_finish(plan, none, shares)
+    return sums
 
 
 @contextmanager

@@ -97,15 +97,22 @@ def judge(errors, drawn):
 
 
 class WithValues(nn.Module):
-    """A projection whose values are given, and whose gradients are its own."""
+    """A projection whose values are given, for the map and for padding, and whose gradients are its own.
 
-    def __init__(self, exact, values):
+    Args:
+        exact: the projection.
+        values: what it shall make of the map.
+        padding: what it shall make of a token of zeros; None where it is not asked for.
+    """
+
+    def __init__(self, exact, values, padding=None):
         super().__init__()
-        self.exact, self.values = exact, values
+        self.exact, self.values, self.padding = exact, values, padding
 
     def forward(self, x):
         exact = self.exact(x)
-        return exact + (self.values - exact).detach()
+        values = self.values if exact.dim() == self.values.dim() else self.padding
+        return exact + (values - exact).detach()
 
 
 def assume_equal_routes(actual, expected, query, key):

@@ -1,11 +1,11 @@
-"""Runs mypy on the package as it is installed, and makes sure that mypy sees from folder to folder.
+"""Runs mypy on the package as it is installed, and makes sure that mypy checks calls between folders.
 
-The folders at the top level are installed inside `bra_triton`, where mypy does not look for them: in the
-checkout, everything from `bra_triton.kernels` would be `Any`. So this script copies the folders into a
-temporary one, each where pyproject.toml says that it is installed, and runs mypy there.
+The folders at the top level are installed inside `bra_triton`. In the checkout mypy does not find them there,
+and everything from `bra_triton.kernels` would be `Any`. So this script copies each folder to the place where
+pyproject.toml installs it, inside a temporary folder, and runs mypy there.
 
-Beside them it puts modules with wrong calls, one for every pair of folders of which one imports from the
-other. mypy must report each of them; a call that it lets pass is an error, like any other finding.
+For every pair of folders of which one imports from the other, it adds a module with a wrong call. mypy must
+report each of these calls; a call that it does not report is an error, like any other finding.
 """
 
 import re
@@ -44,24 +44,24 @@ _CALL_LINE = 3
 
 
 def lay_out(root: Path, target: Path) -> dict[Path, Path]:
-    """Copies every package of `root` to where an installation into `target` would put it.
+    """Copies every package in `root` to the place in `target` where an installation would put it.
 
     Returns:
-        The folder in `root`, relative to it, by the folder in `target`, relative to that.
+        For each folder in `target` the folder in `root` that it was copied from, both as relative paths.
     """
     folders = {Path(*name.split(".")): Path(folder) for name, folder in package_folders(root).items()}
     for installed, folder in folders.items():
         (target / installed).mkdir(parents=True, exist_ok=True)
         for pattern in ("*.py", "*.pyi", "py.typed"):
             for file in (root / folder).glob(pattern):
-                shutil.copy2(file, target / installed)  # with its time, by which mypy's cache goes
+                shutil.copy2(file, target / installed)  # with its time, which mypy's cache compares
     return folders
 
 
 def add_wrong_calls(
     target: Path, folders: Mapping[Path, Path], wrong_calls: Mapping[tuple[str, str], tuple[str, str]]
 ) -> dict[Path, tuple[str, str]]:
-    """Writes a module for every wrong call; returns the seam by the module, relative to `target`."""
+    """Writes a module for every wrong call; returns (caller, called) by the module's path in `target`."""
     installed = {folder.as_posix(): place for place, folder in folders.items()}
     modules = {}
     for (caller, called), (import_line, call) in wrong_calls.items():
@@ -74,7 +74,7 @@ def add_wrong_calls(
 def findings(
     output: str, folders: Mapping[Path, Path], modules: Mapping[Path, tuple[str, str]]
 ) -> Iterator[str]:
-    """What mypy found, with the checkout's file names, and the wrong calls that it let pass."""
+    """What mypy found, with the file names of the checkout, and the wrong calls that it did not report."""
     unreported = dict(modules)
     for line in output.splitlines():
         match = _MESSAGE.fullmatch(line)
@@ -94,17 +94,17 @@ def findings(
 
 
 def check(root: Path, package: str, wrong_calls: Mapping[tuple[str, str], tuple[str, str]]) -> list[str]:
-    """All findings in the tree under `root`, by its own settings in pyproject.toml."""
+    """All findings in the tree under `root`, with the settings of its pyproject.toml."""
     command = [sys.executable, "-m", "mypy", "--package", package, "--no-error-summary", "--no-pretty"]
     settings = ["--config-file", str(root / "pyproject.toml"), "--cache-dir", str(root / ".mypy_cache")]
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder)
         folders = lay_out(root, target)
         modules = add_wrong_calls(target, folders, wrong_calls)
-        # Every path in the cache is relative to the folder, so that the next run can use it.
+        # Paths in mypy's cache are relative to this folder, so the next run can use them.
         done = subprocess.run([*command, *settings], cwd=target, capture_output=True, text=True, check=False)
     output = done.stdout + done.stderr
-    if done.returncode > 1:  # a syntax error or wrong settings: nothing was checked
+    if done.returncode > 1:  # a syntax error or wrong settings, so nothing was checked
         return [*findings(output, folders, {}), f"mypy stopped with exit status {done.returncode}"]
     return list(findings(output, folders, modules))
 

@@ -1,4 +1,4 @@
-"""Bi-level routing attention in YOLO26; importing this package registers its blocks in Ultralytics."""
+"""Bi-level routing attention in YOLO26; importing this package registers the blocks in Ultralytics."""
 
 from .modules import (
     C2BRA,

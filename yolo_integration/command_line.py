@@ -1,4 +1,4 @@
-"""The `bra-yolo` command: Ultralytics' own command line. Importing this package has registered the blocks.
+"""The `bra-yolo` command: Ultralytics' own command line, with this package's blocks registered.
 
 bra-yolo train model=yolo26n-bra.yaml data=coco8.yaml epochs=10
 """
@@ -7,7 +7,7 @@ from ultralytics.cfg import entrypoint
 
 
 def main() -> None:
-    """Runs the process's arguments as `yolo` would, in all of its modes."""
+    """Runs the arguments of the command line as `yolo` would."""
     entrypoint()
 
 

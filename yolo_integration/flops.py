@@ -1,4 +1,4 @@
-"""The attention's multiply-adds for Ultralytics' model summary."""
+"""Counts the attention's multiply-adds for Ultralytics' model summary."""
 
 import contextlib
 from typing import Any
@@ -10,7 +10,7 @@ from bra_triton.kernels.grid import RegionGrid
 
 
 def register_rule() -> None:
-    """Adds the attentions' counts to the profiler behind `model.info()`, where that is installed."""
+    """Tells thop, the profiler behind `model.info()`, how to count the attentions, if thop is installed."""
     with contextlib.suppress(ImportError):
         from thop.profile import register_hooks
 
@@ -19,7 +19,7 @@ def register_rule() -> None:
 
 
 def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """Adds routing, attention and LePE to `module.total_ops`; the projections count themselves.
+    """Adds routing, attention and LePE to `module.total_ops`; the profiler counts the projections by itself.
 
     Args:
         module: the attention.
@@ -27,8 +27,9 @@ def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> 
         output: its output, of the same shape.
 
     Raises:
-        ValueError: if a side of the map is shorter than `n_win`. The profiler tries images of 32 pixels and
-            extrapolates, which padding to `n_win` would falsify; after an error it takes the real size.
+        ValueError: if a side of the map is shorter than `n_win`. The profiler first counts an image of 32
+            pixels and extrapolates from it, which would be wrong here, as the map would be padded to `n_win`.
+            After this error it counts an image of the real size.
     """
     batch, height, width, _ = inputs[0].shape
     _refuse_small_map(height, width, module.spec.n_win)
@@ -37,7 +38,7 @@ def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> 
 
 
 def count_nchw_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """`count_attention` for the NCHW form.
+    """Like `count_attention`, for the NCHW form.
 
     Args:
         module: the attention.
@@ -58,7 +59,7 @@ def _refuse_small_map(height: int, width: int, n_win: int) -> None:
 
 
 def _products(grid: RegionGrid, module: Any) -> int:
-    """Multiply-adds of routing, attention and LePE in an image, padding included."""
+    """Multiply-adds of routing, attention and LePE for one image, padding included."""
     spec, tokens = module.spec, grid.n_regions * grid.region_tokens
     routing = grid.n_regions**2 * spec.qk_dim
     attention = tokens * spec.topk * grid.region_tokens * (spec.qk_dim + spec.dim)

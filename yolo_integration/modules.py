@@ -1,7 +1,7 @@
 """YOLO blocks built on bi-level routing attention. Maps come in and go out as NCHW, as Ultralytics has them.
 
-All take the attention's arguments as one mapping, since a yaml row has no keyword arguments. By default heads
-are about 32 channels wide and maps of any size are taken (`auto_pad`).
+All take the attention's arguments as one mapping, because a yaml row has no keyword arguments. By default
+heads are about 32 channels wide, and maps of any size are accepted (`auto_pad`).
 """
 
 import math
@@ -27,8 +27,8 @@ def default_num_heads(dim: int, qk_dim: int | None = None) -> int:
         qk_dim: channels of queries and keys; `dim` by default.
 
     Returns:
-        The common divisor of `dim` and `qk_dim` that makes `dim // num_heads` closest to 32; of two equally
-        close, the one with more heads.
+        The common divisor of `dim` and `qk_dim` that makes `dim // num_heads` closest to 32; if two are
+        equally close, the larger one.
     """
     common = math.gcd(dim, qk_dim or dim)
     divisors = [heads for heads in range(1, common + 1) if common % heads == 0]
@@ -40,10 +40,10 @@ def build_attention(dim: int, arguments: Mapping[str, Any] | None = None) -> BiL
 
     Args:
         dim: channels of the map.
-        arguments: arguments of `bra_triton.BiLevelRoutingAttention` by name, over the defaults.
+        arguments: arguments of `bra_triton.BiLevelRoutingAttention` by name; they override the defaults.
 
     Raises:
-        ValueError: if the attention refuses a value.
+        ValueError: if the attention rejects a value.
         TypeError: if the attention has no such argument.
     """
     return BiLevelRoutingAttention(dim, **_with_defaults(dim, arguments))
@@ -57,10 +57,10 @@ def _with_defaults(dim: int, arguments: Mapping[str, Any] | None) -> dict[str, A
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Makes every bi-level routing attention inside a model run on one backend.
+    """Sets the backend of every bi-level routing attention in a model.
 
     Args:
-        model: any module, or Ultralytics' `YOLO`.
+        model: any module, or a `YOLO` of Ultralytics.
         backend: `"auto"`, or a name that `bra_triton.BiLevelRoutingAttention` takes.
 
     Raises:
@@ -75,8 +75,8 @@ def set_backend(model: nn.Module, backend: str) -> None:
 class BiLevelRoutingAttention2d(nn.Module):
     """The drop-in attention over an NCHW map: the class of yaml rows named `BiLevelRoutingAttention`.
 
-    Only strides change around the attention, so a map in channels-last memory is never copied; the output is
-    in channels-last memory.
+    It permutes the map to NHWC and back, which changes strides only: a map in channels-last memory is never
+    copied, and the output is in channels-last memory.
 
     Args:
         dim: channels of the map.
@@ -112,15 +112,16 @@ class NCHWBiLevelRoutingAttention2d(nn.Module):
 
 
 class BiFormerBlock(nn.Module):
-    """A block of BiFormer: position convolution, then attention and MLP, each normalised before and added.
+    """A block of BiFormer: a position convolution, then attention, then an MLP, each added to its input.
 
-    After Zhu et al. (CVPR 2023), figure 3, without stochastic depth. The map turns channels-last once, for
-    the norms, the attention and the MLP together; a map already in channels-last memory is not copied.
+    Attention and MLP have a LayerNorm before them. After Zhu et al. (CVPR 2023), figure 3, without stochastic
+    depth. The map is brought into channels-last memory once, for the norms, the attention and the MLP
+    together; if it is already there, it is not copied.
 
     Args:
         dim: channels of the map.
         attention: arguments of `bra_triton.BiLevelRoutingAttention` by name.
-        mlp_ratio: width of the MLP's hidden layer over `dim`; BiFormer's released models have 3.
+        mlp_ratio: width of the MLP's hidden layer, divided by `dim`; 3 in BiFormer's released models.
     """
 
     def __init__(self, dim: int, attention: Mapping[str, Any] | None = None, mlp_ratio: float = 3.0) -> None:
@@ -142,9 +143,9 @@ class BiFormerBlock(nn.Module):
 
 
 class BRABlock(nn.Module):
-    """Bi-level routing attention and a convolutional feed-forward, each added: the inner block of `C2BRA`.
+    """The inner block of `C2BRA`: attention, then a convolutional feed-forward, each added to its input.
 
-    The form of Ultralytics' `PSABlock`, and its names where the layers are the same.
+    It is built like Ultralytics' `PSABlock`, and layers that are the same have the same names.
 
     Args:
         dim: channels of the map.
@@ -163,16 +164,17 @@ class BRABlock(nn.Module):
 
 
 class C2BRA(nn.Module):
-    """A cross-stage partial stage whose inner blocks attend, in the place and form of Ultralytics' `C2PSA`.
+    """A cross-stage partial stage of attention blocks; it replaces and resembles Ultralytics' `C2PSA`.
 
-    Half of the hidden channels bypass the blocks. Unlike `C2PSA`, input and output may differ in width.
+    Half of the hidden channels bypass the blocks. Unlike `C2PSA`, the output may have another width than the
+    input.
 
     Args:
         c1: input channels.
         c2: output channels.
         n: inner blocks.
         attention: arguments of `bra_triton.BiLevelRoutingAttention` by name.
-        e: width of the attended half over `c2`.
+        e: channels of the half that passes through the blocks, divided by `c2`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """A small detection data set of real photographs that installed packages ship; nothing is downloaded.
 
-``photos/photos.json`` lists the pictures (package, licence, checksum) and their hand-drawn boxes;
-``photos/SOURCES.md`` describes them. To check the boxes by eye::
+``photos/photos.json`` lists the pictures (package, licence, checksum) and the boxes drawn by hand;
+``photos/SOURCES.md`` describes them. To look at the boxes::
 
     python -m bra_triton.yolo_integration.photo_dataset OUT_DIR
 """
@@ -43,16 +43,16 @@ class Photo:
 
     @property
     def name(self) -> str:
-        """File name of the picture, in its package and in the data set."""
+        """File name of the picture, both in its package and in the data set."""
         return Path(self.path).name
 
     def read(self) -> bytes:
-        """Return the bytes of the picture's file, without importing the package.
+        """Return the content of the picture's file, without importing the package.
 
         Raises:
             ModuleNotFoundError: the package is not installed.
             FileNotFoundError: the installed package has no such picture.
-            RuntimeError: the installed package's picture is not the one the boxes were drawn on.
+            RuntimeError: the picture in the installed package is not the one that the boxes were drawn on.
         """
         spec = find_spec(self.package)
         if spec is None or not spec.submodule_search_locations:
@@ -73,7 +73,7 @@ class Photo:
         return content
 
     def label(self, names: list[str]) -> str:
-        """Return the Ultralytics label file: a line per box, ``class x y w h`` in parts of the picture."""
+        """Return the label file: a line ``class x y w h`` per box, as fractions of the picture's size."""
         return "".join(
             f"{names.index(name)} {(x1 + x2) / 2 / self.width:.6f} {(y1 + y2) / 2 / self.height:.6f} "
             f"{(x2 - x1) / self.width:.6f} {(y2 - y1) / self.height:.6f}\n"
@@ -98,8 +98,8 @@ def write_photo_dataset(root: Path) -> Path:
     """Write the data set under ``root`` and return the absolute path of its ``data.yaml``.
 
     The layout is Ultralytics' (``images/``, ``labels/``, ``data.yaml``); training and validation use the
-    same pictures. Files that are already right are left alone, and every other file is replaced in one step,
-    so a run that was interrupted is completed by the next one.
+    same pictures. Files that already have the right content stay as they are, and every other file is
+    replaced in one step, so the next run completes an interrupted one.
 
     Raises:
         ModuleNotFoundError, FileNotFoundError, RuntimeError: see `Photo.read`.
@@ -111,7 +111,7 @@ def write_photo_dataset(root: Path) -> Path:
     for photo in photos:
         files[root / "images" / photo.name] = photo.read()
         files[root / "labels" / f"{Path(photo.name).stem}.txt"] = photo.label(names).encode()
-    # No "path" entry: Ultralytics then resolves images/ next to the yaml, so the folder can be moved.
+    # Without a "path" entry Ultralytics looks for images/ beside the yaml, so the folder can be moved.
     lines = ["train: images", "val: images", "names:", *(f"  {i}: {name}" for i, name in enumerate(names))]
     files[root / "data.yaml"] = "\n".join([*lines, ""]).encode()
 
@@ -124,7 +124,7 @@ def write_photo_dataset(root: Path) -> Path:
     for file, content in files.items():
         if file.is_file() and file.read_bytes() == content:
             continue
-        # Ultralytics' cache of the labels does not notice every change of a label file.
+        # Ultralytics' label cache does not notice every change of a label file, so it is deleted.
         (root / "labels.cache").unlink(missing_ok=True)
         _replace(file, content)
     return root / "data.yaml"
@@ -140,7 +140,7 @@ def _replace(file: Path, content: bytes) -> None:
 def draw_boxes(root: Path, out_dir: Path, scale: int = 2) -> list[Path]:
     """Draw the boxes of the label files under ``root`` over their pictures, enlarged ``scale`` times.
 
-    Returns the PNG files written to ``out_dir``, one a photograph. The data set must have been written.
+    Returns the PNG files written to ``out_dir``, one per photograph. The data set must have been written.
     """
     from PIL import Image, ImageDraw
 
@@ -156,12 +156,12 @@ def draw_boxes(root: Path, out_dir: Path, scale: int = 2) -> list[Path]:
         for i, line in enumerate((root / "labels" / f"{stem}.txt").read_text().splitlines()):
             x, y, w, h = (float(value) for value in line.split()[1:])
             left, top = (x - w / 2) * picture.width, (y - h / 2) * picture.height
-            # A pixel inside the box, so that edges on the picture's border stay visible.
+            # One pixel less, so that an edge on the picture's border stays visible.
             right, bottom = (x + w / 2) * picture.width - 1, (y + h / 2) * picture.height - 1
             colour = colours[i % len(colours)]
             draw.rectangle((left, top, right, bottom), outline=colour)
             text = names[int(line.split()[0])]
-            corner = (left + 2, max(top - 14, 2))  # above the box: small objects stay visible
+            corner = (left + 2, max(top - 14, 2))  # above the box, so that small objects stay visible
             draw.rectangle(draw.textbbox(corner, text), fill="black")
             draw.text(corner, text, fill=colour)
         written.append(out_dir / f"{stem}.png")

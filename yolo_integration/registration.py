@@ -1,7 +1,7 @@
-"""Makes Ultralytics know this package's blocks, yaml files and checkpoints.
+"""Registers this package's blocks, yaml files and checkpoints in Ultralytics.
 
-Ultralytics has no plug-in interface, so the few names through which it builds models are replaced by wrappers
-of themselves. Rows, yamls and models without this package's blocks pass through unchanged.
+Ultralytics has no plug-in interface, so the few functions with which it builds models are replaced by
+wrappers. Rows, yamls and models without this package's blocks pass through the wrappers unchanged.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ def register() -> None:
     """Registers blocks and yamls in Ultralytics; importing `bra_triton.yolo_integration` does it already.
 
     Afterwards yaml rows may name `BiLevelRoutingAttention`, `nchwBRA` (or `NCHWBiLevelRoutingAttention`),
-    `BiFormerBlock` and `C2BRA`, the packaged yamls are found by name in every scale, restricted loading
-    (`ULTRALYTICS_SAFE_LOAD`) admits the blocks, and child processes of multi-GPU training register by
-    themselves. Further calls change nothing.
+    `BiFormerBlock` and `C2BRA`; Ultralytics finds the packaged yamls by name, in every scale; its restricted
+    loading (`ULTRALYTICS_SAFE_LOAD`) accepts the blocks; and the child processes of multi-GPU training
+    register them too. Further calls change nothing.
     """
     for name, block in YAML_MODULES.items():
         setattr(tasks, name, block)
@@ -49,10 +49,10 @@ def register() -> None:
 
 
 def register_in_child_process(trainer: Any) -> None:
-    """Does nothing: a trainer that is unpickled with this callback in it has imported, hence registered, all.
+    """Does nothing itself: to unpickle this callback, a child process must import this package.
 
-    Multi-GPU training sends its child processes the trainer's class, arguments and callbacks, but of a model
-    to be built from a yaml only the name.
+    The import registers the blocks. Multi-GPU training sends its child processes the trainer's class,
+    arguments and callbacks; of a model that is built from a yaml it sends only the yaml's name.
     """
 
 
@@ -81,7 +81,7 @@ def _find_packaged_yaml(original: Callable[..., Any], file: str | Path, *args: A
 
 
 def _package_classes() -> list[type]:
-    """The package's modules and records, of which a model in a checkpoint may consist."""
+    """The `nn.Module`s and dataclasses of this package: a model in a checkpoint may contain any of them."""
     package = __name__.partition(".")[0]
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == package]
     classes = {

@@ -1,13 +1,13 @@
-"""The yaml rows of this package's blocks, brought into the form that Ultralytics' `parse_model` understands.
+"""Rewrites the yaml rows of this package's blocks to the form that Ultralytics' `parse_model` understands.
 
-A row's trailing arguments are the attention's: `topk, n_win, num_heads, ...` by position (in the order of
-`attention_arguments`), by name in a mapping, or first some by position and then others by name:
+The last arguments of a row are those of the attention: `topk, n_win, num_heads, ...` by position (in the
+order of `attention_arguments`), by name in a mapping, or some by position followed by others by name:
 
     - [-1, 1, BiLevelRoutingAttention, []]
     - [-1, 1, BiLevelRoutingAttention, [8, 7]]              # topk=8, n_win=7
     - [-1, 1, nchwBRA, []]                                  # the NCHW form
     - [-1, 2, BiFormerBlock, [{topk: 16, mlp_ratio: 4}]]
-    - [-1, 2, C2BRA, [1024, {topk: 8, n_win: 8}]]           # output channels first, scaled as C2PSA's
+    - [-1, 2, C2BRA, [1024, {topk: 8, n_win: 8}]]           # output channels first, scaled as for C2PSA
 """
 
 import ast
@@ -35,22 +35,23 @@ _FIRST_ARGUMENTS = ("topk", "n_win", "num_heads")
 
 
 def attention_arguments(name: str) -> tuple[str, ...]:
-    """The arguments of the attention in a block named `name`, in the order of its yaml row."""
+    """Names of the attention's arguments in rows of the block `name`, in the order of their positions."""
     is_nchw = YAML_MODULES[name] is NCHWBiLevelRoutingAttention2d
     attention = NCHWBiLevelRoutingAttention if is_nchw else BiLevelRoutingAttention
     rest = [key for key in inspect.signature(attention).parameters if key not in ("dim", *_FIRST_ARGUMENTS)]
     return *_FIRST_ARGUMENTS, *rest
 
 
-# Classes that parse_model gives input channels, scaled output channels and repeats, and nothing else.
+# Classes to which parse_model passes input channels, scaled output channels and repeats, and nothing else.
 _PLAIN_CSP_CLASSES = ("C3TR", "C3x", "C3Ghost", "BottleneckCSP", "C1", "C2")
 
 
 class _ChannelKeepingArguments(list):
-    """Arguments of a row that keeps its channels: parse_model itself fills in how many.
+    """Arguments of a row that has as many output channels as input channels; parse_model inserts the number.
 
-    parse_model replaces an argument that names one of its locals by that local. Here the name is `ch`, the
-    list of all rows' channels so far, of which the row needs the one of its own input.
+    parse_model replaces a string argument that is the name of one of its local variables by the variable's
+    value. The string here is `ch`, the list of the output channels of all rows so far; `__setitem__` takes
+    from that list the channels of the row that is this one's input.
     """
 
     def __init__(self, source: int, arguments: Sequence[Any]) -> None:
@@ -62,13 +63,13 @@ class _ChannelKeepingArguments(list):
 
 
 def expand_rows(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Rewrites this package's rows of a model's yaml for `parse_model`; all other rows stay as they are.
+    """Rewrites this package's rows in a model's yaml for `parse_model`; all other rows stay as they are.
 
     Args:
-        model: the yaml's content, not changed.
+        model: the yaml's content; it is not changed.
 
     Returns:
-        A shallow copy with new rows.
+        A shallow copy with the new rows.
 
     Raises:
         ValueError: naming the row's argument, its value and what is allowed.
@@ -91,7 +92,7 @@ def _expand_row(row: Sequence[Any]) -> Sequence[Any]:
 
 
 def _block_arguments(name: str, arguments: Sequence[Any]) -> list[Any]:
-    """A row's trailing arguments as the block takes them by position: the attention's mapping, its own."""
+    """A row's last arguments by position: the mapping for the attention, then the block's own arguments."""
     parameters = list(inspect.signature(YAML_MODULES[name]).parameters.values())
     own = parameters[[parameter.name for parameter in parameters].index("attention") + 1 :]
     named = _by_name(name, arguments, [parameter.name for parameter in own])
@@ -100,7 +101,7 @@ def _block_arguments(name: str, arguments: Sequence[Any]) -> list[Any]:
 
 
 def _by_name(name: str, arguments: Sequence[Any], own: Sequence[str]) -> dict[str, Any]:
-    """A row's arguments by name: the attention's, which may come by position too, and the block's `own`."""
+    """A row's arguments by name: those of the attention, given by position or name, and the block's `own`."""
     positional = attention_arguments(name)
     allowed = (*positional, *own)
     named: dict[str, Any] = {}
@@ -124,7 +125,7 @@ def _by_name(name: str, arguments: Sequence[Any], own: Sequence[str]) -> dict[st
 
 
 def _literal(value: Any) -> Any:
-    """What Ultralytics makes of a yaml's string: `None` is not a word of yaml, but of its model files."""
+    """Evaluates a string as Ultralytics does: its model files write `None`, which yaml reads as a string."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError, SyntaxError):
             return ast.literal_eval(value)
@@ -133,10 +134,11 @@ def _literal(value: Any) -> Any:
 
 @contextlib.contextmanager
 def c2bra_parsed_as_csp(model: Mapping[str, Any]) -> Iterator[None]:
-    """Has `parse_model` treat `C2BRA` as it does `C2PSA`: input channels, scaled width, repeats.
+    """Context in which `parse_model` treats `C2BRA` like `C2PSA`: input channels, scaled width, repeats.
 
-    parse_model decides by sets of classes, and builds these sets from its module's global names at every
-    call. So for one call `C2BRA` goes under the name of a class in these sets that the yaml does not use.
+    parse_model decides what to pass to a class by sets of classes, which it builds in every call from global
+    names of its module. So in this context one of these names, of a class that the yaml does not use, refers
+    to `C2BRA`.
 
     Args:
         model: the yaml's content.

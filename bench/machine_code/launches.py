@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
 from bra_triton.bench.problems import Problem
-from bra_triton.kernels import calls, packed
+from bra_triton.kernels import packed
+from bra_triton.kernels import routed as routed_plans
 from bra_triton.kernels.arrays import Buffer
 from bra_triton.kernels.plan import Launch as PlannedLaunch
 from bra_triton.kernels.plan import Plan
@@ -86,14 +87,14 @@ def _plans(problem: Problem, dtype: torch.dtype) -> Iterator[Plan]:
     attention = _without_data(problem, dtype)
     if problem.kv_pooling is not None:
         yield from _plans_of_pooling(problem, attention)
-    yield packed.plan_attend(attention, trains=True, own_form=True)
-    out = attention.qkv[..., : problem.dim].contiguous()
-    kept = packed.plan_attend(attention, trains=True, own_form=True).kept_bytes
-    own_form = torch.empty(kept, dtype=torch.uint8, device="meta")
+    forward = packed.plan_attend(attention, trains=True)
+    yield forward
+    grad_out = attention.qkv[..., : problem.dim].contiguous()
+    kept = torch.empty(forward.kept_bytes, dtype=torch.uint8, device="meta")
     # Without LePE the attention's share of the output, which the backward reads, is the output.
-    share = None if problem.side_dwconv else out
+    out = None if problem.side_dwconv else grad_out
     needs = Needs(*(x is not None for x in attention.tensors))
-    yield packed.plan_attend_backward(attention, (out, share, None, None, None, own_form), needs)
+    yield packed.plan_attend_backward(attention, (grad_out, out, kept), needs)
 
 
 def _plans_of_graphs(problem: Problem, dtype: torch.dtype) -> Iterator[Plan]:
@@ -101,10 +102,10 @@ def _plans_of_graphs(problem: Problem, dtype: torch.dtype) -> Iterator[Plan]:
     attention = _without_data(problem, dtype)
     shape = (problem.batch, problem.num_heads, problem.grid.n_regions, problem.topk)
     routed = attention.routed(torch.empty(shape, dtype=torch.int32, device="meta"))
-    yield calls.plan_attend_routed(routed)
+    yield routed_plans.plan_attend_routed(routed)
     out = routed.value.contiguous()
     lse = out.new_empty(problem.batch, problem.num_heads, *out.shape[1:3], dtype=torch.float32)
-    yield calls.plan_attend_routed_backward(routed, (out, out, lse))
+    yield routed_plans.plan_attend_routed_backward(routed, (out, out, lse))
 
 
 def _plans_of_pooling(problem: Problem, attention: PackedAttention[Tensor]) -> Iterator[Plan]:
@@ -166,11 +167,11 @@ def _launch(launch: PlannedLaunch) -> Launch:
 def _buffers(bound: Mapping[str, Any]) -> Iterator[tuple[str, Buffer]]:
     """Arrays among arguments, those of a group named as `maps.query`."""
     for name, value in bound.items():
-        if isinstance(value, Buffer):
+        if isinstance(value, tuple):
+            members: dict[str, Any] = value._asdict()  # type: ignore[attr-defined]
+            yield from _buffers({f"{name}.{inner}": x for inner, x in members.items()})
+        elif isinstance(value, Buffer):
             yield name, value
-        elif isinstance(value, tuple) and name != "CONFIG":
-            members: dict[str, Buffer | None] = value._asdict()  # type: ignore[attr-defined]
-            yield from ((f"{name}.{inner}", x) for inner, x in members.items() if x is not None)
 
 
 def _type(value: Any) -> Any:

@@ -17,6 +17,7 @@ from bra_triton.kernels.attention.arguments import ForwardResults, Saved
 from bra_triton.kernels.attention.launch import (
     Attention,
     launch_attention,
+    launch_finish,
     launch_key_value_gradient,
     launch_query_gradient,
 )
@@ -165,7 +166,9 @@ def _plan_backward(problem: Problem, tensors: Sequence[Tensor | None]) -> Plan:
     )
     lists = launch_query_lists(plan, attention.problem, attention.lists)
     is_padded = attention.problem.padding is not None
-    launch_key_value_gradient(plan, attention, lists, statistics, grad_out, maps, is_padded)
+    launch_finish(
+        plan, launch_key_value_gradient(plan, attention, lists, statistics, grad_out, maps, is_padded)
+    )
     if grad_means is not None:
         r_idx, r_weight = plan.inputs[6:8]
         assert packed.means is not None

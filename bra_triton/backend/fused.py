@@ -29,11 +29,13 @@ class FusedBackend:
         if weight is not None:
             weight, bias = _like(weight, qkv), None if bias is None else _like(bias, qkv)
         kv = means = None
+        # What the signature does not tell, the size of `kv`, plans would depend on, too.
+        plans = call.known.plans if call.known and call.kv_downsampling is None else None
         if call.kv_downsampling is not None:
             kv = call.kv_downsampling.pool(qkv, settings.grid, padding, backend=self.name)
         if call.router_weight is not None:
             means = self._region_means(call, qkv, padding)
-        problem = PackedAttention(qkv, kv, padding, means, weight, bias, settings)
+        problem = PackedAttention(qkv, kv, padding, means, weight, bias, settings, plans)
         return attend(problem, self.name, call.eager)
 
     def route(self, call: Call) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The functions behind the operators of a fused backend: what they do, and where they are."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
 
@@ -8,7 +9,6 @@ from torch import Tensor
 from ..kernels.grid import RegionGrid
 from ..kernels.pooling.problem import PoolingGradients, RegionPooling
 from ..kernels.problem import (
-    AttentionResult,
     Gradients,
     Needs,
     PackedAttention,
@@ -24,30 +24,36 @@ class FusedKernels(Protocol):
     give the same bits for the same input.
     """
 
-    def attend(
-        self, problem: PackedAttention[Tensor], trains: bool, own_form: bool = False
-    ) -> AttentionResult:
+    def attend(self, problem: PackedAttention[Tensor], trains: bool) -> tuple[Tensor, list[Tensor]]:
         """Routes, attends and adds LePE.
 
         Args:
             problem: what to compute.
             trains: whether a backward will follow.
-            own_form: keep for it whatever the backend likes, not the tensors that an operator's schema names.
+
+        Returns:
+            The output `(N, H, W, dim)` of the dtype of `qkv`, contiguous; and what the backward reads, in a
+            form of the backend's own: nothing if none follows.
         """
+
+    def saved_like(self, problem: PackedAttention[Tensor]) -> list[Tensor]:
+        """Tensors as `attend` returns them for a backward, without their values: for tracing."""
 
     def attend_backward(
         self,
         grad_out: Tensor,
         problem: PackedAttention[Tensor],
-        result: AttentionResult,
+        out: Tensor | None,
+        saved: Sequence[Tensor],
         needs: Needs,
     ) -> PackedGradients:
         """Gradients of `attend`'s tensors.
 
         Args:
-            grad_out: contiguous `(N, H, W, dim)`.
+            grad_out: contiguous `(N, H, W, dim)`, `N` at least 1.
             problem: the forward's.
-            result: the forward's; without LePE, `attention` is its output.
+            out: the forward's output; None with LePE, where it is not needed.
+            saved: the forward's.
             needs: which gradients to return.
         """
 

@@ -334,7 +334,7 @@ def _mean_matrix(cells: Tensor, side: int, like: Tensor) -> Tensor:
 
 def _whole(ratio: float) -> int:
     if ratio != int(ratio):
-        raise ValueError(f"kv_downsample_ratio must be a whole number but for 'fracpool', got {ratio}")
+        raise ValueError(f"kv_downsample_ratio must be a whole number except for 'fracpool', got {ratio}")
     return int(ratio)
 
 

@@ -1,5 +1,7 @@
 """The drop-in for the authors' NCHW module: its arguments and `state_dict`."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -8,10 +10,11 @@ from torch import Tensor, nn
 from .. import reference
 from ..backend.select import AUTO, check_name
 from ..call import Call
+from ..export import is_eager
 from ..functional import attend
 from ..kernels.grid import RegionGrid
 from ..spec import AttentionSpec
-from .nhwc import depthwise_convolution
+from .nhwc import depthwise_convolution, is_hooked
 
 ATTENTION_BACKENDS = ("torch", "triton")
 
@@ -26,9 +29,7 @@ class NCHWBiLevelRoutingAttention(nn.Module):
     and value 0. Padding is no choice here, as in the original, which ignores `auto_pad`.
 
     The parameters are the original's, so its weights load with `strict=True`. A map in channels-last memory
-    is projected and attended to without a copy; another is copied once, before the projection. The gradients
-    of the projections' weights are cuDNN's on a GPU, which repeats their bits if
-    `torch.backends.cudnn.deterministic`.
+    is projected and attended to without a copy; another is copied once, in the projection.
 
     Args:
         dim: channels of the map.
@@ -120,26 +121,31 @@ class NCHWBiLevelRoutingAttention(nn.Module):
         """The regions of a map `(N, dim, H, W)`; raises ValueError where it has none."""
         if x.dim() != 4 or x.shape[1] != self.spec.dim:
             raise ValueError(f"x must be (N, dim, H, W) with dim={self.spec.dim}, got shape {tuple(x.shape)}")
-        height, width = x.shape[2:]
-        region_size = (height // self.spec.n_win, width // self.spec.n_win)
-        if self.auto_pad:  # `or` keeps a side that is being traced, which max(1, side) would fix at 1
-            region_size = (region_size[0] or 1, region_size[1] or 1)
-        elif min(region_size) < 1:
-            raise ValueError(
-                f"the map's height and width must be at least n_win={self.spec.n_win}, got "
-                f"{height} x {width}; auto_pad=True takes smaller ones"
-            )
-        return RegionGrid.of_region_size(height, width, region_size)
+        grid_of = _grid_of if is_eager() else _grid_of.__wrapped__
+        return grid_of(x.shape[2], x.shape[3], self.spec.n_win, self.auto_pad)
 
     def _out(self, out: Tensor) -> Tensor:
         return _project(self.output_linear, out).permute(0, 3, 1, 2)
 
 
+@lru_cache(1024)
+def _grid_of(height: int, width: int, n_win: int, auto_pad: bool) -> RegionGrid:
+    region_size = (height // n_win, width // n_win)
+    if auto_pad:  # `or` keeps a side that is being traced, which max(1, side) would fix at 1
+        region_size = (region_size[0] or 1, region_size[1] or 1)
+    elif min(region_size) < 1:
+        raise ValueError(
+            f"the map's height and width must be at least n_win={n_win}, got {height} x {width}; "
+            "auto_pad=True takes smaller ones"
+        )
+    return RegionGrid.of_region_size(height, width, region_size)
+
+
 def _project(layer: nn.Module, x: Tensor) -> Tensor:
     """The layer, a 1x1 convolution, on an NHWC map."""
-    if torch.compiler.is_compiling() and type(layer) is nn.Conv2d:
-        # Beside a convolution Inductor wants the maps kept for the backward, these views, in a layout of its
-        # own: it copies them, and where sizes are symbols it fails to sort their strides (PyTorch 2.14).
+    if type(layer) is nn.Conv2d and not is_hooked(layer):
+        # The same numbers as one matrix product, whose gradients repeat their bits. A convolution costs the
+        # CPU twice as much, and beside one Inductor copies the maps kept for the backward (PyTorch 2.14).
         return F.linear(x, layer.weight.flatten(1), layer.bias)
     channels_last = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     return layer(channels_last).permute(0, 2, 3, 1)

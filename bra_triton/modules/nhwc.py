@@ -166,7 +166,12 @@ class BiLevelRoutingAttention(nn.Module):
         lepe, kv_down, emb = modules.get("lepe"), modules["kv_down"], modules["router"]._modules["emb"]
         weight = bias = router_weight = router_bias = None
         if lepe is not None:
-            weight, bias = lepe.weight, lepe.bias
+            parameters = lepe._parameters
+            # A parametrised or pruned weight is no parameter, but an attribute like any other.
+            is_usual = "weight" in parameters and "bias" in parameters
+            weight, bias = (
+                (parameters["weight"], parameters["bias"]) if is_usual else (lepe.weight, lepe.bias)
+            )
         if type(emb) is not nn.Identity:
             router_weight, router_bias = emb.weight, emb.bias
         if type(kv_down) is nn.Identity:
@@ -186,8 +191,8 @@ class BiLevelRoutingAttention(nn.Module):
             return None
         if not self.auto_pad:
             RegionGrid.of_windows(height, width, n_win, auto_pad=False)
-        layer = self.qkv.qkv if type(self.qkv) is QKVLinear and not _is_hooked(self.qkv) else None
-        if type(layer) is nn.Linear and not _is_hooked(layer) and layer.bias is not None:
+        layer = self.qkv.qkv if type(self.qkv) is QKVLinear and not is_hooked(self.qkv) else None
+        if type(layer) is nn.Linear and not is_hooked(layer) and layer.bias is not None:
             return layer.bias
         # Whatever else the projection is: an adapter, a quantised layer.
         return self.qkv(torch.zeros(1, self.spec.dim, dtype=x.dtype, device=x.device))[0]
@@ -222,5 +227,6 @@ def depthwise_convolution(dim: int, side: int) -> nn.Conv2d | None:
     return nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim) if side else None
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a forward hook expects the module to be called."""
     return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -1,18 +1,14 @@
 """Routing, attention and LePE of a packed projection, as PyTorch sees it.
 
-| operator | gradient |
-|---|---|
-| `bra_triton::attend` | for `qkv`, `kv`, `padding`, `means`, `lepe_weight`, `lepe_bias` |
-| `bra_triton::attend_backward` | none |
-
 `attend` is what the rest of the package calls. Eagerly it is an `autograd.Function` and a call of the
-backend; under a compiler, a dispatch mode or a transform it is the operator, which computes the same. The
-operators trust their callers: arguments are checked, and contiguous.
+backend; under a compiler, a dispatch mode or a transform it is another one over the operators, which compute
+the same. The operators themselves have no gradient, and trust their callers: arguments are checked, and
+contiguous.
 
 This file is the only one that takes a `PackedAttention` apart for a schema and puts it together again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,20 +19,15 @@ from ..backend.kernels import fused_kernels
 from ..kernels import tiles
 from ..kernels.grid import RegionGrid
 from ..kernels.problem import (
-    AttentionResult,
     Needs,
     PackedAttention,
     PackedGradients,
     Settings,
-    statistic_dtype,
 )
 from .library import (
-    gradient_operator,
-    is_seen_by_none,
+    is_seen,
     needs_gradient,
     operator,
-    or_empty,
-    or_none,
     refusing_second_derivative,
 )
 
@@ -44,8 +35,6 @@ _TENSORS = "Tensor qkv, Tensor? kv, Tensor? padding, Tensor? means, Tensor? lepe
 _N_TENSORS = 6
 _NUMBERS = "SymInt[] sizes, float[] scales, str routing_weight, bool[] flags, str backend"
 _N_NUMBERS = 5
-_RESULT = "Tensor attention, Tensor lse, Tensor r_weight, Tensor r_idx"
-_N_RESULT = 4
 
 
 def attend(problem: PackedAttention[Tensor], backend: str, eager: bool) -> Tensor:
@@ -58,138 +47,143 @@ def attend(problem: PackedAttention[Tensor], backend: str, eager: bool) -> Tenso
     """
     tensors = problem.tensors
     trains = needs_gradient(tensors)
-    if not eager or not is_seen_by_none(tensors):
-        return torch.ops.bra_triton.attend(*tensors, *_numbers(problem.settings, backend), trains)[0]
+    if not eager or is_seen(tensors):
+        numbers = _numbers(problem.settings, backend)
+        if trains:
+            return _AttendByOperator.apply(*tensors, *numbers)[0]
+        return torch.ops.bra_triton.attend(*tensors, *numbers, False)[0]
     if trains:
-        return _Attend.apply(problem.settings, backend, *tensors)
-    return fused_kernels(backend).attend(problem, trains=False, own_form=True).out
+        return _Attend.apply(problem.settings, problem.plans, backend, *tensors)
+    return fused_kernels(backend).attend(problem, trains=False)[0]
 
 
 class _Attend(torch.autograd.Function):
-    """`attend` with a gradient, past PyTorch's dispatcher.
-
-    An operator's registered autograd formula costs 75 us of the CPU's time a forward and 113 us a step with
-    these arguments, this 14 and 43.
-    """
+    """`attend` with a gradient, past PyTorch's dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, settings: Settings, backend: str, *tensors: Tensor | None) -> Tensor:
-        problem = _problem(tensors, settings)
-        out, attention, *rest = fused_kernels(backend).attend(problem, trains=True, own_form=True)
-        if problem.lepe_weight is None:
-            attention = out
-        ctx.save_for_backward(*tensors, attention, *rest)
-        ctx.settings, ctx.backend, ctx.tiles = settings, backend, tiles.in_force()
+    def forward(ctx: Any, settings: Settings, plans: Any, backend: str, *tensors: Tensor | None) -> Tensor:
+        problem = _problem(tensors, settings, plans)
+        out, saved = fused_kernels(backend).attend(problem, trains=True)
+        ctx.save_for_backward(*tensors, _needed_output(problem, out), *saved)
+        ctx.settings, ctx.plans, ctx.backend, ctx.tiles = settings, plans, backend, tiles.in_force()
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # once: non-reentrant checkpointing lets no one ask again
-        tensors, rest, needs = saved[:_N_TENSORS], saved[_N_TENSORS:], ctx.needs_input_grad[2:]
-        problem = _problem(tensors, ctx.settings)
-        result = AttentionResult(problem.qkv, *rest)
+        all_saved = ctx.saved_tensors  # once: non-reentrant checkpointing lets no one ask for them again
+        tensors, out, saved = _parts(all_saved)
+        problem, needs = _problem(tensors, ctx.settings, ctx.plans), ctx.needs_input_grad[3:]
         # Autograd runs this in a thread of its own, to which what is in force must be taken along.
         with nullcontext() if ctx.tiles is None else tiles.restored(ctx.tiles):
-            gradients = _backward(grad_out, problem, result, ctx.backend, needs)
-        return None, None, *refusing_second_derivative(gradients, grad_out, *tensors)
+            gradients = _backward(grad_out, problem, out, saved, (ctx.backend, needs))
+        return None, None, None, *refusing_second_derivative(gradients, grad_out, *tensors)
 
 
-@operator("attend", f"({_TENSORS}, {_NUMBERS}, bool trains) -> (Tensor out, {_RESULT})")
-def _attend_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    """See `attend`: the output and, empty where there is none, what `AttentionResult` has besides."""
-    problem, backend, (trains,) = _unpack(arguments)
-    result = fused_kernels(backend).attend(problem, trains)
-    out = result.out
-    small = (result.attention, result.lse, result.r_weight, result.r_idx)
-    return out, *(or_empty(x, out) for x in small)
+class _AttendByOperator(torch.autograd.Function):
+    """`attend` with a gradient, by the operators.
+
+    Not their own autograd formula, by `torch.library.register_autograd`: a compiled graph passes it at every
+    call, though gradients are none of its business there, for 10 us of the CPU's time.
+    """
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        out, saved = torch.ops.bra_triton.attend(*arguments, True)
+        return out, *saved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors, ctx.numbers = inputs[:_N_TENSORS], inputs[_N_TENSORS:]
+        out, *saved = output
+        ctx.save_for_backward(*tensors, out if tensors[4] is None else None, *saved)
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * (_N_TENSORS + _N_NUMBERS)
+        tensors, out, saved = _parts(ctx.saved_tensors)
+        needs = ctx.needs_input_grad[:_N_TENSORS]
+        found = iter(
+            torch.ops.bra_triton.attend_backward(grad_out, *tensors, out, saved, *ctx.numbers, needs)
+        )
+        gradients = [next(found) if is_wanted else None for is_wanted in _wanted(tensors, needs)]
+        return *refusing_second_derivative(gradients, grad_out, *tensors), *(None,) * _N_NUMBERS
+
+
+@operator(
+    "attend", f"({_TENSORS}, {_NUMBERS}, bool trains) -> (Tensor out, Tensor[] saved)", has_gradient=False
+)
+def _attend_operator(*given: Any) -> tuple[Tensor, list[Tensor]]:
+    """See `attend`: the output, and what the backward reads."""
+    *arguments, trains = given
+    problem, backend = _known_problem(arguments)
+    return fused_kernels(backend).attend(problem, trains)
 
 
 @torch.library.register_fake(_attend_operator)
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, _, (trains,) = _unpack(arguments)
-    qkv, settings = problem.qkv, problem.settings
-    batch, height, width, _ = qkv.shape
-    out = qkv.new_empty(batch, height, width, problem.dim)
-    statistic = statistic_dtype(qkv.dtype)
-    lse = r_weight = r_idx = None
-    if trains:
-        lse = qkv.new_empty(batch, settings.num_heads, height, width, dtype=statistic)
-    choices = (batch, settings.grid.n_regions, settings.topk)
-    if problem.weighs:
-        r_weight = qkv.new_empty(choices, dtype=statistic)
-    if not settings.chooses_all:
-        r_idx = qkv.new_empty(choices, dtype=torch.int32)
-    attention = torch.empty_like(out) if trains and problem.lepe_weight is not None else None
-    return out, *(or_empty(x, out) for x in (attention, lse, r_weight, r_idx))
+def _(*given: Any) -> tuple[Tensor, list[Tensor]]:
+    *arguments, backend, trains = given
+    problem = _problem(arguments[:_N_TENSORS], _settings(*arguments[_N_TENSORS:]))
+    out = problem.qkv.new_empty(*problem.qkv.shape[:3], problem.dim)
+    return out, fused_kernels(backend).saved_like(problem) if trains else []
 
 
-@gradient_operator(
+@operator(
     "attend_backward",
-    f"(Tensor grad_out, {_TENSORS}, {_RESULT}, {_NUMBERS}, bool[] needs) -> ("
-    + ", ".join(["Tensor"] * _N_TENSORS)
-    + ")",
+    f"(Tensor grad_out, {_TENSORS}, Tensor? out, Tensor[] saved, {_NUMBERS}, bool[] needs) -> Tensor[]",
+    has_gradient=False,
 )
-def _attend_backward_operator(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of the tensors that `attend` takes, in its order; empty where there are none."""
-    tensors, saved, rest = (
-        arguments[:_N_TENSORS],
-        arguments[_N_TENSORS : _N_TENSORS + _N_RESULT],
-        arguments[_N_TENSORS + _N_RESULT :],
-    )
-    problem, backend, (needs,) = _unpack((*tensors, *rest))
-    result = AttentionResult(saved[0], saved[0], *map(or_none, saved[1:]))
-    gradients = _backward(grad_out, problem, result, backend, needs)
-    return tuple(or_empty(x, problem.qkv) for x in gradients)
+def _attend_backward_operator(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
+    """Gradients of the tensors that `attend` takes, in its order: of `qkv`, and of those that are needed."""
+    tensors, (out, saved, *numbers, needs) = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
+    problem, backend = _known_problem((*tensors, *numbers))
+    gradients = _backward(grad_out, problem, out, saved, (backend, _wanted(tensors, needs)))
+    return [x for x in gradients if x is not None]
 
 
 @torch.library.register_fake(_attend_backward_operator)
-def _(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
     tensors, needs = arguments[:_N_TENSORS], arguments[-1]
-    qkv = tensors[0]
-    return tuple(
-        x.new_empty(x.shape) if x is not None and (needed or x is qkv) else qkv.new_empty(0)
-        for x, needed in zip(tensors, needs, strict=True)
-    )
+    wanted = zip(tensors, _wanted(tensors, needs), strict=True)
+    return [x.new_empty(x.shape) for x, is_wanted in wanted if is_wanted]
+
+
+def _wanted(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[bool]:
+    """Which of the tensors get a gradient."""
+    return [True, *(x is not None and n for x, n in zip(tensors[1:_N_TENSORS], needs[1:], strict=True))]
 
 
 def _backward(
     grad_out: Tensor,
     problem: PackedAttention[Tensor],
-    result: AttentionResult,
-    backend: str,
-    needs: Sequence[bool],
+    out: Tensor | None,
+    saved: Sequence[Tensor],
+    how: tuple[str, Sequence[bool]],
 ) -> PackedGradients:
-    return fused_kernels(backend).attend_backward(grad_out.contiguous(), problem, result, Needs(*needs))
+    backend, needs = how
+    if not grad_out.shape[0]:
+        _, *others = zip(problem.tensors, needs, strict=True)
+        zeros = [x.new_zeros(x.shape) if x is not None and needed else None for x, needed in others]
+        return PackedGradients(problem.qkv.new_zeros(problem.qkv.shape), *zeros)
+    with torch.no_grad():  # create_graph=True runs a backward with gradients enabled
+        return fused_kernels(backend).attend_backward(
+            grad_out.contiguous(), problem, out, saved, Needs(*needs)
+        )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.numbers = inputs[:_N_TENSORS], inputs[_N_TENSORS:-1]
-    out, attention, *rest = output
-    ctx.save_for_backward(*tensors, out if tensors[4] is None else attention, *rest)
-    ctx.mark_non_differentiable(attention, *rest)
-    ctx.set_materialize_grads(False)  # or autograd fills a map with zeros for `attention`
+def _needed_output(problem: PackedAttention[Tensor], out: Tensor) -> Tensor | None:
+    """The output, if the backward reads it: without LePE, which is no part of what it needs."""
+    return out if problem.lepe_weight is None else None
 
 
-def _backward_of_operator(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    n_others = _N_NUMBERS + 1
-    if grad_out is None:
-        return (None,) * (_N_TENSORS + n_others)
-    gradients = _by_operator(grad_out, ctx.saved_tensors, ctx.numbers, ctx.needs_input_grad[:_N_TENSORS])
-    return *gradients, *(None,) * n_others
-
-
-torch.library.register_autograd(_attend_operator, _backward_of_operator, setup_context=_setup_context)
-
-
-def _by_operator(
-    grad_out: Tensor, saved: Sequence[Tensor], numbers: tuple[Any, ...], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients of the tensors, by the operator."""
-    gradients = _attend_backward_operator(grad_out, *saved, *numbers, needs)
-    return [
-        gradient if needed and x is not None else None
-        for gradient, needed, x in zip(gradients, needs, saved[:_N_TENSORS], strict=True)
-    ]
+def _parts(
+    saved: Sequence[Tensor | None],
+) -> tuple[Sequence[Tensor | None], Tensor | None, list[Tensor]]:
+    """Undoes what is saved for a backward: the problem's tensors, the output, and what `attend` saved."""
+    rest = [x for x in saved[_N_TENSORS + 1 :] if x is not None]
+    return saved[:_N_TENSORS], saved[_N_TENSORS], rest
 
 
 def _numbers(settings: Settings, backend: str) -> tuple[Any, ...]:
@@ -203,13 +197,14 @@ def _numbers(settings: Settings, backend: str) -> tuple[Any, ...]:
     )
 
 
-def _unpack(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], str, Sequence[Any]]:
-    """Undoes `_numbers`: the problem, the backend, and the arguments that follow."""
-    tensors, rest = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
-    (qk_dim, num_heads, topk, *grid), scales, routing_weight, flags, backend = rest[:_N_NUMBERS]
+def _settings(
+    sizes: Sequence[int], scales: Sequence[float], routing_weight: str, flags: Sequence[bool]
+) -> Settings:
+    """Undoes `_numbers`."""
+    qk_dim, num_heads, topk, *grid = sizes
     scale, routing_scale = scales
     diff_routing, counts_padding = flags
-    settings = Settings(
+    return Settings(
         qk_dim,
         num_heads,
         RegionGrid(*grid),
@@ -220,10 +215,33 @@ def _unpack(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], str, Seq
         diff_routing,
         counts_padding,
     )
-    return _problem(tensors, settings), backend, rest[_N_NUMBERS:]
 
 
-def _problem(tensors: Sequence[Tensor | None], settings: Settings) -> PackedAttention[Tensor]:
+def _known_problem(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], str]:
+    """The problem of an operator's tensors and numbers, with a place for its plans; and the backend."""
+    tensors, (*numbers, backend) = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
+    sizes, scales, routing_weight, flags = numbers
+    key = (
+        *(backend, routing_weight, tuple(sizes), tuple(scales), tuple(flags), tensors[0].dtype),
+        *(None if x is None else x.shape for x in tensors),
+        tensors[0].device,
+    )
+    known = _known.get(key)
+    if known is None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        known = _known[key] = _settings(*numbers), {}
+    return _problem(tensors, *known), backend
+
+
+# What `_known_problem` has made before: to make it anew would cost as much as the launches.
+_MOST_KNOWN = 1024
+_known: dict[Hashable, tuple[Settings, dict[Hashable, Any]]] = {}
+
+
+def _problem(
+    tensors: Sequence[Tensor | None], settings: Settings, plans: Any = None
+) -> PackedAttention[Tensor]:
     qkv, kv, padding, means, lepe_weight, lepe_bias = tensors
     assert qkv is not None
-    return PackedAttention(qkv, kv, padding, means, lepe_weight, lepe_bias, settings)
+    return PackedAttention(qkv, kv, padding, means, lepe_weight, lepe_bias, settings, plans)

@@ -9,7 +9,7 @@ from torch import Tensor
 _library = torch.library.Library("bra_triton", "FRAGMENT")
 
 
-def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+def operator(name: str, schema: str, has_gradient: bool = True) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: makes `bra_triton::<name>` of a function that changes no argument.
 
     `torch.library.custom_op` would do the same, but PyTorch 2.11 runs what is inside with Dynamo's hook on
@@ -19,11 +19,15 @@ def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
     Args:
         name: of the operator.
         schema: arguments and results, as in PyTorch's `native_functions.yaml`.
+        has_gradient: whether an autograd formula will be registered. If not, PyTorch records nothing of the
+            operator, and gradients are its caller's affair.
     """
 
     def make(function: Callable[..., Any]) -> Any:
         _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(name, function, "CompositeExplicitAutograd")
+        if not has_gradient:
+            _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         made = getattr(torch.ops.bra_triton, name).default
         made.__doc__ = function.__doc__
         return made
@@ -66,21 +70,23 @@ def refusing_second_derivative(
     return [None if x is None else _RefuseSecondDerivative.apply(x, *inputs) for x in gradients]
 
 
-def is_seen_by_none(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether an eager call may leave PyTorch's dispatcher out: then an `autograd.Function` serves for less.
+def is_seen(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether something wants to see the operators of an eager call.
 
-    Not where something wants to see operators: a dispatch mode such as a FLOP counter, a transform of
-    `torch.func`, or a subclass of Tensor.
+    That is a dispatch mode such as a FLOP counter, a transform of `torch.func`, or a subclass of Tensor. For
+    anything else an `autograd.Function`, which leaves PyTorch's dispatcher out, serves for less.
     """
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
+    if _len_dispatch_stack() or _peek_transforms() is not None:
+        return True
     for x in tensors:  # noqa: SIM110  a generator would cost a call a tensor
         if x is not None and type(x) not in _PLAIN_TYPES:
-            return False
-    return True
+            return True
+    return False
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_len_dispatch_stack = torch._C._len_torch_dispatch_stack
+_peek_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:

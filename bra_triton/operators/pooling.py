@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backend.kernels import fused_kernels
+from ..kernels.arrays import dense
 from ..kernels.grid import RegionGrid
 from ..kernels.pooling.problem import MAX, RegionPooling
 from .library import gradient_operator, operator, or_empty
@@ -55,7 +56,7 @@ def pool_regions(
 
     Returns:
         Keys and values `(N, rows*h', columns*w', qk_dim + dim)`, contiguous; and for the backward the tokens
-        that are the maxima, int32, empty but for `MAX`.
+        that are the maxima, int32, empty except for `MAX`.
     """
     pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid))
     pooled, argmax = fused_kernels(backend).pool(
@@ -126,7 +127,7 @@ def pool_regions_backward(
         return grad_qkv, grad_fill, qkv.new_empty(0), qkv.new_empty(0)
     assert gradients.weight is not None
     assert gradients.bias is not None
-    grad_weight = gradients.weight.to(weight.dtype).contiguous()
+    grad_weight = dense(gradients.weight.to(weight.dtype))
     return grad_qkv, grad_fill, grad_weight, gradients.bias.to(weight.dtype)
 
 

@@ -16,7 +16,7 @@ from ..backend.kernels import fused_kernels
 from ..export import is_eager
 from ..kernels.grid import RegionGrid
 from ..kernels.problem import Padding, RoutedAttention, statistic_dtype
-from .library import gradient_operator, is_seen_by_none, needs_gradient, operator, refusing_second_derivative
+from .library import gradient_operator, is_seen, needs_gradient, operator, refusing_second_derivative
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor r_idx, SymInt[] query_grid, SymInt[] kv_grid, "
@@ -48,7 +48,7 @@ def attend_regional(
         backend: "triton" or "torch".
     """
     arguments = (*maps, r_idx, *(grid.numbers for grid in grids), num_heads, scale, backend)
-    if not is_eager() or not is_seen_by_none(maps):
+    if not is_eager() or is_seen(maps):
         return torch.ops.bra_triton.attend_regional(*arguments)[0]
     if needs_gradient(maps):
         return _AttendRegional.apply(*arguments)
@@ -62,7 +62,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem, backend = _problem(*arguments)
-    gradients = fused_kernels(backend).attend_routed_backward(grad_out.contiguous(), problem, out, lse)
+    with torch.no_grad():  # create_graph=True runs a backward with gradients enabled
+        gradients = fused_kernels(backend).attend_routed_backward(grad_out.contiguous(), problem, out, lse)
     return gradients.query, gradients.key, gradients.value
 
 
@@ -139,7 +140,7 @@ def _problem(
 
 
 def with_dense_tokens(x: Tensor) -> Tensor:
-    """An NHWC map as backends take it, dense but for its channels; a copy only where it is not so already.
+    """An NHWC map as backends take it, dense except for its channels; a copy only where it is not so already.
 
     The stride from token to token must be right even in a column of single tokens: kernels need no other.
     """

@@ -148,7 +148,7 @@ torch.library.register_autograd(route, _route_backward, setup_context=_save_rout
 
 
 def _alike(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the same strides, dense but for their channels, as slices of one tensor of means are."""
+    """Both with the same strides, dense except for their channels, as slices of one tensor of means are."""
     row = query.stride(1)
     if (
         query.stride() == key.stride()

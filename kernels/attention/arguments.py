@@ -121,6 +121,20 @@ class KeyValueResults(NamedTuple):
     partial_value: Buffer
 
 
+class Pieces(NamedTuple):
+    """What is known of rows of the inverse graph that were cut into pieces.
+
+    Attributes:
+        row_start: `(N, G, P_kv + 1)` int32, see `routing.graph`.
+        work: `(N, G, P_kv + extras, 4)` int32, see `routing.graph`.
+        region_list: `(P_kv, S_kv)` int32, tokens of the key regions.
+    """
+
+    row_start: Buffer
+    work: Buffer
+    region_list: Buffer
+
+
 class AttentionConfig(NamedTuple):
     """Compile-time numbers of the attention kernels; none depends on the map's size.
 
@@ -147,6 +161,7 @@ class AttentionConfig(NamedTuple):
         GRAD_KEY_STRIDE: dK/dV: elements from one token of the keys' gradient to the next.
         GRAD_VALUE_STRIDE: dK/dV: likewise of the values'.
         QUERY_IS_PADDED: dK/dV: some listed queries are padding.
+        ADDS_TO_VALUE: dK/dV: the values' gradient holds LePE's share already.
     """
 
     NUM_HEADS: int
@@ -171,3 +186,4 @@ class AttentionConfig(NamedTuple):
     GRAD_KEY_STRIDE: int = 0
     GRAD_VALUE_STRIDE: int = 0
     QUERY_IS_PADDED: bool = False
+    ADDS_TO_VALUE: bool = False

@@ -125,7 +125,7 @@ def attention_forward_kernel(
     BLOCK_MARKS: tl.constexpr = CONFIG.BLOCK_MARKS
     DIM: tl.constexpr = NUM_HEADS * V_HEAD_DIM
     image, region, tile, head = locate_program(
-        n_regions if marks is None else 1, tl.cdiv(region_tokens, BLOCK_M), NUM_HEADS
+        tl.program_id(0), n_regions if marks is None else 1, tl.cdiv(region_tokens, BLOCK_M), NUM_HEADS
     )
     qk_channel = tl.arange(0, BLOCK_QK)
     v_channel = tl.arange(0, BLOCK_V)

@@ -2,7 +2,7 @@
 
 With the letters of `query_gradient`: dK = scale * (f * dS)^T Q, dV = (f * P)^T dO. A row of the inverse
 graph, the queries that chose a region, may be cut into pieces; then each piece writes a partial sum, and
-`sum_pieces_kernel` adds them in order.
+`finish_gradients_kernel` adds them in order.
 
 | array | shape | meaning |
 |---|---|---|
@@ -85,6 +85,8 @@ def _store_key_value_gradient(
 ):
     """Writes finished rows of one head: tokens of the map to the map, the sum over padding to its share.
 
+    With ADDS_TO_VALUE the map of the values' gradient holds LePE's share already.
+
     Args:
         results: a `KeyValueResults`.
         first_token: number of the image's first token in the batch.
@@ -105,7 +107,12 @@ def _store_key_value_gradient(
     key_base = results.grad_key + first_token * KEY_STRIDE + head * QK_HEAD_DIM
     value_base = results.grad_value + first_token * VALUE_STRIDE + head * V_HEAD_DIM
     store_rows(key_base, own, qk_channel, own >= 0, keys, KEY_STRIDE, QK_HEAD_DIM)
-    store_rows(value_base, own, v_channel, own >= 0, values, VALUE_STRIDE, V_HEAD_DIM)
+    of_map = values
+    if CONFIG.ADDS_TO_VALUE:
+        of_map += load_rows(value_base, None, own, v_channel, own >= 0, VALUE_STRIDE, V_HEAD_DIM).to(
+            tl.float32
+        )
+    store_rows(value_base, own, v_channel, own >= 0, of_map, VALUE_STRIDE, V_HEAD_DIM)
     if results.grad_padding is not None:
         padding = (exists & (own < 0))[:, None]
         of_keys = tl.sum(tl.where(padding, keys, 0.0), axis=0)
@@ -159,7 +166,7 @@ def key_value_gradient_kernel(
     QUERY_IS_PADDED: tl.constexpr = CONFIG.QUERY_IS_PADDED
     DIM: tl.constexpr = NUM_HEADS * V_HEAD_DIM
     tiles = tl.cdiv(region_tokens, BLOCK_N)
-    image, piece, tile, head = locate_program(n_pieces, tiles, NUM_HEADS)
+    image, piece, tile, head = locate_program(tl.program_id(0), n_pieces, tiles, NUM_HEADS)
     graph = graph_of(image, head, N_GRAPHS)
     if work is not None:
         piece_work = work + (graph * n_pieces + piece) * 4
@@ -250,20 +257,18 @@ def key_value_gradient_kernel(
             results.partial_value + row * V_HEAD_DIM, index, v_channel, exists, grad_v, V_HEAD_DIM, V_HEAD_DIM
         )
     else:
-        _, _, own = own_tokens(lists.region_list, region, tile, region_tokens, BLOCK_N, AGAIN=True)
+        # Of an only region the address would stay in two registers, which spill on sm_90 (64 x 64, 2 warps);
+        # with padding the tokens themselves would (128 x 64, 8 warps, head 64, sm_80).
+        if work is not None or QUERY_IS_PADDED:
+            _, _, own = own_tokens(lists.region_list, region, tile, region_tokens, BLOCK_N, AGAIN=True)
         row = ((image * NUM_HEADS + head) * n_regions + region) * tiles + tile
         _store_key_value_gradient(results, image * kv_tokens, row, head, own, exists, grad_k, grad_v, CONFIG)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("kv_tokens", "n_regions", "n_pieces", "n_partials", "region_tokens", "longest"),
-    ]
-)
-def sum_pieces_kernel(
-    row_start,
-    work,
-    region_list,
+@triton.jit
+def sum_pieces(
+    program,
+    pieces,
     results,
     kv_tokens,
     n_regions,
@@ -282,21 +287,20 @@ def sum_pieces_kernel(
     BLOCK_QK: tl.constexpr = CONFIG.BLOCK_QK
     BLOCK_V: tl.constexpr = CONFIG.BLOCK_V
     tiles = tl.cdiv(region_tokens, BLOCK_N)
-    image, region, tile, head = locate_program(n_regions, tiles, NUM_HEADS)
+    image, region, tile, head = locate_program(program, n_regions, tiles, NUM_HEADS)
     graph = graph_of(image, head, N_GRAPHS)
-    partial = tl.load(work + (graph * n_pieces + region) * 4 + 3)
-    if partial < 0:
-        return
-    row = row_start + graph * (n_regions + 1) + region
-    pieces = tl.cdiv(tl.load(row + 1) - tl.load(row), longest)
+    partial = tl.load(pieces.work + (graph * n_pieces + region) * 4 + 3)
+    row = pieces.row_start + graph * (n_regions + 1) + region
+    # Of a row that was not cut there are none, and nothing is written.
+    n_own = tl.where(partial < 0, 0, tl.cdiv(tl.load(row + 1) - tl.load(row), longest))
 
     qk_channel = tl.arange(0, BLOCK_QK)
     v_channel = tl.arange(0, BLOCK_V)
-    index, exists, own = own_tokens(region_list, region, tile, region_tokens, BLOCK_N)
+    index, exists, own = own_tokens(pieces.region_list, region, tile, region_tokens, BLOCK_N)
     grad_k = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     start = ((image * NUM_HEADS + head) * n_partials + partial) * region_tokens
-    for piece in tl.range(0, pieces):
+    for piece in tl.range(0, n_own):
         at = start + piece * region_tokens
         grad_k += load_rows(
             results.partial_key + at * QK_HEAD_DIM, None, index, qk_channel, exists, QK_HEAD_DIM, QK_HEAD_DIM
@@ -305,7 +309,8 @@ def sum_pieces_kernel(
             results.partial_value + at * V_HEAD_DIM, None, index, v_channel, exists, V_HEAD_DIM, V_HEAD_DIM
         )
 
-    padding_row = ((image * NUM_HEADS + head) * n_regions + region) * tiles + tile
-    _store_key_value_gradient(
-        results, image * kv_tokens, padding_row, head, own, exists, grad_k, grad_v, CONFIG
-    )
+    if n_own > 0:
+        padding_row = ((image * NUM_HEADS + head) * n_regions + region) * tiles + tile
+        _store_key_value_gradient(
+            results, image * kv_tokens, padding_row, head, own, exists, grad_k, grad_v, CONFIG
+        )

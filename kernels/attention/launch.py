@@ -10,8 +10,8 @@ import torch
 from .. import tiles
 from ..arrays import Buffer
 from ..grid import RegionGrid
-from ..lepe.arguments import LepeParts
-from ..lepe.launch import launch_lepe
+from ..lepe.arguments import LepeParts, LepeSums, LepeSumsConfig
+from ..lepe.launch import LepeShares, launch_lepe
 from ..lib.integers import cdiv, next_power_of_2
 from ..lib.maps import image_tokens, row_stride
 from ..plan import Plan
@@ -24,11 +24,13 @@ from .arguments import (
     KeyValueResults,
     Maps,
     PaddingRows,
+    Pieces,
     QueryResults,
     Saved,
 )
+from .finish import finish_gradients_kernel
 from .forward import attention_forward_kernel
-from .key_value_gradient import key_value_gradient_kernel, sum_pieces_kernel
+from .key_value_gradient import key_value_gradient_kernel
 from .query_gradient import query_gradient_kernel
 
 LOG2_E = math.log2(math.e)
@@ -200,6 +202,27 @@ def launch_query_gradient(
     return statistics, shares
 
 
+@dataclass(frozen=True)
+class KeyValueGradient:
+    """What dK/dV's launch leaves to be finished.
+
+    Attributes:
+        results: where its gradients go; `grad_padding` is an output of the plan, or None.
+        pieces: what is known of rows that were cut; None where none can be.
+        numbers: sizes that the sum of pieces takes.
+        programs: of the sum of pieces.
+        config: compile-time numbers.
+        tile: of dK/dV.
+    """
+
+    results: KeyValueResults
+    pieces: Pieces | None
+    numbers: tuple[int, ...]
+    programs: int
+    config: AttentionConfig
+    tile: tiles.Tile
+
+
 def launch_key_value_gradient(
     plan: Plan,
     attention: Attention,
@@ -207,9 +230,10 @@ def launch_key_value_gradient(
     statistics: Buffer,
     grad_out: Buffer,
     gradients: Gradients[Buffer],
-    padding_shares: bool,
-) -> Buffer | None:
-    """Adds dK and dV, written to `gradients`.
+    needs_padding: bool = False,
+    adds_to_value: bool = False,
+) -> KeyValueGradient:
+    """Adds dK and dV, written to `gradients`, except for what `launch_finish` has to sum.
 
     Args:
         plan: where to add them.
@@ -218,38 +242,37 @@ def launch_key_value_gradient(
         statistics: from `launch_query_gradient`.
         grad_out: gradient of the attention's output, contiguous.
         gradients: where the gradients go.
-        padding_shares: whether the gradient of what padding holds is asked for.
-
-    Returns:
-        Shares of that gradient, `(N, num_heads, P_kv, tiles, qk_head_dim + v_head_dim)` float32, an output of
-        the plan; or None.
+        needs_padding: whether shares of the gradient of what padding holds are asked for, `(N, num_heads,
+            P_kv, tiles, qk_head_dim + v_head_dim)` float32.
+        adds_to_value: whether the values' gradient holds LePE's share already.
     """
     problem, kv_grid = attention.problem, attention.problem.kv_grid
     tile = attention.tile(tiles.KEY_VALUE_GRADIENT, plan.device, problem.factor is not None)
     n_regions, region_tokens = attention.owned(kv_grid)
     head_dims = (problem.qk_head_dim, problem.v_head_dim)
-    shares = None
-    if padding_shares:
+    padding_shares = None
+    if needs_padding:
         shape = (problem.batch, problem.num_heads, n_regions, cdiv(region_tokens, tile.own), sum(head_dims))
-        shares = plan.output(shape, torch.float32)
+        padding_shares = plan.output(shape, torch.float32)
     partials = [
         plan.scratch((problem.batch, problem.num_heads, lists.n_partials, region_tokens, d), torch.float32)
         for d in head_dims
     ]
-    results = KeyValueResults(gradients.key, gradients.value, shares, *partials)
+    results = KeyValueResults(gradients.key, gradients.value, padding_shares, *partials)
     config = attention.config(tile, tile.step, tile.own)._replace(
         GRAD_KEY_STRIDE=row_stride(gradients.key),
         GRAD_VALUE_STRIDE=row_stride(gradients.value),
         QUERY_IS_PADDED=problem.query_grid.is_padded,
+        ADDS_TO_VALUE=adds_to_value,
     )
     kv_tokens, n_pieces = image_tokens(problem.key), lists.n_pieces
     n_pairs = attention.owned(problem.query_grid)[0] * problem.topk
     if attention.form == MASKED:
         n_pairs = problem.query_grid.n_regions
     maps, padding, marks = attention.leading_arguments
-    work = None if lists.inverse is None else lists.inverse.work
+    inverse = lists.inverse
+    work = None if inverse is None else inverse.work
     programs = problem.batch * cdiv(region_tokens, tile.own) * problem.num_heads
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     plan.launch(
         key_value_gradient_kernel,
         (n_pieces * programs,),
@@ -259,18 +282,37 @@ def launch_key_value_gradient(
             *(n_pairs, n_regions, n_pieces, lists.n_partials, region_tokens),
             *(attention.owned(problem.query_grid)[1], config),
         ),
-        **options,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
-    if lists.n_partials:
-        assert lists.inverse is not None
-        plan.launch(
-            sum_pieces_kernel,
-            (n_regions * programs,),
-            (lists.inverse.row_start, work, lists.arguments.region_list, results),
-            (kv_tokens, n_regions, n_pieces, lists.n_partials, region_tokens, lists.longest, config),
-            **options,
-        )
-    return shares
+    pieces = None
+    if lists.n_partials and inverse is not None and work is not None:
+        assert lists.arguments.region_list is not None
+        pieces = Pieces(inverse.row_start, work, lists.arguments.region_list)
+    numbers = (kv_tokens, n_regions, n_pieces, lists.n_partials, region_tokens, lists.longest)
+    return KeyValueGradient(results, pieces, numbers, n_regions * programs, config, tile)
+
+
+def launch_finish(plan: Plan, gradient: KeyValueGradient, lepe: LepeShares | None = None) -> None:
+    """Adds the sums that dK/dV and LePE's backward have left to be made, if there are any."""
+    n_sums = 0 if lepe is None else lepe.n_sums
+    n_programs = 0 if gradient.pieces is None else gradient.programs
+    shares: Buffer | None = None
+    sums: LepeSums | None = None
+    n_shares = 0
+    sums_config = LepeSumsConfig(1, 1, 1, False, 1, 1, HAS_PIECES=False)
+    if lepe is not None:
+        shares, sums, n_shares, sums_config = lepe.shares, lepe.sums, lepe.shares.shape[0], lepe.config
+    plan.launch(
+        finish_gradients_kernel,
+        (n_sums + n_programs,),
+        (gradient.pieces, gradient.results if gradient.pieces else None, shares, sums),
+        (
+            *(*gradient.numbers, n_shares, n_sums, gradient.config),
+            sums_config._replace(HAS_PIECES=gradient.pieces is not None),
+        ),
+        num_warps=gradient.tile.num_warps,
+    )
 
 
 def dot_precision(dtype: torch.dtype) -> str:

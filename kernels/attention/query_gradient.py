@@ -107,7 +107,9 @@ def query_gradient_kernel(
     BLOCK_SLOTS: tl.constexpr = CONFIG.BLOCK_SLOTS
     DIM: tl.constexpr = NUM_HEADS * V_HEAD_DIM
     tiles = tl.cdiv(region_tokens, BLOCK_M)
-    image, region, tile, head = locate_program(n_regions if marks is None else 1, tiles, NUM_HEADS)
+    image, region, tile, head = locate_program(
+        tl.program_id(0), n_regions if marks is None else 1, tiles, NUM_HEADS
+    )
     qk_channel = tl.arange(0, BLOCK_QK)
     v_channel = tl.arange(0, BLOCK_V)
     index, exists, own = own_tokens(lists.region_list, region, tile, region_tokens, BLOCK_M)

@@ -40,6 +40,7 @@ class LepeConfig(NamedTuple):
         GRAD_STRIDE: backward alone: elements from one token of the values' gradient to the next.
         NEEDS_WEIGHT_GRAD: backward alone: compute the gradients of weight and bias.
         ROWS: backward alone: rows of `partials`.
+        ADDS_TO_GRAD: backward alone: the values' gradient holds the attention's share already.
     """
 
     DIM: int
@@ -50,6 +51,7 @@ class LepeConfig(NamedTuple):
     GRAD_STRIDE: int = 0
     NEEDS_WEIGHT_GRAD: bool = False
     ROWS: int = 0
+    ADDS_TO_GRAD: bool = False
 
     @classmethod
     def of(cls, lepe: Lepe[Buffer], block_m: int, block_v: int) -> "LepeConfig":
@@ -72,7 +74,7 @@ class LepeSums(NamedTuple):
 
 
 class LepeSumsConfig(NamedTuple):
-    """Compile-time numbers of `lepe_sums_kernel`.
+    """Compile-time numbers of `sum_lepe_shares`.
 
     Attributes:
         DIM: channels of the values.
@@ -81,6 +83,7 @@ class LepeSumsConfig(NamedTuple):
         HAS_TAPS: the first TAPS + 1 rows are of weight and bias.
         BLOCK_P: programs' shares in a step.
         BLOCK_C: channels of a program.
+        HAS_PIECES: `finish_gradients_kernel`: rows of the inverse graph may have been cut.
     """
 
     DIM: int
@@ -89,3 +92,4 @@ class LepeSumsConfig(NamedTuple):
     HAS_TAPS: bool
     BLOCK_P: int
     BLOCK_C: int
+    HAS_PIECES: bool

@@ -197,30 +197,40 @@ def lepe_backward_kernel(
         grad_fill = tl.sum(tl.where(in_map[:, None], 0.0, grad), axis=0)
         tl.store(partial + (ROWS - 1) * DIM, grad_fill, mask=channel_live)
     places = grad_value + token[:, None] * CONFIG.GRAD_STRIDE + channel[None, :]
-    grad += tl.load(places, mask=map_mask, other=0.0).to(tl.float32)
+    if CONFIG.ADDS_TO_GRAD:
+        grad += tl.load(places, mask=map_mask, other=0.0).to(tl.float32)
     tl.store(places, grad.to(grad_value.dtype.element_ty), mask=map_mask)
 
 
-@triton.jit(do_not_specialize=["n_programs"])
-def lepe_sums_kernel(partials, sums, n_programs, CONFIG: tl.constexpr):
-    """Sums one row of `partials` over all programs, in order; grid (ROWS, blocks of channels)."""
-    BLOCK_P: tl.constexpr = CONFIG.BLOCK_P
-    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
-    row = tl.program_id(0)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    live = channel < CONFIG.DIM
+@triton.jit
+def sum_lepe_shares(program, shares, sums, n_shares, SUMS: tl.constexpr):
+    """Sums one row of the programs' shares over all programs, in order, for a block of channels.
+
+    Args:
+        program: one of ROWS * channel blocks.
+        shares: `partials`.
+        sums: where the sums go, a `LepeSums`.
+        n_shares: programs that wrote a share.
+        SUMS: a `LepeSumsConfig`.
+    """
+    BLOCK_P: tl.constexpr = SUMS.BLOCK_P
+    BLOCK_C: tl.constexpr = SUMS.BLOCK_C
+    blocks = tl.cdiv(SUMS.DIM, BLOCK_C)
+    row = program // blocks
+    channel = (program - row * blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = channel < SUMS.DIM
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for first in tl.range(0, n_programs, BLOCK_P):
-        program = first + tl.arange(0, BLOCK_P)
-        at = (program.to(tl.int64) * CONFIG.ROWS + row)[:, None] * CONFIG.DIM + channel[None, :]
-        total += tl.load(partials + at, mask=(program < n_programs)[:, None] & live[None, :], other=0.0)
+    for first in tl.range(0, n_shares, BLOCK_P):
+        share = first + tl.arange(0, BLOCK_P)
+        at = (share.to(tl.int64) * SUMS.ROWS + row)[:, None] * SUMS.DIM + channel[None, :]
+        total += tl.load(shares + at, mask=(share < n_shares)[:, None] & live[None, :], other=0.0)
     total = tl.sum(total, axis=0)
-    if CONFIG.HAS_TAPS:
+    if SUMS.HAS_TAPS:
         if sums.weight is not None:
-            places = sums.weight + channel * CONFIG.TAPS + row
-            tl.store(places, total.to(sums.weight.dtype.element_ty), mask=live & (row < CONFIG.TAPS))
+            places = sums.weight + channel * SUMS.TAPS + row
+            tl.store(places, total.to(sums.weight.dtype.element_ty), mask=live & (row < SUMS.TAPS))
         if sums.bias is not None:
             places = sums.bias + channel
-            tl.store(places, total.to(sums.bias.dtype.element_ty), mask=live & (row == CONFIG.TAPS))
+            tl.store(places, total.to(sums.bias.dtype.element_ty), mask=live & (row == SUMS.TAPS))
     if sums.fill is not None:
-        tl.store(sums.fill + channel, total, mask=live & (row == CONFIG.ROWS - 1))
+        tl.store(sums.fill + channel, total, mask=live & (row == SUMS.ROWS - 1))

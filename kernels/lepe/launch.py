@@ -10,7 +10,7 @@ from ..lib.maps import row_stride
 from ..plan import Plan
 from ..problem import Lepe
 from .arguments import LepeConfig, LepeParts, LepeSums, LepeSumsConfig
-from .convolution import lepe_backward_kernel, lepe_forward_kernel, lepe_sums_kernel
+from .convolution import lepe_backward_kernel, lepe_forward_kernel
 
 # Tokens and channels of a tile, and warps. The backward's sums over tokens stay within a warp: on an H200 it
 # takes 37 us at YOLO's P3 (batch 16), and 61 in the forward's tiles. The partial sums of so small tiles take
@@ -23,18 +23,20 @@ _SUM_TILE = (256, 16)
 
 
 @dataclass(frozen=True)
-class LepeGradients:
-    """Where the gradients of LePE's parameters go; None where one is not asked for.
+class LepeShares:
+    """What programs of the backward have written, to be summed by `attention.launch.launch_finish`.
 
     Attributes:
-        weight: `(dim, 1, k, k)`, contiguous.
-        bias: `(dim,)`.
-        fill: `(dim,)` float32.
+        shares: `(programs, rows, dim)` float32.
+        sums: where the sums go.
+        config: what the sums' code needs to know.
+        n_sums: programs of the sums.
     """
 
-    weight: Buffer | None
-    bias: Buffer | None
-    fill: Buffer | None
+    shares: Buffer
+    sums: LepeSums
+    config: LepeSumsConfig
+    n_sums: int
 
 
 def launch_lepe(plan: Plan, attention: Buffer, lepe: Lepe[Buffer], out: Buffer) -> None:
@@ -62,46 +64,54 @@ def launch_lepe(plan: Plan, attention: Buffer, lepe: Lepe[Buffer], out: Buffer) 
 
 
 def launch_lepe_gradient(
-    plan: Plan, grad_out: Buffer, grad_value: Buffer, lepe: Lepe[Buffer], gradients: LepeGradients
-) -> None:
-    """Adds the values' gradient into `grad_value`, in place, and the parameters' gradients.
+    plan: Plan,
+    grad_out: Buffer,
+    grad_value: Buffer,
+    lepe: Lepe[Buffer],
+    sums: LepeSums,
+    adds_to_grad: bool = False,
+) -> LepeShares | None:
+    """Adds the values' gradient, and each program's shares of the parameters' gradients.
 
     Args:
         plan: where to add them.
         grad_out: contiguous `(N, H, W, dim)`.
-        grad_value: `(N, H, W, dim)`, dense except for its channels; what the attention's backward wrote.
+        grad_value: where the values' gradient goes: `(N, H, W, dim)`, dense except for its channels.
         lepe: the forward's.
-        gradients: where those of the parameters go.
+        sums: where the parameters' gradients are to go.
+        adds_to_grad: whether `grad_value` holds the attention's share already.
+
+    Returns:
+        What is still to be summed; None where nothing is.
     """
     grid, dim, taps = lepe.grid, lepe.value.shape[-1], lepe.kernel_size**2
     reach_height, reach_width = lepe.reach
     tile = BACKWARD_TILE if taps <= MOST_TAPS else FORWARD_TILE
     block_m, block_v, num_warps = tile
     programs = _programs(lepe, reach_height * reach_width, tile)
-    needs_weight = gradients.weight is not None or gradients.bias is not None
-    rows = (taps + 1 if needs_weight else 0) + (1 if grid.is_padded else 0)
-    partials = plan.scratch((programs[0], rows, dim), torch.float32)
+    has_taps = sums.weight is not None or sums.bias is not None
+    rows = (taps + 1 if has_taps else 0) + (1 if grid.is_padded else 0)
+    shares = plan.scratch((programs[0], rows, dim), torch.float32)
     plan.launch(
         lepe_backward_kernel,
         programs,
-        (grad_out, LepeParts.of(lepe)._replace(bias=None), grad_value, partials),
+        (grad_out, LepeParts.of(lepe)._replace(bias=None), grad_value, shares),
         (
             *(grid.height, grid.width, reach_height, reach_width),
             LepeConfig.of(lepe, block_m, block_v)._replace(
-                GRAD_STRIDE=row_stride(grad_value), NEEDS_WEIGHT_GRAD=needs_weight, ROWS=rows
+                GRAD_STRIDE=row_stride(grad_value),
+                NEEDS_WEIGHT_GRAD=has_taps,
+                ROWS=rows,
+                ADDS_TO_GRAD=adds_to_grad,
             ),
         ),
         num_warps=num_warps,
     )
-    if needs_weight or gradients.fill is not None:
-        block_p, block_c = _SUM_TILE
-        plan.launch(
-            lepe_sums_kernel,
-            (rows, cdiv(dim, block_c)),
-            (partials, LepeSums(gradients.weight, gradients.bias, gradients.fill)),
-            (programs[0], LepeSumsConfig(dim, taps, rows, needs_weight, block_p, block_c)),
-            num_warps=4,
-        )
+    if not has_taps and sums.fill is None:
+        return None
+    block_p, block_c = _SUM_TILE
+    config = LepeSumsConfig(dim, taps, rows, has_taps, block_p, block_c, HAS_PIECES=False)
+    return LepeShares(shares, sums, config, rows * cdiv(dim, block_c))
 
 
 def _programs(lepe: Lepe[Buffer], image_tokens: int, tile: tuple[int, int, int]) -> tuple[int, int]:

@@ -1,1 +1,1 @@
-"""What the kernels have in common: addresses, matrix products, exponentials, integer arithmetic."""
+"""What kernels share: addresses of tokens, matrix products, exponentials, integer arithmetic."""

@@ -1,10 +1,15 @@
-"""Where tokens lie: shared address arithmetic of the kernels.
+"""Where tokens lie: the address arithmetic that kernels share.
 
-The attention kernels know no geometry. They walk lists of token numbers (row-major positions in the map, -1
-for padding), as paged attention walks page tables, and `token_of` alone knows how regions are cut. A list
-costs 4 bytes a listed key, shared by all heads; computing the same numbers inside the loop costs 7 to 12 % of
-the loop (issue slots per score, forward, float16, 128 x 128, 8 warps, compiled for sm_90: 6.45 with a list,
-7.23 computed at head 32; 7.00 and 8.39 at head 64; dense attention 6.39 and 6.83).
+The attention kernels do not know where regions lie. They walk lists of token numbers (row-major positions in
+the map, -1 for padding), as paged attention walks page tables. Only `token_of` knows how a map is cut into
+regions. A list costs 4 bytes for each listed key and is shared by all heads. Without lists, the loop would
+have to compute the same numbers, which costs more (issue slots per score, forward, float16, tiles of
+128 x 128, 8 warps, compiled for sm_90):
+
+| head size | with a list | computed in the loop | dense attention |
+|---|---|---|---|
+| 32 | 6.45 | 7.23 | 6.39 |
+| 64 | 7.00 | 8.39 | 6.83 |
 """
 
 import triton
@@ -12,23 +17,26 @@ import triton.language as tl
 
 
 @triton.jit
-def locate_program(n_regions, tiles, NUM_HEADS: tl.constexpr):
-    """What this program of a 1-d grid of N * n_regions * tiles * heads works on: (image, region, tile, head).
+def locate_program(program, n_regions, tiles, NUM_HEADS: tl.constexpr):
+    """What one of N * n_regions * tiles * heads programs works on: (image, region, tile, head).
 
-    Heads run fastest: programs that run together read neighbouring channels of the same rows.
+    Consecutive programs differ in the head, so programs that run at the same time read neighbouring channels
+    of the same rows.
     """
-    pid = tl.program_id(0)
-    head = pid % NUM_HEADS
-    pid = pid // NUM_HEADS
+    head = program % NUM_HEADS
+    pid = program // NUM_HEADS
     tile = pid % tiles
     pid = pid // tiles
-    # 64 bits, since the image's offset in the batch may pass 2**31 elements.
+    # 64 bits, because the image's offset in the batch may exceed 2**31 elements.
     return (pid // n_regions).to(tl.int64), pid % n_regions, tile, head
 
 
 @triton.jit
 def graph_of(image, head, N_GRAPHS: tl.constexpr):
-    """Number of the graph that a head follows: of one for all images (0), one per image, or one per head."""
+    """Number of the graph that a head of an image follows.
+
+    N_GRAPHS is 0 for one graph that all images share, 1 for one graph per image, else the number of heads.
+    """
     if N_GRAPHS == 0:
         graph = image * 0
     elif N_GRAPHS == 1:
@@ -50,9 +58,10 @@ def token_of(region, index, region_height, region_width, columns, height, width)
 
 @triton.jit
 def own_tokens(region_list, region, tile, region_tokens, BLOCK: tl.constexpr, AGAIN: tl.constexpr = False):
-    """BLOCK tokens of a region, from the list of all regions' tokens: index in the region, exists, token.
+    """The BLOCK tokens of a region that a tile owns: (index in the region, whether it exists, token number).
 
-    AGAIN after a loop reads them anew, which is cheaper than to hold them in registers through the loop.
+    The token numbers are read from the list of all regions' tokens. After a loop, call this with AGAIN to
+    read them a second time: that is cheaper than keeping them in registers during the loop.
     """
     index = tile * BLOCK + tl.arange(0, BLOCK)
     exists = index < region_tokens
@@ -62,12 +71,12 @@ def own_tokens(region_list, region, tile, region_tokens, BLOCK: tl.constexpr, AG
 
 @triton.jit
 def load_rows(base, padding, token, channel, live, ROW_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Channels of one head of the tokens `token`: (tokens, channels), zero past HEAD_DIM and where not live.
+    """Loads channels of one head of the tokens `token`, (tokens, channels); 0 past HEAD_DIM and if not live.
 
-    `padding` is the row that tokens of number -1 hold, or None where there are none; `live` may be None. The
-    stride must be a compile-time number: with a run-time one the compiler cannot tell that rows start at
-    multiples of 16 bytes, and loads 2 bytes at a time. For the same reason whole addresses are selected, not
-    starts of rows (forward, head 64, sm_90: 7.3 issue slots a score against 8.6).
+    `padding` points to the row that stands for token -1; None if no token is -1. `live` is None if all tokens
+    are live. ROW_STRIDE must be a compile-time number: otherwise the compiler cannot tell that rows start at
+    multiples of 16 bytes, and loads 2 bytes at a time. For the same reason `tl.where` selects complete
+    addresses, not the starts of rows (forward, head 64, sm_90: 7.3 issue slots per score instead of 8.6).
     """
     rows = base + token.to(tl.int64)[:, None] * ROW_STRIDE + channel[None, :]
     if padding is not None:
@@ -82,7 +91,7 @@ def load_rows(base, padding, token, channel, live, ROW_STRIDE: tl.constexpr, HEA
 
 @triton.jit
 def store_rows(base, token, channel, live, rows, ROW_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Stores channels of one head of the tokens `token` that are live, in the type of `base`."""
+    """Stores channels of one head of the live tokens among `token`, converted to the dtype of `base`."""
     tl.store(
         base + token.to(tl.int64)[:, None] * ROW_STRIDE + channel[None, :],
         rows.to(base.dtype.element_ty),

@@ -1,25 +1,26 @@
-"""Base-2 exponentials, some of them off the exponential unit.
+"""Base-2 exponentials, some of them computed without the exponential unit.
 
-A GPU (sm_80 and later) issues eight instructions in the time of one exponential. An attention loop at heads
-of 32 needs six or seven a score, so that the exponential unit binds. As in FlashAttention-4, a share of the
-exponentials can be evaluated by multiply-adds instead, each in eight instructions.
+A GPU (sm_80 and later) issues eight instructions in the time of one exponential. With heads of 32 channels an
+attention loop needs only six or seven instructions per score, so the exponential unit limits its speed. As in
+FlashAttention-4, some of the exponentials can be evaluated by multiply-adds instead, in eight instructions
+each.
 """
 
 import triton
 import triton.language as tl
 
-# 1.5 * 2**23: added to a number of at most 22 bits, it leaves the nearest integer in the lowest bits.
+# 1.5 * 2**23: the sum of this and x has the integer nearest to x in its lowest bits, for |x| < 2**22.
 _TO_INTEGER = tl.constexpr(12582912.0)
-# SHARE is at most 2 to this power.
+# SHARE is at most 2 to the power of this number.
 _MOST_HALVINGS = tl.constexpr(8)
 
 
 @triton.jit
 def exp2(x, SHARE: tl.constexpr):
-    """2**x of a tile (rows, columns) of fp32, x at most about 0.
+    """2**x of a tile (rows, columns) of fp32; x is at most about 0.
 
-    One in SHARE columns, a power of two, is evaluated by multiply-adds, with a relative error of 7.5e-5: a
-    seventh of what rounding to float16 costs. 0 stands for none.
+    One in SHARE columns is evaluated by multiply-adds, with a relative error of 7.5e-5: a seventh of the
+    error of rounding to float16. SHARE is a power of two; 0 means none.
     """
     if SHARE == 0:
         return tl.exp2(x)
@@ -28,7 +29,7 @@ def exp2(x, SHARE: tl.constexpr):
     else:
         left, right = _last_halves(x, SHARE)
         powers = _side_by_side(tl.exp2(left), _exp2_by_polynomial(right))
-        # A loop, since Triton 3.4 cannot compile a function that calls itself.
+        # A loop, because Triton 3.4 cannot compile a function that calls itself.
         for level in tl.static_range(_MOST_HALVINGS):
             if (2 << level) < SHARE:
                 left, _ = _last_halves(x, SHARE >> (level + 1))
@@ -38,12 +39,13 @@ def exp2(x, SHARE: tl.constexpr):
 
 @triton.jit
 def _last_halves(x, SHARE: tl.constexpr):
-    """The last two of `x`'s SHARE equal parts by columns."""
+    """Cuts the columns of `x` into SHARE equal parts and returns the last two."""
     left = x
     right = x
     for level in tl.static_range(_MOST_HALVINGS):
         if (2 << level) <= SHARE:
-            # Halves of the columns, not alternate ones: those lie in the same registers either way.
+            # Splits into the left and the right half of the columns, not into even and odd columns. Either
+            # way the numbers stay in the registers that hold them.
             halves = tl.reshape(right, (right.shape[0], 2, right.shape[1] // 2))
             left, right = tl.split(tl.permute(halves, (0, 2, 1)))
     return left, right
@@ -51,14 +53,17 @@ def _last_halves(x, SHARE: tl.constexpr):
 
 @triton.jit
 def _side_by_side(left, right):
-    """One tile (rows, 2 * columns) of two (rows, columns)."""
+    """Joins two tiles (rows, columns) to one (rows, 2 * columns)."""
     both = tl.permute(tl.join(left, right), (0, 2, 1))
     return tl.reshape(both, (left.shape[0], 2 * left.shape[1]))
 
 
 @triton.jit
 def _exp2_by_polynomial(x):
-    """2**x: the integer part goes to the exponent's bits, the rest to a minimax polynomial on [-1/2, 1/2]."""
+    """2**x: the nearest integer is added to the exponent bits of a minimax polynomial of the rest.
+
+    The rest lies in [-1/2, 1/2].
+    """
     x = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
     shifted = x + _TO_INTEGER
     rest = x - (shifted - _TO_INTEGER)

@@ -1,4 +1,4 @@
-"""How the maps lie in memory that kernels read and write: NHWC, dense except for their channels."""
+"""How maps lie in memory: NHWC, dense, except that the channels may be a slice of wider rows."""
 
 from ..arrays import Array
 
@@ -11,10 +11,10 @@ def image_tokens(x: Array) -> int:
 def row_stride(x: Array) -> int:
     """Elements from one token of a map to the next."""
     if 0 in x.shape:
-        return x.shape[3]  # an empty batch is never read, and may have any strides
+        return x.shape[3]  # an empty map is never read and may have any strides
     images, rows, columns, channels = x.shape
     of_image, of_row, of_column, of_channel = x.stride()
-    # A map of a single column may carry any stride there, and PyTorch still calls it contiguous.
+    # PyTorch calls a map contiguous whatever the stride of an axis of length 1, so such an axis says nothing.
     stride = of_column if columns > 1 else of_row if rows > 1 else of_image
     assert of_channel == 1 or channels == 1
     assert rows == 1 or of_row == columns * stride

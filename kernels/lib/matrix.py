@@ -1,9 +1,10 @@
-"""Matrix products of tiles, as every attention kernel takes them."""
+"""Matrix products of tiles, used by every attention kernel."""
 
 import triton
 import triton.language as tl
 
-# The interpreter keeps bfloat16 as its bits and multiplies those; products of float32 copies are exact.
+# Triton's interpreter stores a bfloat16 number as an integer with its bits and would multiply these integers.
+# Converted to float32 first, the products are exact.
 _WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 

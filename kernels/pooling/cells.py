@@ -1,23 +1,24 @@
 """Pooling of the tokens of every region to cells, and its gradients, without copies and without atomics.
 
-The kernels know the cells of a region by two tables, so one kernel serves adaptive, plain and fractional
-pooling and strided convolution, and samples drawn on the device need never be known to the host.
+The kernels read the cells of a region from two tables. So one kernel serves adaptive, plain and fractional
+pooling and strided convolution, and the host never needs the random samples of fractional pooling, which are
+drawn on the device.
 
 | array | shape | meaning |
 |---|---|---|
 | x, grad_x | (N, HEIGHT, WIDTH, TOKEN_STRIDE), of which CHANNELS | a slice of a packed NHWC map |
-| fill | (CHANNELS,) | what tokens past the map's edge hold; None where the map is not padded |
-| taps | | weight and bias of a convolution, see `Taps`; None for other modes |
+| fill | (CHANNELS,) | what tokens past the map's edge hold; None if the map is not padded |
+| taps | | weight and bias of a convolution, see `Taps`; None in the other modes |
 | cells | | start and end of every cell, see `Cells` |
 | holders | | the cells that hold every token, see `Holders` |
 | pooled, grad_pooled | (N, rows * cells_high, columns * cells_wide, CHANNELS) | pooled map, NHWC |
-| argmax | as pooled, int32 | token of the region that is the maximum, row-major; None for other modes |
+| argmax | as pooled, int32 | number in its region of the token with the maximum; None in the other modes |
 | fill_partials | (N * strips, CHANNELS) fp32 | each program's share of the gradient of fill, or None |
 | weight_partials | (strips, taps, CHANNELS) fp32 | each program's share of the gradient of weight |
 
-A tile is BLOCK_T tokens of a map in row-major order times BLOCK_C channels. The backward owns tokens of the
-padded map and gathers from the cells that contain them; a program walks several tiles, a strip, so that its
-share of a sum over all tokens is small beside the map.
+A tile is BLOCK_T tokens of a map, in row-major order, times BLOCK_C channels. A program of the backward owns
+tokens of the padded map and adds up what the cells that contain them contribute. It walks several tiles, a
+strip: so there are few programs, and their shares of sums over all tokens take little memory beside the map.
 """
 
 import triton
@@ -31,7 +32,7 @@ _SIZES = [
 
 @triton.jit
 def _span(spans, index, live):
-    """Rows `index` of a table of starts and ends; (0, 1) where not live."""
+    """Start and end at `index` of a table of cells or holders; (0, 1) where not live."""
     start = tl.load(spans + 2 * index, mask=live, other=0)
     return start, tl.load(spans + 2 * index + 1, mask=live, other=1)
 
@@ -48,7 +49,7 @@ def _load_tokens(
     width,
     CONFIG: tl.constexpr,
 ):
-    """Channels of tokens of an image, (tokens, channels) in float32; `fill`, if any, past the map's edge."""
+    """Loads tokens of an image, (tokens, channels) in float32; past the map's edge `fill`, if it is given."""
     CHANNELS: tl.constexpr = CONFIG.CHANNELS
     if fill is not None:
         live = live & (row < height) & (column < width)
@@ -79,7 +80,7 @@ def pool_kernel(
     cells_wide,
     CONFIG: tl.constexpr,
 ):
-    """A tile of the pooled map; grid (N * tiles, channel blocks)."""
+    """Computes a tile of the pooled map; grid (N * tiles, channel blocks)."""
     MODE: tl.constexpr = CONFIG.MODE
     CHANNELS: tl.constexpr = CONFIG.CHANNELS
     BLOCK_T: tl.constexpr = CONFIG.BLOCK_T
@@ -87,7 +88,7 @@ def pool_kernel(
     pooled_width = columns * cells_wide
     pooled_tokens = rows * cells_high * pooled_width
     tiles = tl.cdiv(pooled_tokens, BLOCK_T)
-    # 64 bits, since the image's offset in the batch may pass 2**31 elements.
+    # 64 bits, because the image's offset in the batch may exceed 2**31 elements.
     image = (tl.program_id(0) // tiles).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     x += image * height * width * CONFIG.TOKEN_STRIDE
@@ -144,10 +145,10 @@ def pool_kernel(
 
 @triton.jit(do_not_specialize=["count", "side"])
 def invert_cells_kernel(cells, holders, count, side, CONFIG: tl.constexpr):
-    """Which cells hold each token of an axis; grid (blocks of tokens,).
+    """Finds which cells contain each token of an axis; grid (blocks of tokens,).
 
-    Of cells in ascending order those that end at or before a token come before its first, and those that
-    start at or before it end with its last: both are counted.
+    Cells ascend, so the number of cells that end at or before a token is the number of the first cell that
+    contains it, and the number of cells that start at or before the token is the end of that range.
     """
     BLOCK: tl.constexpr = CONFIG.BLOCK
     BLOCK_CELLS: tl.constexpr = CONFIG.BLOCK_CELLS
@@ -185,7 +186,7 @@ def pool_backward_kernel(
     strip_tiles,
     CONFIG: tl.constexpr,
 ):
-    """Gradient of a strip of the padded map; grid (N * strips, channel blocks)."""
+    """Computes the gradient of a strip of the padded map; grid (N * strips, channel blocks)."""
     MODE: tl.constexpr = CONFIG.MODE
     CHANNELS: tl.constexpr = CONFIG.CHANNELS
     BLOCK_T: tl.constexpr = CONFIG.BLOCK_T
@@ -266,7 +267,10 @@ def pool_weight_gradient_kernel(
     strip_tiles,
     CONFIG: tl.constexpr,
 ):
-    """Gradient of one tap from a strip of the pooled maps' N * tiles; grid (strips, channel blocks, taps)."""
+    """A strip's share of the gradient of one tap; grid (strips, channel blocks, taps).
+
+    The strips divide the N * tiles of the pooled maps.
+    """
     KERNEL_WIDTH: tl.constexpr = CONFIG.KERNEL_WIDTH
     CHANNELS: tl.constexpr = CONFIG.CHANNELS
     BLOCK_T: tl.constexpr = CONFIG.BLOCK_T

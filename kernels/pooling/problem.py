@@ -54,8 +54,8 @@ class PoolingGradients:
 
     Attributes:
         fill: `(C,)`: gradient of what tokens past the map's edge hold; None where there are none.
-        weight: `(C, kernel height, kernel width)`; None but for `WEIGHTED`.
-        bias: `(C,)`; None but for `WEIGHTED`.
+        weight: `(C, kernel height, kernel width)`; None except for `WEIGHTED`.
+        bias: `(C,)`; None except for `WEIGHTED`.
     """
 
     fill: Tensor | None = None

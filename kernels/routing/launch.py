@@ -21,8 +21,9 @@ _ROUTE_OPERAND = 256
 # Elements of an operand, and the most channels in it: of 16, 32 and 64, timed by hand on an H200, the fastest
 # for 49 and 64 regions.
 _ROUTE_TILE, _ROUTE_CHANNELS = 4096, 64
-# Listed tokens of a step, of all the regions that a program's query regions chose: 16 per thread.
-_LISTED = 2048
+# Listed tokens of a step, of all the regions that a program's query regions chose: 16 per thread. With their
+# factors half as many: sm_90 spilled 4 instructions at 128 channels, padded, and takes 128 registers for 168.
+_LISTED, _LISTED_WITH_FACTORS = 2048, 1024
 # Elements of a tile of tokens, and the most tokens in it, of `region_means_kernel`. Regions of a few tokens,
 # as in BiFormer's later stages, take tiles of more channels instead of dead rows: six tiles from 1 to 32
 # tokens, each compiled when first met. One warp a program, which has its loads in flight at once and nothing
@@ -100,6 +101,7 @@ def launch_route(
     block_r = max(16, next_power_of_2(n_regions))
     block_q = _ROUTE_QUERIES if block_r <= _ROUTE_OPERAND else 1
     block_k = next_power_of_2(topk)
+    listed = _LISTED if lists is None or lists.factors is None else _LISTED_WITH_FACTORS
     config = RouteConfig(
         DIM=routing.query.shape[-1],
         ROW_STRIDE=_row_stride(routing.query),
@@ -109,7 +111,7 @@ def launch_route(
         BLOCK_K=block_k,
         PRECISION="ieee" if torch.version.hip else "tf32x3",
         LISTS=lists is not None,
-        BLOCK_TOKENS=max(1, _LISTED // (block_q * block_k)),
+        BLOCK_TOKENS=max(1, listed // (block_q * block_k)),
         BLOCK_REGION_TOKENS=_LISTED // block_q,
     )
     plan.launch(

@@ -1,4 +1,4 @@
-"""Tile configurations as data: what an entry says, the tables that hold them, and which one a launch gets."""
+"""Tile configurations as data: what an entry says, the tables of entries, and the choice for a launch."""
 
 from .choice import (
     MASKED,

@@ -1,8 +1,8 @@
 """The user's own cache of tile configurations: what `bra-autotune` measured on this machine's cards.
 
-One file for all cards and versions, `tuned.json`; an entry counts only on a card of its name, under its
-versions of PyTorch and Triton, and for the kernels it was measured with. Nothing that the file may hold stops
-a launch: what cannot be used is left out, with one warning.
+One file, `tuned.json`, serves all cards and versions. An entry is used only on a card of the same name, with
+the same versions of PyTorch and Triton, and with the same kernel sources as those it was measured with. No
+content of the file can stop a launch: entries that cannot be used are ignored, with one warning.
 """
 
 import json
@@ -33,18 +33,18 @@ def folder() -> Path:
 
 
 def path() -> Path:
-    """Where the cache is."""
+    """Path of the cache's file."""
     return folder() / "tuned.json"
 
 
 def circumstances(card: str, kernel: str) -> dict[str, str]:
-    """What an entry of a kernel must have been measured under to count here."""
+    """The card, versions and kernel source that an entry must have been measured with to be used here."""
     versions = {"torch": torch.__version__, "triton": triton_version()}
     return {"card": card, **versions, "source": source_digest(kernel)}
 
 
 def triton_version() -> str:
-    """Version of Triton; empty without it."""
+    """Version of Triton; an empty string if it is not installed."""
     try:
         import triton
     except ImportError:
@@ -54,12 +54,12 @@ def triton_version() -> str:
 
 @cache
 def source_digest(kernel: str) -> str:
-    """Stands for the source of a kernel and of what it imports; tiles measured with another do not count."""
+    """Digest of the source of a kernel and of what it imports; tiles measured with another are not used."""
     return sources.digest(f"attention/{kernel}.py")
 
 
 def read(card: str) -> dict[Key, Entry]:
-    """What was measured on cards of this name, under these versions; empty where that is nothing."""
+    """The entries measured on cards of this name, with these versions and kernels; may be empty."""
     rows = _read_rows(path())
     entries = {}
     for row in rows:
@@ -75,10 +75,10 @@ def read(card: str) -> dict[Key, Entry]:
 
 
 def update(card: str, entries: Mapping[Key, Entry]) -> None:
-    """Adds entries, or replaces those of the same card, versions and key; other processes may do so, too.
+    """Adds entries and replaces those of the same card, versions and key; safe beside other processes.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: if the folder cannot be written.
     """
     path().parent.mkdir(parents=True, exist_ok=True)
     with _lock():
@@ -90,7 +90,7 @@ def update(card: str, entries: Mapping[Key, Entry]) -> None:
 
 
 def write_whole(target: Path, text: str) -> None:
-    """Replaces a file in one step: no reader sees half of it."""
+    """Replaces a file in one step, so that no reader sees a half-written one."""
     with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False) as file:
         file.write(text)
         file.flush()
@@ -103,7 +103,7 @@ def write_whole(target: Path, text: str) -> None:
 
 
 def _read_rows(source: Path) -> list[dict[str, Any]]:
-    """All entries of the file, checked; none if the file is missing or not wholly readable."""
+    """All entries of the file, checked; none if the file is missing or any part of it is unreadable."""
     try:
         content = json.loads(source.read_text())
         require(content, "the cache of tiles", {"format": (int,), "entries": (list,)})
@@ -133,7 +133,7 @@ def _warn(message: str) -> None:
 
 @contextmanager
 def _lock() -> Iterator[None]:
-    # Only where GPUs are tuned, on Linux. The system drops the lock of a process that dies.
+    # Imported here because it exists on Unix only. The system releases the lock of a process that dies.
     import fcntl
 
     with open(path().with_suffix(".lock"), "w") as file:

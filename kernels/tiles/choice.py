@@ -1,10 +1,11 @@
 """Which tile configuration a launch gets.
 
-A kernel "owns" a tile of rows (queries for the forward and dQ, keys for dK/dV) and walks a list in steps of
-the other side. Rows past the end of a region are wasted, so the owned tile shrinks with the region.
+A program "owns" a tile of rows (queries in the forward and dQ, keys in dK/dV) and walks a list of the other
+side in steps. Rows past the end of a region are wasted, so smaller regions get smaller tiles.
 
-What was measured on this very card (`bra-autotune`, kept in the user's cache) comes first, then the table
-that the package ships for the card's architecture or the nearest older one, read at the first launch.
+An entry that `bra-autotune` measured on this card (it is in the user's cache) comes first. Otherwise the
+table that the package ships for the card's architecture, or for the nearest older one, has the tile. Tables
+are read at the first launch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,13 +31,14 @@ from .table import (
     packaged_archs,
 )
 
-# What tensors stand for that lie on no GPU: those of the interpreter, and those without data.
+# Whose tiles are used for tensors that are not on a GPU: those of the interpreter, and those without data.
 DEFAULT_ARCHITECTURE = "sm_90"
 _architecture: ContextVar[str | None] = ContextVar("architecture", default=None)
 _forced: ContextVar[Mapping[str, Tile]] = ContextVar("forced", default={})  # noqa: B039 (never written to)
 
-# Masked attention over the whole map, half precision, heads of at most 32: of eleven, timed by hand on an
-# H200 at BiFormer's third stage, the fastest; but dK/dV's (128 x 64, by 6 %) spills under Triton 3.8.
+# Tiles of masked attention, half precision, heads of at most 32 channels. Eleven were timed by hand on an
+# H200 at BiFormer's third stage; for the forward and dQ these are the fastest. For dK/dV, 128 x 64 is 6 %
+# faster than this one, but spills registers under Triton 3.8.
 MASKED = {
     FORWARD: Tile(64, 64, 4, 2),
     QUERY_GRADIENT: Tile(64, 64, 4, 2),
@@ -45,7 +47,7 @@ MASKED = {
 
 
 def channel_block(head_dim: int) -> int:
-    """Channels that a tile holds for a head of `head_dim`: a power of two that a matrix unit can take."""
+    """Channels that a tile holds for a head of `head_dim`: rounded up to a power of two of at least 16."""
     return max(16, next_power_of_2(head_dim))
 
 
@@ -64,7 +66,7 @@ def choose(
         dtype: float32, float16 or bfloat16.
         head_dim: the wider of a head's queries and values, at most 256.
         region_tokens: tokens in a region, `S`.
-        device: where the tensors lie; see `use_architecture` for those that lie on no GPU.
+        device: where the tensors are; see `use_architecture` for tensors that are not on a GPU.
         form: see `Key`.
     """
     if tile := _forced.get().get(kernel):
@@ -77,13 +79,13 @@ def choose(
 
 
 def form_of(heads: tuple[int, int], is_padded: bool, n_graphs: int, is_weighted: bool) -> str:
-    """The form of a kernel, see `Key`.
+    """The form of a kernel: "plain", "padded" or "weighted", see `Key`.
 
     Args:
         heads: channels of a query and of a value in one head.
         is_padded: whether keys and values have padding.
-        n_graphs: graphs an image.
-        is_weighted: whether there is a factor, or its gradient is asked for.
+        n_graphs: graphs per image.
+        is_weighted: whether keys and values have a factor, or the factor's gradient is needed.
     """
     if is_weighted:
         return WEIGHTED
@@ -93,12 +95,12 @@ def form_of(heads: tuple[int, int], is_padded: bool, n_graphs: int, is_weighted:
 
 @contextmanager
 def use_architecture(arch: str) -> Iterator[None]:
-    """Within it, launches of this thread get the tiles that the package ships for `arch`.
+    """Context in which launches of this thread get the tiles that the package ships for `arch`.
 
-    For what runs on no GPU, and stands for one: a recording or the interpreter.
+    For launches that are recorded, compiled or interpreted without the GPU that they are meant for.
 
     Raises:
-        ValueError: `arch` is no architecture's name.
+        ValueError: if `arch` is not the name of an architecture.
     """
     nearest(arch, packaged_archs())
     token = _architecture.set(arch)
@@ -110,7 +112,7 @@ def use_architecture(arch: str) -> Iterator[None]:
 
 @contextmanager
 def use_tiles(by_kernel: Mapping[str, Tile]) -> Iterator[None]:
-    """Within it, launches of this thread get these tiles; kernels not named get their own."""
+    """Context in which launches of this thread get these tiles; kernels that are not named keep theirs."""
     token = _forced.set(by_kernel)
     try:
         yield
@@ -122,14 +124,14 @@ InForce = tuple[str | None, tuple[tuple[str, Tile], ...]]
 
 
 def in_force() -> InForce | None:
-    """What `use_architecture` and `use_tiles` have set in this thread; None for nothing."""
+    """What `use_architecture` and `use_tiles` have set in this thread; None if they have set nothing."""
     forced, arch = _forced.get(), _architecture.get()
     return (arch, tuple(forced.items())) if forced or arch else None
 
 
 @contextmanager
 def restored(what: InForce) -> Iterator[None]:
-    """Within it, in another thread, what was `in_force`."""
+    """Context that sets, in another thread, what `in_force` returned."""
     arch, forced = what
     tokens = _architecture.set(arch), _forced.set(dict(forced))
     try:
@@ -140,7 +142,7 @@ def restored(what: InForce) -> Iterator[None]:
 
 
 def architecture_of(device: torch.device) -> str:
-    """Architecture of a GPU: "sm_90", "gfx942"."""
+    """Architecture of a GPU, such as "sm_90" or "gfx942"."""
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -152,7 +154,7 @@ when_forgotten: list[Callable[[], None]] = []
 
 
 def forget() -> None:
-    """Reads all tables anew at the next launch: for whoever has just written one."""
+    """Makes the next launch read all tables again; to be called after one has been written."""
     _of_card.cache_clear()
     _of_architecture.cache_clear()
     packaged.cache_clear()

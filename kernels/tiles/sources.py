@@ -1,4 +1,4 @@
-"""The source of a kernel: its module and all that the module imports from `kernels`. Needs no Triton."""
+"""The source of a kernel: its module, and what that imports from `kernels`. Needs no Triton."""
 
 import ast
 import hashlib
@@ -11,7 +11,7 @@ _PACKAGE = __package__.rpartition(".")[0]
 
 
 def digest(module: str, root: Path = ROOT) -> str:
-    """Twelve hexadecimal digits that stand for the text of `source_files`, whatever its line ends."""
+    """Twelve hexadecimal digits, a digest of the text of `source_files`; line endings do not matter."""
     found = hashlib.sha256()
     for name, text in sorted(source_files(module, root).items()):
         found.update(f"{name}\0{text}\0".encode())
@@ -19,10 +19,10 @@ def digest(module: str, root: Path = ROOT) -> str:
 
 
 def source_files(module: str, root: Path = ROOT) -> dict[str, str]:
-    """Text by name of a module's file and of those that it imports, directly or through others.
+    """The text, by file name, of a module and of the modules that it imports, directly or indirectly.
 
     Args:
-        module: the file's name from `root`, with slashes: "attention/forward.py".
+        module: path of the module's file relative to `root`, such as "attention/forward.py".
         root: the folder `kernels`.
     """
     texts: dict[str, str] = {}
@@ -37,11 +37,11 @@ def source_files(module: str, root: Path = ROOT) -> dict[str, str]:
 
 
 def imported_names(source: str, package: str) -> set[str]:
-    """Full names of what a module imports: "a.b" for `import a.b`, "a.b.c" for `from a.b import c`.
+    """The full names that a module imports: "a.b" for `import a.b`, "a.b.c" for `from a.b import c`.
 
     Args:
         source: the module's text.
-        package: full name of the package that it is in.
+        package: full name of the package that contains the module.
     """
     names = set()
     for node in ast.walk(ast.parse(source)):
@@ -54,7 +54,7 @@ def imported_names(source: str, package: str) -> set[str]:
 
 
 def _files(name: str, root: Path) -> Iterator[str]:
-    """Files in `kernels` that a name may come from: its own, where it is a module, and its parent's."""
+    """Files in `kernels` that may define a name: its own file, if it is a module, and its parent's file."""
     for module in (name, name.rpartition(".")[0]):
         if f"{module}.".startswith(f"{_PACKAGE}."):
             path = module.removeprefix(_PACKAGE).removeprefix(".").replace(".", "/")

@@ -1,7 +1,7 @@
 """Tables of tile configurations: what an entry says, and the files that hold them. Needs no Triton.
 
-A table is a JSON file, one line an entry, so that two versions of it compare line by line. The package ships
-one an architecture, `tuned/<arch>.json`; `bra-autotune` writes them.
+A table is a JSON file with one line per entry, so that two versions can be compared line by line. The package
+ships one per architecture, `tuned/<arch>.json`; `bra-autotune` writes them.
 """
 
 import json
@@ -30,19 +30,20 @@ _ROW_TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes and with how many threads.
+    """What one program computes, and with how many threads.
 
     Attributes:
         own: rows that the program owns, a power of two of at least 16.
-        step: list positions in one step of its loop, a power of two of at least 16.
+        step: tokens of the list that it walks in one step of its loop, a power of two of at least 16.
         num_warps: warps of 32 threads, a power of two.
         num_stages: depth of the software pipeline.
-        exp_share: one in so many exponentials is evaluated by multiply-adds, a power of two; 0 for none.
-            Forward and dQ, half precision.
-        fuses_lepe: add LePE in the forward's epilogue, not in a launch of its own. Forward.
+        exp_share: one in `exp_share` exponentials is evaluated by multiply-adds; a power of two, or 0 for
+            none. Only for the forward and dQ in half precision.
+        fuses_lepe: whether the forward adds LePE to its tile before it stores it, instead of a launch of
+            LePE's own. Only for the forward.
 
     Raises:
-        ValueError: if a number is none of these; names it.
+        ValueError: if a value is not allowed; names it.
     """
 
     own: int
@@ -76,19 +77,21 @@ _OPTIONS = {field.name: field.default for field in fields(Tile) if field.name no
 
 @dataclass(frozen=True)
 class Key:
-    """What an entry of a table serves.
+    """The problems that an entry of a table serves.
 
     Attributes:
         kernel: one of `KERNELS`.
-        bits: of an element, 16 or 32; float16 and bfloat16 share their tiles.
-        head_dim: widest head, one of `HEAD_DIMS`.
-        size: tokens of the largest region, one of `SIZES`; the last one also serves all larger ones.
-        form: what a kernel holds in registers besides, one of `FORMS`: nothing; padding of the map or of
-            heads to a power of two, or a graph for every head; routing weights or their gradient. The widest
-            tiles fill the registers in the plain form and spill in the others.
+        bits: bits of an element, 16 or 32; float16 and bfloat16 share their tiles.
+        head_dim: channels of the widest head that it serves, one of `HEAD_DIMS`.
+        size: tokens of the largest region that it serves, one of `SIZES`; the last also serves all larger
+            regions.
+        form: what a kernel holds in registers in addition, one of `FORMS`. "plain": nothing. "padded": the
+            map is padded, or a head is padded to a power of two of at least 16 channels, or each head has a
+            graph of its own. "weighted": there are routing weights, or their gradient is needed. The widest
+            tiles fill the registers in the plain form and would spill in the others.
 
     Raises:
-        ValueError: if one is none of these; names it.
+        ValueError: if a value is not allowed; names it.
     """
 
     kernel: str
@@ -110,7 +113,7 @@ class Key:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
 
     @classmethod
-    @lru_cache(1024)  # asked three times a training step
+    @lru_cache(1024)  # called three times in each training step
     def of(cls, kernel: str, bits: int, head_dim: int, region_tokens: int, form: str = PLAIN) -> "Key":
         """The entry that serves a problem; see `tiles.choose`."""
         width = next((width for width in HEAD_DIMS if width >= head_dim), head_dim)
@@ -124,12 +127,12 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """One configuration and what is known of it.
+    """One configuration and what is known about it.
 
     Attributes:
         tile: the configuration.
-        cost: what the cost model says where predicted, milliseconds where measured; None where unknown.
-        measured_on: card and versions, of an entry of a shipped table that was measured; else empty.
+        cost: the cost model's prediction, or milliseconds if it was measured; None if unknown.
+        measured_on: card and versions with which an entry of a shipped table was measured; else empty.
     """
 
     tile: Tile
@@ -143,11 +146,12 @@ class Table:
 
     Attributes:
         arch: "sm_90", "gfx942", ...
-        origin: "predicted" (from machine code, without a GPU) or "default" (not even that): of the entries
-            that do not say what they were `measured_on`.
-        torch: version it was made with.
-        triton: version it was made with; where predictions were confirmed under further ones, all of them.
-        entries: by what they serve.
+        origin: where the entries without `measured_on` come from: "predicted" (from machine code, without a
+            GPU) or "default" (neither measured nor predicted).
+        torch: version of PyTorch that it was made with.
+        triton: version of Triton that it was made with; if predictions were confirmed with further versions,
+            all of these versions.
+        entries: the entries, by the problems that they serve.
     """
 
     arch: str
@@ -161,8 +165,8 @@ def parse_entry(row: Mapping[str, Any]) -> tuple[Key, Entry]:
     """Reads one line of a table.
 
     Raises:
-        ValueError: the line is no JSON object, lacks a field, or has a field or an option of a wrong type or
-            value; says which.
+        ValueError: if the line is not a JSON object, lacks a field, or has a field or an option of a wrong
+            type or value; says which.
     """
     require({"measured_on": "", **row} if isinstance(row, Mapping) else row, "a tile's entry", _ROW_TYPES)
     if unknown := row["options"].keys() - _OPTIONS.keys():
@@ -181,7 +185,7 @@ def parse_entry(row: Mapping[str, Any]) -> tuple[Key, Entry]:
 
 
 def entry_row(key: Key, entry: Entry) -> dict[str, Any]:
-    """One line of a table; "options" holds what differs from a tile's defaults."""
+    """One line of a table; "options" has the values that differ from a tile's defaults."""
     tile = asdict(entry.tile)
     shape = {name: tile.pop(name) for name in _SHAPE}
     options = {name: value for name, value in tile.items() if value != _OPTIONS[name]}
@@ -193,7 +197,7 @@ def parse_table(text: str) -> Table:
     """Reads a table's file.
 
     Raises:
-        ValueError: the file is no JSON object, or lacks a field or has one of a wrong type; says which.
+        ValueError: if the file is not a JSON object, lacks a field, or has one of a wrong type; says which.
     """
     content = json.loads(text)
     require(content, "a table of tiles", {**dict.fromkeys(_HEAD, (str,)), "entries": (list,)})
@@ -202,23 +206,23 @@ def parse_table(text: str) -> Table:
 
 
 def require(content: Any, what: str, types: Mapping[str, tuple[type, ...]]) -> None:
-    """Checks that what a JSON file holds is an object with these fields, of these types.
+    """Checks that the content of a JSON file is an object with these fields, of these types.
 
     Raises:
-        ValueError: it is not; names `what`, the field, and what stands there.
+        ValueError: if it is not; names `what`, the field, and its value.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{what} must be a JSON object, got {content!r}")
     for name, allowed in types.items():
         if name not in content:
             raise ValueError(f"{what} lacks the field {name!r}: {content}")
-        if type(content[name]) not in allowed:  # not `isinstance`: a bool is no number here
+        if type(content[name]) not in allowed:  # not `isinstance`, for which True is an int
             choices = " or ".join(kind.__name__ for kind in allowed)
             raise ValueError(f"{what} must have a {name!r} of type {choices}, got {content[name]!r}")
 
 
 def format_table(table: Table) -> str:
-    """A table's file."""
+    """The text of a table's file."""
     head = {name: getattr(table, name) for name in _HEAD}
     return format_rows(head, [entry_row(*item) for item in table.entries.items()])
 
@@ -232,22 +236,25 @@ def format_rows(head: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
 
 @cache
 def packaged(arch: str) -> Table:
-    """The table that the package ships for `arch`, or for the card it most resembles."""
+    """The table that the package ships for `arch`, or for the architecture that `nearest` finds."""
     return parse_table(_folder().joinpath(f"{nearest(arch, packaged_archs())}.json").read_text())
 
 
 @cache
 def packaged_archs() -> tuple[str, ...]:
-    """Architectures that the package has a table of."""
+    """Architectures for which the package has a table."""
     names = (file.name for file in _folder().iterdir())
     return tuple(sorted(name.removesuffix(".json") for name in names if name.endswith(".json")))
 
 
 def nearest(arch: str, available: tuple[str, ...]) -> str:
-    """`arch` itself, else the newest NVIDIA architecture before it, else `FALLBACK`; AMD's among themselves.
+    """The available architecture whose table `arch` gets.
+
+    That is `arch` itself if it is available. Otherwise, an NVIDIA architecture gets the newest one before it,
+    an AMD architecture gets any of AMD; if there is none, `FALLBACK`.
 
     Raises:
-        ValueError: `arch` is no architecture's name.
+        ValueError: if `arch` is not the name of an architecture.
     """
     if not re.fullmatch(r"sm_\d+|gfx\w+", arch):
         raise ValueError(f"arch must be like sm_90 or gfx942, got {arch!r}")

@@ -12,7 +12,7 @@ os.environ["YOLO_OFFLINE"] = "true"
 
 from bra_triton.bench import demo
 
-ARGUMENTS = ["--epochs", "1", "--imgsz", "64", "--compare-steps", "2"]
+ARGUMENTS = ["--epochs", "1", "--imgsz", "32", "--compare-steps", "2"]
 
 
 @pytest.fixture(autouse=True)

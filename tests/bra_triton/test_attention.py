@@ -1,18 +1,16 @@
 """The drop-in against the float64 reference, on both fused backends."""
 
-import copy
-import inspect
-import pickle
-
 import pytest
 import torch
 from conftest import INTERPRETED
+from modules import reference_of, run
 from problems import CASES_BY_NAME, Case, cases_for, random_map, relative_error, worst
 
-import bra_triton
 from bra_triton import BiLevelRoutingAttention, functional, reference
-from bra_triton.backend import torch_backend
+from bra_triton.backend.torch import attention as torch_attention
 from bra_triton.bench import measure
+from bra_triton.call import Call
+from bra_triton.spec import AttentionSpec
 
 BACKENDS = ("torch", "triton")
 # Norm of the difference over the norm. Rounding of float32 gives 1 to 4e-7 at these sizes; a wrong tail, mask
@@ -20,24 +18,12 @@ BACKENDS = ("torch", "triton")
 FLOAT32_TOLERANCE = 1e-5
 
 
-def _run(module, x, grad_out):
-    """Output, input gradient and parameter gradients, by name."""
-    x = x.detach().requires_grad_()
-    out = module(x)
-    out.backward(grad_out.to(out))
-    return {"out": out.detach(), "x": x.grad, **{k: p.grad for k, p in module.named_parameters()}}
-
-
 def _pair(case, backend, device, **arguments):
     """The drop-in in float32 and the reference in float64, with the same weights."""
     module = BiLevelRoutingAttention(
         case.dim, case.num_heads, case.n_win, case.qk_dim, topk=case.topk, backend=backend, **arguments
     ).to(device)
-    oracle = reference.BiLevelRoutingAttention(
-        case.dim, case.num_heads, case.n_win, case.qk_dim, topk=case.topk, **arguments
-    ).to(device)
-    oracle.load_state_dict(module.state_dict())
-    return module, oracle.double()
+    return module, reference_of(module)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +33,7 @@ def test_float32_matches_float64_reference(case, backend, device):
     module, oracle = _pair(case, backend, device, auto_pad=True)
     x = random_map(case, device, case.dim)[:, : case.height, : case.width]
     grad_out = torch.randn(*x.shape, dtype=torch.float64, device=device)
-    actual, expected = _run(module, x.float(), grad_out), _run(oracle, x, grad_out)
+    actual, expected = run(module, x.float(), grad_out), run(oracle, x, grad_out)
     errors = {name: relative_error(actual[name], expected[name]) for name in expected}
     assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
 
@@ -60,7 +46,7 @@ def test_lepe_and_projection_variants(side_dwconv, param_attention, backend, dev
     module, oracle = _pair(case, backend, device, side_dwconv=side_dwconv, param_attention=param_attention)
     x = random_map(case, device, case.dim)
     grad_out = torch.randn(*x.shape, dtype=torch.float64, device=device)
-    actual, expected = _run(module, x.float(), grad_out), _run(oracle, x, grad_out)
+    actual, expected = run(module, x.float(), grad_out), run(oracle, x, grad_out)
     errors = {name: relative_error(actual[name], expected[name]) for name in expected}
     assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
 
@@ -71,7 +57,7 @@ def test_lepe_and_projection_variants(side_dwconv, param_attention, backend, dev
     [(name, torch.float16) for name in ("rectangular", "tokens_10x10", "head_5", "head_64", "qk_narrow")]
     + [("rectangular", torch.bfloat16), ("head_64", torch.bfloat16)],
 )
-def test_half_precision_errs_at_most_twice_as_much_as_the_reference_in_that_type(
+def test_half_precision_errs_at_most_twice_as_much_as_the_reference_in_that_dtype(
     name, dtype, backend, device
 ):
     case = CASES_BY_NAME[name]
@@ -80,21 +66,20 @@ def test_half_precision_errs_at_most_twice_as_much_as_the_reference_in_that_type
     lepe = torch.randn(case.dim, 1, 3, 3, device=device).to(dtype).double() / 3
     grad_out = torch.randn(*qkv.shape[:3], case.dim, device=device).to(dtype).double()
 
-    def run(attend, dtype):
+    def attend(backend, dtype):
         inputs = [t.to(dtype).requires_grad_() for t in (qkv, lepe)]
-        out = attend(inputs[0], spec, inputs[1])
+        out = functional.attend(Call(inputs[0], spec, inputs[1]), backend)
         return out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(dtype))
 
-    def fused(qkv, spec, lepe_weight):
-        return functional.attend(qkv, spec, functional.Parts(lepe_weight), backend=backend)
-
-    routes = [set_of(reference.route(qkv.to(d), spec)[1]) for d in (torch.float64, dtype)]
+    routes = [set_of(reference.route(Call(qkv.to(d), spec))[1]) for d in (torch.float64, dtype)]
     assert routes[0] == routes[1], "the regions of this case must lie far enough apart to route alike"
-    truth = run(reference.attend, torch.float64)
-    plain, actual = run(reference.attend, dtype), run(fused, dtype)
+    truth = attend("reference", torch.float64)
+    plain, actual = attend("reference", dtype), attend(backend, dtype)
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds it, and so errs twice as much.
+    cut_off = backend == "triton" and dtype == torch.bfloat16 and INTERPRETED
     for label, t, p, a in zip(("out", "qkv", "lepe"), truth, plain, actual, strict=True):
         assert a.dtype == dtype
-        assert relative_error(a, t) <= 2 * relative_error(p, t), label
+        assert relative_error(a, t) <= (4 if cut_off else 2) * relative_error(p, t), label
 
 
 def set_of(r_idx):
@@ -111,13 +96,14 @@ def test_scores_far_below_zero(name, backend, device):
     qkv[..., :qk_dim] += 20
     qkv[..., qk_dim : 2 * qk_dim] -= 20
     grad_out = torch.randn(*qkv.shape[:3], case.dim, dtype=torch.float64, device=device)
-    expected = torch.autograd.grad(
-        reference.attend(x := qkv.clone().requires_grad_(), case.spec), x, grad_out
-    )
-    y = qkv.float().requires_grad_()
-    actual = torch.autograd.grad(functional.attend(y, case.spec, backend=backend), y, grad_out.float())
+
+    def gradient(backend, x):
+        out = functional.attend(Call(x.requires_grad_(), case.spec), backend)
+        return torch.autograd.grad(out, x, grad_out.to(x))[0]
+
+    expected, actual = gradient("reference", qkv.clone()), gradient(backend, qkv.float())
     # The scores' own rounding, 3000 times 6e-8, sets this tolerance.
-    assert relative_error(actual[0], expected[0]) < 1e-3
+    assert relative_error(actual, expected) < 1e-3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -130,24 +116,23 @@ def test_float16_products_past_its_range(backend, device):
 
 def test_regions_too_large_for_a_chunk_are_split(monkeypatch):
     """Unequal heads take the torch backend's unfused path, which holds scores: 64 x 128 of a region here."""
-    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(torch_attention, "CHUNK_ELEMENTS", 1000)
     case = Case("split", "regions of 64 tokens", 16, 16, 32, 1, 2, 2, 16)
     module, oracle = _pair(case, "torch", torch.device("cpu"))
     x = random_map(case, torch.device("cpu"), case.dim)
     grad_out = torch.randn(*x.shape, dtype=torch.float64)
-    actual, expected = _run(module, x.float(), grad_out), _run(oracle, x, grad_out)
+    actual, expected = run(module, x.float(), grad_out), run(oracle, x, grad_out)
     assert worst(relative_error(actual[name], expected[name]) for name in expected) < FLOAT32_TOLERANCE
 
 
 def test_memory_of_the_torch_backend_is_linear_in_the_map():
     """Regions four times as large, sixteen times the scores: the unfused path must not hold them all."""
-    spec = CASES_BY_NAME["qk_narrow"].spec
-    spec = type(spec)(32, 16, 1, 2, 1)
+    spec = AttentionSpec(32, 16, 1, 2, 1)
     peaks = []
     for side in (64, 128):
         qkv = torch.randn(1, side, side, spec.packed_dim)
         peaks.append(
-            measure.peak_bytes(lambda qkv=qkv: functional.attend(qkv, spec, backend="torch"), qkv.device)
+            measure.peak_bytes(lambda qkv=qkv: functional.attend(Call(qkv, spec), "torch"), qkv.device)
         )
     assert peaks[1] < 5 * peaks[0], peaks
 
@@ -216,7 +201,7 @@ def test_every_mode_matches_the_float64_reference(mode, size, backend, device):
     module.eval(), oracle.eval()  # or fractional pooling draws other samples for each
     x = random_map(case, device, case.dim)[:, : case.height, : case.width]
     grad_out = torch.randn(*x.shape, dtype=torch.float64, device=device)
-    actual, expected = _run(module, x.float(), grad_out), _run(oracle, x, grad_out)
+    actual, expected = run(module, x.float(), grad_out), run(oracle, x, grad_out)
     assert {k for k, v in actual.items() if v is None} == {k for k, v in expected.items() if v is None}
     errors = {
         name: relative_error(actual[name], expected[name])
@@ -254,11 +239,8 @@ class TestDeterminism:
     @staticmethod
     def _gradients(qkv, lepe_weight, spec, grad_out, backend):
         inputs = [x.clone().requires_grad_() for x in (qkv, lepe_weight, lepe_weight[:, 0, 0, 0])]
-        return torch.autograd.grad(
-            functional.attend(inputs[0], spec, functional.Parts(*inputs[1:]), backend=backend),
-            inputs,
-            grad_out,
-        )
+        call = Call(inputs[0], spec, *inputs[1:])
+        return torch.autograd.grad(functional.attend(call, backend), inputs, grad_out)
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_gradients_are_bitwise_equal(self, backend, device):
@@ -294,124 +276,3 @@ class TestDeterminism:
             module(torch.randn(2, 9, 9, 32, device=device)).square().mean().backward()
         finally:
             torch.use_deterministic_algorithms(False)
-
-
-class TestDropIn:
-    """Arguments, keys and return values of the original."""
-
-    ORIGINAL_ARGUMENTS = (
-        "dim num_heads n_win qk_dim qk_scale kv_per_win kv_downsample_ratio kv_downsample_kernel "
-        "kv_downsample_mode topk param_attention param_routing diff_routing soft_routing side_dwconv auto_pad"
-    ).split()
-
-    @pytest.mark.parametrize("cls", [BiLevelRoutingAttention, reference.BiLevelRoutingAttention])
-    def test_positional_order_and_defaults(self, cls):
-        parameters = list(inspect.signature(cls).parameters.values())
-        positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        assert [p.name for p in positional] == self.ORIGINAL_ARGUMENTS
-        assert [p.default for p in positional[1:]] == [
-            *(8, 7, None, None, 4, 4, None, "identity", 4, "qkvo", False, False, False, 3, False)
-        ]
-        assert {p.name for p in parameters} - {p.name for p in positional} <= {"backend"}
-
-    def test_state_dict_keys_and_shapes(self):
-        state = BiLevelRoutingAttention(64, 2, qk_dim=32, side_dwconv=5).state_dict()
-        assert {key: tuple(value.shape) for key, value in state.items()} == {
-            "lepe.weight": (64, 1, 5, 5),
-            "lepe.bias": (64,),
-            "qkv.qkv.weight": (128, 64),
-            "qkv.qkv.bias": (128,),
-            "wo.weight": (64, 64),
-            "wo.bias": (64,),
-        }
-
-    def test_state_dict_with_a_parametrised_router(self):
-        module = BiLevelRoutingAttention(32, 1, param_routing=True, diff_routing=True)
-        assert {"router.emb.weight", "router.emb.bias"} < set(module.state_dict())
-
-    @pytest.mark.parametrize("backend", BACKENDS)
-    def test_attention_mask_in_the_original_shapes(self, backend, device):
-        module = BiLevelRoutingAttention(32, 2, 4, topk=3, auto_pad=True, backend=backend).to(device)
-        x = torch.randn(2, 10, 8, 32, device=device)
-        out, r_weight, r_idx, attn_weight = module(x, ret_attn_mask=True)
-        assert r_weight.shape == r_idx.shape == (2, 16, 3)
-        assert r_idx.dtype == torch.int64
-        assert attn_weight.shape == (32, 2, 6, 18)
-        assert relative_error(module(x), out.double()) < FLOAT32_TOLERANCE
-
-    @pytest.mark.parametrize("frozen", ["qkv", "lepe", "lepe.bias", "wo"])
-    def test_frozen_parameters_leave_the_other_gradients_as_they_are(self, frozen):
-        module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend="torch")
-        partly = copy.deepcopy(module)
-        for name, parameter in partly.named_parameters():
-            parameter.requires_grad_(not name.startswith(frozen))
-        x = torch.randn(1, 8, 8, 32)
-        for each in (module, partly):
-            each(x).square().sum().backward()
-        for (name, parameter), expected in zip(partly.named_parameters(), module.parameters(), strict=True):
-            assert (
-                parameter.grad is None
-                if name.startswith(frozen)
-                else torch.equal(parameter.grad, expected.grad)
-            )
-
-    def test_without_a_lepe_bias(self):
-        spec = CASES_BY_NAME["rectangular"].spec
-        qkv, weight = random_map(CASES_BY_NAME["rectangular"], torch.device("cpu")), torch.randn(64, 1, 3, 3)
-        inputs = [qkv.requires_grad_(), weight.double().requires_grad_()]
-        results = [
-            torch.autograd.grad(attend(inputs[0], spec, inputs[1]).square().sum(), inputs)
-            for attend in (lambda q, s, w: functional.attend(q, s, functional.Parts(w)), reference.attend)
-        ]
-        assert all(relative_error(a, e) < 1e-12 for a, e in zip(*results, strict=True))
-
-    def test_copies_and_pickles(self):
-        """Ultralytics keeps a copy of the model for its moving average, and pickles it whole."""
-        module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend="torch").half()
-        x = torch.randn(1, 8, 8, 32).half()
-        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-            assert torch.equal(twin(x), module(x))
-            assert twin.backend == "torch"
-
-    def test_is_exported(self):
-        assert "BiLevelRoutingAttention" in bra_triton.__all__
-
-
-class TestErrors:
-    """Bad input is refused before any work, by an error that names it."""
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ({"dim": 30}, r"dim must be a multiple of num_heads=8, got 30"),
-            ({"dim": 64, "qk_dim": 36}, r"qk_dim must be a multiple of num_heads=8, got 36"),
-            ({"dim": 0}, r"dim must be an int of at least 1, got 0"),
-            ({"dim": 64.0}, r"dim must be an int of at least 1, got 64.0"),
-            ({"dim": 64, "topk": 50}, r"topk must be at most the number of regions, n_win\*\*2 = 49, got 50"),
-            ({"dim": 64, "topk": 0}, r"topk must be an int of at least 1, got 0"),
-            ({"dim": 64, "n_win": -1}, r"n_win must be an int of at least 1, got -1"),
-            ({"dim": 64, "qk_scale": -1.0}, r"qk_scale must be positive and finite, got -1.0"),
-            ({"dim": 64, "param_attention": "none"}, r"param_attention must be one of .*, got 'none'"),
-            ({"dim": 64, "param_routing": True}, r"param_routing=True needs diff_routing=True"),
-            ({"dim": 64, "side_dwconv": 4}, r"side_dwconv must be 0 or an odd kernel size, got 4"),
-            ({"dim": 64, "kv_downsample_mode": "mean"}, r"kv_downsample_mode must be one of .*, got 'mean'"),
-            ({"dim": 64, "backend": "cuda"}, r"backend must be one of .*'auto'.*, got 'cuda'"),
-        ],
-    )
-    def test_constructor(self, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            BiLevelRoutingAttention(**arguments)
-
-    def test_pooling_by_one_is_identity(self):
-        BiLevelRoutingAttention(64, kv_downsample_mode="maxpool", kv_downsample_ratio=1)
-
-    def test_indivisible_map_without_padding(self):
-        module = BiLevelRoutingAttention(32, 1, 7, backend="torch")
-        with pytest.raises(ValueError, match=r"multiples of n_win=7, got 20 x 21; .* auto_pad=True"):
-            module(torch.randn(1, 20, 21, 32))
-
-    @pytest.mark.parametrize("shape", [(1, 32, 8, 8), (8, 8, 32)])
-    def test_map_of_another_layout(self, shape):
-        module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend="torch")
-        with pytest.raises(ValueError, match=r"x must be \(N, H, W, dim\) with dim=32"):
-            module(torch.randn(shape))

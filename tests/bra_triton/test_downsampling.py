@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from problems import relative_error
 from torch import nn
 
-from bra_triton import downsampling, reference
+from bra_triton import BiLevelRoutingAttention
 from bra_triton.kernels.grid import RegionGrid
+from bra_triton.modules import downsampling
 from bra_triton.operators import pooling as operators
 
 BACKENDS = ("torch", "triton")
@@ -240,11 +241,6 @@ class TestOperator:
         )
         return qkv, fill, *cells, weight, bias, QK_DIM, [3, 5, 4, 5, 1, 1], module.mode, backend
 
-    @pytest.mark.parametrize("backend", BACKENDS)
-    @pytest.mark.parametrize("mode", ["ada_avgpool", "fracpool", "conv"])
-    def test_meets_pytorchs_own_checks(self, mode, backend, device):
-        torch.library.opcheck(operators.pool_regions, self._arguments(mode, backend, device))
-
     @pytest.mark.parametrize("mode", MODES)
     def test_gradcheck_of_the_torch_backend(self, mode, device):
         arguments = self._arguments(mode, "torch", device, torch.float64)
@@ -308,9 +304,8 @@ def test_a_model_with_reduced_keys_exports_to_onnx(mode, tmp_path):
     pytest.importorskip("onnx")
     arguments = {f"kv_downsample_{name}": value for name, value in MODES[mode].items()}
     arguments["kv_per_win"] = arguments.pop("kv_downsample_kv_per_win", 4)
-    module = reference.BiLevelRoutingAttention(
-        8, 2, 2, topk=2, kv_downsample_mode=mode, auto_pad=True, **arguments
-    ).eval()
+    arguments |= {"kv_downsample_mode": mode, "auto_pad": True, "backend": "reference"}
+    module = BiLevelRoutingAttention(8, 2, 2, topk=2, **arguments).eval()
     x = torch.randn(1, 8, 10, 8)
     file = str(tmp_path / "model.onnx")
     torch.onnx.export(module, (x,), file, dynamo=False, input_names=["x"], opset_version=18)
@@ -320,7 +315,7 @@ def test_a_model_with_reduced_keys_exports_to_onnx(mode, tmp_path):
 
 @pytest.mark.parametrize(("mode", "keys"), [("fracpool", 3 * 4), ("conv", 2 * 2)])
 def test_the_reference_attends_to_the_reduced_keys(mode, keys):
-    module = reference.BiLevelRoutingAttention(
+    module = BiLevelRoutingAttention(
         8,
         2,
         2,
@@ -329,6 +324,7 @@ def test_the_reference_attends_to_the_reduced_keys(mode, keys):
         kv_downsample_mode=mode,
         kv_downsample_ratio=1.2 if mode == "fracpool" else 2,
         auto_pad=True,
+        backend="reference",
     )
     out, _, _, attn_weight = module(torch.randn(1, 7, 10, 8), ret_attn_mask=True)
     assert out.shape == (1, 7, 10, 8)

@@ -1,239 +1,197 @@
-"""Attention over given regions on the fused backends, against the float64 oracle."""
+"""The NCHW drop-in on the fused backends, against the float64 reference."""
+
+import copy
+import inspect
 
 import pytest
 import torch
-from problems import relative_error
-from regional_problems import REGIONAL_CASES, REGIONAL_CASES_BY_NAME, log_problems
+from modules import reference_of, run
+from problems import relative_error, worst
 
 import bra_triton
-from bra_triton import functional, nchw_reference
-from bra_triton.functional import regional_routing_attention
-from bra_triton.operators import regional as operators
+from bra_triton import NCHWBiLevelRoutingAttention, reference
+from bra_triton.call import Call
+from bra_triton.kernels.grid import RegionGrid
+from bra_triton.operators import routing as operators
+from bra_triton.spec import AttentionSpec
 
 BACKENDS = ("torch", "triton")
-# Norm of the difference over the norm. Rounding of float32 gives 1 to 4e-7 at these sizes; a wrong tail, mask
-# or scale gives 1e-3 and more.
+# As in test_regional.
 FLOAT32_TOLERANCE = 1e-5
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def _attend_and_derive(attend, maps, grad_out):
-    """Output and gradients of the maps; `grad_out` has the dtype of the maps."""
-    maps = [x.detach().requires_grad_() for x in maps]
-    out = attend(*maps)
-    return [out.detach(), *torch.autograd.grad(out, maps, grad_out)]
-
-
 @every_backend
-@pytest.mark.parametrize("case", REGIONAL_CASES, ids=lambda case: case.name)
-def test_float32_matches_the_float64_oracle(case, backend, device):
-    maps, graph = [x.to(device) for x in case.maps()], case.graph().to(device)
-    grad_out = torch.randn(case.batch, maps[2].shape[1], *case.size, device=device)
-
-    def oracle(*maps):
-        return nchw_reference.regional_routing_attention(*maps, case.scale, graph, **case.numbers)[0]
-
-    def fused(*maps):
-        return regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)
-
-    expected = _attend_and_derive(oracle, maps, grad_out.double())
-    actual = _attend_and_derive(fused, [x.float() for x in maps], grad_out)
-    assert actual[0].is_contiguous(memory_format=torch.channels_last)
-    errors = [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
-    assert max(errors) < FLOAT32_TOLERANCE, errors
+def test_half_precision_routes_as_its_float32_values(backend, device):
+    """Means of bfloat16 tokens rounded to bfloat16 would choose other regions; so would autocast."""
+    grid = RegionGrid.of_region_size(16, 16, (2, 2))
+    spec = AttentionSpec(32, 32, 1, n_win=8, topk=8, router_scale=1.0, counts_padding=False)
+    qkv = torch.randn(1, 16, 16, 96, device=device).bfloat16()
+    _, expected = reference.route(Call(qkv.float(), spec))
+    query, key, _ = qkv.permute(0, 3, 1, 2).chunk(3, 1)
+    rounded = [torch.nn.functional.avg_pool2d(x, 2).flatten(2) for x in (query, key)]
+    assert not torch.equal((rounded[0].transpose(1, 2) @ rounded[1]).topk(8).indices, expected)
+    with torch.autocast(device.type, torch.bfloat16):
+        means = operators.region_means(qkv, None, 32, grid.numbers, backend)
+        assert torch.equal(operators.route(*means.split(32, -1), 8, 1.0, backend)[1].long(), expected)
 
 
-def _channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last)
+def _pair(backend, device, dim=16, num_heads=2, n_win=3, **arguments):
+    """The drop-in in float32 and the reference in float64, with the same weights."""
+    module = NCHWBiLevelRoutingAttention(dim, num_heads, n_win, **arguments, backend=backend).to(device)
+    return module, reference_of(module)
 
 
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels_last": _channels_last,
-    "channel slice": lambda x: _channels_last(torch.cat((x, x), 1))[:, x.shape[1] :],
-    "rows before columns": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "columns cut out": lambda x: _channels_last(torch.cat((x, x), 3))[..., : x.shape[3]],
-    "rows cut out": lambda x: _channels_last(torch.cat((x, x), 2))[:, :, : x.shape[2]],
-    "one image expanded": lambda x: _channels_last(x[:1]).expand(x.shape),
+MODULE_CASES = {
+    "divisible": ((6, 9), {}),
+    "padded": ((7, 8), {"topk": 3}),
+    "one-token regions": ((5, 4), {"side_dwconv": 5, "qk_scale": 0.4}),
+    "no LePE, dense": ((6, 6), {"side_dwconv": 0, "topk": 9}),
+    "low map": ((2, 7), {"auto_pad": True}),
+    "fewer regions than topk": ((1, 2), {"auto_pad": True}),
+    # Its strides say nothing of the way from image to image.
+    "one token": ((1, 1), {"auto_pad": True}),
 }
-READ_IN_PLACE = ("channels_last", "channel slice")
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-# The layouts part before the backends do; interpreted, one is enough.
-@pytest.mark.parametrize(
-    ("layout", "backend"), [*((name, "torch") for name in LAYOUTS), ("channel slice", "triton")]
-)
-def test_memory_layout_does_not_change_the_result(layout, backend, device):
-    case = REGIONAL_CASES_BY_NAME["batch"]
-    maps = [x[:1].repeat(2, 1, 1, 1).float().to(device) for x in case.maps()]
-    graph = case.graph().to(device)
-    grad_out = torch.randn(case.batch, maps[2].shape[1], *case.size, device=device)
-
-    def attend(*maps):
-        return regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)
-
-    expected = _attend_and_derive(attend, maps, grad_out)
-    strided = [LAYOUTS[layout](x) for x in maps]
-    actual = _attend_and_derive(attend, strided, LAYOUTS[layout](grad_out[:1].repeat(2, 1, 1, 1)))
-    assert torch.equal(actual[0], expected[0])
-    derived = _attend_and_derive(attend, maps, grad_out[:1].repeat(2, 1, 1, 1))
-    assert all(torch.equal(a, e) for a, e in zip(actual, derived, strict=True))
-
-
-class TestDenseTokens:
-    """Which maps are read in place."""
-
-    @pytest.mark.parametrize("size", [(4, 5), (1, 5), (5, 1)])
-    @pytest.mark.parametrize("batch", [1, 2])
-    def test_channels_last_maps_and_their_slices_are(self, size, batch):
-        packed = torch.randn(batch, 12, *size).contiguous(memory_format=torch.channels_last)
-        for x in (packed, *packed.chunk(3, 1)):
-            x = x.permute(0, 2, 3, 1)
-            assert operators.with_dense_tokens(x) is x
-
-    @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in READ_IN_PLACE])
-    def test_others_are_copied(self, layout):
-        x = LAYOUTS[layout](torch.randn(2, 4, 3, 5)).permute(0, 2, 3, 1)
-        dense = operators.with_dense_tokens(x)
-        assert dense.is_contiguous()
-        assert dense.data_ptr() != x.data_ptr()
-        assert torch.equal(dense, x)
-
-    def test_a_token_expanded_over_the_map_is_copied(self):
-        x = torch.randn(1, 1, 1, 4).expand(1, 3, 5, 4)
-        assert operators.with_dense_tokens(x).is_contiguous()
-
-    def test_the_stride_between_tokens_is_right_in_a_column_of_single_tokens(self):
-        x = torch.as_strided(torch.randn(100), (1, 6, 1, 4), (100, 8, 99, 1))
-        assert operators.with_dense_tokens(x).stride()[1:] == (4, 4, 1)
-
-
-def test_a_graph_expanded_over_the_heads_is_one_graph(monkeypatch):
-    problems = log_problems(monkeypatch)
-    case = REGIONAL_CASES_BY_NAME["whole"]
-    maps, graph = case.maps(), case.graph()
-    shared = graph[:, :1].expand(-1, case.num_heads, -1, -1)
-    outs = [
-        regional_routing_attention(*maps, case.scale, g, **case.numbers, backend="torch")
-        for g in (graph, shared, shared.contiguous())
-    ]
-    assert [problem.n_graphs for problem in problems] == [2, 1, 2]
-    assert torch.equal(outs[1], outs[2])
-    assert not torch.allclose(outs[0], outs[1])
-
-
-@every_backend
-def test_a_graph_of_int32_serves_too(backend, device):
-    case = REGIONAL_CASES_BY_NAME["padded"]
-    maps, graph = [x.float().to(device) for x in case.maps()], case.graph().to(device)
-    outs = [
-        regional_routing_attention(*maps, case.scale, g, **case.numbers, backend=backend)
-        for g in (graph, graph.int())
-    ]
-    assert torch.equal(*outs)
-
-
-WRONG = {
-    "query_dim": ({"query": torch.randn(4, 4)}, r"query must be \(N, C, H, W\), got shape \(4, 4\)"),
-    "int": (
-        {"query": torch.ones(1, 4, 4, 6, dtype=torch.int64)},
-        "query must have a floating dtype, got torch.int64",
-    ),
-    "dtype": (
-        {"value": torch.randn(1, 4, 4, 6).half()},
-        "value must have the dtype of query, torch.float32, got torch.float16",
-    ),
-    "device": (
-        {"key": torch.randn(1, 4, 4, 6, device="meta")},
-        "key must have the device of query, cpu, got meta",
-    ),
-    "batch": (
-        {"key": torch.randn(2, 4, 4, 6)},
-        r"key must have query's batch and channels, \(1, 4\), got shape \(2, ",
-    ),
-    "channels": ({"key": torch.randn(1, 2, 4, 6)}, r"key must have query's batch and channels, \(1, 4\)"),
-    "value_size": (
-        {"value": torch.randn(1, 4, 4, 5)},
-        r"value must have key's .*, \(1, 4, 6\), got shape \(1, 4, 4, 5\)",
-    ),
-    "scale": ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
-    "region_size": ({"region_size": (0, 3)}, r"region_size must be two ints of at least 1, got \(0, 3\)"),
-    "region_size_int": ({"region_size": 2}, "region_size must be two ints of at least 1, got 2"),
-    "kv_region_size": ({"kv_region_size": (2.0, 3)}, r"kv_region_size must be two ints .*, got \(2.0, 3\)"),
-    "auto_pad": (
-        {"region_size": (3, 3), "auto_pad": False},
-        r"query's .* multiples of region_size=\(3, 3\) where auto_pad=False, got 4 x 6",
-    ),
-    "kv_auto_pad": (
-        {"kv_region_size": (2, 4), "auto_pad": False},
-        r"key's .* multiples of kv_region_size=\(2, 4\) where auto_pad=False, got 4 x 6",
-    ),
-    "graph_dim": (
-        {"region_graph": torch.zeros(1, 4, 2).long()},
-        r"region_graph must be \(N, num_heads, P, topk\)",
-    ),
-    "graph_batch": (
-        {"region_graph": torch.zeros(2, 2, 4, 1).long()},
-        r"with N=1 and P=2\*2=4, got shape \(2, 2, 4, 1\)",
-    ),
-    "graph_regions": (
-        {"region_graph": torch.zeros(1, 2, 5, 1).long()},
-        r"P=2\*2=4, got shape \(1, 2, 5, 1\)",
-    ),
-    "graph_dtype": (
-        {"region_graph": torch.zeros(1, 2, 4, 1)},
-        "region_graph must be int64 or int32, got torch.float32",
-    ),
-    "graph_device": (
-        {"region_graph": torch.zeros(1, 2, 4, 1, device="meta").long()},
-        "region_graph must be on query's device, cpu, got meta",
-    ),
-    "heads": ({"region_graph": torch.zeros(1, 3, 4, 1).long()}, "must divide query's channels, 4, got 3"),
-    "value_heads": ({"value": torch.randn(1, 3, 4, 6)}, "must divide value's channels, 3, got 2"),
-    "topk": ({"region_graph": torch.zeros(1, 2, 4, 5).long()}, r"topk must be 1 to .* 2\*2=4, got 5"),
-    "no_topk": ({"region_graph": torch.zeros(1, 2, 4, 0).long()}, "topk must be 1 to .*, got 0"),
-}
-
-
-@pytest.mark.parametrize("function", [nchw_reference.regional_routing_attention, regional_routing_attention])
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_arguments_are_explained(wrong, function):
-    replaced, message = WRONG[wrong]
-    maps = {name: torch.randn(1, 4, 4, 6) for name in ("query", "key", "value")}
-    numbers = {"scale": 1.0, "region_graph": torch.zeros(1, 2, 4, 1).long(), "region_size": (2, 3)}
-    with pytest.raises(ValueError, match=message):
-        function(**{**maps, **numbers, **replaced})
-
-
-def test_an_unknown_backend_is_refused():
-    case = REGIONAL_CASES_BY_NAME["whole"]
-    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'cuda'"):
-        regional_routing_attention(*case.maps(), 1.0, case.graph(), case.region_size, backend="cuda")
-
-
-def test_the_functional_api_has_it_too():
-    assert functional.regional_routing_attention is bra_triton.regional.regional_routing_attention
-
-
-class TestOperator:
+class TestModule:
     @pytest.mark.parametrize(
-        ("name", "backend"), [("padded", "torch"), ("other_keys", "torch"), ("other_keys", "triton")]
+        ("name", "layout", "backend"),
+        [
+            *((name, layout, "torch") for name in MODULE_CASES for layout in LAYOUTS),
+            *((name, "channels_last", "triton") for name in ("divisible", "padded", "one token")),
+            ("fewer regions than topk", "channels_last", "triton"),
+        ],
     )
-    def test_meets_pytorchs_own_checks(self, name, backend, device):
-        """Schema, fake implementation, autograd registration and AOT dispatch with dynamic shapes."""
-        case = REGIONAL_CASES_BY_NAME[name]
-        maps = [x.permute(0, 2, 3, 1).float().contiguous().to(device).requires_grad_() for x in case.maps()]
-        grids = (case.query_grid.numbers, case.kv_grid.numbers)
-        torch.library.opcheck(
-            operators.regional_attention,
-            (*maps, case.graph().int().to(device), *grids, case.num_heads, case.scale, backend),
-        )
+    def test_float32_matches_the_float64_reference(self, name, layout, backend, device):
+        size, arguments = MODULE_CASES[name]
+        module, oracle = _pair(backend, device, **arguments)
+        x = torch.randn(2, 16, *size, device=device)
+        x = x.contiguous(memory_format=LAYOUTS[layout])
+        grad_out = torch.randn(2, 16, *size, dtype=torch.float64, device=device)
+        actual, expected = run(module, x, grad_out), run(oracle, x.double(), grad_out)
+        assert actual["out"].is_contiguous(memory_format=torch.channels_last)
+        errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+        assert max(errors.values()) < FLOAT32_TOLERANCE, errors
+
+    def test_float64_is_the_references(self, device):
+        module, oracle = _pair("torch", device)
+        x = torch.randn(2, 16, 7, 8, dtype=torch.float64, device=device)
+        expected = run(oracle, x, x)
+        assert worst(relative_error(a, expected[k]) for k, a in run(module.double(), x, x).items()) < 1e-12
 
     @every_backend
-    def test_autocast_does_not_reach_inside(self, backend, device):
-        case = REGIONAL_CASES_BY_NAME["padded"]
-        maps, graph = [x.float().to(device) for x in case.maps()], case.graph().to(device)
-        expected = regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)
+    def test_an_empty_batch_and_its_gradients(self, backend, device):
+        module, _ = _pair(backend, device)
+        results = run(module, torch.randn(0, 16, 7, 8, device=device), torch.randn(0, 16, 7, 8))
+        assert results["out"].shape == results["x"].shape == (0, 16, 7, 8)
+        assert not results["qkv_linear.weight"].any()
+
+    def test_takes_the_originals_arguments_in_its_order(self):
+        parameters = inspect.signature(bra_triton.nchwBRA).parameters
+        assert list(parameters) == [
+            *(
+                "dim",
+                "num_heads",
+                "n_win",
+                "qk_scale",
+                "topk",
+                "side_dwconv",
+                "auto_pad",
+                "attn_backend",
+                "backend",
+            )
+        ]
+        defaults = [p.default for p in parameters.values()][1:7]
+        assert defaults == [8, 7, None, 4, 3, False]
+        assert parameters["backend"].kind is inspect.Parameter.KEYWORD_ONLY
+        module = bra_triton.nchwBRA(16, 2, 5, 0.25, 3, 5, True, "torch")
+        assert (module.spec.num_heads, module.spec.n_win, module.spec.topk) == (2, 5, 3)
+        assert (module.spec.scale, module.lepe.kernel_size, module.auto_pad) == (0.25, (5, 5), True)
+
+    def test_the_originals_backend_argument(self):
+        assert NCHWBiLevelRoutingAttention(16).backend == "auto"
+        for name in ("torch", "triton"):
+            assert NCHWBiLevelRoutingAttention(16, attn_backend=name).backend == name
+            assert NCHWBiLevelRoutingAttention(16, attn_backend=name, backend=name).backend == name
+        with pytest.raises(
+            ValueError, match=r"attn_backend must be one of \('torch', 'triton'\), got 'cuda'"
+        ):
+            NCHWBiLevelRoutingAttention(16, attn_backend="cuda")
+        with pytest.raises(ValueError, match="attn_backend='torch' contradicts backend='triton'"):
+            NCHWBiLevelRoutingAttention(16, attn_backend="torch", backend="triton")
+
+    def test_an_unknown_backend_is_refused_at_once(self):
+        with pytest.raises(ValueError, match="backend must be one of"):
+            NCHWBiLevelRoutingAttention(16, backend="cuda")
+        with pytest.raises(ValueError, match="backend must be one of"):
+            NCHWBiLevelRoutingAttention(16).backend = "cuda"
+
+    def test_attention_matrix_is_the_references(self):
+        module, oracle = _pair("torch", torch.device("cpu"))
+        x = torch.randn(1, 16, 7, 8)
+        out, attn_weight = module(x, ret_attn_mask=True)
+        expected, expected_weight = oracle(x.double(), ret_attn_mask=True)
+        assert relative_error(out, expected) < FLOAT32_TOLERANCE
+        assert relative_error(attn_weight, expected_weight) < FLOAT32_TOLERANCE
+        assert relative_error(module(x), expected) < FLOAT32_TOLERANCE
+
+    @every_backend
+    def test_autocast_runs_in_half_precision(self, backend, device):
+        module, _ = _pair(backend, device)
+        x = torch.randn(1, 16, 7, 8, device=device, requires_grad=True)
+        expected = module(x.detach())
         with torch.autocast(device.type, torch.bfloat16):
-            actual = regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)
-        assert torch.equal(actual, expected)
+            out = module(x)
+        assert out.dtype == torch.bfloat16
+        out.float().sum().backward()
+        assert x.grad.dtype == module.lepe.weight.grad.dtype == torch.float32
+        # bfloat16 keeps 8 bits; three roundings on the way.
+        assert relative_error(out, expected.double()) < 3e-2
+
+
+class TestExport:
+    """Exported graphs hold plain PyTorch operators alone, and serve other sizes."""
+
+    @staticmethod
+    def _pair():
+        module, _ = _pair("auto", torch.device("cpu"), topk=4, auto_pad=True)
+        twin = copy.deepcopy(module)
+        twin.backend = "reference"
+        return module.eval(), twin.eval()
+
+    # At 3 x 4, n_win's own size, and at 2 x 7, which auto_pad alone admits, regions have sides of 1.
+    @pytest.mark.parametrize("size", [(6, 9), (7, 8), (3, 4)], ids=["divisible", "padded", "smallest"])
+    def test_torchscript_trace(self, size):
+        module, twin = self._pair()
+        traced = torch.jit.trace(module, torch.randn(1, 16, *size), check_trace=False)
+        assert "bra_triton::" not in str(traced.inlined_graph)
+        for height, width in ((6, 9), (7, 8), (3, 4), (11, 13)):
+            x = torch.randn(1, 16, height, width)
+            assert relative_error(traced(x), twin(x).double()) < FLOAT32_TOLERANCE
+
+    def test_onnx(self, tmp_path):
+        onnxruntime = pytest.importorskip("onnxruntime")
+        module, twin = self._pair()
+        file = str(tmp_path / "module.onnx")
+        torch.onnx.export(
+            module,
+            (torch.randn(1, 16, 7, 8),),
+            file,
+            dynamo=False,
+            input_names=["x"],
+            dynamic_axes={"x": {2: "height", 3: "width"}},
+        )
+        session = onnxruntime.InferenceSession(file)
+        for height, width in ((6, 9), (7, 8), (3, 4), (11, 13)):
+            x = torch.randn(1, 16, height, width)
+            out = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+            assert relative_error(out, twin(x).double()) < FLOAT32_TOLERANCE
+
+    def test_torch_export(self):
+        module, twin = self._pair()
+        x = torch.randn(1, 16, 7, 8)
+        program = torch.export.export(module, (x,))
+        assert "bra_triton::" not in str(program.graph)
+        assert relative_error(program.module()(x), twin(x).double()) < FLOAT32_TOLERANCE

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from modules import nchw_call, reference_of, region_means
 from problems import relative_error
 from properties import (
     DTYPES,
@@ -21,10 +21,10 @@ from properties import (
     run,
 )
 
-from bra_triton import NCHWBiLevelRoutingAttention, nchw_reference
+from bra_triton import NCHWBiLevelRoutingAttention, reference
+from bra_triton.backend.select import BACKENDS
 from bra_triton.functional import regional_routing_attention
 from bra_triton.kernels.grid import RegionGrid
-from bra_triton.operators import routing as operators
 
 EVERY_DIM = (0, 1, 2, 3)
 HEAD_DIMS = st.sampled_from((12, *range(1, 21)))
@@ -200,8 +200,7 @@ def _module_errors(drawn, backend):
     """Relative errors by name, of the module in its dtype against the reference in float64."""
     torch.manual_seed(drawn.seed)
     module = NCHWBiLevelRoutingAttention(**drawn.arguments, backend=backend).to(drawn.dtype)
-    oracle = nchw_reference.NCHWBiLevelRoutingAttention(**drawn.arguments).double()
-    oracle.load_state_dict(module.state_dict())
+    oracle = reference_of(module)
     x, grad_out = (torch.randn(drawn.batch, module.spec.dim, *drawn.size).to(drawn.dtype) for _ in range(2))
     projections = []
     module.qkv_linear.register_forward_hook(
@@ -213,18 +212,9 @@ def _module_errors(drawn, backend):
     errors = {"projection": relative_error(projected, oracle.qkv_linear(x))}
 
     # From here on with the rounded projection, whose routes are not those of the exact one.
-    grid = module.grid(x)
-    topk = min(module.spec.topk, grid.n_regions)
-    packed, dim = projected.permute(0, 2, 3, 1).contiguous(), module.spec.dim
-    routed_by = operators.region_means(packed, None, dim, grid.numbers, backend).split(dim, dim=-1)
-    r_idx = operators.route(*routed_by, topk, 1.0, backend)[1].long()
-    query, key, _ = projected.double().chunk(3, 1)
-    means = (
-        F.avg_pool2d(x, (grid.region_height, grid.region_width), ceil_mode=True, count_include_pad=False)
-        for x in (query, key)
-    )
-    expected_idx = nchw_reference.route(query, key, grid, topk)
-    assume_equal_routes(r_idx, expected_idx, *(x.flatten(2).transpose(1, 2) for x in means))
+    exact = nchw_call(module, projected.double())
+    r_idx = BACKENDS[backend].route(nchw_call(module, projected))[1]
+    assume_equal_routes(r_idx, reference.route(exact)[1], *region_means(exact))
     oracle.qkv_linear = WithValues(oracle.qkv_linear, projected.double())
     expected = run(oracle, x, grad_out, drawn.seed)
     expected = {name.replace("qkv_linear.exact.", "qkv_linear."): value for name, value in expected.items()}

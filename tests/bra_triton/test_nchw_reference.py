@@ -6,12 +6,18 @@ from problems import relative_error
 from regional_problems import REGIONAL_CASES
 from torch import nn
 
-from bra_triton import nchw_reference, reference
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, reference
+from bra_triton.call import Call, regional_call
 from bra_triton.kernels.grid import RegionGrid
-from bra_triton.nchw_reference import NCHWBiLevelRoutingAttention, regional_routing_attention
+from bra_triton.spec import AttentionSpec
 
 # Rounding of float64 gives some 1e-16 at these sizes.
 FLOAT64_TOLERANCE = 1e-12
+
+
+def _attend_regional(*arguments, kv_region_size=None, region_size):
+    """Output and attention matrix, the arguments those of `functional.regional_routing_attention`."""
+    return reference.attend_regional(regional_call(*arguments, region_size, kv_region_size, auto_pad=True))
 
 
 def _tokens_of_regions(size, region_size):
@@ -68,7 +74,7 @@ def _dense_attention_token_by_token(case, query, key, value, graph):
 def test_equals_dense_attention_under_a_mask_per_head_built_token_by_token(case):
     query, key, value = case.maps()
     graph = case.graph()
-    out, attn_weight = regional_routing_attention(query, key, value, case.scale, graph, **case.numbers)
+    out, attn_weight = _attend_regional(query, key, value, case.scale, graph, **case.numbers)
     expected = _dense_attention_token_by_token(case, query, key, value, graph)
     assert out.shape == expected.shape
     assert relative_error(out, expected) < FLOAT64_TOLERANCE
@@ -86,7 +92,7 @@ def test_a_region_named_twice_counts_twice():
     """Two regions of one token: the weights are those of a list with the first token twice."""
     query, key, value = (torch.randn(1, 4, 1, 2, dtype=torch.float64) for _ in range(3))
     graph = torch.tensor([[[[0, 0], [0, 1]]]])
-    out, attn_weight = regional_routing_attention(query, key, value, 1.0, graph, (1, 1))
+    out, attn_weight = _attend_regional(query, key, value, 1.0, graph, region_size=(1, 1))
     assert torch.allclose(attn_weight[0, 0, 0, 0], torch.tensor([0.5, 0.5], dtype=torch.float64))
     assert torch.allclose(out[..., 0], value[..., 0])
 
@@ -94,9 +100,8 @@ def test_a_region_named_twice_counts_twice():
 def test_padded_keys_take_part_with_logit_and_value_zero():
     """One token in a region of four: it keeps exp(qk) / (exp(qk) + 3) of its value."""
     query, key, value = (torch.full((1, 1, 1, 1), x, dtype=torch.float64) for x in (2.0, 3.0, 5.0))
-    out, _ = regional_routing_attention(
-        query, key, value, 0.1, torch.zeros(1, 1, 1, 1, dtype=torch.long), (2, 2)
-    )
+    graph = torch.zeros(1, 1, 1, 1, dtype=torch.long)
+    out, _ = _attend_regional(query, key, value, 0.1, graph, region_size=(2, 2))
     weight = torch.tensor(0.6, dtype=torch.float64).exp()
     assert torch.allclose(out.squeeze(), 5 * weight / (weight + 3))
 
@@ -108,9 +113,19 @@ def test_gradcheck():
     graph = torch.tensor([[[[0, 2], [1, 0]], [[1, 2], [2, 0]]]])
 
     def attend(*maps):
-        return regional_routing_attention(*maps, 0.7, graph, (2, 2), kv_region_size=(2, 1))
+        return _attend_regional(*maps, 0.7, graph, region_size=(2, 2), kv_region_size=(2, 1))
 
     torch.autograd.gradcheck(attend, maps)
+
+
+def _route(query, key, grid, topk):
+    """The regions that the NCHW form chooses for maps `(N, C, H, W)`."""
+    qkv = torch.cat((query, key, key), 1).permute(0, 2, 3, 1)
+    dim = query.shape[1]
+    spec = AttentionSpec(
+        dim, dim, 1, max(grid.rows, grid.columns), topk, router_scale=1.0, counts_padding=False
+    )
+    return reference.route(Call(qkv, spec, given_grid=grid))[1]
 
 
 class TestRouting:
@@ -126,18 +141,19 @@ class TestRouting:
             ]
             means.append(torch.stack([torch.stack(region).mean(0) for region in tokens], 1))
         expected = (means[0] @ means[1].transpose(1, 2)).topk(3).indices
-        assert torch.equal(nchw_reference.route(query, key, grid, 3), expected)
+        assert torch.equal(_route(query, key, grid, 3), expected)
 
     def test_equal_logits_go_to_the_smaller_region(self):
         grid = RegionGrid.of_region_size(8, 8, (2, 2))
         ones = torch.ones(1, 4, 8, 8)
-        assert (nchw_reference.route(ones, ones, grid, 3) == torch.arange(3)).all()
+        assert (_route(ones, ones, grid, 3) == torch.arange(3)).all()
 
 
 def _pair(dim=16, num_heads=2, n_win=3, **arguments):
     """The NCHW and the NHWC reference in float64 with the same weights."""
+    arguments = {**arguments, "backend": "reference"}
     nchw = NCHWBiLevelRoutingAttention(dim, num_heads, n_win, **arguments).double()
-    nhwc = reference.BiLevelRoutingAttention(dim, num_heads, n_win, **arguments).double()
+    nhwc = BiLevelRoutingAttention(dim, num_heads, n_win, **arguments).double()
     names = {"qkv.qkv": "qkv_linear", "wo": "output_linear", "lepe": "lepe"}
     weights = nchw.state_dict()
     nhwc.load_state_dict(
@@ -167,14 +183,13 @@ def test_module_agrees_with_the_nhwc_form_where_n_win_divides_the_map(arguments)
 def test_padding_after_the_projection_equals_padding_before_it_only_without_bias(bias):
     """The attention on 7 x 8, padded to 9 x 9 under the same grid and graph; n_win=3."""
     projection = nn.Linear(16, 48, bias=bias).double()
-    spec = reference.BiLevelRoutingAttention(16, 2, 3).spec
+    spec = AttentionSpec(16, 16, 2, 3, 4)
     x = torch.randn(1, 7, 8, 16, dtype=torch.float64)
     padded = nn.functional.pad(x, (0, 0, 0, 1, 0, 2))
-    r_idx = torch.rand(1, 9, 9).argsort(-1)[..., :4]
-    before, _ = reference.routed_attention(projection(padded), r_idx, spec)
+    before, _, r_idx, _ = reference.attend(Call(projection(padded), spec))
     query, key, value = projection(x).permute(0, 3, 1, 2).chunk(3, 1)
     graph = r_idx[:, None].expand(-1, 2, -1, -1)
-    after, _ = regional_routing_attention(query, key, value, spec.scale, graph, (3, 3))
+    after, _ = _attend_regional(query, key, value, spec.scale, graph, region_size=(3, 3))
     error = relative_error(after, before[:, :7, :8].permute(0, 3, 1, 2))
     assert (error > 1e-3) if bias else (error < FLOAT64_TOLERANCE)
 
@@ -186,7 +201,7 @@ class TestModule:
         ids=["divisible", "one more region a side", "regions of 1 x 2 tokens"],
     )
     def test_regions_are_as_large_as_n_win_leaves_them_and_may_be_more(self, size, regions, tokens):
-        module = NCHWBiLevelRoutingAttention(16, 2, 3)
+        module = NCHWBiLevelRoutingAttention(16, 2, 3, backend="reference")
         out, attn_weight = module(torch.randn(2, 16, *size), ret_attn_mask=True)
         assert out.shape == (2, 16, *size)
         assert attn_weight.shape == (2, 2, regions, tokens, 4 * tokens)
@@ -195,7 +210,7 @@ class TestModule:
         x = torch.randn(1, 16, 1, 2)
         with pytest.raises(ValueError, match="at least n_win=3, got 1 x 2; auto_pad=True"):
             NCHWBiLevelRoutingAttention(16, 2, 3)(x)
-        module = NCHWBiLevelRoutingAttention(16, 2, 3, auto_pad=True)
+        module = NCHWBiLevelRoutingAttention(16, 2, 3, auto_pad=True, backend="reference")
         out, attn_weight = module(x, ret_attn_mask=True)
         assert out.shape == x.shape
         assert attn_weight.shape == (1, 2, 2, 1, 2)  # two regions of one token, fewer than topk
@@ -203,10 +218,10 @@ class TestModule:
     def test_routing_is_detached(self):
         """The graph of gradients holds the attention's products but none of the router's."""
         module = NCHWBiLevelRoutingAttention(16, 2, 3)
-        query = module.qkv_linear(torch.randn(1, 16, 6, 6))[:, :16]
-        assert not nchw_reference.route(
-            query, query, RegionGrid.of_region_size(6, 6, (2, 2)), 2
-        ).requires_grad
+        qkv = module.qkv_linear(torch.randn(1, 16, 6, 6)).permute(0, 2, 3, 1)
+        r_weight, _ = reference.route(Call(qkv, module.spec, given_grid=RegionGrid.of_windows(6, 6, 3)))
+        assert qkv.requires_grad
+        assert not r_weight.requires_grad
 
     def test_layers_have_the_originals_names_and_shapes(self):
         shapes = {

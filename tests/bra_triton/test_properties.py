@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from modules import reference_of, region_means
 from problems import relative_error
 from properties import (
     DTYPES,
@@ -22,9 +23,11 @@ from properties import (
 )
 from torch import nn
 
-from bra_triton import BiLevelRoutingAttention, downsampling, functional, reference
-from bra_triton.backend.region_layout import pad_map
+from bra_triton import BiLevelRoutingAttention, functional, reference
+from bra_triton.backend.select import BACKENDS
+from bra_triton.call import Call
 from bra_triton.kernels.grid import RegionGrid
+from bra_triton.modules import downsampling
 
 # Of every choice the first is one that the others leave little to add to: the first example drawn is made of
 # first choices, and on the interpreter, where an example takes a second or two, few others are drawn.
@@ -148,9 +151,8 @@ def _module_errors(drawn, backend):
     """Relative errors by name, of the module in its dtype against the reference in float64."""
     torch.manual_seed(drawn.seed)
     module = BiLevelRoutingAttention(**drawn.arguments, backend=backend).to(drawn.dtype)
-    oracle = reference.BiLevelRoutingAttention(**drawn.arguments).double()
-    oracle.load_state_dict(module.state_dict())
-    module.train(drawn.training), oracle.train(drawn.training)
+    module.train(drawn.training)
+    oracle = reference_of(module)
     x = drawn.layout.of(drawn.map(module.spec.dim))
     grad_out = drawn.grad_layout.of(torch.randn(x.shape).to(drawn.dtype).double())
 
@@ -159,37 +161,31 @@ def _module_errors(drawn, backend):
     actual = run(
         module, drawn.layout.of(x.to(drawn.dtype)), drawn.grad_layout.of(grad_out.to(drawn.dtype)), drawn.seed
     )
-    padding = projections[0][0] if drawn.grid.is_padded else None
-    projected = projections[-1]
+    # The hook has the module call its projection for the padding too, after it has for the map.
+    projected, padding = projections[0], projections[1][0] if drawn.grid.is_padded else None
     errors = {"projection": relative_error(projected, oracle.qkv(x))}
 
     # From here on with the rounded projection, whose routes and maxima are not those of the exact one.
-    padded = projected.double()
-    if padding is not None:
-        padded = pad_map(padded, drawn.grid, padding.double())
+    values, padding_values = projected.double(), None if padding is None else padding.double()
+    linear = isinstance(module.router.emb, nn.Linear)
+    router = (module.router.emb.weight, module.router.emb.bias) if linear else (None, None)
+    r_idx = _route(Call(projected, module.spec, None, None, padding, *router), backend)
     emb = oracle.router.emb
-    linear = isinstance(emb, nn.Linear)
-    routing = {
-        "n_win": module.spec.n_win,
-        "topk": module.spec.topk,
-        "qk_dim": module.spec.qk_dim,
-        "scale": module.spec.scale,
-        "padding": padding,
-        "diff_routing": module.spec.diff_routing,
-        "router_weight": module.router.emb.weight if linear else None,
-        "router_bias": module.router.emb.bias if linear else None,
-    }
-    r_idx = functional.region_routing(projected, **routing, backend=backend)[1]
-    _check_routes(r_idx, padded, oracle.spec, emb)
-    oracle.qkv = WithValues(oracle.qkv, padded)
+    router = (emb.weight, emb.bias) if linear else (None, None)
+    _check_routes(r_idx, Call(values, module.spec, None, None, padding_values, *router))
+    oracle.qkv = WithValues(oracle.qkv, values, padding_values)
     expected = run(oracle, x, grad_out, drawn.seed)
     expected = {name.replace("qkv.exact.", "qkv."): value for name, value in expected.items()}
     return errors | relative_errors(actual, expected, ("qkv.qkv.weight", "qkv.qkv.bias"))
 
 
-def _check_routes(r_idx, qkv, spec, emb):
-    query, key = (emb(means) for means in reference.region_means(qkv, spec))
-    assume_equal_routes(r_idx, reference.route(qkv, spec, emb)[1], query, key)
+def _route(call, backend):
+    return BACKENDS[backend].route(call)[1]
+
+
+def _check_routes(r_idx, call):
+    """The routes are the reference's for the call, in float64, or differ by rounding."""
+    assume_equal_routes(r_idx, reference.route(call)[1], *region_means(call))
 
 
 @dataclass(frozen=True)
@@ -266,9 +262,8 @@ def _call_errors(drawn, backend):
         return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}, r_idx, leaves
 
     (expected, _, leaves), (actual, r_idx, _) = run("reference", torch.float64), run(backend, drawn.dtype)
-    parts = functional.Parts(**{name: x for name, x in leaves.items() if name.startswith("router")})
-    qkv = pad_map(leaves["qkv"], grid, leaves["padding"]) if grid.is_padded else leaves["qkv"]
-    _check_routes(r_idx, qkv, spec, parts.emb)
+    routed = {name: x for name, x in leaves.items() if not name.startswith("lepe")}
+    _check_routes(r_idx, Call(**routed, spec=spec))
     return relative_errors(actual, expected, ("qkv",))
 
 

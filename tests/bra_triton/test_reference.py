@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from problems import CASES, random_map, relative_error
 
-from bra_triton import reference
+from bra_triton import BiLevelRoutingAttention, reference
+from bra_triton.call import Call
 from bra_triton.kernels.grid import RegionGrid
+from bra_triton.spec import AttentionSpec
 
 
 def _regions_of_tokens(grid: RegionGrid) -> torch.Tensor:
@@ -34,40 +36,60 @@ def _masked_dense_attention(qkv, r_idx, spec):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_dense_attention_under_the_routing_mask(case):
     qkv = random_map(case, torch.device("cpu"))
-    _, r_idx = reference.route(qkv, case.spec)
-    out, attn_weight = reference.routed_attention(qkv, r_idx, case.spec)
+    out, _, r_idx, attn_weight = reference.attend(Call(qkv, case.spec))
     assert relative_error(out, _masked_dense_attention(qkv, r_idx, case.spec)) < 1e-12
     assert torch.allclose(attn_weight.sum(-1), torch.ones((), dtype=torch.float64))
 
 
 def test_routes_to_the_regions_with_the_most_similar_means():
     """Four regions whose means are known: the choice can be told by hand."""
-    spec = reference.BiLevelRoutingAttention(4, num_heads=1, n_win=2, topk=2).spec
+    spec = AttentionSpec(4, 4, 1, n_win=2, topk=2)
     qkv = torch.zeros(1, 4, 4, 12, dtype=torch.float64)
     qkv[..., 0] = 1.0  # every query looks along channel 0
     for region, strength in enumerate((0.0, 3.0, -1.0, 2.0)):
         qkv[:, region // 2 * 2 : region // 2 * 2 + 2, region % 2 * 2 : region % 2 * 2 + 2, 4] = strength
-    r_weight, r_idx = reference.route(qkv, spec)
+    r_weight, r_idx = reference.route(Call(qkv, spec))
     assert r_idx.tolist() == [[[1, 3]] * 4]
     expected = torch.softmax(torch.tensor([3.0, 2.0], dtype=torch.float64) * spec.scale, 0)
     assert torch.allclose(r_weight[0, 0], expected)
 
 
 def test_equal_logits_go_to_the_smaller_region():
-    spec = reference.BiLevelRoutingAttention(4, num_heads=1, n_win=4, topk=3).spec
-    _, r_idx = reference.route(torch.ones(1, 8, 8, 12), spec)
+    spec = AttentionSpec(4, 4, 1, n_win=4, topk=3)
+    _, r_idx = reference.route(Call(torch.ones(1, 8, 8, 12), spec))
     assert (r_idx == torch.arange(3)).all()
 
 
+def _rounded_means(qkv, channels):
+    """Region means of 2 x 2 tokens, rounded to the dtype of `qkv`."""
+    return F.avg_pool2d(qkv[..., :channels].permute(0, 3, 1, 2), 2).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("counts_padding", [True, False], ids=["NHWC", "NCHW"])
+def test_half_precision_routes_by_float32_means(counts_padding, device):
+    """Rounded to bfloat16, the means of these tokens would choose other regions."""
+    spec = AttentionSpec(32, 32, 1, n_win=8, topk=8, counts_padding=counts_padding)
+    qkv = torch.randn(1, 16, 16, 96, device=device).bfloat16()
+    r_weight, r_idx = reference.route(Call(qkv.float(), spec))
+    query, key = _rounded_means(qkv, 64).chunk(2, dim=-1)
+    assert not torch.equal((query @ key.transpose(1, 2)).topk(8).indices, r_idx)
+    for enabled in (False, True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            actual = reference.attend(Call(qkv, spec))
+        assert actual.r_weight.dtype == torch.float32
+        assert torch.equal(actual.r_idx, r_idx)
+        assert torch.equal(actual.r_weight, r_weight)
+
+
 class TestModes:
-    """What the seed's other modes mean, on the reference that defines them."""
+    """What the original's other modes mean, on the reference that defines them."""
 
     @staticmethod
     def _module(**arguments):
         torch.manual_seed(0)
-        return reference.BiLevelRoutingAttention(
-            8, num_heads=2, n_win=2, topk=2, qk_scale=1.0, **arguments
-        ).double()
+        arguments = {"topk": 2, **arguments}
+        module = BiLevelRoutingAttention(8, 2, n_win=2, qk_scale=1.0, **arguments, backend="reference")
+        return module.double()
 
     x = torch.randn(1, 8, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -83,12 +105,12 @@ class TestModes:
 
     def test_soft_routing_weighs_the_chosen_keys_and_values(self):
         """With one chosen region the weight is 1 and soft is none; with two it is not."""
-        plain, soft = self._module(), self._module(soft_routing=True)
-        soft.load_state_dict(plain.state_dict())
-        assert relative_error(soft(self.x), plain(self.x)) > 1e-3
-        for module in (plain, soft):
-            module.router.topk = 1
-        assert relative_error(soft(self.x), plain(self.x)) < 1e-12
+        errors = []
+        for topk in (1, 2):
+            plain, soft = (self._module(topk=topk, soft_routing=soft) for soft in (False, True))
+            errors.append(relative_error(soft(self.x), plain(self.x)))
+        assert errors[0] < 1e-12
+        assert errors[1] > 1e-3
 
     @pytest.mark.parametrize(
         ("mode", "keys"), [("ada_avgpool", 4), ("ada_maxpool", 4), ("avgpool", 4), ("maxpool", 4)]

@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import pytest
 import torch
+from modules import reference_of
 from torch import Tensor, nn
 
 import bra_triton
-from bra_triton import reference
 
 
 @dataclass(frozen=True)
@@ -53,19 +52,11 @@ class Mode:
     def pair(self, size: Size, device: torch.device) -> tuple[nn.Module, nn.Module]:
         """The module on the Triton backend and the float64 reference, with the same weights, in eval."""
         arguments = {"num_heads": size.num_heads, "n_win": size.n_win, "topk": size.topk, **self.arguments}
-        if self.nchw:
-            if not hasattr(bra_triton, "nchwBRA"):
-                pytest.skip("this version has no NCHW module")
-            from bra_triton import nchw_reference
-
-            fused, plain = bra_triton.nchwBRA, nchw_reference.NCHWBiLevelRoutingAttention
-        else:
-            fused, plain = bra_triton.BiLevelRoutingAttention, reference.BiLevelRoutingAttention
+        if not self.nchw:
             arguments["qk_dim"] = int(size.dim * self.qk_share)
-        module = fused(size.dim, **arguments, backend="triton")
-        oracle = plain(size.dim, **arguments)
-        oracle.load_state_dict(module.state_dict())
-        return module.to(device).eval(), oracle.double().to(device).eval()
+        kind = bra_triton.nchwBRA if self.nchw else bra_triton.BiLevelRoutingAttention
+        module = kind(size.dim, **arguments, backend="triton").to(device).eval()
+        return module, reference_of(module)
 
     def map(self, size: Size, device: torch.device, seed: int) -> Tensor:
         """Float64 values that bfloat16 holds exactly: random tokens around random means of their regions."""

@@ -8,11 +8,9 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from modes import INTERPRETED, MODES, ON_GPU, Mode
+from modules import nchw_call, region_means, run
 from problems import relative_error
-
-from bra_triton import reference
 
 # Rounding of float32 gives 1e-7 to 1e-6, and tf32x3 on tensor cores should; a wrong tail, mask or scale gives
 # 1e-3 and more.
@@ -76,24 +74,12 @@ def routing_margin(oracle, x, topk):
 
 
 def region_logits(oracle, x):
-    if hasattr(oracle, "qkv_linear"):  # NCHW: padding is left out of the means
-        query, key, _ = oracle.qkv_linear(x).chunk(3, dim=1)
-        region = -(-x.shape[2] // oracle.spec.n_win)
-        query, key = (
-            F.avg_pool2d(t, region, ceil_mode=True, count_include_pad=False).flatten(2) for t in (query, key)
-        )
-        return query.transpose(1, 2) @ key
-    query, key = reference.region_means(oracle.qkv(oracle._pad(x)), oracle.spec)
-    return oracle.router.emb(query) @ oracle.router.emb(key).transpose(1, 2)
-
-
-def run(module, x, grad_out):
-    """Output, input gradient and parameter gradients, by name."""
-    module.zero_grad()
-    x = x.detach().requires_grad_()
-    out = module(x)
-    out.backward(grad_out.to(out.dtype))
-    return {"out": out.detach(), "x": x.grad, **{k: p.grad for k, p in module.named_parameters()}}
+    if hasattr(oracle, "qkv_linear"):
+        call = nchw_call(oracle, oracle.qkv_linear(x))
+    else:
+        call = oracle._call(oracle.qkv(x), oracle._padding(x), eager=True)
+    query, key = region_means(call)
+    return query @ key.transpose(1, 2)
 
 
 def errors_of(actual, truth):

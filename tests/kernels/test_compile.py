@@ -36,7 +36,7 @@ MODES = {
     "whole": dataclasses.replace(PADDED, topk=64),
 }
 _ROUTING_GRADIENT = {"query_routing_gradient", "key_routing_gradient", "spread_means"}
-_LEPE, _ROUTING = {"lepe_backward", "lepe_sums"}, {"region_means", "route"}
+_LEPE, _ROUTING = {"lepe_backward"}, {"region_means", "route"}
 # What a mode launches besides `KERNELS`, and what it does without.
 BESIDES = {
     "padded_hard": _ROUTING_GRADIENT,
@@ -49,8 +49,8 @@ BESIDES = {
 WITHOUT = {
     "pooled": _LEPE,
     "head_graphs": _LEPE | _ROUTING,
-    "masked": {"invert_graph", "sum_pieces"},
-    "whole": {"invert_graph", "sum_pieces", *_ROUTING},
+    "masked": {"invert_graph"},
+    "whole": {"invert_graph", *_ROUTING},
 }
 WIDE_HEADS = {
     "head_64": dataclasses.replace(PROBLEMS["yolo_p3_head64"], batch=2),
@@ -60,7 +60,7 @@ WIDE_HEADS = {
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = {
     *("region_means", "route", "invert_graph", "attention_forward", "query_gradient"),
-    *("key_value_gradient", "sum_pieces", "lepe_backward", "lepe_sums"),
+    *("key_value_gradient", "finish_gradients", "lepe_backward"),
 }
 
 

@@ -59,8 +59,8 @@ def test_a_direct_launch_has_the_arguments_of_the_ordinary_one(form, log, monkey
     monkeypatch.setattr(Plan, "_launch", launch_twice)
     calls.forget_plans()
     step(FORMS[form]())
-    kinds = {"masked": "mark_choices_kernel", "nchw": "sum_pieces_kernel", "pooling": "pool_kernel"}
-    kinds |= {"soft": "spread_means_kernel", "padded hard": "lepe_sums_kernel"}
+    kinds = {"masked": "mark_choices_kernel", "nchw": "finish_gradients_kernel", "pooling": "pool_kernel"}
+    kinds |= {"soft": "spread_means_kernel", "padded hard": "finish_gradients_kernel"}
     assert kinds.get(form, "attention_forward_kernel") in names
 
 

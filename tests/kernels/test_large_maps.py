@@ -12,7 +12,8 @@ from problems import relative_error, worst
 
 from bra_triton.kernels import calls
 from bra_triton.kernels.grid import RegionGrid
-from bra_triton.kernels.lepe.launch import LepeGradients, launch_lepe, launch_lepe_gradient
+from bra_triton.kernels.lepe.arguments import LepeSums
+from bra_triton.kernels.lepe.launch import launch_lepe
 from bra_triton.kernels.pooling.problem import MAX, RegionPooling
 from bra_triton.kernels.problem import Gradients, Lepe, RoutedAttention
 from bra_triton.kernels.routing.launch import launch_spread_means
@@ -69,9 +70,9 @@ def test_means_their_gradient_lepe_and_pooling(wide, device):
     far_grad = wide(near_grad)
     grad_weights = [torch.empty_like(weight) for _ in range(2)]
     for grad, v, grad_weight in zip((far_grad, near_grad), (far, x), grad_weights, strict=True):
-        gradients = LepeGradients(grad_weight, None, None)
+        gradients = LepeSums(grad_weight, None, None)
         lepe = Lepe(v, weight, None, GRID)
-        planned.run(launch_lepe_gradient, attention_out, grad, lepe, gradients)
+        planned.run(planned.lepe_gradient, attention_out, grad, lepe, gradients)
     assert torch.equal(far_grad, near_grad)
     assert torch.equal(*grad_weights)
     grad_means = torch.randn(1, GRID.n_regions, 16, device=device)

@@ -15,10 +15,11 @@ from problems import relative_error
 from torch import Tensor
 
 from bra_triton.backend.torch import lepe as torch_lepe
+from bra_triton.kernels.attention.finish import finish_gradients_kernel
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.lepe import launch as triton_lepe
 from bra_triton.kernels.lepe.arguments import LepeParts, LepeSums, LepeSumsConfig
-from bra_triton.kernels.lepe.convolution import convolve_tile, lepe_sums_kernel
+from bra_triton.kernels.lepe.convolution import convolve_tile
 from bra_triton.kernels.problem import Lepe
 
 BACKENDS = ("torch", "triton")
@@ -149,8 +150,8 @@ def truth(case: Case, data: Data) -> dict[str, Tensor]:
 
 def run_triton(
     attention: Tensor, lepe: Lepe, grad_out: Tensor, grad_value: Tensor, needs_weight_grad: bool = True
-) -> tuple[Tensor, triton_lepe.LepeGradients]:
-    """Output and parameters' gradients, in float32; the values' is added to `grad_value`."""
+) -> tuple[Tensor, LepeSums]:
+    """Output and parameters' gradients, in float32; the values' is written to `grad_value`."""
     out = torch.full_like(attention, torch.nan)
     planned.run(triton_lepe.launch_lepe, attention, lepe, out)
 
@@ -159,9 +160,9 @@ def run_triton(
             return None if x is None else plan.output(x.shape, torch.float32)
 
         weight, bias = (like(x) if needs_weight_grad else None for x in (lepe.weight, lepe.bias))
-        gradients = triton_lepe.LepeGradients(weight, bias, like(lepe.fill))
-        triton_lepe.launch_lepe_gradient(plan, grad_out, grad_value, lepe, gradients)
-        return gradients
+        return planned.lepe_gradient(
+            plan, grad_out, grad_value, lepe, LepeSums(weight, bias, like(lepe.fill))
+        )
 
     return out, planned.run(add, grad_out, grad_value, lepe)
 
@@ -172,7 +173,9 @@ def run(case: Case, data: Data, backend: str, dtype: torch.dtype, device: torch.
     packed_grad = data.packed_grad.to(device, dtype, copy=True)
     grad_out, grad_value = data.grad_out.to(device, dtype), packed_grad[..., -case.dim :]
     if backend == "triton":
+        before = grad_value.to(torch.float32, copy=True)
         out, grads = run_triton(attention, lepe, grad_out, grad_value, **options)
+        grad_value = grad_value.float() + before  # as dK/dV does, which comes after
     else:
         out = torch_lepe.lepe_forward(attention, lepe)
         grads = torch_lepe.lepe_backward(grad_out, grad_value, lepe, **options)
@@ -367,8 +370,10 @@ def test_the_programs_shares_are_summed_and_rounded_once(kernel, n_programs, dim
             for name, shape in shapes.items()
         }
     )
-    config = LepeSumsConfig(dim, taps, rows, has_taps, 256, 16)
-    lepe_sums_kernel[(rows, -(-dim // 16))](partials, sums, n_programs, CONFIG=config)
+    config = LepeSumsConfig(dim, taps, rows, has_taps, 256, 16, HAS_PIECES=False)
+    n_sums = rows * -(-dim // 16)
+    sizes = (*(1,) * 6, n_programs, n_sums)
+    finish_gradients_kernel[(n_sums,)](None, None, partials, sums, *sizes, CONFIG=None, SUMS=config)
     exact = partials.double().sum(0)
     if "weight" in names:
         assert_rounded_once(sums.weight, exact[:taps].T.reshape(shapes["weight"]), n_programs)

@@ -1,5 +1,6 @@
 """LePE's kernels as a GPU gets them: they spill nothing, read widely, and serve every size."""
 
+import planned
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from bra_triton.bench.machine_code.static_analysis import compile_for, resource_
 from bra_triton.kernels.arrays import channels
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.lepe import launch as triton_lepe
+from bra_triton.kernels.lepe.arguments import LepeSums
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import Lepe
 
@@ -29,13 +31,13 @@ def specimens(side: int, dtype: torch.dtype, kernel: int = 3, n_win: int = 8, di
     fill = channels(plan.scratch((3 * dim,), dtype), 2 * dim, 3 * dim) if grid.is_padded else None
     lepe = Lepe(channels(qkv, 2 * dim, 3 * dim), weight, bias, grid, fill)
     triton_lepe.launch_lepe(plan, attention, lepe, plan.output(shape, dtype))
-    gradients = triton_lepe.LepeGradients(
+    sums = LepeSums(
         plan.output(weight.shape, dtype),
         plan.output(bias.shape, dtype),
         None if fill is None else plan.output(fill.shape, torch.float32),
     )
     grad_value = channels(grad_qkv, 2 * dim, 3 * dim)
-    triton_lepe.launch_lepe_gradient(plan, attention, grad_value, lepe, gradients)
+    planned.lepe_gradient(plan, attention, grad_value, lepe, sums)
     return [launch.specimen for launch in launches_of(plan)]
 
 
@@ -48,7 +50,7 @@ def specimens(side: int, dtype: torch.dtype, kernel: int = 3, n_win: int = 8, di
 )
 def test_kernels_compile_and_do_not_spill(side, kernel, dtype, arch):
     found = specimens(side, dtype, kernel)
-    assert [specimen.name for specimen in found] == ["lepe_forward", "lepe_backward", "lepe_sums"]
+    assert [specimen.name for specimen in found] == ["lepe_forward", "lepe_backward", "finish_gradients"]
     for specimen in found:
         usage = resource_usage(compile_for(specimen, arch))
         assert usage.spills == 0, (specimen.name, usage)
@@ -76,5 +78,5 @@ def test_sizes_do_not_compile_anew():
     for small, large in zip(specimens(20, torch.float16), specimens(44, torch.float16), strict=True):
         assert (small.signature, small.constexprs) == (large.signature, large.constexprs)
         sizes = [p for p in small.kernel.params if small.signature.get(p.name) == "i32"]
-        assert len(sizes) == (1 if small.name == "lepe_sums" else 4)
+        assert len(sizes) == (8 if small.name == "finish_gradients" else 4)
         assert all(size.do_not_specialize for size in sizes), small.name

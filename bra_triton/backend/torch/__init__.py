@@ -1,7 +1,7 @@
 """The torch backend: any device, any floating dtype, memory linear in the map; see `FusedKernels`."""
 
 from .attention import attend_routed, attend_routed_backward
-from .packed import attend, attend_backward
+from .packed import attend, attend_backward, saved_like
 from .pooling import pool, pool_backward
 from .routing import region_means, route, route_backward
 
@@ -15,4 +15,5 @@ __all__ = [
     "region_means",
     "route",
     "route_backward",
+    "saved_like",
 ]

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ...kernels.arrays import dense
 from ...kernels.problem import Gradients, Padding, RoutedAttention, SmallGradients, statistic_dtype
 from . import chunks
 from .autocast import outside_autocast
@@ -34,8 +35,8 @@ def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
         )
         out[chunk.rows, chunk.tokens] = _merge_heads(out_chunk)
     lse_map = from_regions(rearrange(lse, "r m s -> r s m"), problem.query_grid, problem.n_graphs)
-    out = from_regions(out, problem.query_grid, problem.n_graphs).contiguous()
-    return out, rearrange(lse_map, "n h w m -> n m h w").contiguous()
+    out = dense(from_regions(out, problem.query_grid, problem.n_graphs))
+    return out, dense(rearrange(lse_map, "n h w m -> n m h w"))
 
 
 @outside_autocast

@@ -1,16 +1,20 @@
 """Routing, attention and LePE of a packed projection on the torch backend, forward and backward."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ...kernels.arrays import dense
 from ...kernels.padding import padding_gradient, share_of_means
 from ...kernels.problem import (
-    AttentionResult,
     Gradients,
     Needs,
     PackedAttention,
     PackedGradients,
     RoutedAttention,
+    statistic_dtype,
 )
 from .attention import attend_routed, attention_backward
 from .autocast import outside_autocast
@@ -18,9 +22,31 @@ from .lepe import lepe_backward, lepe_forward
 from .routing import region_means, region_means_gradient, route, route_backward
 
 
+class _Saved(NamedTuple):
+    """What the backward reads; the tensors that there are, in this order, are what `attend` returns.
+
+    `attention` `(N, H, W, dim)` is the attention's share of the output; None where it is the output. `lse` is
+    `(N, num_heads, H, W)`; `r_weight` and `r_idx` are `(N, P, topk)`, None where nothing is routed.
+    """
+
+    attention: Tensor | None
+    lse: Tensor
+    r_weight: Tensor | None
+    r_idx: Tensor | None
+
+    @classmethod
+    def of(cls, problem: PackedAttention[Tensor], out: Tensor | None, saved: Sequence[Tensor]) -> "_Saved":
+        rest = iter(saved)
+        attention = out if problem.lepe_weight is None else next(rest)
+        lse = next(rest)
+        r_weight = next(rest) if problem.weighs else None
+        return cls(attention, lse, r_weight, None if problem.settings.chooses_all else next(rest))
+
+
+@torch.no_grad()  # inside the operator, which has no gradient of its own, PyTorch would record every step
 @outside_autocast
-def attend(problem: PackedAttention[Tensor], trains: bool, own_form: bool = False) -> AttentionResult:
-    """See `FusedKernels`; it has no form of its own."""
+def attend(problem: PackedAttention[Tensor], trains: bool) -> tuple[Tensor, list[Tensor]]:
+    """See `FusedKernels`."""
     settings, r_weight, r_idx = problem.settings, None, None
     if not settings.chooses_all:
         query, key = _means(problem).split(settings.qk_dim, dim=-1)
@@ -29,22 +55,36 @@ def attend(problem: PackedAttention[Tensor], trains: bool, own_form: bool = Fals
     lepe, attention = problem.lepe(), None
     if lepe is not None:
         attention, out = out, lepe_forward(out, lepe)
-    return AttentionResult(
-        out,
-        attention if trains else None,
-        lse if trains else None,
-        r_weight if problem.weighs else None,
-        r_idx,
-    )
+    saved = (attention, lse, r_weight if problem.weighs else None, r_idx)
+    return out, [x for x in saved if x is not None] if trains else []
+
+
+def saved_like(problem: PackedAttention[Tensor]) -> list[Tensor]:
+    """See `FusedKernels`."""
+    qkv, settings = problem.qkv, problem.settings
+    batch, height, width, _ = qkv.shape
+    dtype, choices = statistic_dtype(qkv.dtype), (batch, settings.grid.n_regions, settings.topk)
+    tensors = [qkv.new_empty(batch, settings.num_heads, height, width, dtype=dtype)]
+    if problem.lepe_weight is not None:
+        tensors.insert(0, qkv.new_empty(batch, height, width, problem.dim))
+    if problem.weighs:
+        tensors.append(qkv.new_empty(choices, dtype=dtype))
+    if not settings.chooses_all:
+        tensors.append(qkv.new_empty(choices, dtype=torch.int32))
+    return tensors
 
 
 @outside_autocast
 def attend_backward(
-    grad_out: Tensor, problem: PackedAttention[Tensor], result: AttentionResult, needs: Needs
+    grad_out: Tensor,
+    problem: PackedAttention[Tensor],
+    out: Tensor | None,
+    saved: Sequence[Tensor],
+    needs: Needs,
 ) -> PackedGradients:
     """See `FusedKernels`."""
+    result = _Saved.of(problem, out, saved)
     assert result.attention is not None
-    assert result.lse is not None
     settings, qkv, kv = problem.settings, problem.qkv, problem.kv
     qk_dim = settings.qk_dim
     widths = [qk_dim, qk_dim, problem.dim]
@@ -110,7 +150,7 @@ def _routed(
     return problem.routed(r_idx[:, None], factor)
 
 
-def _route_gradient(grad_weight: Tensor, problem: PackedAttention[Tensor], result: AttentionResult) -> Tensor:
+def _route_gradient(grad_weight: Tensor, problem: PackedAttention[Tensor], result: _Saved) -> Tensor:
     """Gradient of the region queries and keys, `(N, P, 2*qk_dim)`."""
     assert result.r_weight is not None
     assert result.r_idx is not None
@@ -120,4 +160,4 @@ def _route_gradient(grad_weight: Tensor, problem: PackedAttention[Tensor], resul
 
 
 def _cast(x: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if x is None else x.to(like.dtype).contiguous()
+    return None if x is None else dense(x.to(like.dtype))

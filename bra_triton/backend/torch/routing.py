@@ -1,9 +1,9 @@
 """Routing on the torch backend: region means, the choice of regions, and their gradients."""
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
+from ...kernels.arrays import dense
 from ...kernels.grid import RegionGrid
 from ...kernels.padding import tokens_inside
 from ...kernels.problem import statistic_dtype
@@ -49,7 +49,7 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
         `(N, P, topk)`; equal logits by the smaller index first.
     """
     top_logits, r_idx = select_topk((query * scale) @ key.transpose(-2, -1), topk)
-    return top_logits.softmax(dim=-1), r_idx.int()
+    return dense(top_logits.softmax(dim=-1)), dense(r_idx.int())
 
 
 @outside_autocast
@@ -59,7 +59,7 @@ def route_backward(
     """Gradients of `route`'s query and key, `(N, P, qk_dim)`, for the gradient of `r_weight`."""
     grad_logits = r_weight * (grad_weight - (r_weight * grad_weight).sum(-1, keepdim=True)) * scale
     rows, keys = query.flatten(0, 1), key.flatten(0, 1)
-    grad_query, grad_key = torch.zeros_like(rows), torch.zeros_like(keys)
+    grad_query, grad_key = rows.new_zeros(rows.shape), keys.new_zeros(keys.shape)
     index, weight = flat_index(r_idx[:, None], key.shape[1]), grad_logits.flatten(0, 1)
     for slot in range(r_idx.shape[-1]):
         grad_query += weight[:, slot, None] * keys.index_select(0, index[:, slot])

@@ -1,0 +1,56 @@
+"""What is left of a backward when all programs have written their shares, in one launch: two kinds of sum.
+
+| array | shape | meaning |
+|---|---|---|
+| pieces, results | | see `arguments.Pieces` and `arguments.KeyValueResults` |
+| shares, sums | | `partials` of `lepe.convolution`, and where their sums go, see `lepe.arguments.LepeSums` |
+"""
+
+import triton
+import triton.language as tl
+
+from ..lepe.convolution import sum_lepe_shares
+from .key_value_gradient import sum_pieces
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("kv_tokens", "n_regions", "n_pieces", "n_partials", "region_tokens", "longest"),
+        *("n_shares", "n_sums"),
+    ]
+)
+def finish_gradients_kernel(
+    pieces,
+    results,
+    shares,
+    sums,
+    kv_tokens,
+    n_regions,
+    n_pieces,
+    n_partials,
+    region_tokens,
+    longest,
+    n_shares,
+    n_sums,
+    CONFIG: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """Sums LePE's shares (the first `n_sums` programs, which take longest), and the pieces of cut rows."""
+    program = tl.program_id(0)
+    if shares is not None:  # noqa: SIM102  the compiler decides this, the program the other
+        if program < n_sums:
+            sum_lepe_shares(program, shares, sums, n_shares, SUMS)
+    if SUMS.HAS_PIECES:  # noqa: SIM102
+        if program >= n_sums:
+            sum_pieces(
+                program - n_sums,
+                pieces,
+                results,
+                kv_tokens,
+                n_regions,
+                n_pieces,
+                n_partials,
+                region_tokens,
+                longest,
+                CONFIG,
+            )

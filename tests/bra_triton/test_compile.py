@@ -1,0 +1,109 @@
+"""The modules under `torch.compile`: one graph, changing sizes, and the gradients of an eager step."""
+
+import shutil
+
+import pytest
+import torch
+import torch._dynamo.testing
+from modules import run
+from problems import relative_error, worst
+from torch import nn
+
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+
+DIFF = {"diff_routing": True}
+MODES = {
+    "LePE": {},
+    "soft": {"soft_routing": True, "side_dwconv": 0},
+    "hard, param_routing": DIFF | {"param_routing": True},
+    "avgpool": {"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 2},
+    "soft, conv": DIFF | {"soft_routing": True, "kv_downsample_mode": "conv", "kv_downsample_ratio": 2},
+    "whole": {"topk": 4, "qk_dim": 4},
+}
+# Every other size needs padding: two graphs, which serve the sizes that follow. No region has a single cell,
+# which a compiler takes for a constant.
+SIZES = ((8, 12), (9, 13), (12, 16), (11, 15))
+
+
+class _Everything(nn.Module):
+    """Every mode in one graph: compiling takes long, a mode or ten."""
+
+    def __init__(self, backend):
+        super().__init__()
+        numbers = {"num_heads": 2, "n_win": 2, "backend": backend}
+        self.modes = nn.ModuleDict(
+            {
+                name: BiLevelRoutingAttention(8, **{"topk": 2, "auto_pad": True, **numbers, **arguments})
+                for name, arguments in MODES.items()
+            }
+        )
+        self.nchw = NCHWBiLevelRoutingAttention(8, topk=3, **numbers)
+
+    def forward(self, x):
+        out = self.nchw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        for mode in self.modes.values():
+            out = out + mode(x)
+        return out
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler of C++")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_inductor_compiles_the_training_of_changing_sizes(backend, device):
+    module = _Everything(backend).to(device)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for size in SIZES:
+        x, grad_out = torch.randn(2, 2, *size, 8, device=device)
+        expected = {k: v.clone() for k, v in run(module, x, grad_out).items()}
+        actual = {k.removeprefix("_orig_mod."): v for k, v in run(compiled, x, grad_out).items()}
+        # Float32's rounding gives 1e-6; of a gradient that is 0 only rounding is left.
+        scale = 1e-3 * expected["x"].norm()
+        errors = {
+            name: relative_error(actual[name], value.double()) * min(1, value.norm() / scale)
+            for name, value in expected.items()
+        }
+        assert worst(errors.values()) < 1e-5, (size, errors)
+        graphs.append(counter.frame_count)
+    assert graphs[-1] <= graphs[1] + 1, graphs
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", [BiLevelRoutingAttention, NCHWBiLevelRoutingAttention])
+def test_a_seen_size_is_not_compiled_again(kind, backend, device):
+    """Without `dynamic`, as most compile: the first size is fixed, from the second on they are symbols."""
+    module = kind(16, 1, 2, topk=2, auto_pad=True, backend=backend).to(device)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for size in (4, 5, 4):
+        x, grad_out = torch.randn(2, 1, size, size, 16, device=device)
+        if kind is NCHWBiLevelRoutingAttention:
+            x, grad_out = x.permute(0, 3, 1, 2), grad_out.permute(0, 3, 1, 2)
+        expected = list(run(module, x, grad_out).values())
+        actual = list(run(compiled, x, grad_out).values())
+        assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(actual, expected, strict=True))
+    assert counter.frame_count <= 2
+
+
+def test_operators_called_where_dynamo_watches_but_does_not_compile():
+    """After a break in a `try` Dynamo runs the frame as it is, and sees what the operators do inside."""
+    module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend="torch")
+
+    def attend(x):
+        x = x * 2
+        torch._dynamo.graph_break()
+        try:
+            x = module(x)
+            torch._dynamo.graph_break()
+        finally:
+            pass
+        return x.sin()
+
+    x = torch.randn(2, 8, 8, 32, requires_grad=True)
+    expected, actual = attend(x), torch.compile(attend, backend="eager")(x)
+    assert relative_error(actual, expected.double()) < 1e-6
+    assert (
+        relative_error(*(torch.autograd.grad(out.sum(), x)[0] for out in (actual, expected.double()))) < 1e-6
+    )

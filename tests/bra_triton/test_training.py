@@ -1,0 +1,219 @@
+"""What training loops do with a module: checkpoint, offload, differentiate twice, copy, pickle, autocast."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from modules import reference_of, run
+from operator_calls import Calls
+from problems import relative_error, worst
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+
+BACKENDS = ("torch", "triton")
+# Everything that is saved for a backward: LePE, padding, the router's layer, reduced keys and values.
+EVERYTHING = {
+    **{"soft_routing": True, "diff_routing": True, "param_routing": True},
+    **{"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 2},
+}
+MODULES = {
+    "NHWC": lambda backend: BiLevelRoutingAttention(8, 1, 2, topk=2, auto_pad=True, backend=backend),
+    "everything": lambda backend: BiLevelRoutingAttention(
+        8, 1, 2, topk=2, auto_pad=True, **EVERYTHING, backend=backend
+    ),
+    "NCHW": lambda backend: NCHWBiLevelRoutingAttention(8, 1, 2, topk=2, backend=backend),
+}
+every_module = pytest.mark.parametrize("name", MODULES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def _problem(name, backend, device):
+    """A module, a map that it pads, and a gradient of the output."""
+    x, grad_out = torch.randn(2, 1, 3, 5, 8, device=device)
+    if name == "NCHW":
+        x, grad_out = x.permute(0, 3, 1, 2), grad_out.permute(0, 3, 1, 2)
+    return MODULES[name](backend).to(device), x, grad_out
+
+
+def _gradients(module, out, x, grad_out, **options):
+    return torch.autograd.grad(out, (x, *module.parameters()), grad_out, **options)
+
+
+def _save_attention(context, operator, *arguments, **options):
+    saved = operator is torch.ops.bra_triton.attend.default
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _Stored:
+    """A saved tensor on its way: a copy, to be asked for as often as a backward is run."""
+
+    def __init__(self, x):
+        self.x = x.clone()
+
+    def restored(self):
+        return self.x.clone()
+
+
+def _through(way, module, x):
+    if way == "saved on the CPU":
+        with save_on_cpu():
+            return module(x)
+    if way == "saved by hooks":
+        with saved_tensors_hooks(_Stored, _Stored.restored):
+            return module(x)
+    contexts = {}
+    if way == "selective checkpoint":
+        contexts = {"context_fn": lambda: create_selective_checkpoint_contexts(_save_attention)}
+    return checkpoint(module, x, use_reentrant=way == "reentrant checkpoint", **contexts)
+
+
+@every_module
+@every_backend
+def test_whatever_becomes_of_saved_tensors_the_gradients_are_the_same(name, backend, device):
+    module, x, grad_out = _problem(name, backend, device)
+    expected = run(module, x, grad_out)
+    for way in (
+        *("checkpoint", "reentrant checkpoint", "selective checkpoint"),
+        *("saved on the CPU", "saved by hooks"),
+    ):
+        actual = run(module, x, grad_out, lambda x, way=way: _through(way, module, x))
+        differ = [key for key in expected if not torch.equal(actual[key], expected[key])]
+        assert not differ, way
+
+
+def test_a_selective_checkpoint_recomputes_no_attention(device):
+    module, x, grad_out = _problem("NHWC", "torch", device)
+    counts = {}
+    for way in ("checkpoint", "selective checkpoint"):
+        attended = []
+        with Calls(lambda function, *_, attended=attended: attended.append(function)):
+            run(module, x, grad_out, lambda x, way=way: _through(way, module, x))
+        counts[way] = attended.count(torch.ops.bra_triton.attend.default)
+    assert counts["selective checkpoint"] < counts["checkpoint"]
+
+
+@every_module
+@every_backend
+def test_a_kept_graph_gives_the_same_gradients_twice(name, backend, device):
+    module, x, grad_out = _problem(name, backend, device)
+    out = module(x.requires_grad_())
+    first = _gradients(module, out, x, grad_out, retain_graph=True)
+    second = _gradients(module, out, x, grad_out)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        _gradients(module, out, x, grad_out)
+
+
+@every_module
+@every_backend
+@pytest.mark.parametrize("path", ["eager", "operators"])
+def test_a_second_derivative_is_refused_not_zero(path, name, backend, device):
+    """A gradient that could be differentiated again may be asked for; only then it raises."""
+    module, x, grad_out = _problem(name, backend, device)
+    expected = run(module, x, grad_out)["x"]
+
+    def twice():
+        x.requires_grad_()
+        (first,) = torch.autograd.grad(module(x), x, grad_out, create_graph=True)
+        assert torch.equal(first, expected)
+        with pytest.raises(RuntimeError, match="no second derivatives; backend='reference' has"):
+            torch.autograd.grad(first.square().sum(), x)
+
+    if path == "eager":
+        twice()
+        return
+    with Calls(lambda *_: None) as calls:
+        twice()
+    assert "bra_triton::attend_backward" in calls.names
+
+
+@every_module
+@every_backend
+def test_a_dispatch_mode_sees_the_operators_and_changes_nothing(name, backend, device):
+    module, x, grad_out = _problem(name, backend, device)
+    expected = run(module, x, grad_out)
+    with Calls(lambda *_: None) as calls:
+        actual = run(module, x, grad_out)
+    assert {"bra_triton::attend", "bra_triton::attend_backward"} <= calls.names
+    differ = [key for key in expected if not torch.equal(actual[key], expected[key])]
+    assert not differ
+
+
+def test_a_flop_counter_sees_the_attention(device):
+    module, x, _ = _problem("NHWC", "torch", device)
+    seen = []
+    formula = {torch.ops.bra_triton.attend: lambda *shapes, **_: seen.append(shapes) or 1000}
+    with FlopCounterMode(display=False, custom_mapping=formula) as counter:
+        module(x)
+    assert len(seen) == 1
+    assert counter.get_flop_counts()["Global"][torch.ops.bra_triton.attend] == 1000
+
+
+@every_module
+@every_backend
+def test_transforms_of_functions_are_right_or_refused(name, backend, device):
+    """`torch.func` cannot see into an `autograd.Function` of this style: nothing may be silently wrong."""
+    module, x, grad_out = _problem(name, backend, device)
+    expected = run(module, x, grad_out)
+    try:
+        actual = torch.func.grad(lambda x: (module(x) * grad_out).sum())(x)
+    except RuntimeError:
+        pass
+    else:
+        assert relative_error(actual, expected["x"].double()) < 1e-5
+    try:
+        actual = torch.func.vmap(module)(torch.stack((x, x.flip(0))))
+    except RuntimeError:
+        pass
+    else:
+        assert relative_error(actual[0], expected["out"].double()) < 1e-5
+
+
+def _saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": _saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@every_module
+@every_backend
+def test_copies_before_and_after_a_step_are_the_module(name, backend, copied, device):
+    """Ultralytics keeps a copy of the model for its moving average, and pickles it whole."""
+    module, x, grad_out = _problem(name, backend, device)
+    before = COPIES[copied](module)
+    expected = run(module, x, grad_out)
+    after = COPIES[copied](module)
+    for twin in (before, after):
+        assert twin.backend == backend
+        actual = run(twin, x, grad_out)
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@every_module
+@every_backend
+def test_autocast_runs_in_half_precision(name, backend, dtype, device):
+    module, x, grad_out = _problem(name, backend, device)
+    expected = run(reference_of(module), x.double(), grad_out.double())
+    with torch.autocast(device.type, dtype):
+        actual = run(module, x, grad_out)
+    assert actual["out"].dtype == dtype
+    assert all(actual[key].dtype == torch.float32 for key in expected if key != "out")
+    # Some roundings of 8 and 11 bits on the way; the router's gradient is a difference of larger terms.
+    kept = [key for key in expected if not key.startswith("router")]
+    tolerance = 8 * torch.finfo(dtype).eps
+    assert worst(relative_error(actual[key], expected[key]) for key in kept) < tolerance
