@@ -70,11 +70,8 @@ def step(problem):
         pool(problem)
     else:
         needs = Needs(*(x is not None for x in problem.tensors))
-        for own_form in (True, False):
-            result = calls.attend(problem, trains=True, own_form=own_form)
-            if problem.lepe_weight is None:
-                result = result._replace(attention=result.out)
-            calls.attend_backward(torch.empty_like(result.out), problem, result, needs)
+        out, saved = calls.attend(problem, trains=True)
+        calls.attend_backward(torch.empty_like(out), problem, out, saved, needs)
 
 
 def pool(pooling):
@@ -108,7 +105,8 @@ def seen(log):
     """What was launched, without addresses: compiled kernels, grids, streams, numbers."""
     launches = []
     for run, args in log.take():
-        numbers = [x for x in args[HEAD:] if isinstance(x, float) or hasattr(x, "_fields")]
+        groups = [x for x in args[HEAD:] if hasattr(x, "_fields") and not holds_tensors(x)]
+        numbers = [*groups, *(x for x in args[HEAD:] if isinstance(x, float))]
         sizes = [x for x in args[HEAD:] if isinstance(x, int) and x < 2**20]  # addresses are larger
         launches.append((id(run), args[:4], numbers, sizes))
     return launches

@@ -58,10 +58,10 @@ def _tensors(spec, height, width, device):
 
 def _expected(spec, tensors, grad_out):
     call = Call(tensors["qkv"], spec, *(tensors[name] for name in ("lepe_weight", "lepe_bias", "padding")))
-    scored = reference.attend(call)
+    out = reference.attend(call).out
     leaves = {name: x for name, x in tensors.items() if x is not None}
-    gradients = torch.autograd.grad(scored.out, list(leaves.values()), grad_out.double())
-    return scored, {"out": scored.out.detach(), **dict(zip(leaves, gradients, strict=True))}
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad_out.double())
+    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 def _problem(spec, tensors):
@@ -88,13 +88,11 @@ def test_output_and_all_gradients(name, backend, device):
     tensors = _tensors(spec, height, width, device)
     problem, kernels = _problem(spec, tensors), fused_kernels(backend)
     grad_out = torch.randn(2, height, width, spec.dim, device=device)
-    scored, expected = _expected(spec, tensors, grad_out)
+    expected = _expected(spec, tensors, grad_out)
     with planned.poisoned():
-        result = kernels.attend(problem, trains=True)
-        gradients = kernels.attend_backward(grad_out, problem, result, _needs(problem))
-    if result.r_idx is not None:
-        assert torch.equal(result.r_idx.long(), scored.r_idx)
-    actual = {"out": result.out, **{n: getattr(gradients, n) for n in NAMES}}
+        out, saved = kernels.attend(problem, trains=True)
+        gradients = kernels.attend_backward(grad_out, problem, out, saved, _needs(problem))
+    actual = {"out": out, **{n: getattr(gradients, n) for n in NAMES}}
     assert {n for n, x in actual.items() if x is not None} == set(expected)
     errors = {n: relative_error(actual[n], expected[n]) for n in expected}
     assert worst(errors.values()) < TOLERANCE, errors
@@ -104,11 +102,11 @@ def test_output_and_all_gradients(name, backend, device):
 def test_where_all_attend_to_all_nothing_is_routed(name, device):
     spec, height, width = CASES[name]
     problem = _problem(spec, _tensors(spec, height, width, device))
-    forward = plan_attend(problem, trains=True, own_form=True)
+    forward = plan_attend(problem, trains=True)
     assert [launch.name for launch in forward.launches] == ["list_tokens_kernel", "attention_forward_kernel"]
-    out, kept = (torch.empty(s, device=device) for s in ((2, height, width, spec.dim), forward.kept_bytes))
-    saved = (out, None, None, None, None, kept.byte())
-    backward = plan_attend_backward(problem, saved, _needs(problem))
+    grad_out = torch.empty(2, height, width, spec.dim, device=device)
+    kept = torch.empty(forward.kept_bytes, dtype=torch.uint8, device=device)
+    backward = plan_attend_backward(problem, (grad_out, None, kept), _needs(problem))
     names = [launch.name for launch in backward.launches]
     assert names[:2] == ["query_gradient_kernel", "key_value_gradient_kernel"]
-    assert names[2:] == ["lepe_backward_kernel", "lepe_sums_kernel"]
+    assert names[2:] == ["lepe_backward_kernel", "finish_gradients_kernel"]

@@ -8,11 +8,10 @@ import triton
 import triton.language as tl
 
 from bra_triton.backend.kernels import fused_kernels
-from bra_triton.kernels import calls
 from bra_triton.kernels.arrays import Buffer, channels
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.plan import Kept, Plan
-from bra_triton.kernels.problem import Needs, PackedAttention, Settings
+from bra_triton.kernels.problem import PackedAttention, Settings
 
 BLOCK = 64
 
@@ -167,32 +166,23 @@ def _attention(settings, device, batch=2, dim=24):
     return PackedAttention(qkv, None, padding, None, weight, bias, settings)
 
 
-ALL = Needs(*[True] * 6)
+BACKENDS = ("torch", "triton")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("settings", [PLAIN, SOFT], ids=["plain", "soft"])
-def test_the_backward_is_the_same_from_what_is_kept_and_from_single_arrays(settings, device):
-    problem = _attention(settings, device)
-    grad_out = torch.randn(*problem.qkv.shape[:3], problem.dim, device=device)
-    results = [calls.attend(problem, trains=True, own_form=own_form) for own_form in (True, False)]
-    assert [x is not None for x in results[0][1:]] == [False] * 4 + [True]
-    assert results[1].kept is None
-    assert torch.equal(results[0].out, results[1].out)
-    gradients = [calls.attend_backward(grad_out, problem, result, ALL) for result in results]
-    for kept, single in zip(*gradients, strict=True):
-        assert kept is single is None or torch.equal(kept, single)
+def test_what_tracing_takes_for_kept_is_what_is_kept(settings, backend, device):
+    problem, kernels = _attention(settings, device), fused_kernels(backend)
+    _, saved = kernels.attend(problem, trains=True)
+    like = kernels.saved_like(problem)
+    assert [(x.shape, x.dtype, x.stride()) for x in saved] == [(x.shape, x.dtype, x.stride()) for x in like]
+    assert not kernels.attend(problem, trains=False)[1]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("settings", [PLAIN, SOFT], ids=["plain", "soft"])
-@pytest.mark.parametrize("own_form", [False, True])
-def test_a_packed_attention_of_an_empty_batch(settings, own_form, backend, device):
+def test_a_packed_attention_of_an_empty_batch(settings, backend, device):
     problem = _attention(settings, device, batch=0)
-    kernels = fused_kernels(backend)
     for trains in (False, True):
-        result = kernels.attend(problem, trains, own_form)
-        assert result.out.shape == (0, settings.grid.height, settings.grid.width, 24)
-    gradients = kernels.attend_backward(result.out, problem, result, ALL)
-    assert gradients.qkv.shape == problem.qkv.shape
-    assert not gradients.lepe_weight.any()
-    assert problem.padding is None or not gradients.padding.any()
+        out, _ = fused_kernels(backend).attend(problem, trains)
+        assert out.shape == (0, settings.grid.height, settings.grid.width, 24)
