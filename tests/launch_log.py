@@ -71,8 +71,7 @@ def step(problem):
     else:
         needs = Needs(*(x is not None for x in problem.tensors))
         out, saved = calls.attend(problem, trains=True)
-        needed = out if problem.lepe_weight is None else None
-        calls.attend_backward(torch.empty_like(out), problem, needed, saved, needs)
+        calls.attend_backward(torch.empty_like(out), problem, out, saved, needs)
 
 
 def pool(pooling):
@@ -106,7 +105,8 @@ def seen(log):
     """What was launched, without addresses: compiled kernels, grids, streams, numbers."""
     launches = []
     for run, args in log.take():
-        numbers = [x for x in args[HEAD:] if isinstance(x, float) or hasattr(x, "_fields")]
+        groups = [x for x in args[HEAD:] if hasattr(x, "_fields") and not holds_tensors(x)]
+        numbers = [*groups, *(x for x in args[HEAD:] if isinstance(x, float))]
         sizes = [x for x in args[HEAD:] if isinstance(x, int) and x < 2**20]  # addresses are larger
         launches.append((id(run), args[:4], numbers, sizes))
     return launches

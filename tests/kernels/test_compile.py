@@ -164,7 +164,7 @@ SIZES = {
     *("height", "width", "region_height", "region_width", "columns", "n_regions", "map_tokens", "kv_tokens"),
     *("region_tokens", "kv_region_tokens", "query_region_tokens", "list_length", "n_entries", "n_pairs"),
     *("n_pieces", "n_partials", "n_extras", "longest", "padded_height", "padded_width", "topk"),
-    *("reach_height", "reach_width", "n_rows", "n_queries", "n_keys"),
+    *("reach_height", "reach_width", "n_rows", "n_queries", "n_keys", "n_programs", "n_heads", "tiles"),
 }
 
 

@@ -56,9 +56,12 @@ def test_a_direct_launch_has_the_arguments_of_the_ordinary_one(form, log, monkey
             assert not holds_tensors(args)
             names.append(planned.name)
 
-    monkeypatch.setattr(Plan, "_launch", launch_twice)
+    problem = FORMS[form]()
     calls.forget_plans()
-    step(FORMS[form]())
+    step(problem)  # the first time compiles
+    log.take()
+    monkeypatch.setattr(Plan, "_launch", launch_twice)
+    step(problem)
     kinds = {"masked": "mark_choices_kernel", "nchw": "finish_gradients_kernel", "pooling": "pool_kernel"}
     kinds |= {"soft": "spread_means_kernel", "padded hard": "finish_gradients_kernel"}
     assert kinds.get(form, "attention_forward_kernel") in names
@@ -81,24 +84,34 @@ def test_tensors_that_start_elsewhere_are_launched_by_triton(name, log):
     """Compiled for multiples of 16 bytes, a kernel would read them wrongly, or fault."""
     form = {"kv": "pooled", "padding": "padded", "means": "router"}.get(name, "plain")
     problem = FORMS[form]()
-    calls.attend(problem, trains=True)
-    aligned = log.take()
-    assert _are_direct(aligned)
     shifted = replace(problem, **{name: _shifted(getattr(problem, name))})
-    calls.attend(shifted, trains=True)
-    misaligned = log.take()
-    assert not _are_direct(misaligned)
-    # Some kernel is another, compiled for any address.
-    assert {id(run) for run, _ in aligned} != {id(run) for run, _ in misaligned}
-    calls.attend(problem, trains=True)
-    assert _are_direct(log.take())
+
+    def launch(problem):
+        calls.attend(problem, trains=True)
+        return log.take()
+
+    for first in (problem, shifted):  # whichever a plan was made and compiled for
+        calls.forget_plans()
+        launch(first)
+        aligned, misaligned = launch(problem), launch(shifted)
+        assert _are_direct(aligned)
+        assert not _are_direct(misaligned)
+        # Some kernel is another, compiled for any address.
+        assert {id(run) for run, _ in aligned} != {id(run) for run, _ in misaligned}
+        assert _are_direct(launch(problem))
 
 
 @pytest.mark.parametrize("which", ["launch_enter_hook", "launch_exit_hook"])
 def test_whoever_watches_launches_gets_them_by_triton(which, log):
     problem, runtime = FORMS["plain"](), plan._runtime
-    calls.attend(problem, trains=False)
-    assert _are_direct(log.take())
+
+    def launch():
+        calls.attend(problem, trains=False)
+        return log.take()
+
+    calls.forget_plans()
+    assert not _are_direct(launch())  # the first time compiles
+    assert _are_direct(launch())
     before = getattr(runtime, which)
     watch = print
     try:
@@ -106,15 +119,13 @@ def test_whoever_watches_launches_gets_them_by_triton(which, log):
             before.add(watch)
         else:  # Triton 3.4
             setattr(runtime, which, watch)
-        calls.attend(problem, trains=False)
+        watched = launch()
     finally:
         if hasattr(before, "remove"):
             before.remove(watch)
         else:
             setattr(runtime, which, before)
-    watched = log.take()
     assert not _are_direct(watched)
     at = 7 if which == "launch_enter_hook" else 8
     assert all(args[at] is not None for _, args in watched)
-    calls.attend(problem, trains=False)
-    assert _are_direct(log.take())
+    assert _are_direct(launch())

@@ -15,15 +15,11 @@ from problems import relative_error
 from torch import Tensor
 
 from bra_triton.backend.torch import lepe as torch_lepe
-from bra_triton.bench.machine_code.launches import launches_of
-from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
-from bra_triton.kernels.arrays import channels
 from bra_triton.kernels.attention.finish import finish_gradients_kernel
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.lepe import launch as triton_lepe
 from bra_triton.kernels.lepe.arguments import LepeParts, LepeSums, LepeSumsConfig
 from bra_triton.kernels.lepe.convolution import convolve_tile
-from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import Lepe
 
 BACKENDS = ("torch", "triton")
@@ -336,75 +332,6 @@ def test_a_convolution_that_does_not_fit_is_refused(weight, n_win, has_fill, mes
         Lepe(torch.empty(1, 5, 5, 4), torch.empty(weight), None, grid, torch.empty(4) if has_fill else None)
 
 
-def specimens(side: int, dtype: torch.dtype, kernel: int = 3, n_win: int = 8, dim: int = 64):
-    """The kernels as a launch on a GPU would compile them."""
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    grid = RegionGrid.of_windows(side, side, n_win)
-    shape, packed = (2, side, side, dim), (2, side, side, 3 * dim)
-    inputs = [empty(*shape), empty(*packed), empty(dim, 1, kernel, kernel), empty(dim), empty(*packed)]
-    plan = Plan(inputs, inputs[0].device)
-    attention, qkv, weight, bias, grad_qkv = plan.given
-    fill = channels(plan.scratch((3 * dim,), dtype), 2 * dim, 3 * dim) if grid.is_padded else None
-    lepe = Lepe(channels(qkv, 2 * dim, 3 * dim), weight, bias, grid, fill)
-    triton_lepe.launch_lepe(plan, attention, lepe, plan.output(shape, dtype))
-    sums = LepeSums(
-        plan.output(weight.shape, dtype),
-        plan.output(bias.shape, dtype),
-        None if fill is None else plan.output(fill.shape, torch.float32),
-    )
-    grad_value = channels(grad_qkv, 2 * dim, 3 * dim)
-    planned.lepe_gradient(plan, attention, grad_value, lepe, sums)
-    return [launch.specimen for launch in launches_of(plan)]
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize(
-    ("side", "kernel", "arch", "dtype"),
-    # Padding and the larger kernel: all types on one architecture, half precision on all.
-    [(20, 5, arch, torch.float16) for arch in ("sm_80", "sm_100", "sm_120", "gfx942")]
-    + [(20, 5, "sm_90", dtype) for dtype in (torch.float32, *HALVES)]
-    + [(40, 3, arch, torch.float16) for arch in ("sm_80", "sm_90")],
-)
-def test_kernels_compile_and_do_not_spill(side, kernel, dtype, arch):
-    found = specimens(side, dtype, kernel)
-    assert [specimen.name for specimen in found] == ["lepe_forward", "lepe_backward", "finish_gradients"]
-    for specimen in found:
-        usage = resource_usage(compile_for(specimen, arch))
-        assert usage.spills == 0, (specimen.name, usage)
-
-
-@pytest.mark.compiled
-def test_the_check_sees_a_spill(monkeypatch):
-    """The same check on a tile that cannot fit the registers: it must fail."""
-    monkeypatch.setattr(triton_lepe, "BACKWARD_TILE", (128, 32, 1))
-    usage = resource_usage(compile_for(specimens(40, torch.float32)[1], "sm_90"))
-    assert usage.spill_loads > 0
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("name", ["lepe_forward", "lepe_backward"])
-def test_values_are_read_and_gradients_written_16_bytes_at_a_time(name):
-    specimen = next(s for s in specimens(20, torch.float16) if s.name == name)
-    sass = compile_for(specimen, "sm_90").sass
-    assert "LDG.E.128" in sass
-    assert "STG.E.128" in sass
-    # Only the weights, k * k apart, are read one by one: those of the thread's 8 channels.
-    assert sass.count("LDG.E.U16") <= 8
-
-
-@pytest.mark.compiled
-def test_sizes_do_not_compile_anew():
-    """Ultralytics trains with changing image sizes."""
-    for small, large in zip(specimens(20, torch.float16), specimens(44, torch.float16), strict=True):
-        assert (small.signature, small.constexprs) == (large.signature, large.constexprs)
-        sizes = [p for p in small.kernel.params if small.signature.get(p.name) == "i32"]
-        assert len(sizes) == (8 if small.name == "finish_gradients" else 4)
-        assert all(size.do_not_specialize for size in sizes), small.name
-
-
 def test_a_column_of_any_stride(device):
     """PyTorch calls a map of one column contiguous whatever its stride is there; kernels step by it."""
     case = Case("column", "", 3, 16, RegionGrid.of_windows(8, 1, 1))
@@ -457,6 +384,6 @@ def test_the_programs_shares_are_summed_and_rounded_once(kernel, n_programs, dim
 
 
 def assert_rounded_once(actual: Tensor, exact: Tensor, n_terms: int) -> None:
-    """Of float32 sums of so many normal terms, some units off, then rounded by half a unit."""
+    """Float32 sums of normal terms, one after the other, are 3e-5 off at 600; a lost term is about 1."""
     unit = torch.finfo(actual.dtype).eps / 2
-    assert torch.allclose(actual.double(), exact, rtol=unit, atol=4e-7 * n_terms**0.5)
+    assert torch.allclose(actual.double(), exact, rtol=unit, atol=3e-6 * n_terms**0.5)

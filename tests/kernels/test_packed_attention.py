@@ -58,10 +58,10 @@ def _tensors(spec, height, width, device):
 
 def _expected(spec, tensors, grad_out):
     call = Call(tensors["qkv"], spec, *(tensors[name] for name in ("lepe_weight", "lepe_bias", "padding")))
-    scored = reference.attend(call)
+    out = reference.attend(call).out
     leaves = {name: x for name, x in tensors.items() if x is not None}
-    gradients = torch.autograd.grad(scored.out, list(leaves.values()), grad_out.double())
-    return scored, {"out": scored.out.detach(), **dict(zip(leaves, gradients, strict=True))}
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad_out.double())
+    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 def _problem(spec, tensors):
@@ -88,11 +88,10 @@ def test_output_and_all_gradients(name, backend, device):
     tensors = _tensors(spec, height, width, device)
     problem, kernels = _problem(spec, tensors), fused_kernels(backend)
     grad_out = torch.randn(2, height, width, spec.dim, device=device)
-    _, expected = _expected(spec, tensors, grad_out)
+    expected = _expected(spec, tensors, grad_out)
     with planned.poisoned():
         out, saved = kernels.attend(problem, trains=True)
-        needed = out if problem.lepe_weight is None else None
-        gradients = kernels.attend_backward(grad_out, problem, needed, saved, _needs(problem))
+        gradients = kernels.attend_backward(grad_out, problem, out, saved, _needs(problem))
     actual = {"out": out, **{n: getattr(gradients, n) for n in NAMES}}
     assert {n for n, x in actual.items() if x is not None} == set(expected)
     errors = {n: relative_error(actual[n], expected[n]) for n in expected}
@@ -105,9 +104,9 @@ def test_where_all_attend_to_all_nothing_is_routed(name, device):
     problem = _problem(spec, _tensors(spec, height, width, device))
     forward = plan_attend(problem, trains=True)
     assert [launch.name for launch in forward.launches] == ["list_tokens_kernel", "attention_forward_kernel"]
-    out, kept = (torch.empty(s, device=device) for s in ((2, height, width, spec.dim), forward.kept_bytes))
-    saved = (out, None, kept.byte())
-    backward = plan_attend_backward(problem, saved, _needs(problem))
+    grad_out = torch.empty(2, height, width, spec.dim, device=device)
+    kept = torch.empty(forward.kept_bytes, dtype=torch.uint8, device=device)
+    backward = plan_attend_backward(problem, (grad_out, None, kept), _needs(problem))
     names = [launch.name for launch in backward.launches]
     assert names[:2] == ["query_gradient_kernel", "key_value_gradient_kernel"]
     assert names[2:] == ["lepe_backward_kernel", "finish_gradients_kernel"]

@@ -8,11 +8,10 @@ import triton
 import triton.language as tl
 
 from bra_triton.backend.kernels import fused_kernels
-from bra_triton.kernels import calls
 from bra_triton.kernels.arrays import Buffer, channels
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.plan import Kept, Plan
-from bra_triton.kernels.problem import Needs, PackedAttention, Settings
+from bra_triton.kernels.problem import PackedAttention, Settings
 
 BLOCK = 64
 
@@ -167,23 +166,23 @@ def _attention(settings, device, batch=2, dim=24):
     return PackedAttention(qkv, None, padding, None, weight, bias, settings)
 
 
-ALL = Needs(*[True] * 6)
+BACKENDS = ("torch", "triton")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("settings", [PLAIN, SOFT], ids=["plain", "soft"])
-def test_what_is_kept_is_as_large_as_is_said_without_a_run(settings, device):
-    problem = _attention(settings, device)
-    _, saved = calls.attend(problem, trains=True)
-    (like,) = calls.saved_like(problem)
-    assert [(x.shape, x.dtype) for x in saved] == [(like.shape, like.dtype)]
-    assert calls.attend(problem, trains=False)[1] == []
+def test_what_tracing_takes_for_kept_is_what_is_kept(settings, backend, device):
+    problem, kernels = _attention(settings, device), fused_kernels(backend)
+    _, saved = kernels.attend(problem, trains=True)
+    like = kernels.saved_like(problem)
+    assert [(x.shape, x.dtype, x.stride()) for x in saved] == [(x.shape, x.dtype, x.stride()) for x in like]
+    assert not kernels.attend(problem, trains=False)[1]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("settings", [PLAIN, SOFT], ids=["plain", "soft"])
 def test_a_packed_attention_of_an_empty_batch(settings, backend, device):
     problem = _attention(settings, device, batch=0)
-    kernels = fused_kernels(backend)
     for trains in (False, True):
-        out, _ = kernels.attend(problem, trains)
+        out, _ = fused_kernels(backend).attend(problem, trains)
         assert out.shape == (0, settings.grid.height, settings.grid.width, 24)

@@ -12,7 +12,7 @@ from launch_log import FORMS, HALF, PLAIN, attention, launched, regional, seen, 
 
 from bra_triton.bench import stand_in
 from bra_triton.kernels import calls, tiles
-from bra_triton.kernels.problem import Needs
+from bra_triton.kernels.problem import Needs, PackedAttention
 from bra_triton.kernels.tiles import choice
 
 pytestmark = pytest.mark.compiled
@@ -29,8 +29,23 @@ def streams(monkeypatch):
     return found
 
 
+@pytest.fixture(params=[False, True], ids=["shared", "of the caller"])
+def placed(request):
+    """Gives a packed problem a place for its plans, as a call whose signature is known has, or does not."""
+
+    def place(problem):
+        if request.param and isinstance(problem, PackedAttention):
+            return replace(problem, plans={})
+        return problem
+
+    return place
+
+
 def _check_cache_is_invisible(log, states):
-    """States are functions that enter a state and make a problem in it; each is visited twice."""
+    """States are functions that enter a state and make a problem in it; each is visited three times.
+
+    The first visit compiles, by Triton's ordinary path.
+    """
 
     def visit(state):
         with state() as problem:
@@ -41,7 +56,7 @@ def _check_cache_is_invisible(log, states):
         calls.forget_plans()
         expected.append(visit(state))
     calls.forget_plans()
-    for _ in range(2):
+    for _ in range(3):
         assert [visit(state) for state in states] == expected
     for index, one in enumerate(expected):
         assert one not in expected[:index], "the states do not differ"
@@ -50,7 +65,7 @@ def _check_cache_is_invisible(log, states):
 SIDES = (8, 12, 16, 20)
 
 
-def test_sizes_dtypes_and_numbers(log):
+def test_sizes_dtypes_and_numbers(log, placed):
     problems = [attention(settings(side, 8, 4, 3)) for side in SIDES]
     problems += [attention(PLAIN, dtype) for dtype in (torch.bfloat16, torch.float32)]
     problems += [attention(PLAIN, lepe=lepe) for lepe in (0, 5)]
@@ -61,19 +76,20 @@ def test_sizes_dtypes_and_numbers(log):
     problems.append(replace(attention(PLAIN), lepe_bias=None))
     problems.append(attention(settings(7, 10, 4, 3, counts_padding=False)))
     problems.append(regional(n_graphs=1))
+    problems = [placed(problem) for problem in problems]
     _check_cache_is_invisible(log, [lambda problem=problem: nullcontext(problem) for problem in problems])
 
 
-def test_what_needs_a_gradient_and_what_the_forward_keeps(log):
-    problem = FORMS["padded hard"]()
+def test_what_needs_a_gradient_and_whether_any_does(log, placed):
+    problem = placed(FORMS["padded hard"]())
     everything = Needs(*(x is not None for x in problem.tensors))
     states = [everything._replace(**{name: False}) for name in ("padding", "lepe_weight", "lepe_bias")]
     grad_out = torch.empty(problem.qkv[..., :32].shape, dtype=HALF)
 
     def visit(needs):
-        _, saved = calls.attend(problem, trains=needs is not None)
+        out, saved = calls.attend(problem, trains=needs is not None)
         if needs is not None:
-            calls.attend_backward(grad_out, problem, None, saved, needs)
+            calls.attend_backward(grad_out, problem, out, saved, needs)
         return seen(log)
 
     visits = [None, everything, *states]
@@ -82,12 +98,12 @@ def test_what_needs_a_gradient_and_what_the_forward_keeps(log):
         calls.forget_plans()
         expected[needs] = visit(needs)
     calls.forget_plans()
-    for needs in visits * 2:
+    for needs in visits * 3:
         assert visit(needs) == expected[needs], needs
 
 
-def test_tiles_and_architectures_that_are_set(log):
-    problem = attention(settings(32, 32, 2, 2))
+def test_tiles_and_architectures_that_are_set(log, placed):
+    problem = placed(attention(settings(32, 32, 2, 2)))
     small = dict.fromkeys(tiles.KERNELS, tiles.Tile(16, 32, 1, 1))
     contexts = [
         nullcontext,
@@ -113,11 +129,11 @@ class _Within:
         return self.context.__exit__(*error)
 
 
-def test_the_precision_of_float32_products(log):
+def test_the_precision_of_float32_products(log, placed):
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("PyTorch 2.8 has no such setting")
-    problem, before = FORMS["float32"](), matmul.fp32_precision
+    problem, before = placed(FORMS["float32"]()), matmul.fp32_precision
 
     class Precision:
         def __init__(self, name):
@@ -133,9 +149,9 @@ def test_the_precision_of_float32_products(log):
     _check_cache_is_invisible(log, [lambda name=name: Precision(name) for name in ("ieee", "tf32")])
 
 
-def test_forgotten_tables_and_plans(log, monkeypatch):
+def test_forgotten_tables_and_plans(log, placed, monkeypatch):
     """Whoever has written a table gets its tiles at the next launch, though the call was planned before."""
-    problem, before = attention(settings(32, 32, 2, 2)), choice.packaged
+    problem, before = placed(attention(settings(32, 32, 2, 2))), choice.packaged
     tiles.forget()
     first = launched(log, problem)
 
