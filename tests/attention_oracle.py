@@ -11,6 +11,7 @@ from bra_triton.kernels.attention.arguments import ForwardResults, Saved
 from bra_triton.kernels.attention.launch import (
     Attention,
     launch_attention,
+    launch_finish,
     launch_key_value_gradient,
     launch_query_gradient,
 )
@@ -139,7 +140,8 @@ def add_attention(plan, problem, grad_out, needs_factor, targets):
     saved = Saved(out, lse, grad_out)
     statistics, factor_shares = launch_query_gradient(plan, attention, saved, targets.query, needs_factor)
     queries = launch_query_lists(plan, problem, lists)
-    padding_shares = launch_key_value_gradient(
+    of_keys_values = launch_key_value_gradient(
         plan, attention, queries, statistics, grad_out, targets, problem.padding is not None
     )
-    return out, factor_shares, padding_shares
+    launch_finish(plan, of_keys_values)
+    return out, factor_shares, of_keys_values.results.grad_padding
