@@ -1,17 +1,12 @@
-"""Where there is no GPU the Triton kernels run under the interpreter; that is decided before Triton loads.
+"""Selects the tests that this run of pytest can do.
 
 `make test` runs pytest twice: interpreted (everything but what is marked `compiled`), then compiled (the
 tests so marked, which compile the kernels for GPUs that need not be there).
 """
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from interpreter import INTERPRETED
 
 
 def pytest_collection_modifyitems(config, items):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import INTERPRETED
+from interpreter import INTERPRETED
 from modules import reference_of, run
 from problems import CASES_BY_NAME, Case, cases_for, random_map, relative_error, worst
 

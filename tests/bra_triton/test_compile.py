@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import INTERPRETED
+from interpreter import INTERPRETED
 from modules import run
 from problems import relative_error, worst
 from torch import nn

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import INTERPRETED
+from interpreter import INTERPRETED
 from operator_calls import BRANCHES, OPERATORS, Calls, attend, attend_regional, route
 from planned import poisoned
 from problems import Case, random_map
