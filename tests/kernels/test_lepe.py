@@ -175,7 +175,7 @@ def run(case: Case, data: Data, backend: str, dtype: torch.dtype, device: torch.
     if backend == "triton":
         before = grad_value.to(torch.float32, copy=True)
         out, grads = run_triton(attention, lepe, grad_out, grad_value, **options)
-        grad_value = grad_value.float() + before  # as dK/dV does, which comes after
+        grad_value = (grad_value.float() + before).to(dtype)  # as dK/dV does, which comes after
     else:
         out = torch_lepe.lepe_forward(attention, lepe)
         grads = torch_lepe.lepe_backward(grad_out, grad_value, lepe, **options)
