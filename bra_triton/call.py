@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .export import is_eager
+from .kernels.bounded import Bounded
 from .kernels.grid import RegionGrid
 from .kernels.problem import Settings
 from .modules.downsampling import KVDownsampling
@@ -52,7 +53,7 @@ class Known:
 
     settings: Settings
     backend: Any = None
-    plans: dict[Hashable, Any] = field(default_factory=dict)
+    plans: dict[Hashable, Any] = field(default_factory=Bounded)
 
 
 @dataclass(slots=True)

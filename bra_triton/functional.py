@@ -2,21 +2,18 @@
 
 import math
 from collections.abc import Hashable
-from threading import Lock
 
 from torch import Tensor
 
 from .backend.protocol import Backend
 from .backend.select import select
 from .call import Call, Known, regional_call
+from .kernels.bounded import Bounded
 from .modules.downsampling import KVDownsampling
 from .spec import AttentionSpec
 
-# Signatures that have passed the checks, what serves them, and their numbers. Emptied when full: a data set
-# of images of all sizes may bring more.
-_MOST_SIGNATURES = 1024
-_known: dict[Hashable, Known] = {}
-_knowing = Lock()
+# Signatures that have passed the checks, what serves them, and their numbers.
+_known: dict[Hashable, Known] = Bounded()
 
 
 def bi_level_routing_attention(
@@ -171,11 +168,7 @@ def _backend_of(call: Call, name: str) -> Backend:
     known = _known.get(signature)
     if known is None:
         call.check()
-        known = Known(call.settings, select(name, call))
-        with _knowing:
-            if len(_known) >= _MOST_SIGNATURES:
-                _known.clear()
-            _known[signature] = known
+        known = _known[signature] = Known(call.settings, select(name, call))
     call.known = known
     backend: Backend = known.backend
     return backend

@@ -4,7 +4,6 @@ What the functions take and return is described in `bra_triton.backend.kernels.F
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from threading import Lock
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from . import tiles
 from .attention.launch import float32_setting
+from .bounded import Bounded
 from .grid import RegionGrid
 from .packed import kept_bytes, plan_attend, plan_attend_backward
 from .padding import padding_gradient, share_of_means
@@ -35,10 +35,7 @@ __all__ = [
     "saved_like",
 ]
 
-# Plans of a training run: a forward and a backward for every size of map and every module's numbers.
-_MOST_PLANS = 1024
-_plans: dict[Hashable, Plan] = {}
-_planning = Lock()
+_plans: dict[Hashable, Plan] = Bounded()
 # Part of the keys of plans that are kept elsewhere; another number makes all of them stale.
 _generation = [0]
 
@@ -78,11 +75,7 @@ def _packed_plan(
 def _found(plans: dict[Hashable, Plan], key: Hashable, make: Callable[..., Plan], *arguments: Any) -> Plan:
     plan = plans.get(key)
     if plan is None:
-        plan = make(*arguments)
-        with _planning:
-            if len(plans) >= _MOST_PLANS:
-                plans.clear()
-            plans[key] = plan
+        plan = plans[key] = make(*arguments)
     return plan
 
 

@@ -23,13 +23,12 @@ from torch import Tensor
 from triton.runtime import JITFunction, driver
 
 from .arrays import Buffer, contiguous_strides
+from .bounded import Bounded
 
 # Sources of the buffers in a plan's workspace and among what it keeps: the last of the tensors it runs with.
 _WORKSPACE, _KEPT = -1, -2
 # Arrays in the workspace start at multiples of so many bytes: a cache line of the GPU.
 _WORKSPACE_STEP = 128
-# Streams of which a plan remembers what it calls there.
-_MOST_STREAMS = 64
 # Triton compiles pointers that are multiples of 16 bytes with wider loads.
 _ALIGNMENT = 16
 
@@ -223,7 +222,7 @@ class _DirectLaunches:
         # Kept, since Triton 3.8 unloads the code with them.
         self._compiled = [x.kernel.warmup(*x.arguments, grid=x.grid, **x.options) for x in launches]
         self._find = [tuple(map(find, launch.pointers)) for launch in launches]
-        self._by_stream: dict[int, list[tuple[Any, ...]]] = {}
+        self._by_stream: dict[int, list[tuple[Any, ...]]] = Bounded()
         self.places = tuple(places)
         self.current_stream = driver.active.get_current_stream
 
@@ -231,8 +230,6 @@ class _DirectLaunches:
         """Per launch: what to call, the arguments before the kernel's own, getters of pointers, the rest."""
         found = self._by_stream.get(stream)
         if found is None:
-            if len(self._by_stream) >= _MOST_STREAMS:
-                self._by_stream.clear()
             found = self._by_stream[stream] = [
                 self._call(*one, stream)
                 for one in zip(self._launches, self._compiled, self._find, strict=True)

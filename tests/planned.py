@@ -51,10 +51,15 @@ def lists_of(problem: RoutedAttention[Tensor]) -> tuple[lists.KeyLists, lists.Qu
 
 
 def lepe_gradient(
-    plan: Plan, grad_out: Buffer, grad_value: Buffer, lepe: Lepe[Buffer], sums: LepeSums
+    plan: Plan,
+    grad_out: Buffer,
+    grad_value: Buffer,
+    lepe: Lepe[Buffer],
+    sums: LepeSums,
+    adds_to_grad: bool = False,
 ) -> LepeSums:
     """Adds LePE's backward and the launch that sums its shares, with no attention beside it."""
-    shares = launch_lepe_gradient(plan, grad_out, grad_value, lepe, sums)
+    shares = launch_lepe_gradient(plan, grad_out, grad_value, lepe, sums, adds_to_grad)
     config = AttentionConfig(
         *(16,) * (len(AttentionConfig._fields) - len(AttentionConfig._field_defaults) - 1), "ieee"
     )

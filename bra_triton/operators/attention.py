@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..backend.kernels import fused_kernels
 from ..kernels import tiles
+from ..kernels.bounded import Bounded
 from ..kernels.grid import RegionGrid
 from ..kernels.problem import (
     Needs,
@@ -228,15 +229,12 @@ def _known_problem(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], s
     )
     known = _known.get(key)
     if known is None:
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        known = _known[key] = _settings(*numbers), {}
+        known = _known[key] = _settings(*numbers), Bounded()
     return _problem(tensors, *known), backend
 
 
 # What `_known_problem` has made before: to make it anew would cost as much as the launches.
-_MOST_KNOWN = 1024
-_known: dict[Hashable, tuple[Settings, dict[Hashable, Any]]] = {}
+_known: dict[Hashable, tuple[Settings, dict[Hashable, Any]]] = Bounded()
 
 
 def _problem(

@@ -11,6 +11,7 @@ from bra_triton import functional
 from bra_triton.backend import availability
 from bra_triton.backend import select as selection
 from bra_triton.call import Call, RegionalCall
+from bra_triton.kernels.bounded import Bounded
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.modules import downsampling
 from bra_triton.spec import AttentionSpec
@@ -224,13 +225,13 @@ class TestKnownSignatures:
                 _call(qkv=_projection(torch.float64), backend="triton")
 
     def test_are_forgotten_when_there_are_too_many(self, monkeypatch):
-        monkeypatch.setattr(functional, "_MOST_SIGNATURES", 3)
+        monkeypatch.setattr(functional, "_known", Bounded(3))
         for side in (2, 4, 6, 8, 10, 2):
             assert _call(qkv=torch.zeros(1, side, side, 96)).shape == (1, side, side, 32)
             assert len(functional._known) <= 3
 
     def test_in_many_threads(self, monkeypatch):
-        monkeypatch.setattr(functional, "_MOST_SIGNATURES", 2)
+        monkeypatch.setattr(functional, "_known", Bounded(2))
         maps = [torch.randn(1, side, side, 96) for side in (2, 4, 6, 8)]
         expected, wrong = [_call(qkv=x) for x in maps], []
 

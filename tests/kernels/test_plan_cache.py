@@ -12,6 +12,7 @@ from launch_log import FORMS, HALF, PLAIN, attention, launched, regional, seen, 
 
 from bra_triton.bench import stand_in
 from bra_triton.kernels import calls, tiles
+from bra_triton.kernels.bounded import Bounded
 from bra_triton.kernels.problem import Needs, PackedAttention
 from bra_triton.kernels.tiles import choice
 
@@ -172,7 +173,7 @@ def test_forgotten_tables_and_plans(log, placed, monkeypatch):
 
 
 def test_the_cache_is_bounded(log, monkeypatch):
-    monkeypatch.setattr(calls, "_MOST_PLANS", 5)
+    monkeypatch.setattr(calls, "_plans", Bounded(5))
     problems = [attention(settings(side, 8, 4, 3)) for side in SIDES]
     expected = [launched(log, problem) for problem in problems]
     for _ in range(2):
@@ -208,7 +209,7 @@ def test_many_threads_at_once(log, monkeypatch):
     expected = [dict(work(index)) for index in range(2)]
     assert expected[0] != expected[1]
     calls.forget_plans()
-    monkeypatch.setattr(calls, "_MOST_PLANS", 10)
+    monkeypatch.setattr(calls, "_plans", Bounded(10))
     for index, results in enumerate(_in_threads(work)):
         assert all(launches == expected[index % 2][which] for which, launches in results)
 
