@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from bra_triton import BiLevelRoutingAttention, nchwBRA
 from bra_triton.bench import measure, report_tables, stand_in
 from bra_triton.bench.problems import PROBLEMS
+from bra_triton.kernels.plan import Launch, Plan
 
 _SMALL = PROBLEMS["host"]
 NCHW = "nchwBRA"
@@ -112,7 +114,7 @@ def measure_phase(phase: str, options: argparse.Namespace, device: torch.device)
         rows[form] = {"form": form, "phase": phase, "compiled": options.compiled}
         try:
             calls = calls_of(form, phase, options.compiled, device)
-            rows[form]["launches"] = launches_of(calls[OURS], device)
+            rows[form]["launches"] = launches_of(calls[OURS])
             rows[form]["operators"] = measure.operator_calls(calls[OURS])
             runs |= {(form, name): call for name, call in calls.items()}
         except Exception as error:  # of PyTorch's or Triton's compiler, of any kind
@@ -141,13 +143,18 @@ def calls_of(form: str, phase: str, compiled: bool, device: torch.device) -> dic
     return calls
 
 
-def launches_of(run: Callable[[], object], device: torch.device) -> int:
-    """Triton kernels that a call launches."""
-    if device.type == "cuda":
-        return sum(map(len, measure.launch_seconds(run, device, 1).values()))
-    stand_in.Launches.count = 0
-    run()
-    return stand_in.Launches.count
+def launches_of(run: Callable[[], object]) -> int:
+    """Kernels of this package that a call launches."""
+    launched: list[Launch] = []
+    launch = Plan._launch
+
+    def note(plan: Plan, tensors: list[Tensor | None]) -> None:
+        launched.extend(plan.launches)
+        launch(plan, tensors)
+
+    with mock.patch.object(Plan, "_launch", note):
+        run()
+    return len(launched)
 
 
 def print_profile(run: Callable[[], object], repeats: int, lines: int) -> None:

@@ -31,12 +31,6 @@ from bra_triton.kernels import calls
 ARCH = "sm_90"
 
 
-class Launches:
-    """How many kernels were launched since the count was last set to zero."""
-
-    count = 0
-
-
 class _NoLauncher:
     launch_cooperative_grid = False
 
@@ -44,7 +38,7 @@ class _NoLauncher:
         pass
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        Launches.count += 1
+        pass
 
 
 class _Utils:
@@ -125,11 +119,6 @@ def _forget() -> None:
 def _driver_of_c_launcher() -> _Driver:
     from triton.backends.nvidia import driver
 
-    class CountingLauncher(driver.CudaLauncher):
-        def __call__(self, *args: Any, **kwargs: Any) -> None:
-            Launches.count += 1
-            super().__call__(*args, **kwargs)
-
     folder = _load_stub_of_cuda(Path(driver.__file__).parent)
     with triton.knobs.nvidia.scope():
         triton.knobs.nvidia.libcuda_path = str(folder)
@@ -138,7 +127,7 @@ def _driver_of_c_launcher() -> _Driver:
         real = driver.CudaUtils()
     stand_in = _Utils()
     real.load_binary, real.get_device_properties = stand_in.load_binary, stand_in.get_device_properties
-    return _Driver(CountingLauncher, real)
+    return _Driver(driver.CudaLauncher, real)
 
 
 def _load_stub_of_cuda(sources: Path) -> Path:
