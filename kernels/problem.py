@@ -294,10 +294,6 @@ class Lepe(Generic[A]):
             past the regions everything is 0.
         fill: `(dim,)`, of the values' dtype, contiguous: what such tokens hold; None where `grid` is not
             padded.
-
-    Raises:
-        ValueError: if the weight is no depthwise convolution of the values of an odd side, or `fill` is
-            missing or has nothing to fill; names them.
     """
 
     value: A
@@ -308,14 +304,9 @@ class Lepe(Generic[A]):
 
     def __post_init__(self) -> None:
         dim, kernel = self.value.shape[-1], self.weight.shape[-1]
-        if self.weight.shape != (dim, 1, kernel, kernel) or kernel % 2 == 0:
-            raise ValueError(f"weight must be ({dim}, 1, k, k) with odd k, got {tuple(self.weight.shape)}")
-        if (self.fill is not None) != self.grid.is_padded:
-            given = "no fill" if self.fill is None else "a fill"
-            raise ValueError(
-                f"fill must be given where the grid is padded and only there, got {given} and padding "
-                f"{self.grid.padding}"
-            )
+        assert self.weight.shape == (dim, 1, kernel, kernel)
+        assert kernel % 2 == 1
+        assert (self.fill is not None) == self.grid.is_padded
 
     @property
     def kernel_size(self) -> int:

@@ -67,18 +67,9 @@ def pool_regions(
 
 @torch.library.register_fake(pool_regions)
 def _(
-    qkv: Tensor,
-    fill: Tensor | None,
-    row_cells: Tensor,
-    column_cells: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    qk_dim: int,
-    grid: Sequence[int],
-    mode: str,
-    backend: str,
+    qkv: Tensor, fill: Tensor | None, row_cells: Tensor, column_cells: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    _, _, _, _, rows, columns = grid
+    _weight, _bias, qk_dim, (*_, rows, columns), mode, _backend = rest
     shape = (
         *(qkv.shape[0], rows * row_cells.shape[0], columns * column_cells.shape[0]),
         qkv.shape[-1] - qk_dim,

@@ -120,13 +120,7 @@ def route_backward(
 
 @torch.library.register_fake(route_backward)
 def _(
-    grad_weight: Tensor,
-    r_weight: Tensor,
-    r_idx: Tensor,
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    backend: str,
+    grad_weight: Tensor, r_weight: Tensor, r_idx: Tensor, query: Tensor, key: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape)
 

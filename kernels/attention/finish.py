@@ -3,7 +3,7 @@
 | array | shape | meaning |
 |---|---|---|
 | pieces, results | | see `arguments.Pieces` and `arguments.KeyValueResults` |
-| shares, sums | | `partials` of `lepe.convolution`, and where their sums go, see `lepe.arguments.LepeSums` |
+| shares, sums | | see `lepe.convolution`; where their sums go, see `lepe.arguments.LepeSums` |
 """
 
 import triton

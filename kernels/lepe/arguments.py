@@ -39,7 +39,7 @@ class LepeConfig(NamedTuple):
         BLOCK_V: channels of a tile.
         GRAD_STRIDE: backward alone: elements from one token of the values' gradient to the next.
         NEEDS_WEIGHT_GRAD: backward alone: compute the gradients of weight and bias.
-        ROWS: backward alone: rows of `partials`.
+        ROWS: backward alone: rows of `shares`.
         ADDS_TO_GRAD: backward alone: the values' gradient holds the attention's share already.
     """
 
@@ -79,7 +79,7 @@ class LepeSumsConfig(NamedTuple):
     Attributes:
         DIM: channels of the values.
         TAPS: elements of the convolution's kernel.
-        ROWS: rows of `partials`.
+        ROWS: rows of `shares`.
         HAS_TAPS: the first TAPS + 1 rows are of weight and bias.
         BLOCK_P: programs' shares in a step.
         BLOCK_C: channels of a program.

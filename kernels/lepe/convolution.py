@@ -12,10 +12,10 @@ walks tokens up to `reach` alone.
 |---|---|---|
 | lepe | | values, weight, fill and bias, see `LepeParts` |
 | attention, out, grad_out | (N, H, W, DIM) | attention output; the same plus LePE; gradient of that sum |
-| grad_value | (N, H, W, DIM), tokens GRAD_STRIDE elements apart | gradient of the values, added to in place |
-| partials | (programs, ROWS, DIM) fp32 | each program's share of the gradients of weight, bias and fill |
+| grad_value | (N, H, W, DIM), tokens GRAD_STRIDE apart | gradient of the values; ADDS_TO_GRAD: added to |
+| shares | (programs, ROWS, DIM) fp32 | each program's share of the gradients of weight, bias and fill |
 
-`partials` has KERNEL * KERNEL rows for the weight and one for the bias if NEEDS_WEIGHT_GRAD, then one for the
+`shares` has KERNEL * KERNEL rows for the weight and one for the bias if NEEDS_WEIGHT_GRAD, then one for the
 fill if there is one.
 """
 
@@ -142,7 +142,7 @@ def lepe_backward_kernel(
     grad_out,
     lepe,
     grad_value,
-    partials,
+    shares,
     height,
     width,
     reach_height,
@@ -165,7 +165,7 @@ def lepe_backward_kernel(
     in_map = (row < height) & (column < width)
     map_mask = in_map[:, None] & channel_live[None, :]
     token = image * height * width + row * width + column
-    partial = partials + tl.program_id(0).to(tl.int64) * (ROWS * DIM) + channel
+    own_share = shares + tl.program_id(0).to(tl.int64) * (ROWS * DIM) + channel
 
     if CONFIG.NEEDS_WEIGHT_GRAD:
         values = lepe.value + token[:, None] * CONFIG.VALUE_STRIDE + channel[None, :]
@@ -189,13 +189,13 @@ def lepe_backward_kernel(
         ).to(tl.float32)
         grad += do * _load_tap_weight(lepe.weight, channel, channel_live, tap, KERNEL)
         if CONFIG.NEEDS_WEIGHT_GRAD:
-            tl.store(partial + tap * DIM, tl.sum(x * do, axis=0), mask=channel_live)
+            tl.store(own_share + tap * DIM, tl.sum(x * do, axis=0), mask=channel_live)
     if CONFIG.NEEDS_WEIGHT_GRAD:
         do = tl.load(centre, mask=map_mask, other=0.0).to(tl.float32)
-        tl.store(partial + KERNEL * KERNEL * DIM, tl.sum(do, axis=0), mask=channel_live)
+        tl.store(own_share + KERNEL * KERNEL * DIM, tl.sum(do, axis=0), mask=channel_live)
     if lepe.fill is not None:
         grad_fill = tl.sum(tl.where(in_map[:, None], 0.0, grad), axis=0)
-        tl.store(partial + (ROWS - 1) * DIM, grad_fill, mask=channel_live)
+        tl.store(own_share + (ROWS - 1) * DIM, grad_fill, mask=channel_live)
     places = grad_value + token[:, None] * CONFIG.GRAD_STRIDE + channel[None, :]
     if CONFIG.ADDS_TO_GRAD:
         grad += tl.load(places, mask=map_mask, other=0.0).to(tl.float32)
@@ -208,7 +208,7 @@ def sum_lepe_shares(program, shares, sums, n_shares, SUMS: tl.constexpr):
 
     Args:
         program: one of ROWS * channel blocks.
-        shares: `partials`.
+        shares: of `lepe_backward_kernel`.
         sums: where the sums go, a `LepeSums`.
         n_shares: programs that wrote a share.
         SUMS: a `LepeSumsConfig`.

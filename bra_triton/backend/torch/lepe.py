@@ -11,7 +11,7 @@ from ...kernels.problem import Lepe, LepeGradients, statistic_dtype
 
 
 def lepe_forward(attention: Tensor, lepe: Lepe[Tensor]) -> Tensor:
-    """See `kernels.lepe.launch.lepe_forward`."""
+    """The attention's output `(N, H, W, dim)` and the convolution of the values, added up."""
     height, width = lepe.grid.height, lepe.grid.width
     dim, half = lepe.value.shape[-1], lepe.kernel_size // 2
     out = torch.ops.aten.convolution(
@@ -23,7 +23,7 @@ def lepe_forward(attention: Tensor, lepe: Lepe[Tensor]) -> Tensor:
 def lepe_backward(
     grad_out: Tensor, grad_value: Tensor, lepe: Lepe[Tensor], needs_weight_grad: bool = True
 ) -> LepeGradients[Tensor]:
-    """See `kernels.lepe.launch.lepe_backward`."""
+    """Adds the values' gradient to `grad_value` `(N, H, W, dim)`, and returns the others."""
     height, width = lepe.grid.height, lepe.grid.width
     reach_height, reach_width = lepe.reach
     dim, half = lepe.value.shape[-1], lepe.kernel_size // 2
