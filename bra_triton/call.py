@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .export import is_eager
-from .kernels.bounded import Bounded
 from .kernels.grid import RegionGrid
 from .kernels.problem import Settings
 from .modules.downsampling import KVDownsampling
@@ -48,12 +47,13 @@ class Known:
     Attributes:
         settings: their numbers.
         backend: what serves them; None where that has not been decided.
-        plans: a place for the backend's own plans of them.
+        plans: a place for the backend's own plans of them; None where the calls are not kept, as in a graph
+            that a compiler records.
     """
 
     settings: Settings
     backend: Any = None
-    plans: dict[Hashable, Any] = field(default_factory=Bounded)
+    plans: dict[Hashable, Any] | None = None
 
 
 @dataclass(slots=True)

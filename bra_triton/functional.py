@@ -168,7 +168,7 @@ def _backend_of(call: Call, name: str) -> Backend:
     known = _known.get(signature)
     if known is None:
         call.check()
-        known = _known[signature] = Known(call.settings, select(name, call))
+        known = _known[signature] = Known(call.settings, select(name, call), Bounded())
     call.known = known
     backend: Backend = known.backend
     return backend

@@ -37,7 +37,8 @@ class RegionGrid:
             ("height", self.height, self.region_height, self.rows),
             ("width", self.width, self.region_width, self.columns),
         ):
-            if min(side, region_side, count) < 1:
+            # `min` would compare them with each other, and a compiler would guard what it found.
+            if side < 1 or region_side < 1 or count < 1:
                 raise ValueError(
                     f"map, regions and their number must be at least 1, got {name} {side} in {count} regions "
                     f"of {region_side}"
@@ -60,7 +61,8 @@ class RegionGrid:
         """
         if n_win < 1:
             raise ValueError(f"n_win must be at least 1, got {n_win}")
-        if min(height, width) < 1 or (not auto_pad and min(height, width) < n_win):
+        least = 1 if auto_pad else n_win
+        if height < least or width < least:
             raise ValueError(
                 f"every one of the {n_win} x {n_win} regions (n_win={n_win}) needs a token, "
                 f"got a map of {height} x {width}"

@@ -19,6 +19,7 @@ from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, fun
 from bra_triton.backend.kernels import fused_kernels
 from bra_triton.bench import in_tree
 from bra_triton.kernels.grid import RegionGrid
+from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import Needs, PackedAttention
 
 BACKENDS = ("torch", "triton")
@@ -161,14 +162,20 @@ def test_inside_the_operators_nothing_but_allocations_touches_the_map(device):
 
 @pytest.mark.parametrize("kind", [BiLevelRoutingAttention, NCHWBiLevelRoutingAttention])
 @pytest.mark.parametrize("topk", [8, 9])
-def test_where_every_region_attends_to_all_nothing_is_routed(kind, topk, device):
+def test_where_every_region_attends_to_all_nothing_is_routed(kind, topk, device, monkeypatch):
     case = MAP_CASE
     module = kind(case.dim, case.num_heads, case.n_win, topk=topk, backend="triton").to(device)
     x = torch.randn(1, case.height, case.width, case.dim, device=device)
-    routes = []
-    with Calls(lambda function, arguments, result: routes.append(result[-1].numel())):
-        module(x.permute(0, 3, 1, 2) if kind is NCHWBiLevelRoutingAttention else x)
-    assert routes == [case.n_win**2 * topk if topk < 9 else 0]
+    launched, run = [], Plan.run
+
+    def log(plan, *inputs):
+        launched.extend(launch.name for launch in plan.launches)
+        return run(plan, *inputs)
+
+    monkeypatch.setattr(Plan, "run", log)
+    module(x.permute(0, 3, 1, 2) if kind is NCHWBiLevelRoutingAttention else x)
+    assert launched
+    assert ("route_kernel" in launched) == (topk < 9)
 
 
 def test_control_the_log_sees_the_reference_gather(device):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._inductor.config
 from interpreter import INTERPRETED
 from modules import run
 from problems import relative_error, worst
@@ -21,9 +22,9 @@ MODES = {
     "soft, conv": DIFF | {"soft_routing": True, "kv_downsample_mode": "conv", "kv_downsample_ratio": 2},
     "whole": {"topk": 4, "qk_dim": 4},
 }
-# Every other size needs padding: two graphs, which serve the sizes that follow. No region has a single cell,
-# which a compiler takes for a constant.
-SIZES = ((8, 12), (9, 13), (12, 16), (11, 15))
+# The first needs padding, the second does not: two graphs, which serve the sizes that follow. No region has a
+# single cell, which a compiler takes for a constant, and no side equals another size, which it takes for one.
+SIZES = ((9, 13), (10, 14), (11, 15), (12, 16))
 
 
 class _Several(nn.Module):
@@ -31,7 +32,7 @@ class _Several(nn.Module):
 
     def __init__(self, backend, names):
         super().__init__()
-        numbers = {"num_heads": 2, "n_win": 2, "backend": backend}
+        numbers = {"num_heads": 1, "n_win": 2, "backend": backend}
         self.modes = nn.ModuleDict(
             {
                 name: BiLevelRoutingAttention(8, **{"topk": 2, "auto_pad": True, **numbers, **arguments})
@@ -48,6 +49,8 @@ class _Several(nn.Module):
         return out
 
 
+# Inductor would take guards, too, from the graphs that it keeps on disk, those of older sources.
+@torch._inductor.config.patch(fx_graph_cache=False)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler of C++")
 @pytest.mark.parametrize(
     ("backend", "names"),
@@ -61,7 +64,7 @@ def test_inductor_compiles_the_training_of_changing_sizes(backend, names, device
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     graphs = []
-    for size in SIZES:
+    for size in SIZES[:3] if backend == "triton" and INTERPRETED else SIZES:  # the interpreter is slow
         x, grad_out = torch.randn(2, 2, *size, 8, device=device)
         expected = {k: v.clone() for k, v in run(module, x, grad_out).items()}
         actual = {k.removeprefix("_orig_mod."): v for k, v in run(compiled, x, grad_out).items()}
@@ -73,7 +76,7 @@ def test_inductor_compiles_the_training_of_changing_sizes(backend, names, device
         }
         assert worst(errors.values()) < 1e-5, (size, errors)
         graphs.append(counter.frame_count)
-    assert graphs[-1] <= graphs[1] + 1, graphs
+    assert graphs[-1] == graphs[1], graphs
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -160,14 +160,6 @@ def test_the_check_sees_a_spill():
         _check(YOLO_P3, torch.float16, "sm_80")
 
 
-SIZES = {
-    *("height", "width", "region_height", "region_width", "columns", "n_regions", "map_tokens", "kv_tokens"),
-    *("region_tokens", "kv_region_tokens", "query_region_tokens", "list_length", "n_entries", "n_pairs"),
-    *("n_pieces", "n_partials", "n_extras", "longest", "padded_height", "padded_width", "topk"),
-    *("reach_height", "reach_width", "n_rows", "n_queries", "n_keys", "n_programs", "n_heads", "tiles"),
-}
-
-
 @pytest.mark.parametrize("problem", [YOLO_P3, *MODES.values()])
 def test_no_kernel_is_compiled_anew_for_a_size_that_divides_well(problem):
     """Triton would compile apart for sizes of 1 and multiples of 16."""
@@ -175,7 +167,6 @@ def test_no_kernel_is_compiled_anew_for_a_size_that_divides_well(problem):
         specimen = launch.specimen
         for parameter in specimen.kernel.params:
             if specimen.signature.get(parameter.name) == "i32":
-                assert parameter.name in SIZES, (specimen.name, parameter.name)
                 assert parameter.do_not_specialize, (specimen.name, parameter.name)
         groups = [kind for kind in specimen.signature.values() if isinstance(kind, tuple)]
         # What `do_not_specialize` says does not hold in a group: sizes must stay outside.
