@@ -5,11 +5,13 @@ heads are about 32 channels wide, and maps of any size are accepted (`auto_pad`)
 """
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from ultralytics.nn.modules.block import Bottleneck, C2f
 from ultralytics.nn.modules.conv import Conv
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
@@ -17,6 +19,11 @@ from bra_triton.backend import select
 
 HEAD_DIM = 32
 ATTENTIONS = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is an integer of at least 1; `True` is not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def default_num_heads(dim: int, qk_dim: int | None = None) -> int:
@@ -29,7 +36,13 @@ def default_num_heads(dim: int, qk_dim: int | None = None) -> int:
     Returns:
         The common divisor of `dim` and `qk_dim` that makes `dim // num_heads` closest to 32; if two are
         equally close, the larger one.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
     """
+    for name, value in (("dim", dim), ("qk_dim", qk_dim or dim)):
+        if not is_count(value):
+            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
     common = math.gcd(dim, qk_dim or dim)
     divisors = [heads for heads in range(1, common + 1) if common % heads == 0]
     return min(divisors, key=lambda heads: (abs(dim // heads - HEAD_DIM), -heads))
@@ -54,6 +67,16 @@ def _with_defaults(dim: int, arguments: Mapping[str, Any] | None) -> dict[str, A
     if chosen["num_heads"] is None:
         chosen["num_heads"] = default_num_heads(dim, chosen.get("qk_dim"))
     return chosen
+
+
+def _hidden_channels(name: str, ratio: float, channels: int) -> int:
+    """`ratio * channels`, rounded down; raises ValueError about the argument `name` where that is below 1."""
+    is_number = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool)
+    if not is_number or not 1 <= ratio * channels < math.inf:
+        raise ValueError(
+            f"{name} must be a number that leaves at least 1 of {channels} channels, got {ratio!r}"
+        )
+    return int(ratio * channels)
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
@@ -122,11 +145,18 @@ class BiFormerBlock(nn.Module):
         dim: channels of the map.
         attention: arguments of `bra_triton.BiLevelRoutingAttention` by name.
         mlp_ratio: width of the MLP's hidden layer, divided by `dim`; 3 in BiFormer's released models.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+
+    Example:
+        >>> BiFormerBlock(64, {"topk": 4})(torch.randn(2, 64, 20, 20)).shape
+        torch.Size([2, 64, 20, 20])
     """
 
     def __init__(self, dim: int, attention: Mapping[str, Any] | None = None, mlp_ratio: float = 3.0) -> None:
         super().__init__()
-        hidden = int(dim * mlp_ratio)
+        hidden = _hidden_channels("mlp_ratio", mlp_ratio, dim)
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = build_attention(dim, attention)
@@ -143,7 +173,7 @@ class BiFormerBlock(nn.Module):
 
 
 class BRABlock(nn.Module):
-    """The inner block of `C2BRA`: attention, then a convolutional feed-forward, each added to its input.
+    """Attention, then a convolutional feed-forward, each added to its input: in `C2BRA` and `C3k2BRA`.
 
     It is built like Ultralytics' `PSABlock`, and layers that are the same have the same names.
 
@@ -175,13 +205,20 @@ class C2BRA(nn.Module):
         n: inner blocks.
         attention: arguments of `bra_triton.BiLevelRoutingAttention` by name.
         e: channels of the half that passes through the blocks, divided by `c2`.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+
+    Example:
+        >>> C2BRA(64, 128, 2, {"topk": 4})(torch.randn(2, 64, 20, 20)).shape
+        torch.Size([2, 128, 20, 20])
     """
 
     def __init__(
         self, c1: int, c2: int, n: int = 1, attention: Mapping[str, Any] | None = None, e: float = 0.5
     ) -> None:
         super().__init__()
-        self.c = int(c2 * e)
+        self.c = _hidden_channels("e", e, c2)
         self.cv1 = Conv(c1, 2 * self.c, 1)
         self.cv2 = Conv(2 * self.c, c2, 1)
         self.m = nn.Sequential(*(BRABlock(self.c, attention) for _ in range(n)))
@@ -190,3 +227,34 @@ class C2BRA(nn.Module):
         """Maps `(N, c1, H, W)` to `(N, c2, H, W)`."""
         bypass, attended = self.cv1(x).split(self.c, dim=1)
         return self.cv2(torch.cat((bypass, self.m(attended)), dim=1))
+
+
+class C3k2BRA(C2f):
+    """A `C3k2` of Ultralytics with bi-level routing attention in its inner blocks; made for necks.
+
+    It resembles `C3k2` with `attn=True`, the last row before YOLO26's head: an inner block is a `Bottleneck`
+    followed by a `BRABlock` instead of a `PSABlock`. Layers that are the same have the same names.
+
+    Args:
+        c1: input channels.
+        c2: output channels.
+        n: inner blocks.
+        attention: arguments of `bra_triton.BiLevelRoutingAttention` by name.
+        e: channels of an inner block, divided by `c2`.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+
+    Example:
+        >>> C3k2BRA(192, 128, 1, {"topk": 4})(torch.randn(2, 192, 20, 20)).shape
+        torch.Size([2, 128, 20, 20])
+    """
+
+    def __init__(
+        self, c1: int, c2: int, n: int = 1, attention: Mapping[str, Any] | None = None, e: float = 0.5
+    ) -> None:
+        _hidden_channels("e", e, c2)
+        super().__init__(c1, c2, n, e=e)
+        self.m = nn.ModuleList(
+            nn.Sequential(Bottleneck(self.c, self.c), BRABlock(self.c, attention)) for _ in range(n)
+        )

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from ultralytics.nn.modules import C2PSA
+from ultralytics.nn.modules import C2PSA, C3k2
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.yolo_integration import (
     C2BRA,
     BiFormerBlock,
     BiLevelRoutingAttention2d,
+    C3k2BRA,
     NCHWBiLevelRoutingAttention2d,
     default_num_heads,
     flops,
@@ -21,6 +22,7 @@ BLOCKS = {
     "nchw": lambda: NCHWBiLevelRoutingAttention2d(32, {"topk": 2, "n_win": 4}),
     "biformer": lambda: BiFormerBlock(32, {"topk": 2, "n_win": 4}),
     "c2bra": lambda: C2BRA(32, 32, 2, {"topk": 2, "n_win": 4}),
+    "c3k2bra": lambda: C3k2BRA(32, 32, 2, {"topk": 2, "n_win": 4}),
 }
 block_names = pytest.mark.parametrize("name", BLOCKS)
 
@@ -110,8 +112,9 @@ def test_biformer_block_lays_the_map_out_channels_last_once_for_all(
     assert seen == [True, True]
 
 
-def test_c2bra_may_change_the_width() -> None:
-    block = C2BRA(32, 48, 1, {"topk": 2, "n_win": 4})
+@pytest.mark.parametrize("kind", [C2BRA, C3k2BRA])
+def test_stages_may_change_the_width(kind: type[C2BRA] | type[C3k2BRA]) -> None:
+    block = kind(32, 48, 1, {"topk": 2, "n_win": 4})
     assert block(torch.randn(1, 32, 8, 8)).shape == (1, 48, 8, 8)
 
 
@@ -121,6 +124,48 @@ def test_c2bra_differs_from_c2psa_in_the_attention_alone() -> None:
         for block in (C2BRA(128, 128, 2), C2PSA(128, 128, 2))
     )
     assert ours == stock
+
+
+def test_c3k2bra_differs_from_c3k2_in_the_attention_alone() -> None:
+    ours, stock = (
+        {key: value.shape for key, value in block.state_dict().items() if ".attn." not in key}
+        for block in (C3k2BRA(96, 128, 2, e=0.25), C3k2(96, 128, 2, attn=True, e=0.25))
+    )
+    assert ours == stock
+    assert "m.1.1.attn.attn.qkv.qkv.weight" in C3k2BRA(96, 128, 2).state_dict()
+
+
+def test_c3k2bra_is_a_bottleneck_and_an_attention_block_after_another() -> None:
+    block = BLOCKS["c3k2bra"]().eval()
+    x = torch.randn(2, 32, 9, 10)
+    parts = list(block.cv1(x).chunk(2, dim=1))
+    for bottleneck, attention in block.m:
+        parts.append(attention(bottleneck(parts[-1])))
+    expected = block.cv2(torch.cat(parts, dim=1))
+    torch.testing.assert_close(block(x), expected)
+    torch.testing.assert_close(block.forward_split(x), expected)  # Ultralytics' exports take this
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda value: BiFormerBlock(64, mlp_ratio=value), "mlp_ratio must be a number .* of 64 channels"),
+        (lambda value: C2BRA(64, 32, e=value), "e must be a number .* of 32 channels"),
+        (lambda value: C3k2BRA(64, 32, e=value), "e must be a number .* of 32 channels"),
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1, 0.001, float("nan"), float("inf"), True, None, "1"])
+def test_ratios_that_leave_no_channels_are_refused(build, message: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{message}, got {value!r}$"):
+        build(value)
+
+
+@pytest.mark.parametrize(
+    ("dim", "qk_dim", "name"), [(0, None, "dim"), (32.0, None, "dim"), (32, -4, "qk_dim")]
+)
+def test_numbers_of_heads_need_whole_channels(dim: int, qk_dim: int | None, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be an int of at least 1, got"):
+        default_num_heads(dim, qk_dim)
 
 
 @block_names
@@ -149,7 +194,7 @@ def test_set_backend_reaches_every_attention() -> None:
     set_backend(model, "reference")
     kinds = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
     attentions = [module for module in model.modules() if isinstance(module, kinds)]
-    assert [module.backend for module in attentions] == ["reference"] * 5
+    assert [module.backend for module in attentions] == ["reference"] * 7
     model.eval()
     x = torch.randn(1, 32, 8, 8)
     by_reference = model(x)
