@@ -21,7 +21,7 @@ from ultralytics.nn import tasks
 from ultralytics.utils import callbacks
 
 from . import flops
-from .yaml_rows import YAML_MODULES, c2bra_parsed_as_csp, expand_rows
+from .yaml_rows import YAML_MODULES, blocks_parsed_as_csp, errors_name_the_row, expand_rows
 
 PACKAGED_YAMLS = Path(__file__).parent / "yamls"
 
@@ -32,9 +32,9 @@ def register() -> None:
     """Registers blocks and yamls in Ultralytics; importing `bra_triton.yolo_integration` does it already.
 
     Afterwards yaml rows may name `BiLevelRoutingAttention`, `nchwBRA` (or `NCHWBiLevelRoutingAttention`),
-    `BiFormerBlock` and `C2BRA`; Ultralytics finds the packaged yamls by name, in every scale; its restricted
-    loading (`ULTRALYTICS_SAFE_LOAD`) accepts the blocks; and the child processes of multi-GPU training
-    register them too. Further calls change nothing.
+    `BiFormerBlock`, `C2BRA` and `C3k2BRA`; Ultralytics finds the packaged yamls by name, in every scale; its
+    restricted loading (`ULTRALYTICS_SAFE_LOAD`) accepts the blocks; and the child processes of multi-GPU
+    training register them too. Further calls change nothing.
     """
     for name, block in YAML_MODULES.items():
         setattr(tasks, name, block)
@@ -68,9 +68,9 @@ def _wrap_once(module: ModuleType, name: str, wrapper: Callable[..., Any]) -> No
 def _parse_with_expanded_rows(
     original: Callable[..., Any], d: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
-    d = expand_rows(d)
-    with _parse_lock, c2bra_parsed_as_csp(d):
-        return original(d, *args, **kwargs)
+    expanded = expand_rows(d)
+    with _parse_lock, errors_name_the_row(d), blocks_parsed_as_csp(expanded):
+        return original(expanded, *args, **kwargs)
 
 
 def _find_packaged_yaml(original: Callable[..., Any], file: str | Path, *args: Any, **kwargs: Any) -> Any:

@@ -1,18 +1,25 @@
-"""Rewrites the yaml rows of this package's blocks to the form that Ultralytics' `parse_model` understands.
+"""The yaml rows of this package's blocks: what they may say, and their form for Ultralytics' `parse_model`.
 
-The last arguments of a row are those of the attention: `topk, n_win, num_heads, ...` by position (in the
-order of `attention_arguments`), by name in a mapping, or some by position followed by others by name:
+Rows of the two attentions take what their class takes after `dim`: by position in the order of its signature,
+by name in a mapping, or some by position followed by others by name. Rows of blocks take names only. Input
+channels are never given:
 
     - [-1, 1, BiLevelRoutingAttention, []]
-    - [-1, 1, BiLevelRoutingAttention, [8, 7]]              # topk=8, n_win=7
-    - [-1, 1, nchwBRA, []]                                  # the NCHW form
+    - [-1, 1, BiLevelRoutingAttention, [8, 7]]              # num_heads=8, n_win=7
+    - [-1, 1, nchwBRA, [{topk: 8}]]                         # the NCHW form
     - [-1, 2, BiFormerBlock, [{topk: 16, mlp_ratio: 4}]]
-    - [-1, 2, C2BRA, [1024, {topk: 8, n_win: 8}]]           # output channels first, scaled as for C2PSA
+    - [-1, 2, C2BRA, [1024, {topk: 8, e: 0.25}]]            # output channels first, scaled as for C2PSA
+    - [-1, 2, C3k2BRA, [512]]                               # likewise, as for C3k2
+
+`docs/migration.md` has the rows of other implementations and what to write instead of them.
 """
 
 import ast
 import contextlib
 import inspect
+import itertools
+import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +28,14 @@ from ultralytics.nn import tasks
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 
-from .modules import C2BRA, BiFormerBlock, BiLevelRoutingAttention2d, NCHWBiLevelRoutingAttention2d
+from .modules import (
+    C2BRA,
+    BiFormerBlock,
+    BiLevelRoutingAttention2d,
+    C3k2BRA,
+    NCHWBiLevelRoutingAttention2d,
+    is_count,
+)
 
 YAML_MODULES: dict[str, type[nn.Module]] = {
     "BiLevelRoutingAttention": BiLevelRoutingAttention2d,
@@ -29,21 +43,37 @@ YAML_MODULES: dict[str, type[nn.Module]] = {
     "nchwBRA": NCHWBiLevelRoutingAttention2d,
     "BiFormerBlock": BiFormerBlock,
     "C2BRA": C2BRA,
+    "C3k2BRA": C3k2BRA,
 }
 
-_FIRST_ARGUMENTS = ("topk", "n_win", "num_heads")
+# A row may name a block by this path. Where the package was not imported, parse_model raises a KeyError that
+# holds nothing but the name in the row; this one says what to import.
+IMPORT_PATH = "bra_triton.yolo_integration."
 
+_ATTENTIONS = {
+    BiLevelRoutingAttention2d: BiLevelRoutingAttention,
+    NCHWBiLevelRoutingAttention2d: NCHWBiLevelRoutingAttention,
+}
 
-def attention_arguments(name: str) -> tuple[str, ...]:
-    """Names of the attention's arguments in rows of the block `name`, in the order of their positions."""
-    is_nchw = YAML_MODULES[name] is NCHWBiLevelRoutingAttention2d
-    attention = NCHWBiLevelRoutingAttention if is_nchw else BiLevelRoutingAttention
-    rest = [key for key in inspect.signature(attention).parameters if key not in ("dim", *_FIRST_ARGUMENTS)]
-    return *_FIRST_ARGUMENTS, *rest
-
+# A larger number in the place of num_heads is taken for a channel count. BiFormer's models have at most 24.
+_MOST_HEADS_BY_POSITION = 32
+_CHANNEL_NAMES = ("dim", "c1", "c2", "ch")
 
 # Classes to which parse_model passes input channels, scaled output channels and repeats, and nothing else.
 _PLAIN_CSP_CLASSES = ("C3TR", "C3x", "C3Ghost", "BottleneckCSP", "C1", "C2")
+# For each block of ours that is to be treated so, the classes as which it can be parsed. C2fCIB is first for
+# C3k2BRA because, like C3k2, it makes parse_model choose the newer form of the Detect head.
+_PARSED_AS = {"C2BRA": _PLAIN_CSP_CLASSES, "C3k2BRA": ("C2fCIB", *_PLAIN_CSP_CLASSES)}
+
+# Names that public pastes give to relatives of the blocks: C2f_BiFormer, BRA, BiLevelRoutingAttention_nchw.
+_RELATIVE = re.compile(r"BRA|(?i:(?<![a-z])bra(?![a-z])|nchw_?bra|bi_?former|bi_?level|routing_?attention)")
+_NEAREST = (
+    ("C2f|C3", "C3k2BRA"),
+    ("C2|PSA", "C2BRA"),
+    ("nchw", "nchwBRA"),
+    ("former|block|stage", "BiFormerBlock"),
+    ("", "BiLevelRoutingAttention"),
+)
 
 
 class _ChannelKeepingArguments(list):
@@ -72,56 +102,151 @@ def expand_rows(model: Mapping[str, Any]) -> dict[str, Any]:
         A shallow copy with the new rows.
 
     Raises:
-        ValueError: naming the row's argument, its value and what is allowed.
+        ValueError: naming the row, the argument, its value and what is allowed; also for a module that
+            Ultralytics does not know and whose name resembles a block's.
+
+    Example:
+        >>> expand_rows({"backbone": [[-1, 2, "C2BRA", [1024, {"topk": 8}]]], "head": []})["backbone"]
+        [[-1, 2, 'C2BRA', [1024, {'topk': 8}, 0.5]]]
     """
-    parts = {part: [_expand_row(row) for row in model[part]] for part in ("backbone", "head")}
-    return {**model, **parts}
+    rows = [_expand_row(index, row) for index, row in enumerate(_rows(model))]
+    head = len(model["backbone"])
+    return {**model, "backbone": rows[:head], "head": rows[head:]}
 
 
-def _expand_row(row: Sequence[Any]) -> Sequence[Any]:
-    source, repeats, name, arguments = row
-    if name not in YAML_MODULES:
-        return row
-    if not isinstance(source, int):
-        raise ValueError(f"{name}: the row's `from` must be one row's number, got {source!r}")
-    if name != "C2BRA":
-        return [source, repeats, name, _ChannelKeepingArguments(source, _block_arguments(name, arguments))]
-    if not arguments or not isinstance(arguments[0], int):
-        raise ValueError(f"C2BRA: the first argument must be the output channels, an int, got {arguments!r}")
-    return [source, repeats, name, [arguments[0], *_block_arguments(name, arguments[1:])]]
+def _rows(model: Mapping[str, Any]) -> list[Sequence[Any]]:
+    return [*model["backbone"], *model["head"]]
 
 
-def _block_arguments(name: str, arguments: Sequence[Any]) -> list[Any]:
-    """A row's last arguments by position: the mapping for the attention, then the block's own arguments."""
+def _expand_row(index: int, row: Sequence[Any]) -> Sequence[Any]:
+    name = _block_name(row)
+    try:
+        if name not in YAML_MODULES:
+            _refuse_relative(row)
+            return row
+        if len(row) != 4:
+            raise ValueError(f"a row is [from, repeats, module, args], got {len(row)} entries")
+        source, repeats, _, arguments = row
+        _check_source(index, source)
+        if not is_count(repeats):
+            raise ValueError(f"repeats must be an int of at least 1, got {repeats!r}")
+        return [source, repeats, name, _expand_arguments(name, source, _as_list(arguments))]
+    except ValueError as error:
+        raise _naming_the_row(error, index, row) from None
+
+
+def _block_name(row: Sequence[Any]) -> str:
+    """The name in a row, without `IMPORT_PATH`; empty for what is no row."""
+    is_row = isinstance(row, Sequence) and len(row) > 2 and isinstance(row[2], str)
+    return row[2].removeprefix(IMPORT_PATH) if is_row else ""
+
+
+def _refuse_relative(row: Sequence[Any]) -> None:
+    name = row[2] if _block_name(row) else ""
+    if name in vars(tasks) or not _RELATIVE.search(name):
+        return
+    nearest = next(block for pattern, block in _NEAREST if re.search(pattern, name, re.IGNORECASE))
+    raise ValueError(
+        f"there is no module {name!r}; the nearest one in bra_triton is {nearest!r}, and docs/migration.md "
+        f"says what to write; allowed are {', '.join(YAML_MODULES)} and the modules of Ultralytics"
+    )
+
+
+def _check_source(index: int, source: Any) -> None:
+    lowest, highest = (-index, index - 1) if index else (-1, -1)
+    if not isinstance(source, int) or isinstance(source, bool) or not lowest <= source <= highest:
+        raise ValueError(
+            f"`from` must be the number of one earlier row, {lowest} to {highest}, got {source!r}"
+        )
+
+
+def _as_list(arguments: Any) -> list[Any]:
+    arguments = _literal(arguments)
+    if arguments is None or isinstance(arguments, Mapping):
+        return [arguments] if arguments else []
+    if isinstance(arguments, str) or not isinstance(arguments, Sequence):
+        raise ValueError(f"args must be a list or a mapping, such as [{{topk: 4}}], got {arguments!r}")
+    return [_literal(argument) for argument in arguments]
+
+
+def _expand_arguments(name: str, source: int, arguments: list[Any]) -> list[Any]:
+    """A row's arguments by position: channels, the mapping for the attention, the block's own arguments."""
     parameters = list(inspect.signature(YAML_MODULES[name]).parameters.values())
     own = parameters[[parameter.name for parameter in parameters].index("attention") + 1 :]
-    named = _by_name(name, arguments, [parameter.name for parameter in own])
+    channels = arguments[:1] if name in _PARSED_AS else []
+    if name in _PARSED_AS and not (channels and is_count(channels[0])):
+        raise ValueError(
+            f"the first argument must be the output channels, an int of at least 1, such as [1024], "
+            f"got {arguments!r}"
+        )
+    named = _by_name(name, channels, arguments[len(channels) :], [parameter.name for parameter in own])
     values = [named.pop(parameter.name, parameter.default) for parameter in own]
-    return [named, *values]
+    for parameter, value in zip(own, values, strict=True):
+        if isinstance(value, str):  # parse_model would replace it, if it has a local variable of that name
+            raise ValueError(f"{parameter.name} must be a number, got {value!r}")
+    if channels:
+        return [*channels, named, *values]
+    return _ChannelKeepingArguments(source, [named, *values])
 
 
-def _by_name(name: str, arguments: Sequence[Any], own: Sequence[str]) -> dict[str, Any]:
-    """A row's arguments by name: those of the attention, given by position or name, and the block's `own`."""
-    positional = attention_arguments(name)
-    allowed = (*positional, *own)
-    named: dict[str, Any] = {}
-    for position, argument in enumerate(arguments):
-        if not isinstance(argument, Mapping):
-            if any(isinstance(earlier, Mapping) for earlier in arguments[:position]):
-                raise ValueError(f"{name}: positional argument {argument!r} follows named ones: {arguments}")
-            if position >= len(positional):
-                raise ValueError(
-                    f"{name}: {len(arguments)} positional arguments; at most {len(positional)} are allowed: "
-                    f"{', '.join(positional)}"
-                )
-            argument = {positional[position]: argument}
-        for key, value in argument.items():
-            if key not in allowed:
-                raise ValueError(f"{name}: unknown argument {key!r}; allowed are {', '.join(allowed)}")
-            if key in named:
-                raise ValueError(f"{name}: argument {key!r} is given twice: {arguments}")
+def _by_name(name: str, channels: list[Any], arguments: list[Any], own: list[str]) -> dict[str, Any]:
+    """A row's arguments after the output channels by name: those of the attention and the block's `own`."""
+    attention = _ATTENTIONS.get(YAML_MODULES[name], BiLevelRoutingAttention)
+    parameters = [value for key, value in inspect.signature(attention).parameters.items() if key != "dim"]
+    allowed = [*(parameter.name for parameter in parameters), *own]
+    positional = [parameter.name for parameter in parameters if parameter.kind != parameter.KEYWORD_ONLY]
+    given = list(itertools.takewhile(lambda argument: not isinstance(argument, Mapping), arguments))
+    mappings = arguments[len(given) :]
+    if YAML_MODULES[name] in _ATTENTIONS:
+        _refuse_channel_count(given, mappings)
+    elif given:
+        _refuse_positions(channels, given, mappings, allowed)
+    if len(given) > len(positional):
+        raise ValueError(
+            f"{len(given)} positional arguments; allowed are {len(positional)}: {', '.join(positional)}"
+        )
+    named = dict(zip(positional, given, strict=False))
+    for mapping in mappings:
+        if not isinstance(mapping, Mapping):
+            raise ValueError(f"positional argument {mapping!r} follows named ones: {arguments}")
+        for key, value in mapping.items():
+            _check_name(key, allowed, named)
             named[key] = _literal(value)
     return named
+
+
+def _check_name(key: Any, allowed: list[str], named: Mapping[str, Any]) -> None:
+    if key in _CHANNEL_NAMES:
+        raise ValueError(f"rows need no channel count, got the name {key!r}; leave it out")
+    if key not in allowed:
+        raise ValueError(f"unknown argument {key!r}; allowed are {', '.join(allowed)}")
+    if key in named:
+        raise ValueError(f"argument {key!r} is given twice, as {named[key]!r} before")
+
+
+def _refuse_channel_count(given: list[Any], mappings: list[Any]) -> None:
+    rest = list(itertools.dropwhile(_is_channel_count, given))
+    if len(rest) < len(given):
+        raise ValueError(
+            f"rows need no channel count, got {given[0]!r}; write {rest + mappings}, see docs/migration.md. "
+            f"The first number is num_heads; more than {_MOST_HEADS_BY_POSITION} must be given by name"
+        )
+
+
+def _is_channel_count(value: Any) -> bool:
+    if isinstance(value, str):
+        return value in _CHANNEL_NAMES
+    return isinstance(value, int | float) and value > _MOST_HEADS_BY_POSITION
+
+
+def _refuse_positions(channels: list[Any], given: list[Any], mappings: list[Any], allowed: list[str]) -> None:
+    # C2PSA and C3k2 take `e` by position; it is the only number with a fraction that they take.
+    ratios = [{"e": value} for value in given if channels and isinstance(value, float)]
+    hint = "" if channels or not _is_channel_count(given[0]) else "rows need no channel count, and "
+    raise ValueError(
+        f"{hint}arguments of this block go by name, got {given}; write {channels + ratios[:1] + mappings}, "
+        f"and what else is to be set in a mapping, such as {{topk: 4}}; allowed are {', '.join(allowed)}"
+    )
 
 
 def _literal(value: Any) -> Any:
@@ -132,25 +257,51 @@ def _literal(value: Any) -> Any:
     return value
 
 
-@contextlib.contextmanager
-def c2bra_parsed_as_csp(model: Mapping[str, Any]) -> Iterator[None]:
-    """Context in which `parse_model` treats `C2BRA` like `C2PSA`: input channels, scaled width, repeats.
+def _naming_the_row(error: Exception, index: int, row: Sequence[Any]) -> ValueError:
+    return ValueError(f"row {index}, {list(row)}: {error}")
 
-    parse_model decides what to pass to a class by sets of classes, which it builds in every call from global
-    names of its module. So in this context one of these names, of a class that the yaml does not use, refers
-    to `C2BRA`.
+
+@contextlib.contextmanager
+def errors_name_the_row(model: Mapping[str, Any]) -> Iterator[None]:
+    """Context of a call of `parse_model` in which errors of this package's constructors name the row.
 
     Args:
-        model: the yaml's content.
+        model: the yaml's content as the user wrote it.
+
+    Raises:
+        ValueError: instead of a TypeError or ValueError that building one of this package's rows raised.
     """
-    used = {row[2] for part in ("backbone", "head") for row in model[part]}
-    if "C2BRA" not in used:
+    try:
         yield
-        return
-    name = next(name for name in _PLAIN_CSP_CLASSES if name not in used)
-    stock = getattr(tasks, name)
-    setattr(tasks, name, C2BRA)
+    except (TypeError, ValueError) as error:
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        parsing = [frame.f_locals for frame in frames if frame.f_code.co_name == "parse_model"]
+        index = parsing[0].get("i") if parsing else None  # the number of the row that is being built
+        if index is None or _block_name(_rows(model)[index]) not in YAML_MODULES:
+            raise
+        raise _naming_the_row(error, index, _rows(model)[index]) from error
+
+
+@contextlib.contextmanager
+def blocks_parsed_as_csp(model: Mapping[str, Any]) -> Iterator[None]:
+    """Context in which `parse_model` treats `C2BRA` like `C2PSA` and `C3k2BRA` like `C3k2`.
+
+    It passes them input channels, scaled width and repeats. parse_model decides what to pass to a class by
+    sets of classes, which it builds in every call from global names of its module. So in this context some of
+    these names, of classes that the yaml does not use, refer to this package's blocks.
+
+    Args:
+        model: the yaml's content, with expanded rows.
+    """
+    used = {_block_name(row) for row in _rows(model)}
+    stand_ins: dict[str, type[nn.Module]] = {}
+    for block, candidates in _PARSED_AS.items():
+        if block in used:
+            name = next(name for name in candidates if name not in used and name not in stand_ins)
+            stand_ins[name] = YAML_MODULES[block]
+    stock = {name: getattr(tasks, name) for name in stand_ins}
+    vars(tasks).update(stand_ins)
     try:
         yield
     finally:
-        setattr(tasks, name, stock)
+        vars(tasks).update(stock)
