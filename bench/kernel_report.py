@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.machine_code.launches import Launch, record_attention
 from bra_triton.bench.problems import MODELS, MODES, Problem
 from bra_triton.kernels import tiles
+from bra_triton.kernels.routing.lists import ROUTED, SMALL_MAP
 
 # Issue slots per score that the shipped loops may take, by kernel, architecture and head: float16, regions of
 # TARGET_REGION_TOKENS and more. What the loop of plain dense attention took in the same tile (Triton 3.8, at
@@ -97,9 +99,10 @@ class Row:
         return found
 
 
-def shipped(problem: Problem, dtype: torch.dtype, arch: str) -> list[Launch]:
+def shipped(problem: Problem, dtype: torch.dtype, arch: str, form: str | None = None) -> list[Launch]:
     """What a forward and backward of a problem launches on an architecture, every kernel once."""
-    with tiles.use_architecture(arch):
+    forced = nullcontext() if form is None else tiles.use_form(form)
+    with tiles.use_architecture(arch), forced:
         launched = record_attention(problem, dtype)
     kernels = [launch.specimen for launch in launched]
     return [launch for i, launch in enumerate(launched) if launch.specimen not in kernels[:i]]
@@ -113,7 +116,11 @@ def target_of(kernel: str, problem: Problem, arch: str, dtype: str) -> float | N
 
 
 def collect(
-    problems: Sequence[Problem], architectures: Sequence[str], dtype: str = "float16", workers: int = 1
+    problems: Sequence[Problem],
+    architectures: Sequence[str],
+    dtype: str = "float16",
+    workers: int = 1,
+    form: str | None = None,
 ) -> list[Row]:
     """Compiles what the problems launch.
 
@@ -122,12 +129,13 @@ def collect(
         architectures: keys of `hardware.HARDWARE`.
         dtype: a key of `DTYPES`.
         workers: processes that compile.
+        form: of the attention, one of `routing.lists`; by default each problem's own.
     """
     launched = [
         (problem, arch, launch)
         for arch in architectures
         for problem in problems
-        for launch in shipped(problem, DTYPES[dtype], arch)
+        for launch in shipped(problem, DTYPES[dtype], arch, form)
     ]
     results = analyse_all([(launch.specimen, arch) for _, arch, launch in launched], workers)
     return [_row(*each, dtype, result) for each, result in zip(launched, results, strict=True)]
@@ -171,12 +179,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=HARDWARE, default=list(CHECKED_ARCHITECTURES))
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--problem", nargs="+", choices=REPORTED, default=list(REPORTED))
+    parser.add_argument("--form", choices=(ROUTED, SMALL_MAP), help="by default each problem's own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args(arguments)
     problems = [REPORTED[name] for name in options.problem]
-    rows = collect(problems, options.arch, options.dtype, options.workers)
+    rows = collect(problems, options.arch, options.dtype, options.workers, options.form)
     if options.json:
         options.json.write_text(json.dumps(as_json(rows), indent=1) + "\n")
     print(report_tables.render(rows, options.markdown))

@@ -28,12 +28,15 @@ from .routing.launch import (
 )
 from .routing.lists import (
     ROUTED,
+    SMALL_MAP,
     KeyLists,
     form_of,
     launch_key_lists,
     launch_query_lists,
     take_key_lists,
 )
+from .small_map.arguments import Choices
+from .small_map.launch import launch_small_map, launch_small_map_gradient
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class ForwardArrays:
         r_idx: `(N, P, topk)` int32; None where every region attends to all.
         routed: the attention that remains once regions are chosen.
         form: its form, one of `routing.lists`.
-        lists: what the kernels that own queries walk.
+        lists: what the kernels that own queries walk; None for a small map.
     """
 
     attention: Buffer | None
@@ -56,7 +59,7 @@ class ForwardArrays:
     r_idx: Buffer | None
     routed: RoutedAttention[Buffer]
     form: str
-    lists: KeyLists
+    lists: KeyLists | None
 
     @classmethod
     def take(cls, packed: PackedAttention[Buffer], trains: bool, take: Take) -> "ForwardArrays":
@@ -73,8 +76,9 @@ class ForwardArrays:
         if not settings.chooses_all:
             r_idx = take(choices, torch.int32)
         routed = _routed(packed, r_weight, r_idx)
-        form = form_of(routed, packed.routing_learns)
-        return cls(attention, lse, r_weight, r_idx, routed, form, take_key_lists(routed, form, take))
+        form = form_of(routed, packed.routing_learns, chooses=True)
+        lists = None if form == SMALL_MAP else take_key_lists(routed, form, take)
+        return cls(attention, lse, r_weight, r_idx, routed, form, lists)
 
 
 def kept_bytes(problem: PackedAttention[Tensor]) -> int:
@@ -90,18 +94,19 @@ def plan_attend(problem: PackedAttention[Tensor], trains: bool) -> Plan:
     packed = _packed(plan, problem.settings)
     out = plan.output((*packed.qkv.shape[:3], packed.dim), packed.qkv.dtype)
     arrays = ForwardArrays.take(packed, trains, plan.keep if trains else plan.scratch)
+    results = ForwardResults(out, arrays.attention, arrays.lse)
     routed, lists, settings, listed = arrays.routed, arrays.lists, packed.settings, False
     if arrays.r_idx is not None:
         query, key = _region_queries_keys(plan, packed)
+        routing = Routing(query, key, arrays.r_weight, arrays.r_idx, settings.routing_scale)
+        if lists is None:
+            launch_small_map(plan, routed, routing, packed.lepe(), results, trains)
+            return plan
         listed = arrays.form == ROUTED and routed.query_grid == routed.kv_grid
-        launch_route(
-            plan,
-            Routing(query, key, arrays.r_weight, arrays.r_idx, settings.routing_scale),
-            *((lists.arguments, settings.grid) if listed else ()),
-        )
+        launch_route(plan, routing, *((lists.arguments, settings.grid) if listed else ()))
+    assert lists is not None
     if not listed:
         launch_key_lists(plan, routed, lists)
-    results = ForwardResults(out, arrays.attention, arrays.lse)
     launch_attention(plan, Attention(routed, arrays.form, lists), packed.lepe(), results)
     return plan
 
@@ -165,36 +170,72 @@ def plan_attend_backward(
     assert arrays.lse is not None
 
     gradients = _Gradients.output(plan, packed, needs)
+    launch_gradient = _launch_small_map if arrays.lists is None else _launch_by_lists
+    needs_padding = arrays.routed.padding is not None and needs.padding
+    of_attention = Saved(attention_out, arrays.lse, grad_out)
+    padding_shares = launch_gradient(plan, packed, arrays, of_attention, gradients, needs_padding)
+    outputs = (gradients.kv, gradients.means, gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
+    plan.wanted = [x is not None for x in (*outputs, padding_shares)]
+    return plan
+
+
+def _launch_small_map(
+    plan: Plan,
+    packed: PackedAttention[Buffer],
+    arrays: ForwardArrays,
+    saved: Saved,
+    gradients: _Gradients,
+    needs_padding: bool,
+) -> Buffer | None:
+    """Adds the backward of a small map; returns the shares of what padding holds, if asked for."""
+    choices = Choices(arrays.r_idx, arrays.r_weight)
+    padding_shares = launch_small_map_gradient(
+        plan, arrays.routed, choices, saved, gradients.maps(packed), needs_padding
+    )
+    adds = packed.kv is None
+    launch_finish(plan, None, _launch_lepe_gradient(plan, packed, saved.grad_out, gradients, adds))
+    return padding_shares
+
+
+def _launch_by_lists(
+    plan: Plan,
+    packed: PackedAttention[Buffer],
+    arrays: ForwardArrays,
+    saved: Saved,
+    gradients: _Gradients,
+    needs_padding: bool,
+) -> Buffer | None:
+    """Adds the backward of the other forms; returns the shares of what padding holds, if asked for."""
+    assert arrays.lists is not None
     maps = gradients.maps(packed)
     attention = Attention(arrays.routed, arrays.form, arrays.lists)
     statistics, factor_shares = launch_query_gradient(
-        plan, attention, Saved(attention_out, arrays.lse, grad_out), maps.query, packed.routing_learns
+        plan, attention, saved, maps.query, packed.routing_learns
     )
     query_lists = launch_query_lists(plan, arrays.routed, arrays.lists)
     # Where rows may be cut, LePE comes first, so that one launch sums its shares and their pieces. Elsewhere
     # it comes last: dK/dV of one region has no register left to add to what is there (sm_90, compiled).
     lepe_first = arrays.form == ROUTED
-    of_lepe = _launch_lepe_gradient(plan, packed, grad_out, gradients) if lepe_first else None
+    of_lepe = _launch_lepe_gradient(plan, packed, saved.grad_out, gradients) if lepe_first else None
     of_keys_values = launch_key_value_gradient(
         plan,
         attention,
         query_lists,
         statistics,
-        grad_out,
+        saved.grad_out,
         maps,
-        needs_padding=arrays.routed.padding is not None and needs.padding,
+        needs_padding=needs_padding,
         adds_to_value=lepe_first and packed.lepe_weight is not None and packed.kv is None,
     )
     if not lepe_first:
-        of_lepe = _launch_lepe_gradient(plan, packed, grad_out, gradients, adds_to_grad=packed.kv is None)
+        adds = packed.kv is None
+        of_lepe = _launch_lepe_gradient(plan, packed, saved.grad_out, gradients, adds_to_grad=adds)
     launch_finish(plan, of_keys_values, of_lepe)
     if gradients.means is not None:
         assert factor_shares is not None
         assert query_lists.inverse is not None
         _launch_routing_gradient(plan, packed, arrays, factor_shares, query_lists.inverse, gradients)
-    outputs = (gradients.kv, gradients.means, gradients.lepe_weight, gradients.lepe_bias, gradients.lepe_fill)
-    plan.wanted = [x is not None for x in (*outputs, of_keys_values.results.grad_padding)]
-    return plan
+    return of_keys_values.results.grad_padding
 
 
 def _launch_lepe_gradient(

@@ -246,8 +246,9 @@ class _DirectLaunches:
 
 
 def _rounded_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    n_bytes = prod(shape) * dtype.itemsize
-    return -(-n_bytes // _WORKSPACE_STEP) * _WORKSPACE_STEP
+    # More than none for an array without elements, so that something holds it. Not max(), by which a compiler
+    # would take sizes that it traces for fixed.
+    return (prod(shape) * dtype.itemsize // _WORKSPACE_STEP + 1) * _WORKSPACE_STEP
 
 
 def _materialise(pointers: Pointers, tensors: Sequence[Tensor | None]) -> Any:

@@ -83,19 +83,24 @@ def pool(pooling):
 
 
 _CELLS = torch.tensor([[0, 2], [1, 3]], dtype=torch.int32)
-PLAIN = settings(8, 12, 4, 3)
+PLAIN = settings(48, 72, 4, 3)  # regions too large for a small map's kernels
+SMALL = settings(16, 24, 4, 3)
 FORMS = {
     "plain": lambda: attention(PLAIN),
     "float32": lambda: attention(PLAIN, torch.float32),
     "without LePE": lambda: attention(PLAIN, lepe=0),
-    "padded": lambda: attention(settings(7, 10, 4, 3)),
+    "padded": lambda: attention(settings(47, 70, 4, 3)),
     "soft": lambda: attention(replace(PLAIN, routing_weight="soft", diff_routing=True)),
-    "padded hard": lambda: attention(settings(7, 10, 4, 3, routing_weight="hard", diff_routing=True), lepe=5),
+    "padded hard": lambda: attention(
+        settings(47, 70, 4, 3, routing_weight="hard", diff_routing=True), lepe=5
+    ),
     "router": lambda: attention(replace(PLAIN, routing_weight="hard", diff_routing=True), router=True),
     "narrow queries": lambda: attention(replace(PLAIN, qk_dim=20)),
     "masked": lambda: attention(settings(14, 14, 7, 16)),
     "whole": lambda: attention(settings(7, 10, 4, 16)),
     "pooled": lambda: attention(PLAIN, pooled=1),
+    "small map": lambda: attention(SMALL),
+    "small map, soft, padded": lambda: attention(settings(7, 10, 4, 3, routing_weight="soft")),
     "nchw": regional,
     "pooling": lambda: RegionPooling(_CELLS, _CELLS, WEIGHTED, RegionGrid.of_windows(5, 6, 2)),
 }

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from bra_triton.kernels.arrays import Buffer
-from bra_triton.kernels.attention.arguments import AttentionConfig, KeyValueResults
-from bra_triton.kernels.attention.launch import KeyValueGradient, launch_finish
+from bra_triton.kernels.attention.launch import launch_finish
 from bra_triton.kernels.lepe.arguments import LepeSums
 from bra_triton.kernels.lepe.launch import launch_lepe_gradient
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import Lepe, RoutedAttention
 from bra_triton.kernels.routing import lists
-from bra_triton.kernels.tiles import Tile
 
 
 class OpenPlan(Plan):
@@ -60,12 +58,7 @@ def lepe_gradient(
 ) -> LepeSums:
     """Adds LePE's backward and the launch that sums its shares, with no attention beside it."""
     shares = launch_lepe_gradient(plan, grad_out, grad_value, lepe, sums, adds_to_grad)
-    config = AttentionConfig(
-        *(16,) * (len(AttentionConfig._fields) - len(AttentionConfig._field_defaults) - 1), "ieee"
-    )
-    results = KeyValueResults(grad_value, grad_value, None, grad_value, grad_value)
-    none = KeyValueGradient(results, None, (1,) * 6, 0, config, Tile(16, 16, 4, 1))
-    launch_finish(plan, none, shares)
+    launch_finish(plan, None, shares)
     return sums
 
 

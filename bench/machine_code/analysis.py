@@ -23,8 +23,8 @@ class Analysis:
     """What the machine code of one kernel says.
 
     Attributes:
-        block_m: BLOCK_M of an attention kernel, else 0.
-        block_n: BLOCK_N of an attention kernel, else 0.
+        block_m: BLOCK_M of an attention kernel, else 0; of a small map's kernel the rows of all its heads.
+        block_n: BLOCK_N of an attention kernel, else 0; of a small map's kernel the tokens of a step.
         block_tail: list positions in a step of the tail's loop, 0 without one.
         n_taps: taps of a convolution in the epilogue, 0 without one.
         num_warps: warps of a thread block.
@@ -107,6 +107,9 @@ def _try_to_analyse(specimen: KernelSpecimen, arch: str) -> Result:
     except Exception as error:  # Triton's compiler raises errors of many kinds
         return error
     block_m, block_n, block_tail = (_number(specimen, n) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_TAIL"))
+    if specimen.name.startswith("small_map"):  # a tile a head, and several heads
+        block_m, block_n = (_number(specimen, n) for n in ("BLOCK_OWN", "BLOCK_STEP"))
+        block_m *= _number(specimen, "HEADS")
     n_taps = max(_number(specimen, name) for name in ("LEPE_KERNEL", "KERNEL")) ** 2
     loop, tail = (parts.loop, parts.tail) if block_m and block_n else (None, None)
     sizes = (block_m, block_n, block_tail, n_taps, specimen.num_warps)

@@ -20,9 +20,16 @@ from bra_triton.bench.machine_code.static_analysis import LoopMix
 from bra_triton.bench.problems import Problem
 from bra_triton.kernels.tiles import channel_block
 
-ATTENTION_KERNELS = ("attention_forward", "query_gradient", "key_value_gradient")
 # Multiply-adds of the matrix products for one score, in query/key and value channels.
-_PRODUCTS = {"attention_forward": (1, 1), "query_gradient": (2, 1), "key_value_gradient": (2, 2)}
+_PRODUCTS = {
+    "attention_forward": (1, 1),
+    "query_gradient": (2, 1),
+    "key_value_gradient": (2, 2),
+    "small_map_forward": (1, 1),
+    "small_map_backward": (4, 3),  # a score that both a query's and a key's program compute
+}
+ATTENTION_KERNELS = ("attention_forward", "query_gradient", "key_value_gradient")
+SMALL_MAP_KERNELS = ("small_map_forward", "small_map_backward")
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def predict(
     """Predicts a launch of an attention kernel from its counted code.
 
     Args:
-        kernel: one of `ATTENTION_KERNELS`.
+        kernel: one of `ATTENTION_KERNELS` or `SMALL_MAP_KERNELS`.
         code: its counts.
         problem: sizes; where every region attends to all, `Problem.merged` is what is launched.
         hardware: rates.
@@ -109,8 +116,8 @@ def predict(
     Raises:
         ValueError: the kernel is unknown, or its code has no loop with matrix products.
     """
-    if kernel not in ATTENTION_KERNELS:
-        raise ValueError(f"kernel is {kernel!r}; the cost model knows {', '.join(ATTENTION_KERNELS)}")
+    if kernel not in _PRODUCTS:
+        raise ValueError(f"kernel is {kernel!r}; the cost model knows {', '.join(_PRODUCTS)}")
     if code.loop is None:
         raise ValueError(f"{kernel} has no loop with matrix instructions: not an attention kernel's code")
     problem = problem.merged()
@@ -138,7 +145,12 @@ def predict(
 
 
 def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False) -> Walk:
-    """Programs and steps of an attention kernel; without a tail of its own the last step is a whole one."""
+    """Programs and steps of an attention kernel; without a tail of its own the last step is a whole one.
+
+    A small map's backward is taken for programs that own queries in whole tiles and keys in the tail.
+    """
+    if kernel in SMALL_MAP_KERNELS:
+        return _walk_of_small_map(kernel, code, problem)
     regions, tokens = problem.grid.n_regions, problem.grid.region_tokens
     kv_tokens = problem.kv_grid.region_tokens
     owns_keys = kernel == "key_value_gradient"
@@ -153,6 +165,16 @@ def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False)
     return Walk(programs, whole, tail_steps, own * (whole * step + tail_steps * tail))
 
 
+def _walk_of_small_map(kernel: str, code: Analysis, problem: Problem) -> Walk:
+    groups = problem.num_heads // code.num_warps  # a warp a head
+    keys, queries = (
+        -(-problem.topk * grid.region_tokens // code.block_n) for grid in (problem.kv_grid, problem.grid)
+    )
+    programs = problem.batch * problem.grid.n_regions * groups
+    tail_steps = queries if kernel == "small_map_backward" else 0
+    return Walk(programs, keys, tail_steps, code.block_m * code.block_n * keys)
+
+
 def fma_per_score(kernel: str, problem: Problem) -> int:
     """Multiply-adds of the matrix products for one score, heads as wide as their tiles."""
     qk, v = _PRODUCTS[kernel]
@@ -165,10 +187,12 @@ def bytes_moved(kernel: str, problem: Problem, element_bytes: int = 2) -> int:
     queries, keys = each * problem.grid.region_tokens, each * problem.kv_grid.region_tokens
     graph = 4 * problem.batch * problem.grid.n_regions * problem.topk
     qk, v = element_bytes * problem.qk_head_dim, element_bytes * problem.head_dim
-    if kernel == "attention_forward":
+    if kernel in ("attention_forward", "small_map_forward"):
         return queries * (qk + v + 4) + keys * (qk + v) + graph
     if kernel == "query_gradient":  # query, out, grad_out, lse; writes dQ and the statistics
         return queries * (2 * qk + 2 * v + 4 + 8) + keys * (qk + v) + graph
+    if kernel == "small_map_backward":
+        return queries * (2 * qk + 2 * v + 4) + keys * 2 * (qk + v) + graph
     return queries * (qk + v + 8) + keys * 2 * (qk + v) + graph
 
 

@@ -37,6 +37,8 @@ LOG2_E = math.log2(math.e)
 # Tokens in a step at the end of a list. A step of 128 keys would waste 112 of them at the end of 400. Narrow
 # steps also take fewer registers: with them the widest tiles do not spill.
 TAIL_STEP = 32
+# Warps of a program that sums LePE's shares, where no piece of dK/dV is to be summed.
+_LEPE_SUM_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -293,25 +295,30 @@ def launch_key_value_gradient(
     return KeyValueGradient(results, pieces, numbers, n_regions * programs, config, tile)
 
 
-def launch_finish(plan: Plan, gradient: KeyValueGradient, lepe: LepeShares | None = None) -> None:
+def launch_finish(plan: Plan, gradient: KeyValueGradient | None, lepe: LepeShares | None = None) -> None:
     """Adds the sums that dK/dV and LePE's backward have left to be made, if there are any."""
-    n_sums = 0 if lepe is None else lepe.n_sums
-    n_programs = 0 if gradient.pieces is None else gradient.programs
+    pieces, results, config = None, None, None
+    sizes: tuple[int, ...] = (1,) * 6
+    n_programs, num_warps = 0, _LEPE_SUM_WARPS
+    if gradient is not None and gradient.pieces is not None:
+        pieces, results, config = gradient.pieces, gradient.results, gradient.config
+        sizes, n_programs, num_warps = gradient.numbers, gradient.programs, gradient.tile.num_warps
     shares: Buffer | None = None
     sums: LepeSums | None = None
-    n_shares = 0
+    n_sums = n_shares = 0
     sums_config = LepeSumsConfig(1, 1, 1, False, 1, 1, HAS_PIECES=False)
     if lepe is not None:
-        shares, sums, n_shares, sums_config = lepe.shares, lepe.sums, lepe.shares.shape[0], lepe.config
+        shares, sums, n_sums, sums_config = lepe.shares, lepe.sums, lepe.n_sums, lepe.config
+        n_shares = lepe.shares.shape[0]
     plan.launch(
         finish_gradients_kernel,
         (n_sums + n_programs,),
-        (gradient.pieces, gradient.results if gradient.pieces else None, shares, sums),
+        (pieces, results, shares, sums),
         (
-            *(*gradient.numbers, n_shares, n_sums, gradient.config),
-            sums_config._replace(HAS_PIECES=gradient.pieces is not None),
+            *(*sizes, n_shares, n_sums, config),
+            sums_config._replace(HAS_PIECES=pieces is not None),
         ),
-        num_warps=gradient.tile.num_warps,
+        num_warps=num_warps,
     )
 
 

@@ -13,3 +13,14 @@ def cdiv(x: int, y: int) -> int:
 def next_power_of_2(x: int) -> int:
     """The smallest power of two that is at least `x`; `x` is at least 1."""
     return 1 << (x - 1).bit_length()
+
+
+INVERSE_BITS = 18
+
+
+def inverse(divisor: int) -> int:
+    """A factor that divides: `x // divisor == x * inverse(divisor) >> INVERSE_BITS`.
+
+    Exact where `x * divisor < 2**18`; the product fits 32 bits where `x < 2**13 * divisor`.
+    """
+    return cdiv(1 << INVERSE_BITS, divisor)

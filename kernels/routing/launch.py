@@ -104,7 +104,7 @@ def launch_route(
     listed = _LISTED if lists is None or lists.factors is None else _LISTED_WITH_FACTORS
     config = RouteConfig(
         DIM=routing.query.shape[-1],
-        ROW_STRIDE=_row_stride(routing.query),
+        ROW_STRIDE=region_stride(routing.query),
         BLOCK_Q=block_q,
         BLOCK_R=block_r,
         BLOCK_C=max(1, min(_ROUTE_CHANNELS, _ROUTE_TILE // block_r)),
@@ -141,7 +141,7 @@ def launch_route_gradient(
     block_c = min(128, next_power_of_2(dim))
     grid = (batch * n_regions, cdiv(dim, block_c))
     config = RoutingGradientConfig(
-        dim, _row_stride(routing.query), _row_stride(grad_query), next_power_of_2(topk), block_c
+        dim, region_stride(routing.query), region_stride(grad_query), next_power_of_2(topk), block_c
     )
     grad_logits = plan.scratch(routing.r_idx.shape, torch.float32)
     plan.launch(
@@ -167,7 +167,7 @@ def _means_config(qkv: Buffer, means: Buffer, grid: RegionGrid) -> MeansConfig:
     return MeansConfig(channels, qkv.shape[-1], block_tokens, block_c)
 
 
-def _row_stride(x: Buffer) -> int:
+def region_stride(x: Buffer) -> int:
     """Elements from one region to the next; images must follow without a gap."""
     of_image, stride, of_channel = x.stride()
     assert of_channel == 1 or x.shape[2] == 1

@@ -1,8 +1,9 @@
 """What the attention kernels walk: which arrays there are in which form, and the launches that write them.
 
-An attention has one of three forms. "routed": every region has a list of the tokens that it attends to.
+An attention has one of four forms. "routed": every region has a list of the tokens that it attends to.
 "masked": all regions share one list, and marks say which tokens a region chose. "whole": the map is one
-region, which attends to itself.
+region, which attends to itself. "small_map": programs choose regions for themselves and walk them without a
+list, see `small_map`.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from math import prod
 
 import torch
 
+from .. import tiles
 from ..arrays import Buffer
 from ..attention import masking
 from ..attention.arguments import Lists
@@ -17,10 +19,11 @@ from ..grid import RegionGrid
 from ..lib.integers import cdiv, next_power_of_2
 from ..plan import Plan, Take
 from ..problem import RoutedAttention
+from ..small_map import choice as small_map
 from .arguments import GraphConfig, Inverse, ListConfig, MarkConfig, Marks
 from .graph import invert_graph_kernel, list_tokens_kernel, mark_choices_kernel
 
-ROUTED, MASKED, WHOLE = "routed", "masked", "whole"
+ROUTED, MASKED, WHOLE, SMALL_MAP = "routed", "masked", "whole", "small_map"
 # A row of the inverse graph longer than this many times the mean is cut, so that one region chosen by all
 # does not stall the grid. The partial sums of cut rows take at most 2 / LONGEST_TO_MEAN of a float32 copy of
 # keys and values.
@@ -71,16 +74,23 @@ class QueryLists:
     n_partials: int = 0
 
 
-def form_of(problem: RoutedAttention[Buffer], routing_learns: bool = False) -> str:
+def form_of(problem: RoutedAttention[Buffer], routing_learns: bool = False, chooses: bool = False) -> str:
     """The form of an attention.
 
     Args:
         problem: the attention.
         routing_learns: whether the factor's gradient is asked for, which needs lists.
+        chooses: whether its regions are to be chosen, not given.
     """
     if problem.r_idx is None:
         return WHOLE
-    return MASKED if not routing_learns and masking.is_cheaper(problem) else ROUTED
+    if routing_learns:
+        return ROUTED
+    if form := tiles.forced_form():
+        return form
+    if masking.is_cheaper(problem):
+        return MASKED
+    return SMALL_MAP if chooses and small_map.serves(problem) else ROUTED
 
 
 def take_key_lists(problem: RoutedAttention[Buffer], form: str, take: Take) -> KeyLists:

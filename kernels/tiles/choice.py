@@ -35,6 +35,7 @@ from .table import (
 DEFAULT_ARCHITECTURE = "sm_90"
 _architecture: ContextVar[str | None] = ContextVar("architecture", default=None)
 _forced: ContextVar[Mapping[str, Tile]] = ContextVar("forced", default={})  # noqa: B039 (never written to)
+_forced_form: ContextVar[str | None] = ContextVar("forced_form", default=None)
 
 # Tiles of masked attention, half precision, heads of at most 32 channels. Eleven were timed by hand on an
 # H200 at BiFormer's third stage; for the forward and dQ these are the fastest. For dK/dV, 128 x 64 is 6 %
@@ -120,25 +121,44 @@ def use_tiles(by_kernel: Mapping[str, Tile]) -> Iterator[None]:
         _forced.reset(token)
 
 
-InForce = tuple[str | None, tuple[tuple[str, Tile], ...]]
+@contextmanager
+def use_form(form: str) -> Iterator[None]:
+    """Context in which attentions of this thread get this form of `routing.lists`, which must serve them.
+
+    Those that have but one form, where every region attends to all or routing weights learn, keep it.
+    """
+    token = _forced_form.set(form)
+    try:
+        yield
+    finally:
+        _forced_form.reset(token)
+
+
+def forced_form() -> str | None:
+    """What `use_form` has set in this thread."""
+    return _forced_form.get()
+
+
+InForce = tuple[str | None, tuple[tuple[str, Tile], ...], str | None]
 
 
 def in_force() -> InForce | None:
-    """What `use_architecture` and `use_tiles` have set in this thread; None if they have set nothing."""
-    forced, arch = _forced.get(), _architecture.get()
-    return (arch, tuple(forced.items())) if forced or arch else None
+    """What `use_architecture`, `use_tiles`, `use_form` have set in this thread; None if they set nothing."""
+    forced, arch, form = _forced.get(), _architecture.get(), _forced_form.get()
+    return (arch, tuple(forced.items()), form) if forced or arch or form else None
 
 
 @contextmanager
 def restored(what: InForce) -> Iterator[None]:
     """Context that sets, in another thread, what `in_force` returned."""
-    arch, forced = what
-    tokens = _architecture.set(arch), _forced.set(dict(forced))
+    arch, forced, form = what
+    tokens = _architecture.set(arch), _forced.set(dict(forced)), _forced_form.set(form)
     try:
         yield
     finally:
         _architecture.reset(tokens[0])
         _forced.reset(tokens[1])
+        _forced_form.reset(tokens[2])
 
 
 def architecture_of(device: torch.device) -> str:

@@ -44,6 +44,19 @@ def test_the_report_of_one_problem(tmp_path, capsys):
     assert means["bound"][1] == "memory"
 
 
+def test_small_maps_are_reported_in_both_forms(monkeypatch):
+    """YOLO's P4: what is launched, and what lists would cost in its place."""
+    kernels_only(monkeypatch, "small_map_forward", "attention_forward")
+    small, listed = (
+        kernel_report.collect([PROBLEMS["yolo_p4"]], ["sm_90"], form=form)[0] for form in (None, "routed")
+    )
+    assert [row.kernel for row in (small, listed)] == ["small_map_forward", "attention_forward"]
+    assert small.cost.useful_scores == listed.cost.useful_scores
+    # And the small map's has no list to read, which another launch would have to write.
+    assert small.cost.issue_slots < listed.cost.issue_slots
+    assert not small.failures
+
+
 @pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
 @pytest.mark.parametrize("arch", kernel_report.CHECKED_ARCHITECTURES)
 def test_shipped_configurations_meet_their_targets_and_do_not_spill(arch, kernel, capsys, monkeypatch):

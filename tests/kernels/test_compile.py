@@ -20,8 +20,8 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 SPILL_FREE = ("sm_80", "sm_90")
 YOLO_P3 = dataclasses.replace(PROBLEMS["yolo_p3"], batch=2)
 MODELS = {
-    "biformer_stage2": dataclasses.replace(PROBLEMS["biformer_stage2"], batch=2),
     "yolo_p3": YOLO_P3,
+    "biformer_stage1": dataclasses.replace(PROBLEMS["biformer_stage1"], batch=2),
 }
 PADDED = dataclasses.replace(YOLO_P3, height=79, width=78)
 # What each mode changes in the kernels: pointers that are None otherwise, other strides, other sizes.
@@ -31,7 +31,6 @@ MODES = {
     "pooled": dataclasses.replace(YOLO_P3, kv_per_win=4, side_dwconv=0),
     "head_graphs": dataclasses.replace(YOLO_P3, head_graphs=True),
     "unequal_heads": Problem("", 2, 80, 80, 96, 4, 8, 4, qk_dim=64),
-    "small_padded": dataclasses.replace(PROBLEMS["yolo_p5"], batch=2),
     "masked": dataclasses.replace(PROBLEMS["biformer_stage3"], batch=2),
     "whole": dataclasses.replace(PADDED, topk=64),
 }
@@ -51,6 +50,17 @@ WITHOUT = {
     "head_graphs": _LEPE | _ROUTING,
     "masked": {"invert_graph"},
     "whole": {"invert_graph", *_ROUTING},
+}
+# Maps of few tokens, each with what it brings: padding, a router's launch of its own, larger tiles, a single
+# head a program, wide and narrow heads, weights.
+SMALL_MAPS = {
+    "yolo_p5": dataclasses.replace(PROBLEMS["yolo_p5"], batch=2),
+    "biformer_stage2": PROBLEMS["biformer_stage2"],
+    "yolo_p4": dataclasses.replace(PROBLEMS["yolo_p4"], batch=2),
+    "odd_heads": Problem("", 2, 20, 20, 96, 3, 5, 4),
+    "head_64": Problem("", 2, 20, 20, 256, 4, 5, 4),
+    "head_20": Problem("", 2, 20, 20, 80, 4, 5, 4, side_dwconv=5),
+    "pooled": Problem("", 2, 20, 20, 128, 4, 5, 4, kv_per_win=2),
 }
 WIDE_HEADS = {
     "head_64": dataclasses.replace(PROBLEMS["yolo_p3_head64"], batch=2),
@@ -104,7 +114,8 @@ def _check(problem, dtype, arch, expected=KERNELS):
         for dtype in DTYPES
         if arch == "sm_90" or dtype == torch.float16
     ]
-    + [("biformer_stage2", arch, torch.float16) for arch in SPILL_FREE],
+    # On sm_90 the tile that was timed the fastest for it leaves one register of dK/dV to memory.
+    + [("biformer_stage1", "sm_80", torch.float16)],
 )
 def test_kernels_compile_fit_and_do_not_spill(name, arch, dtype):
     _check(MODELS[name], dtype, arch)
@@ -121,6 +132,23 @@ def test_kernels_compile_fit_and_do_not_spill(name, arch, dtype):
 )
 def test_every_mode_compiles_fits_and_does_not_spill(name, arch):
     _check(MODES[name], torch.float16, arch, KERNELS - WITHOUT.get(name, set()) | BESIDES.get(name, set()))
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "dtype"),
+    [
+        *((name, "sm_90", torch.float16) for name in SMALL_MAPS),
+        *((name, "sm_80", torch.float16) for name in ("yolo_p5", "yolo_p4", "head_64")),
+        ("yolo_p5", "sm_120", torch.float16),
+        ("yolo_p5", "gfx942", torch.float16),
+        ("yolo_p5", "sm_80", torch.float32),
+        ("yolo_p5", "sm_90", torch.bfloat16),
+    ],
+)
+def test_kernels_of_small_maps_compile_fit_and_do_not_spill(name, arch, dtype):
+    problem = SMALL_MAPS[name]
+    expected = {"region_means", "small_map_forward", "small_map_backward", "finish_gradients", *_LEPE}
+    _check(problem, dtype, arch, expected | ({"route"} if name == "biformer_stage2" else set()))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +188,7 @@ def test_the_check_sees_a_spill():
         _check(YOLO_P3, torch.float16, "sm_80")
 
 
-@pytest.mark.parametrize("problem", [YOLO_P3, *MODES.values()])
+@pytest.mark.parametrize("problem", [YOLO_P3, *MODES.values(), *SMALL_MAPS.values()])
 def test_no_kernel_is_compiled_anew_for_a_size_that_divides_well(problem):
     """Triton would compile apart for sizes of 1 and multiples of 16."""
     for launch in record_attention(problem, torch.float16):

@@ -11,9 +11,11 @@ from problems import relative_error, worst
 from bra_triton import reference
 from bra_triton.backend.kernels import fused_kernels
 from bra_triton.call import Call
+from bra_triton.kernels import tiles
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.packed import plan_attend, plan_attend_backward
 from bra_triton.kernels.problem import Needs, PackedAttention
+from bra_triton.kernels.routing.lists import ROUTED
 from bra_triton.spec import AttentionSpec
 
 BACKENDS = ("torch", "triton")
@@ -25,6 +27,7 @@ HARD = replace(SPEC, diff_routing=True)
 # Specification, height and width of the map.
 CASES = {
     "none": (SPEC, 6, 9),
+    "padded": (SPEC, 7, 8),
     "soft": (SOFT, 6, 9),
     "soft_padded": (SOFT, 7, 8),
     "soft_frozen": (replace(SPEC, soft_routing=True), 6, 9),
@@ -84,6 +87,16 @@ def _needs(problem):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_output_and_all_gradients(name, backend, device):
+    _check_output_and_gradients(name, backend, device)
+
+
+@pytest.mark.parametrize("name", ["none", "padded", "soft_frozen"])
+def test_maps_that_are_taken_for_small_are_right_with_lists_too(name, device):
+    with tiles.use_form(ROUTED):
+        _check_output_and_gradients(name, "triton", device)
+
+
+def _check_output_and_gradients(name, backend, device):
     spec, height, width = CASES[name]
     tensors = _tensors(spec, height, width, device)
     problem, kernels = _problem(spec, tensors), fused_kernels(backend)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.cost_model import (
     ATTENTION_KERNELS,
+    SMALL_MAP_KERNELS,
+    Walk,
     bytes_moved,
     fma_per_score,
     predict,
@@ -65,6 +67,18 @@ def test_walks():
     # Under a mask, 49 x 64 queries meet 49 x 25 keys.
     assert walk("attention_forward", 128, 64, pooled, masked=True) == (25, 19, 1)
     assert walk("key_value_gradient", 64, 128, pooled, masked=True) == (10, 49, 0)
+
+
+def test_walks_of_a_small_map():
+    """4 x 4 tokens, 5 of 25 regions, eight heads, four a program: a list of 80 keys in steps of 32."""
+    problem = Problem("", 2, 20, 20, 256, 8, 5, 5)
+    tile = replace(code(), block_m=4 * 16, block_n=32, num_warps=4)
+    forward, backward = (walk_of(kernel, tile, problem) for kernel in SMALL_MAP_KERNELS)
+    assert forward == Walk(2 * 25 * 2, 3, 0, 64 * 96)
+    assert backward == Walk(2 * 25 * 2, 3, 3, 64 * 96)  # the tail stands for the programs that own keys
+    assert backward.programs * backward.scores >= problem.useful_scores
+    cost = predict("small_map_backward", tile, problem, UNIT)
+    assert cost.issue_slots == 100 * (310 + 3 * 200 + 3 * 90) * 4 * 32
 
 
 def test_slots_count_every_section_as_often_as_it_runs():
@@ -137,6 +151,8 @@ def test_bytes_of_one_image_by_hand():
     assert bytes_moved("attention_forward", tiny) == 40 * (32 + 32 + 64 + 64 + 4) + graph
     assert bytes_moved("query_gradient", tiny) == 40 * (3 * 32 + 3 * 64 + 12) + graph
     assert bytes_moved("key_value_gradient", tiny) == 40 * (3 * 32 + 3 * 64 + 8) + graph
+    assert bytes_moved("small_map_forward", tiny) == bytes_moved("attention_forward", tiny)
+    assert bytes_moved("small_map_backward", tiny) == 40 * (4 * 32 + 4 * 64 + 4) + graph
 
 
 @given(

@@ -1,0 +1,1 @@
+"""Small maps: one program a region, which routes and attends for several heads at once."""
