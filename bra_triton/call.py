@@ -4,7 +4,7 @@ A call with a signature (shapes, dtypes, numbers) that passed the checks before 
 `functional` keeps the signatures it has seen.
 """
 
-import math
+import os
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,11 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import dense_floats, factor, flag, is_whole
 from .export import is_eager
 from .kernels.grid import RegionGrid
 from .kernels.problem import Settings
 from .modules.downsampling import KVDownsampling
 from .spec import AttentionSpec
+
+# The environment variable that, at 1, has values checked on a GPU too, which waits for the device.
+CHECK = "BRA_TRITON_CHECK"
 
 
 class Request(Protocol):
@@ -179,10 +183,12 @@ class RegionalCall:
         key: `(N, C, H_kv, W_kv)`; the map may differ from the queries' in size and number of regions.
         value: `(N, C_v, H_kv, W_kv)`.
         scale: factor of the logits, positive.
-        region_graph: `(N, num_heads, P, topk)`, int64 or int32: key regions that every query region attends
-            to, in `[0, P_kv)`; `num_heads` divides `C` and `C_v`. A region named twice counts twice.
+        region_graph: `(N, G, P, topk)`, int64 or int32: key regions that every query region attends to, in
+            `[0, P_kv)`; `G` is `num_heads`, or 1 where all heads share a graph. A region named twice counts
+            twice.
         query_grid: regions of `query`.
         kv_grid: regions of `key` and `value`; padded keys take part, with logit 0 and value 0.
+        num_heads: attention heads; divides `C` and `C_v`.
     """
 
     query: Tensor
@@ -192,11 +198,7 @@ class RegionalCall:
     region_graph: Tensor
     query_grid: RegionGrid
     kv_grid: RegionGrid
-
-    @property
-    def num_heads(self) -> int:
-        """Attention heads."""
-        return self.region_graph.shape[1]
+    num_heads: int
 
     @property
     def like(self) -> Tensor:
@@ -232,11 +234,10 @@ def regional_call(
     """Checks the arguments of `functional.regional_routing_attention` and puts them together.
 
     Raises:
-        ValueError: naming the argument, its value and what is allowed.
+        ValueError, TypeError: naming the argument, its value and what is allowed.
     """
     _check_maps(query, key, value)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be positive and finite, got {scale}")
+    scale, auto_pad = factor("scale", scale), flag("auto_pad", auto_pad)
     query_grid = _grid("query", query, "region_size", region_size, auto_pad)
     kv_grid = (
         _grid("key", key, "region_size", region_size, auto_pad)
@@ -244,7 +245,11 @@ def regional_call(
         else _grid("key", key, "kv_region_size", kv_region_size, auto_pad)
     )
     _check_graph(region_graph, query, value, query_grid, kv_grid)
-    return RegionalCall(query, key, value, scale, region_graph, query_grid, kv_grid)
+    num_heads = region_graph.shape[1]
+    # A graph expanded over the heads is used as one.
+    graph = region_graph[:, :1] if region_graph.stride(1) == 0 else region_graph
+    graph = _in_range(graph, kv_grid.n_regions)
+    return RegionalCall(query, key, value, scale, graph, query_grid, kv_grid, num_heads)
 
 
 def _check_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -265,10 +270,9 @@ def _check_lepe(weight: Tensor | None, bias: Tensor | None, dim: int) -> None:
 
 def _check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
+        dense_floats(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name} must be (N, C, H, W), got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must have a floating dtype, got {x.dtype}")
         for attribute in ("dtype", "device"):
             if getattr(x, attribute) != getattr(query, attribute):
                 raise ValueError(
@@ -289,9 +293,9 @@ def _check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _grid(name: str, x: Tensor, size_name: str, region_size: Any, auto_pad: bool) -> RegionGrid:
     is_pair = isinstance(region_size, tuple | list) and len(region_size) == 2
-    if not is_pair or any(isinstance(side, bool | float | str) or side < 1 for side in region_size):
+    if not is_pair or not all(is_whole(side) for side in region_size):
         raise ValueError(f"{size_name} must be two ints of at least 1, got {region_size!r}")
-    grid = RegionGrid.of_region_size(x.shape[2], x.shape[3], (region_size[0], region_size[1]))
+    grid = RegionGrid.of_region_size(x.shape[2], x.shape[3], tuple(region_size))
     if grid.is_padded and not auto_pad:
         raise ValueError(
             f"{name}'s height and width must be multiples of {size_name}={tuple(region_size)} where "
@@ -303,6 +307,8 @@ def _grid(name: str, x: Tensor, size_name: str, region_size: Any, auto_pad: bool
 def _check_graph(
     graph: Tensor, query: Tensor, value: Tensor, query_grid: RegionGrid, kv_grid: RegionGrid
 ) -> None:
+    if not isinstance(graph, Tensor):
+        raise TypeError(f"region_graph must be a tensor, got {graph!r}")
     if graph.dim() != 4 or graph.shape[0] != query.shape[0] or graph.shape[2] != query_grid.n_regions:
         raise ValueError(
             "region_graph must be (N, num_heads, P, topk) with "
@@ -324,3 +330,22 @@ def _check_graph(
             f"region_graph's topk must be 1 to the number of key regions, "
             f"{kv_grid.rows}*{kv_grid.columns}={kv_grid.n_regions}, got {topk}"
         )
+
+
+def _in_range(graph: Tensor, n_regions: int) -> Tensor:
+    """The graph with all entries in `[0, n_regions)`: checked where its values are at hand, else clamped."""
+    if not _has_values(graph) or (graph.device.type != "cpu" and os.environ.get(CHECK) != "1"):
+        return graph.clamp(0, n_regions - 1)
+    outside = graph[(graph < 0) | (graph >= n_regions)]
+    if outside.numel():
+        raise ValueError(
+            f"region_graph must name key regions from 0 to {n_regions - 1}, got {int(outside[0])}"
+        )
+    return graph
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether there are numbers to look at: not while a graph is recorded, nor in fakes and under vmap."""
+    if not is_eager() or type(x) is not Tensor or x.is_meta:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)

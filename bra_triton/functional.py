@@ -131,9 +131,12 @@ def regional_routing_attention(
         key: `(N, C, H_kv, W_kv)`; the map may differ from the queries' in size and number of regions.
         value: `(N, C_v, H_kv, W_kv)`.
         scale: factor of the logits, positive.
-        region_graph: `(N, num_heads, P, topk)`, int64 or int32: key regions that every query region attends
-            to; `num_heads` divides `C` and `C_v`. Entries in `[0, P_kv)`, which is not checked: it would
-            wait for the device. A graph expanded over the heads is used as one.
+        region_graph: `(N, num_heads, P, topk)`, int64 or int32, of any strides: key regions that every query
+            region attends to, in `[0, P_kv)`; `num_heads` divides `C` and `C_v`. A graph expanded over the
+            heads is used as one. On the CPU an entry outside is an error. On other devices, where looking
+            would wait for the device, and in compiled, exported or vmapped graphs, it counts as the nearest
+            region, the first or the last; with `BRA_TRITON_CHECK=1` in the environment it is an error on
+            other devices, too.
         region_size: tokens a column and a row of a query region.
         kv_region_size: the same of a key region; `region_size` by default.
         auto_pad: zero-pad maps at the bottom and right to multiples of the region sizes; padded keys take

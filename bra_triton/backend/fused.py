@@ -54,12 +54,10 @@ class FusedBackend:
 
     def attend_regional(self, call: RegionalCall) -> Tensor:
         """See `Backend`."""
-        # A graph expanded over the heads is used as one.
-        graph = call.region_graph[:, :1] if call.region_graph.stride(1) == 0 else call.region_graph
         query, key, value = (x.permute(0, 2, 3, 1) for x in (call.query, call.key, call.value))
         out = attend_regional(
             (query, key, value),
-            graph.int().contiguous(),
+            call.region_graph.int().contiguous(),
             (call.query_grid, call.kv_grid),
             call.num_heads,
             call.scale,

@@ -124,7 +124,7 @@ def test_calls_are_requests():
     assert (call.head_dims, call.grids, call.routes) == ((2, 4), (RegionGrid.of_windows(3, 4, 2),), True)
     grids = RegionGrid.of_windows(3, 4, 2), RegionGrid.of_windows(5, 4, 2)
     query, key, value = torch.zeros(1, 6, 3, 4), torch.zeros(1, 6, 5, 4), torch.zeros(1, 9, 5, 4)
-    regional = RegionalCall(query, key, value, 1.0, torch.zeros(1, 3, 4, 2).int(), *grids)
+    regional = RegionalCall(query, key, value, 1.0, torch.zeros(1, 3, 4, 2).int(), *grids, 3)
     assert regional.like is query
     assert (regional.head_dims, regional.grids, regional.routes) == ((2, 3), grids, False)
 

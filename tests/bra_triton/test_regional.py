@@ -135,7 +135,7 @@ WRONG = {
     "query_dim": ({"query": torch.randn(4, 4)}, r"query must be \(N, C, H, W\), got shape \(4, 4\)"),
     "int": (
         {"query": torch.ones(1, 4, 4, 6, dtype=torch.int64)},
-        "query must have a floating dtype, got torch.int64",
+        "query must be float32, float16, bfloat16 or float64, got torch.int64",
     ),
     "dtype": (
         {"value": torch.randn(1, 4, 4, 6).half()},
@@ -154,7 +154,7 @@ WRONG = {
         {"value": torch.randn(1, 4, 4, 5)},
         r"value must have key's .*, \(1, 4, 6\), got shape \(1, 4, 4, 5\)",
     ),
-    "scale": ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
+    "scale": ({"scale": 0.0}, "scale must be a number from -1e38 to 1e38 other than 0, got 0.0"),
     "region_size": ({"region_size": (0, 3)}, r"region_size must be two ints of at least 1, got \(0, 3\)"),
     "region_size_int": ({"region_size": 2}, "region_size must be two ints of at least 1, got 2"),
     "kv_region_size": ({"kv_region_size": (2.0, 3)}, r"kv_region_size must be two ints .*, got \(2.0, 3\)"),
