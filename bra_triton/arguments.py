@@ -1,5 +1,6 @@
-"""Checks of single arguments, for whoever takes them; an error names the argument, its value and what is allowed."""
+"""Checks of single arguments; an error names the argument, its value and what is allowed."""
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ def is_whole(value: Any, least: int = 1) -> bool:
     """Whether it is an int of at least `least`, NumPy's too, or a size of a graph that is being recorded."""
     if isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and not is_eager()):
         return True
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
@@ -61,6 +62,18 @@ def factor(name: str, value: Any) -> float:
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_real or not 0 < abs(value) <= LARGEST_SCALE:
         raise ValueError(f"{name} must be a number from -1e38 to 1e38 other than 0, got {value!r}")
+    return float(value)
+
+
+def at_least_one(name: str, value: Any) -> float:
+    """A finite number of at least 1, whole or not.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_real or not 1 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 1, got {value!r}")
     return float(value)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import dense_floats, factor, flag, is_whole
+from .arguments import dense_floats, factor, flag, is_whole, whole
 from .export import is_eager
 from .kernels.grid import RegionGrid
 from .kernels.problem import Settings
@@ -130,14 +130,12 @@ class Call:
         qkv, down = self.qkv, self.kv_downsampling
         return (
             self.spec,
-            qkv.shape,
-            qkv.dtype,
-            qkv.device,
-            None if self.lepe_weight is None else self.lepe_weight.shape,
-            None if self.lepe_bias is None else self.lepe_bias.shape,
-            None if self.padding is None else self.padding.shape,
-            None if self.router_weight is None else self.router_weight.shape,
-            None if self.router_bias is None else self.router_bias.shape,
+            _kind(qkv),
+            _kind(self.lepe_weight),
+            _kind(self.lepe_bias),
+            _kind(self.padding),
+            _kind(self.router_weight),
+            _kind(self.router_bias),
             None if down is None else (down.qk_dim, down.dim),
             self.given_grid,
         )
@@ -151,10 +149,10 @@ class Call:
             return F.linear(means, self.router_weight.to(means.dtype), bias)
 
     def check(self) -> None:
-        """Raises ValueError where the tensors do not fit each other; names the argument."""
-        qkv, spec = self.qkv, self.spec
-        if not qkv.is_floating_point():
-            raise ValueError(f"qkv must have a floating dtype, got {qkv.dtype}")
+        """Raises ValueError or TypeError where the tensors do not fit each other; names the argument."""
+        qkv, spec = dense_floats("qkv", self.qkv), self.spec
+        for name in ("lepe_weight", "lepe_bias", "padding", "router_weight", "router_bias"):
+            _check_kind(name, getattr(self, name), qkv.device)
         if self.given_grid is None:
             # Raises where the map cannot be cut and may not be padded.
             RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win, auto_pad=self.padding is not None)
@@ -167,6 +165,8 @@ class Call:
         if self.router_weight is None and self.router_bias is not None:
             raise ValueError("router_bias needs router_weight, got router_weight=None")
         down = self.kv_downsampling
+        if not isinstance(down, KVDownsampling | None):
+            raise TypeError(f"kv_downsampling must be what downsampling.build makes, got {down!r}")
         if down is not None and (down.qk_dim, down.dim) != (spec.qk_dim, spec.dim):
             raise ValueError(
                 f"kv_downsampling must be for qk_dim={spec.qk_dim} and dim={spec.dim}, got {down.qk_dim} and "
@@ -182,7 +182,7 @@ class RegionalCall:
         query: `(N, C, H, W)`.
         key: `(N, C, H_kv, W_kv)`; the map may differ from the queries' in size and number of regions.
         value: `(N, C_v, H_kv, W_kv)`.
-        scale: factor of the logits, positive.
+        scale: factor of the logits.
         region_graph: `(N, G, P, topk)`, int64 or int32: key regions that every query region attends to, in
             `[0, P_kv)`; `G` is `num_heads`, or 1 where all heads share a graph. A region named twice counts
             twice.
@@ -252,6 +252,15 @@ def regional_call(
     return RegionalCall(query, key, value, scale, graph, query_grid, kv_grid, num_heads)
 
 
+def _kind(x: Tensor | None) -> tuple[Any, ...] | None:
+    return None if x is None else (x.shape, x.dtype, x.device, x.layout)
+
+
+def _check_kind(name: str, x: Tensor | None, device: torch.device) -> None:
+    if x is not None and dense_floats(name, x).device != device:
+        raise ValueError(f"{name} must be on qkv's device, {device}, got {x.device}")
+
+
 def _check_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
     if x is not None and x.shape != shape:
         raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
@@ -262,7 +271,7 @@ def _check_lepe(weight: Tensor | None, bias: Tensor | None, dim: int) -> None:
         if bias is not None:
             raise ValueError("lepe_bias needs lepe_weight, got lepe_weight=None")
         return
-    kernel = weight.shape[-1]
+    kernel = weight.shape[-1] if weight.dim() else 0
     if weight.shape != (dim, 1, kernel, kernel) or kernel % 2 == 0:
         raise ValueError(f"lepe_weight must be ({dim}, 1, k, k) with k odd, got {tuple(weight.shape)}")
     _check_shape("lepe_bias", bias, (dim,))
@@ -295,10 +304,11 @@ def _grid(name: str, x: Tensor, size_name: str, region_size: Any, auto_pad: bool
     is_pair = isinstance(region_size, tuple | list) and len(region_size) == 2
     if not is_pair or not all(is_whole(side) for side in region_size):
         raise ValueError(f"{size_name} must be two ints of at least 1, got {region_size!r}")
-    grid = RegionGrid.of_region_size(x.shape[2], x.shape[3], tuple(region_size))
+    height, width = (whole(size_name, side) for side in region_size)
+    grid = RegionGrid.of_region_size(x.shape[2], x.shape[3], (height, width))
     if grid.is_padded and not auto_pad:
         raise ValueError(
-            f"{name}'s height and width must be multiples of {size_name}={tuple(region_size)} where "
+            f"{name}'s height and width must be multiples of {size_name}={(height, width)} where "
             f"auto_pad=False, got {x.shape[2]} x {x.shape[3]}"
         )
     return grid

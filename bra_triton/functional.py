@@ -1,17 +1,22 @@
 """The functional API: arguments put together to one call, checked, and handed to the backend that serves."""
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from .arguments import factor, whole
 from .backend.protocol import Backend
-from .backend.select import select
+from .backend.select import check_name, select
 from .call import Call, Known, regional_call
-from .kernels.bounded import Bounded
+from .export import is_eager
+from .kernels.bounded import MOST_ENTRIES, Bounded
 from .modules.downsampling import KVDownsampling
 from .spec import AttentionSpec
 
+T = TypeVar("T")
 # Signatures that have passed the checks, what serves them, and their numbers.
 _known: dict[Hashable, Known] = Bounded()
 
@@ -43,7 +48,7 @@ def bi_level_routing_attention(
         n_win: regions a side.
         topk: regions that every region attends to.
         qk_dim: channels of queries and keys; a third of `qkv`'s by default.
-        scale: factor of the logits; `qk_dim ** -0.5` by default.
+        scale: factor of the logits, not 0; `qk_dim ** -0.5` by default. A number, as it gets no gradient.
         lepe_weight: `(dim, 1, k, k)`, `k` odd: depthwise convolution of the values added to the output.
         lepe_bias: `(dim,)`; only with `lepe_weight`.
         padding: `(2*qk_dim + dim,)`: what the tokens hold that make `H` and `W` multiples of `n_win` at the
@@ -53,18 +58,20 @@ def bi_level_routing_attention(
         diff_routing: let gradients reach the regions' queries and keys through the routing weights.
         router_weight: `(qk_dim, qk_dim)`: linear layer on region queries and keys; needs `diff_routing`.
         router_bias: `(qk_dim,)`; only with `router_weight`.
-        kv_downsampling: reduces keys and values inside each region, see `downsampling.build`.
+        kv_downsampling: what `downsampling.build` makes: reduces keys and values inside each region.
         backend: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
 
     Returns:
         `(N, H, W, dim)`, contiguous, of `qkv`'s dtype. No gradient passes through the choice of regions.
 
     Raises:
-        ValueError: naming the argument, its value and what is allowed.
+        ValueError, TypeError: naming the argument, its value and what is allowed.
         RuntimeError: if the backend asked for by name cannot serve; says why.
     """
-    spec = _spec_of(qkv, qk_dim, num_heads, n_win, topk, scale, soft_routing, diff_routing)
-    call = Call(qkv, spec, lepe_weight, lepe_bias, padding, router_weight, router_bias, kv_downsampling)
+    dims = _made(_dims_of, _channels_of(qkv), qk_dim)
+    spec = _made(_spec_of, *dims, num_heads, n_win, topk, scale, soft_routing, diff_routing)
+    down = None if type(kv_downsampling) is nn.Identity else kv_downsampling
+    call = Call(qkv, spec, lepe_weight, lepe_bias, padding, router_weight, router_bias, down)
     return attend(call, backend)
 
 
@@ -100,10 +107,12 @@ def region_routing(
         both `(N, P, topk)`.
 
     Raises:
-        ValueError: naming the argument, its value and what is allowed.
+        ValueError, TypeError: naming the argument, its value and what is allowed.
         RuntimeError: if the backend asked for by name cannot serve; says why.
     """
-    spec = _spec_of(qkv, qk_dim, None, n_win, topk, scale, False, diff_routing)
+    dim, qk_dim = _made(_dims_of, _channels_of(qkv), qk_dim)
+    # Nothing here depends on the heads: the narrowest there can be suit every backend.
+    spec = _made(_spec_of, dim, qk_dim, math.gcd(dim, qk_dim), n_win, topk, scale, False, diff_routing)
     call = Call(qkv, spec, padding=padding, router_weight=router_weight, router_bias=router_bias)
     return _backend_of(call, backend).route(call)
 
@@ -130,7 +139,7 @@ def regional_routing_attention(
             of them, are read in place; others are copied once.
         key: `(N, C, H_kv, W_kv)`; the map may differ from the queries' in size and number of regions.
         value: `(N, C_v, H_kv, W_kv)`.
-        scale: factor of the logits, positive.
+        scale: factor of the logits, not 0. A number, as it gets no gradient.
         region_graph: `(N, num_heads, P, topk)`, int64 or int32, of any strides: key regions that every query
             region attends to, in `[0, P_kv)`; `num_heads` divides `C` and `C_v`. A graph expanded over the
             heads is used as one. On the CPU an entry outside is an error. On other devices, where looking
@@ -147,7 +156,7 @@ def regional_routing_attention(
         `(N, C_v, H, W)` in channels-last memory, of `query`'s dtype.
 
     Raises:
-        ValueError: naming the argument, its value and what is allowed.
+        ValueError, TypeError: naming the argument, its value and what is allowed.
         RuntimeError: if the backend asked for by name cannot serve; says why.
     """
     call = regional_call(query, key, value, scale, region_graph, region_size, kv_region_size, auto_pad)
@@ -167,8 +176,13 @@ def _backend_of(call: Call, name: str) -> Backend:
     if not call.eager:
         call.check()
         return select(name, call)
-    signature = (name, call.signature)
-    known = _known.get(signature)
+    try:
+        signature = (name, call.signature)
+        known = _known.get(signature)
+    except (AttributeError, TypeError):  # a tensor that is none, a name that is none: the checks say which
+        check_name(name)
+        call.check()
+        raise
     if known is None:
         call.check()
         known = _known[signature] = Known(call.settings, select(name, call), Bounded())
@@ -177,28 +191,52 @@ def _backend_of(call: Call, name: str) -> Backend:
     return backend
 
 
-def _spec_of(
-    qkv: Tensor,
-    qk_dim: int | None,
-    num_heads: int | None,
-    n_win: int,
-    topk: int,
-    scale: float | None,
-    soft_routing: bool,
-    diff_routing: bool,
-) -> AttentionSpec:
-    """The specification that the arguments amount to; without heads (None) the narrowest there can be."""
+def _channels_of(qkv: Tensor) -> int:
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"qkv must be a tensor, got {qkv!r}")
     if qkv.dim() != 4:
         raise ValueError(f"qkv must be (N, H, W, 2*qk_dim + dim), got shape {tuple(qkv.shape)}")
-    channels = qkv.shape[-1]
+    return qkv.shape[-1]
+
+
+def _dims_of(channels: int, qk_dim: int | None) -> tuple[int, int]:
+    """Channels of the values, and of the queries and keys."""
     if qk_dim is None:
         if channels % 3:
             raise ValueError(
                 f"qk_dim must be given where qkv's channels are no multiple of 3, got {channels}"
             )
         qk_dim = channels // 3
-    if not 0 < 2 * qk_dim < channels:
+    qk_dim = whole("qk_dim", qk_dim)
+    if not 2 * qk_dim < channels:
         raise ValueError(f"qk_dim must leave channels for the values, 2*qk_dim < {channels}, got {qk_dim}")
-    dim = channels - 2 * qk_dim
-    num_heads = num_heads or math.gcd(qk_dim, dim)
+    return channels - 2 * qk_dim, qk_dim
+
+
+def _spec_of(
+    dim: int,
+    qk_dim: int,
+    num_heads: int,
+    n_win: int,
+    topk: int,
+    scale: float | None,
+    soft_routing: bool,
+    diff_routing: bool,
+) -> AttentionSpec:
+    scale = None if scale is None else factor("scale", scale)  # not by the specification's name for it
     return AttentionSpec(dim, qk_dim, num_heads, n_win, topk, scale, soft_routing, diff_routing)
+
+
+def _made(make: Callable[..., T], *arguments: Any) -> T:
+    """`make(*arguments)`, made and checked once for arguments of the same types and values."""
+    if is_eager():
+        try:
+            return _kept(make, *arguments)
+        except TypeError:  # what cannot be kept is no number, and is refused below
+            pass
+    return make(*arguments)
+
+
+@lru_cache(MOST_ENTRIES, typed=True)  # True is no number of heads, though it equals 1
+def _kept(make: Callable[..., T], *arguments: Any) -> T:
+    return make(*arguments)

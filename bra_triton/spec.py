@@ -1,9 +1,8 @@
 """The numbers that define one bi-level routing attention, checked once, where they enter."""
 
-import math
-import numbers
 from dataclasses import dataclass
 
+from .arguments import factor, flag, whole
 from .kernels.grid import RegionGrid
 from .kernels.problem import Settings
 
@@ -18,16 +17,19 @@ class AttentionSpec:
         num_heads: attention heads; divides `dim` and `qk_dim`.
         n_win: regions a side.
         topk: regions that every region attends to, 1 to `n_win**2`.
-        qk_scale: factor of the logits, positive (the original takes negative ones too); where it is None
-            or 0, `qk_dim ** -0.5`.
+        qk_scale: factor of the logits; where it is None, `qk_dim ** -0.5`. The fused backends copy the
+            projection if it is negative.
         soft_routing: multiply the chosen keys and values by the routing weights.
         diff_routing: let gradients reach the regions' queries and keys through the routing weights. Without
             `soft_routing` the forward does not use the weights, and their gradient is straight-through.
         router_scale: factor of the regions' logits; `scale` where it is None.
         counts_padding: whether tokens past the map's edge take part in the regions' means.
 
+    Numbers may come as NumPy's, and are Python's here.
+
     Raises:
         ValueError: naming the argument, its value and what is allowed.
+        TypeError: for a scale that is a tensor, which would get no gradient.
     """
 
     dim: int
@@ -43,9 +45,12 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         for name in ("dim", "qk_dim", "num_heads", "n_win", "topk"):
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
+        for name in ("soft_routing", "diff_routing", "counts_padding"):
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
+        for name in ("qk_scale", "router_scale"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, factor(name, getattr(self, name)))
         for name in ("dim", "qk_dim"):
             if getattr(self, name) % self.num_heads:
                 raise ValueError(
@@ -56,14 +61,10 @@ class AttentionSpec:
                 f"topk must be at most the number of regions, n_win**2 = {self.n_win**2}, got {self.topk}"
             )
 
-        # Positive, since the kernels take the largest score before they apply the scale.
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"qk_scale must be positive and finite, got {self.scale}")
-
     @property
     def scale(self) -> float:
         """Factor of the logits, of the regions' and of the tokens' alike."""
-        return self.qk_scale or self.qk_dim**-0.5
+        return self.qk_dim**-0.5 if self.qk_scale is None else self.qk_scale
 
     @property
     def routing_weight(self) -> str:

@@ -85,6 +85,9 @@ REGIONAL_CASES = [
         (1, 1),
         num_heads=1,
     ),
+    RegionalCase(
+        "negative", "a negative scale, which turns the order of the scores", (4, 6), (2, 3), scale=-0.5
+    ),
     RegionalCase("one_region", "a region larger than the map", (3, 4), (5, 6), topk=1),
     RegionalCase(
         "head_5", "heads of 5, rows not aligned to 16 bytes", (4, 4), (2, 2), num_heads=3, head_dim=5

@@ -83,11 +83,13 @@ def _attend_to_routed(
         gathered = gathered * rearrange(factor, "n p t -> n (p t) 1 1").to(gathered.dtype)
     key, value = gathered.split([spec.qk_dim, spec.dim], dim=-1)
     heads = {"m": spec.num_heads}
+    if spec.scale < 0:  # ONNX takes the root of the scale
+        query = -query
     out = F.scaled_dot_product_attention(
         rearrange(query, "n p h w (m c) -> n p m (h w) c", **heads),
         rearrange(key, "n (p t) s (m c) -> n p m (t s) c", t=spec.topk, **heads),
         rearrange(value, "n (p t) s (m c) -> n p m (t s) c", t=spec.topk, **heads),
-        scale=spec.scale,
+        scale=abs(spec.scale),
     )
     return rearrange(
         out, "n (j i) m (h w) c -> n (j h) (i w) (m c)", **sides, h=grid.region_height, w=grid.region_width

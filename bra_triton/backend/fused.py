@@ -1,5 +1,8 @@
 """The fused backends, "triton" and "torch": one way from a call to the operators, on kernels of either."""
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from ..call import Call, RegionalCall, Request
@@ -33,8 +36,14 @@ class FusedBackend:
         plans = call.known.plans if call.known and call.kv_downsampling is None else None
         if call.kv_downsampling is not None:
             kv = call.kv_downsampling.pool(qkv, settings.grid, padding, backend=self.name)
-        if call.router_weight is not None:
+        # Kernels take the largest score before they apply the scale: a negative one goes to the queries.
+        is_negative = settings.scale < 0
+        if call.router_weight is not None or (is_negative and not settings.chooses_all):
             means = self._region_means(call, qkv, padding)
+            means = means if settings.diff_routing else means.detach()
+        if is_negative:
+            query, key_value = qkv[..., : settings.qk_dim], qkv[..., settings.qk_dim :]
+            qkv, settings = torch.cat((-query, key_value), -1), replace(settings, scale=-settings.scale)
         problem = PackedAttention(qkv, kv, padding, means, weight, bias, settings, plans)
         return attend(problem, self.name, call.eager)
 
@@ -54,13 +63,14 @@ class FusedBackend:
 
     def attend_regional(self, call: RegionalCall) -> Tensor:
         """See `Backend`."""
-        query, key, value = (x.permute(0, 2, 3, 1) for x in (call.query, call.key, call.value))
+        query = call.query if call.scale > 0 else -call.query  # as in `attend`
+        query, key, value = (x.permute(0, 2, 3, 1) for x in (query, call.key, call.value))
         out = attend_regional(
             (query, key, value),
             call.region_graph.int().contiguous(),
             (call.query_grid, call.kv_grid),
             call.num_heads,
-            call.scale,
+            abs(call.scale),
             self.name,
         )
         return out.permute(0, 3, 1, 2)

@@ -9,6 +9,7 @@ import logging
 
 import torch
 
+from ..arguments import one_of
 from ..call import Request
 from ..export import being_exported
 from ..reference import ReferenceBackend
@@ -28,9 +29,7 @@ _logged: set[str] = set()
 
 def check_name(name: str) -> str:
     """Returns `name`; raises ValueError if it is neither `"auto"` nor a backend's."""
-    if name != AUTO and name not in BACKENDS:
-        raise ValueError(f"backend must be one of {(AUTO, *BACKENDS)}, got {name!r}")
-    return name
+    return one_of("backend", name, (AUTO, *BACKENDS))
 
 
 def select(name: str, request: Request) -> Backend:

@@ -6,12 +6,12 @@ on regions cut apart, for the reference and for export. What both share is where
 
 from abc import ABC, abstractmethod
 from fractions import Fraction
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import at_least_one, one_of, whole
 from ..export import being_exported
 from ..kernels.grid import RegionGrid
 from ..kernels.pooling.problem import MAX, MEAN, WEIGHTED
@@ -19,7 +19,6 @@ from ..operators import pooling as operators
 
 MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool", "fracpool", "conv")
 Cells = tuple[Tensor, Tensor]
-Number = TypeVar("Number", int, float)
 # Random samples are multiples of 1 / SAMPLE_STEPS, which float32 adds to whole numbers without rounding: so
 # no cell's start is off by one, which would leave a token out.
 SAMPLE_STEPS = 1024
@@ -43,11 +42,10 @@ def build(
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
-    if mode not in MODES:
-        raise ValueError(f"kv_downsample_mode must be one of {MODES}, got {mode!r}")
+    one_of("kv_downsample_mode", mode, MODES)
     if mode in ("ada_avgpool", "ada_maxpool"):
         return AdaptivePooling(qk_dim, dim, MEAN if mode == "ada_avgpool" else MAX, kv_per_win)
-    if mode in ("avgpool", "maxpool") and ratio != 1:
+    if mode in ("avgpool", "maxpool") and _whole(ratio) > 1:
         return WindowPooling(qk_dim, dim, MEAN if mode == "avgpool" else MAX, _whole(ratio))
     if mode == "fracpool":
         return FractionalMaxPooling(qk_dim, dim, ratio, kernel)
@@ -67,8 +65,8 @@ class KVDownsampling(nn.Module, ABC):
 
     def __init__(self, qk_dim: int, dim: int, mode: str) -> None:
         super().__init__()
-        self.qk_dim = qk_dim
-        self.dim = dim
+        self.qk_dim = whole("qk_dim", qk_dim)
+        self.dim = whole("dim", dim)
         self.mode = mode
 
     @abstractmethod
@@ -114,6 +112,10 @@ class KVDownsampling(nn.Module, ABC):
         """
         row_cells, column_cells = cells or self.cells(grid.region_height, grid.region_width, qkv.device)
         weight, bias = self.packed_parameters()
+        if weight is not None and weight.device != qkv.device:
+            raise ValueError(
+                f"kv_downsampling must be on qkv's device, {qkv.device}, got parameters on {weight.device}"
+            )
         pooled, _ = operators.pool_regions(
             qkv, fill, row_cells, column_cells, weight, bias, self.qk_dim, grid.numbers, self.mode, backend
         )
@@ -150,9 +152,7 @@ class AdaptivePooling(FixedCells):
 
     def __init__(self, qk_dim: int, dim: int, mode: str, kv_per_win: int) -> None:
         super().__init__(qk_dim, dim, mode)
-        if kv_per_win is None or kv_per_win < 1:
-            raise ValueError(f"kv_per_win must be at least 1, got {kv_per_win}")
-        self.kv_per_win = kv_per_win
+        self.kv_per_win = whole("kv_per_win", kv_per_win)
 
     def count(self, side: int) -> int:
         """`kv_per_win`."""
@@ -189,7 +189,7 @@ class WindowPooling(FixedCells):
 
     def __init__(self, qk_dim: int, dim: int, mode: str, ratio: int) -> None:
         super().__init__(qk_dim, dim, mode)
-        self.ratio = _at_least_one("kv_downsample_ratio", ratio)
+        self.ratio = whole("kv_downsample_ratio", ratio)
 
     def count(self, side: int) -> int:
         """See `KVDownsampling`."""
@@ -218,10 +218,10 @@ class FractionalMaxPooling(KVDownsampling):
 
     def __init__(self, qk_dim: int, dim: int, ratio: float, kernel: int | None) -> None:
         super().__init__(qk_dim, dim, MAX)
-        self.ratio = _at_least_one("kv_downsample_ratio", ratio)
+        self.ratio = at_least_one("kv_downsample_ratio", ratio)
         # Whole numbers, which torch.compile can divide where the side is symbolic.
-        self._ratio = Fraction(ratio).limit_denominator(1000)
-        self.kernel = None if kernel is None else _at_least_one("kv_downsample_kernel", kernel)
+        self._ratio = Fraction(self.ratio).limit_denominator(1000)
+        self.kernel = None if kernel is None else whole("kv_downsample_kernel", kernel)
 
     def count(self, side: int) -> int:
         """`max(1, floor(side / ratio))`."""
@@ -270,10 +270,12 @@ class DepthwiseConvolution(FixedCells):
 
     def __init__(self, qk_dim: int, dim: int, ratio: int, kernel: int | None) -> None:
         super().__init__(qk_dim, dim, WEIGHTED)
-        self.ratio = _at_least_one("kv_downsample_ratio", ratio)
-        self.kernel = _at_least_one("kv_downsample_kernel", ratio if kernel is None else kernel)
-        self.key = nn.Conv2d(qk_dim, qk_dim, self.kernel, stride=ratio, groups=qk_dim)
-        self.value = nn.Conv2d(dim, dim, self.kernel, stride=ratio, groups=dim)
+        self.ratio = whole("kv_downsample_ratio", ratio)
+        self.kernel = self.ratio if kernel is None else whole("kv_downsample_kernel", kernel)
+        self.key, self.value = (
+            nn.Conv2d(width, width, self.kernel, stride=self.ratio, groups=width)
+            for width in (self.qk_dim, self.dim)
+        )
 
     def count(self, side: int) -> int:
         """See `KVDownsampling`."""
@@ -333,15 +335,10 @@ def _mean_matrix(cells: Tensor, side: int, like: Tensor) -> Tensor:
 
 
 def _whole(ratio: float) -> int:
+    ratio = at_least_one("kv_downsample_ratio", ratio)
     if ratio != int(ratio):
         raise ValueError(f"kv_downsample_ratio must be a whole number except for 'fracpool', got {ratio}")
     return int(ratio)
-
-
-def _at_least_one(name: str, value: Number) -> Number:
-    if not value >= 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
 
 
 def _check_fits(name: str, value: int, side: int) -> None:

@@ -8,18 +8,20 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import reference
+from ..arguments import flag, one_of
 from ..backend.select import AUTO, check_name
 from ..call import Call
 from ..export import is_eager
 from ..functional import attend
 from ..kernels.grid import RegionGrid
 from ..spec import AttentionSpec
+from .inputs import FixedScale, check_shape, project
 from .nhwc import depthwise_convolution, is_hooked
 
 ATTENTION_BACKENDS = ("torch", "triton")
 
 
-class NCHWBiLevelRoutingAttention(nn.Module):
+class NCHWBiLevelRoutingAttention(FixedScale):
     """Bi-level routing attention over an NCHW map, after rayleizhu/BiFormer `ops/bra_nchw.py`.
 
     It differs from `BiLevelRoutingAttention` in this: 1x1 convolutions project; regions are
@@ -35,7 +37,8 @@ class NCHWBiLevelRoutingAttention(nn.Module):
         dim: channels of the map.
         num_heads: attention heads; divides `dim`.
         n_win: regions a side, if it divides the side.
-        qk_scale: factor of the tokens' logits; `dim ** -0.5` by default (of all heads together, on purpose).
+        qk_scale: factor of the tokens' logits, not 0; `dim ** -0.5` by default (of all heads together, on
+            purpose). A number, as it gets no gradient.
         topk: regions that every region attends to, 1 to `n_win**2`.
         side_dwconv: kernel size (odd) of the depthwise convolution of the values, LePE; 0 for none.
         auto_pad: take maps of fewer than `n_win` tokens a side too, which the original does not: regions are
@@ -45,6 +48,7 @@ class NCHWBiLevelRoutingAttention(nn.Module):
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
+        TypeError: for a `qk_scale` that is a tensor, and where `scale` is set: it would get no gradient.
 
     Example:
         >>> attention = NCHWBiLevelRoutingAttention(dim=64, num_heads=2, n_win=8)
@@ -70,13 +74,13 @@ class NCHWBiLevelRoutingAttention(nn.Module):
             dim, dim, num_heads, n_win, topk, qk_scale, router_scale=1.0, counts_padding=False
         )
         if attn_backend is not None:
-            if attn_backend not in ATTENTION_BACKENDS:
-                raise ValueError(f"attn_backend must be one of {ATTENTION_BACKENDS}, got {attn_backend!r}")
+            one_of("attn_backend", attn_backend, ATTENTION_BACKENDS)
             if backend not in (AUTO, attn_backend):
                 raise ValueError(f"attn_backend={attn_backend!r} contradicts backend={backend!r}")
             backend = attn_backend
-        self.auto_pad = auto_pad
+        self.auto_pad = flag("auto_pad", auto_pad)
         self.backend = backend
+        dim = self.spec.dim
         self.lepe = depthwise_convolution(dim, side_dwconv)
         self.qkv_linear = nn.Conv2d(dim, 3 * dim, 1)
         self.output_linear = nn.Conv2d(dim, dim, 1)
@@ -102,11 +106,11 @@ class NCHWBiLevelRoutingAttention(nn.Module):
             `(N, num_heads, P, S, topk*S)`.
 
         Raises:
-            ValueError: naming the argument, its value and what is allowed.
+            ValueError, TypeError: naming the argument, its value and what is allowed.
             RuntimeError: if the backend asked for by name cannot serve; says why.
         """
         grid = self.grid(x)
-        qkv = _project(self.qkv_linear, x.permute(0, 2, 3, 1))
+        qkv = project(self.qkv_linear, x.permute(0, 2, 3, 1), _project)
         # Tokens past the edge are left out of the means, but are zeros to the attention, and take part.
         padding = qkv.new_zeros(qkv.shape[-1]) if grid.is_padded else None
         weight, bias = (None, None) if self.lepe is None else (self.lepe.weight, self.lepe.bias)
@@ -119,8 +123,7 @@ class NCHWBiLevelRoutingAttention(nn.Module):
 
     def grid(self, x: Tensor) -> RegionGrid:
         """The regions of a map `(N, dim, H, W)`; raises ValueError where it has none."""
-        if x.dim() != 4 or x.shape[1] != self.spec.dim:
-            raise ValueError(f"x must be (N, dim, H, W) with dim={self.spec.dim}, got shape {tuple(x.shape)}")
+        check_shape(x, ("N", "dim", "H", "W"), self.spec.dim)
         grid_of = _grid_of if is_eager() else _grid_of.__wrapped__
         return grid_of(x.shape[2], x.shape[3], self.spec.n_win, self.auto_pad)
 

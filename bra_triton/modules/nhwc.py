@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
+from ..arguments import flag, is_whole, one_of
 from ..backend.select import check_name
 from ..call import Call
 from ..export import being_exported, is_eager
@@ -14,6 +15,7 @@ from ..functional import attend
 from ..kernels.grid import RegionGrid
 from ..spec import AttentionSpec
 from . import downsampling
+from .inputs import FixedScale, check_shape, project
 
 PARAM_ATTENTION_MODES = ("qkvo", "qkv")
 
@@ -30,20 +32,21 @@ class QKVLinear(nn.Module):
         return self.qkv(x)
 
 
-class TopkRouting(nn.Module):
+class TopkRouting(FixedScale):
     """The router's parameters, under the original's names; routing itself is a backend's.
 
     Args:
-        qk_dim: channels of a region's query and key.
+        spec: what is computed.
         param_routing: apply one shared linear layer to queries and keys first.
     """
 
-    def __init__(self, qk_dim: int, param_routing: bool) -> None:
+    def __init__(self, spec: AttentionSpec, param_routing: bool) -> None:
         super().__init__()
-        self.emb = nn.Linear(qk_dim, qk_dim) if param_routing else nn.Identity()
+        self.spec = spec
+        self.emb = nn.Linear(spec.qk_dim, spec.qk_dim) if param_routing else nn.Identity()
 
 
-class BiLevelRoutingAttention(nn.Module):
+class BiLevelRoutingAttention(FixedScale):
     """Bi-level routing attention over an NHWC map (BiFormer, section 3.2).
 
     Arguments up to `auto_pad` and the keys of the `state_dict` are those of the original module, so that its
@@ -55,7 +58,8 @@ class BiLevelRoutingAttention(nn.Module):
         num_heads: attention heads; divides `dim` and `qk_dim`.
         n_win: regions a side, so `P = n_win**2` regions.
         qk_dim: channels of queries and keys; `dim` by default.
-        qk_scale: factor of the logits; `qk_dim ** -0.5` by default (of all heads together, on purpose).
+        qk_scale: factor of the logits, not 0; `qk_dim ** -0.5` by default (of all heads together, on
+            purpose). A number, as it gets no gradient.
         kv_per_win: keys a side of a region, for `kv_downsample_mode` `"ada_avgpool"` and `"ada_maxpool"`.
         kv_downsample_ratio: how much the other modes reduce a side of a region; see `downsampling.build`.
         kv_downsample_kernel: window of `"fracpool"`, kernel of `"conv"`; by default after the ratio.
@@ -73,6 +77,7 @@ class BiLevelRoutingAttention(nn.Module):
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
+        TypeError: for a `qk_scale` that is a tensor, and where `scale` is set: it would get no gradient.
 
     Example:
         >>> attention = BiLevelRoutingAttention(dim=64, num_heads=2, n_win=8, topk=4, auto_pad=True)
@@ -102,19 +107,17 @@ class BiLevelRoutingAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        qk_dim = qk_dim or dim
-        self.spec = AttentionSpec(dim, qk_dim, num_heads, n_win, topk, qk_scale, soft_routing, diff_routing)
-        if param_attention not in PARAM_ATTENTION_MODES:
-            raise ValueError(
-                f"param_attention must be one of {PARAM_ATTENTION_MODES}, got {param_attention!r}"
-            )
-        if param_routing and not diff_routing:
+        qk_dim = dim if qk_dim is None else qk_dim
+        spec = AttentionSpec(dim, qk_dim, num_heads, n_win, topk, qk_scale, soft_routing, diff_routing)
+        self.spec, dim, qk_dim = spec, spec.dim, spec.qk_dim
+        one_of("param_attention", param_attention, PARAM_ATTENTION_MODES)
+        if flag("param_routing", param_routing) and not spec.diff_routing:
             raise ValueError("param_routing=True needs diff_routing=True, or router.emb gets no gradient")
         self.kv_downsample_mode = kv_downsample_mode
-        self.auto_pad = auto_pad
+        self.auto_pad = flag("auto_pad", auto_pad)
         self.backend = backend
         self.lepe = depthwise_convolution(dim, side_dwconv)
-        self.router = TopkRouting(qk_dim, param_routing)
+        self.router = TopkRouting(spec, param_routing)
         self.qkv = QKVLinear(dim, qk_dim)
         self.wo = nn.Linear(dim, dim) if param_attention == "qkvo" else nn.Identity()
         self.kv_down = downsampling.build(
@@ -144,15 +147,14 @@ class BiLevelRoutingAttention(nn.Module):
             `attn_weight` `(N*P, num_heads, S, topk*S_kv)`.
 
         Raises:
-            ValueError: naming the argument, its value and what is allowed.
+            ValueError, TypeError: naming the argument, its value and what is allowed.
             RuntimeError: if the backend asked for by name cannot serve; says why.
         """
-        if x.dim() != 4 or x.shape[-1] != self.spec.dim:
-            raise ValueError(f"x must be (N, H, W, dim) with dim={self.spec.dim}, got shape {tuple(x.shape)}")
+        check_shape(x, ("N", "H", "W", "dim"), self.spec.dim)
         eager = is_eager()
         if not eager and being_exported():
             return self._export(x, ret_attn_mask)
-        call = self._call(self.qkv(x), self._padding(x), eager)
+        call = self._call(project(self.qkv, x), self._padding(x), eager)
         if ret_attn_mask:
             out, *routing_and_scores = reference.attend(call)
             return self.wo(out), *routing_and_scores
@@ -207,7 +209,7 @@ class BiLevelRoutingAttention(nn.Module):
         if self.auto_pad:
             bottom, right = grid.padding
             padded = F.pad(x, (0, 0, 0, right, 0, bottom))
-        call = self._call(self.qkv(padded), None, False)
+        call = self._call(project(self.qkv, padded), None, False)
         if ret_attn_mask or self._backend == "reference":
             out, *routing_and_scores = reference.attend(call)
         else:
@@ -220,9 +222,9 @@ def depthwise_convolution(dim: int, side: int) -> nn.Conv2d | None:
     """LePE's layer, with a kernel of `side` x `side`; None for a side of 0.
 
     Raises:
-        ValueError: if the side is even or negative.
+        ValueError: if the side is no int, even or negative.
     """
-    if side != 0 and (side < 0 or side % 2 == 0):
+    if not is_whole(side, 0) or (side % 2 == 0 and side != 0):
         raise ValueError(f"side_dwconv must be 0 or an odd kernel size, got {side}")
     return nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim) if side else None
 

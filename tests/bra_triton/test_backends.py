@@ -137,11 +137,14 @@ class TestFunctionalErrors:
                 {"qkv": torch.zeros(4, 4, 96)},
                 r"qkv must be \(N, H, W, 2\*qk_dim \+ dim\), got shape \(4, 4, 96\)",
             ),
-            ({"qkv": torch.zeros(1, 4, 4, 96, dtype=torch.int32)}, r"floating dtype, got torch.int32"),
+            (
+                {"qkv": torch.zeros(1, 4, 4, 96, dtype=torch.int32)},
+                r"qkv must be float32, .*torch.int32",
+            ),
             ({"qkv": torch.zeros(1, 5, 4, 96)}, r"multiples of n_win=2, got 5 x 4"),
             ({"qkv": torch.zeros(1, 4, 4, 97)}, r"qk_dim must be given .* got 97"),
             ({"qk_dim": 48}, r"2\*qk_dim < 96, got 48"),
-            ({"scale": float("nan")}, r"qk_scale must be positive and finite, got nan"),
+            ({"scale": float("nan")}, r"^scale must be a number from .*, got nan"),
             ({"lepe_weight": torch.zeros(32, 1, 2, 2)}, r"lepe_weight must be \(32, 1, k, k\) with k odd"),
             (
                 {"lepe_weight": torch.zeros(32, 1, 3, 3), "lepe_bias": torch.zeros(3)},

@@ -34,3 +34,15 @@ def test_torch_export():
     program = torch.export.export(module, (x,))
     assert "bra_triton::" not in str(program.graph)
     assert relative_error(program.module()(x), module(x).double()) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")  # traces warn of sizes that become constants
+def test_onnx_with_a_negative_scale(tmp_path):
+    """ONNX's attention takes the root of the scale."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    module, x = BiLevelRoutingAttention(16, 2, 2, topk=2, qk_scale=-0.3).eval(), torch.randn(1, 8, 8, 16)
+    file = str(tmp_path / "model.onnx")
+    torch.onnx.export(module, (x,), file, dynamo=False, input_names=["x"], opset_version=18)
+    (actual,) = onnxruntime.InferenceSession(file).run(None, {"x": x.numpy()})
+    assert relative_error(torch.from_numpy(actual), module(x).double()) < 1e-5

@@ -46,6 +46,7 @@ MODULE_CASES = {
     "divisible": ((6, 9), {}),
     "padded": ((7, 8), {"topk": 3}),
     "one-token regions": ((5, 4), {"side_dwconv": 5, "qk_scale": 0.4}),
+    "negative scale": ((7, 8), {"qk_scale": -0.4}),
     "no LePE, dense": ((6, 6), {"side_dwconv": 0, "topk": 9}),
     "low map": ((2, 7), {"auto_pad": True}),
     "fewer regions than topk": ((1, 2), {"auto_pad": True}),

@@ -105,7 +105,7 @@ class TestErrors:
             ({"dim": 64, "topk": 50}, r"topk must be at most the number of regions, n_win\*\*2 = 49, got 50"),
             ({"dim": 64, "topk": 0}, r"topk must be an int of at least 1, got 0"),
             ({"dim": 64, "n_win": -1}, r"n_win must be an int of at least 1, got -1"),
-            ({"dim": 64, "qk_scale": -1.0}, r"qk_scale must be positive and finite, got -1.0"),
+            ({"dim": 64, "qk_scale": 0.0}, r"qk_scale must be a number from .* other than 0, got 0.0"),
             ({"dim": 64, "param_attention": "none"}, r"param_attention must be one of .*, got 'none'"),
             ({"dim": 64, "param_routing": True}, r"param_routing=True needs diff_routing=True"),
             ({"dim": 64, "side_dwconv": 4}, r"side_dwconv must be 0 or an odd kernel size, got 4"),

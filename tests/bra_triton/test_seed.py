@@ -26,10 +26,15 @@ MODES = {
     "avgpool": {"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 2, "qk_dim": 8},
     "maxpool": {"kv_downsample_mode": "maxpool", "kv_downsample_ratio": 2},
     "soft_maxpool": SOFT | DIFF | {"kv_downsample_mode": "maxpool", "kv_downsample_ratio": 2},
+    "negative": {"qk_scale": -0.3},
+    "negative, soft": SOFT | {"qk_scale": -0.3},
+    "negative, whole": {"qk_scale": -0.3, "topk": 4},
+    "negative, param_routing": SOFT | DIFF | {"param_routing": True, "qk_dim": 8, "qk_scale": -0.3},
+    "negative, avgpool": {"qk_scale": -0.3, "kv_downsample_mode": "avgpool", "kv_downsample_ratio": 2},
     "ratio 1": {"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 1},
 }
 # The interpreter is slow, and the Triton backend has no float64: one mode a kernel.
-INTERPRETED = ("identity", "param_routing", "maxpool")
+INTERPRETED = ("identity", "param_routing", "maxpool", "negative")
 # Norm of the difference over the norm: some 1e-16 of float64's rounding, 1 to 4e-7 of float32's.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
