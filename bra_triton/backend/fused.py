@@ -56,7 +56,7 @@ class FusedBackend:
         if not call.spec.diff_routing:
             qkv, padding = qkv.detach(), None if padding is None else padding.detach()
         query, key = self._region_means(call, qkv, padding).split(settings.qk_dim, dim=-1)
-        r_weight, r_idx = routing_operators.route(
+        r_weight, r_idx = routing_operators.choose_regions(
             query, key, settings.topk, settings.routing_scale, self.name
         )
         return r_weight, r_idx.long()
@@ -78,7 +78,7 @@ class FusedBackend:
     def _region_means(self, call: Call, qkv: Tensor, padding: Tensor | None) -> Tensor:
         """Region queries and keys `(N, P, 2*qk_dim)`, after the router's layer if it has one."""
         settings = call.settings
-        means = routing_operators.region_means(
+        means = routing_operators.means_of_regions(
             qkv,
             padding if settings.counts_padding else None,
             settings.qk_dim,

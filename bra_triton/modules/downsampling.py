@@ -116,7 +116,7 @@ class KVDownsampling(nn.Module, ABC):
             raise ValueError(
                 f"kv_downsampling must be on qkv's device, {qkv.device}, got parameters on {weight.device}"
             )
-        pooled, _ = operators.pool_regions(
+        pooled, _ = operators.pool(
             qkv, fill, row_cells, column_cells, weight, bias, self.qk_dim, grid.numbers, self.mode, backend
         )
         return pooled

@@ -26,9 +26,12 @@ from ..kernels.problem import (
     Settings,
 )
 from .library import (
+    ByOperator,
+    fake_of,
     is_seen,
     needs_gradient,
     operator,
+    refuse_tangents,
     refusing_second_derivative,
 )
 
@@ -49,6 +52,8 @@ def attend(problem: PackedAttention[Tensor], backend: str, eager: bool) -> Tenso
     tensors = problem.tensors
     trains = needs_gradient(tensors)
     if not eager or is_seen(tensors):
+        if eager:
+            refuse_tangents(tensors)
         numbers = _numbers(problem.settings, backend)
         if trains:
             return _AttendByOperator.apply(*tensors, *numbers)[0]
@@ -80,7 +85,7 @@ class _Attend(torch.autograd.Function):
         return None, None, None, *refusing_second_derivative(gradients, grad_out, *tensors)
 
 
-class _AttendByOperator(torch.autograd.Function):
+class _AttendByOperator(ByOperator):
     """`attend` with a gradient, by the operators.
 
     Not their own autograd formula, by `torch.library.register_autograd`: a compiled graph passes it at every
@@ -123,7 +128,7 @@ def _attend_operator(*given: Any) -> tuple[Tensor, list[Tensor]]:
     return fused_kernels(backend).attend(problem, trains)
 
 
-@torch.library.register_fake(_attend_operator)
+@fake_of(_attend_operator)
 def _(*given: Any) -> tuple[Tensor, list[Tensor]]:
     *arguments, backend, trains = given
     problem = _problem(arguments[:_N_TENSORS], _settings(*arguments[_N_TENSORS:]))
@@ -144,7 +149,7 @@ def _attend_backward_operator(grad_out: Tensor, *arguments: Any) -> list[Tensor]
     return [x for x in gradients if x is not None]
 
 
-@torch.library.register_fake(_attend_backward_operator)
+@fake_of(_attend_backward_operator)
 def _(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
     tensors, needs = arguments[:_N_TENSORS], arguments[-1]
     wanted = zip(tensors, _wanted(tensors, needs), strict=True)

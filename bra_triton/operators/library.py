@@ -1,10 +1,15 @@
 """How an operator is entered in PyTorch's dispatcher, and what the operators have in common."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..export import is_eager
 
 _library = torch.library.Library("bra_triton", "FRAGMENT")
 
@@ -25,11 +30,18 @@ def operator(name: str, schema: str, has_gradient: bool = True) -> Callable[[Cal
 
     def make(function: Callable[..., Any]) -> Any:
         _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(name, function, "CompositeExplicitAutograd")
+
+        @wraps(function)
+        def run(*arguments: Any) -> Any:
+            refuse_tangents(arguments)
+            return function(*arguments)
+
+        _library.impl(name, run, "CompositeExplicitAutograd")
         if not has_gradient:
             _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         made = getattr(torch.ops.bra_triton, name).default
         made.__doc__ = function.__doc__
+        torch.library.register_vmap(made, by_sample(made))
         return made
 
     return make
@@ -46,14 +58,127 @@ def gradient_operator(name: str, schema: str) -> Callable[[Callable[..., Any]], 
     return make
 
 
+def fake_of(made: Any) -> Callable[[Callable[..., Any]], None]:
+    """Decorator: the operator's results without their values, for compilers."""
+
+    def register(function: Callable[..., Any]) -> None:
+        @wraps(function)
+        def run(*arguments: Any) -> Any:
+            if forward_ad._current_level >= 0:  # whose tangents a compiler keeps to itself
+                raise RuntimeError(_NO_FORWARD_MODE)
+            return function(*arguments)
+
+        torch.library.register_fake(made)(run)
+
+    return register
+
+
+def differentiable(made: Any, gradients: Callable[..., Any], save: Callable[..., None]) -> Any:
+    """Gives an operator a gradient, and returns a function that calls it.
+
+    What `torch.library.register_autograd` makes of the formula takes no nested transforms of `torch.func`,
+    such as gradients of every sample, for which the function has another way.
+
+    Args:
+        made: the operator.
+        gradients: the formula, as `torch.library.register_autograd` takes it.
+        save: its `setup_context`.
+    """
+    torch.library.register_autograd(made, gradients, setup_context=save)
+
+    class Transformed(ByOperator):
+        forward = staticmethod(made)
+        setup_context = staticmethod(save)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            with torch.no_grad():
+                found = gradients(ctx, *grads)
+            return tuple(refusing_second_derivative(found, *grads, *ctx.saved_tensors))
+
+    def call(*arguments: Any) -> Any:
+        if not is_eager():
+            return made(*arguments)
+        refuse_tangents(arguments)
+        return made(*arguments) if _peek_transforms() is None else Transformed.apply(*arguments)
+
+    return call
+
+
+class ByOperator(torch.autograd.Function):
+    """A function that transforms of `torch.func` may take: sample by sample, and without forward mode."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+        """See `torch.autograd.Function.vmap`."""
+        return by_sample(cls.apply)(info, in_dims, *arguments)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Refuses."""
+        raise RuntimeError(_NO_FORWARD_MODE)
+
+
+def by_sample(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule by which `torch.func.vmap` calls a function of tensors once for every sample."""
+
+    def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+        if not info.batch_size:
+            raise RuntimeError("the fused backends need a sample under torch.func.vmap, got a batch of none")
+
+        def sample(x: Any, dim: int | None, index: int) -> Any:
+            return x if dim is None else x.select(dim, index)
+
+        results = [
+            function(*(_map_pair(sample, x, dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        stacked = tree_map(lambda *samples: torch.stack(samples), *results)
+        return stacked, tree_map(lambda _: 0, stacked)
+
+    return rule
+
+
+def _map_pair(function: Callable[..., Any], x: Any, dim: Any, index: int) -> Any:
+    """The function of an argument and where its samples lie, or of each of a list of them."""
+    if isinstance(dim, list | tuple):
+        return [function(each, d, index) for each, d in zip(x, dim, strict=True)]
+    return function(x, dim, index)
+
+
+def refuse_tangents(arguments: Iterable[Any]) -> None:
+    """Raises RuntimeError where a tensor carries a tangent, which an operator would drop."""
+    if forward_ad._current_level >= 0:
+        for x in tree_leaves(arguments):
+            if isinstance(x, Tensor) and _has_tangent(x):
+                raise RuntimeError(_NO_FORWARD_MODE)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Whether it has one, or the tensor inside it that a transform of `torch.func` has wrapped."""
+    functorch = torch._C._functorch
+    if not functorch.is_batchedtensor(x) and forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    return functorch.is_functorch_wrapped_tensor(x) and _has_tangent(functorch.get_unwrapped(x))
+
+
+_NO_FORWARD_MODE = "the fused backends have no forward-mode differentiation; backend='reference' has"
+
+
 def _refuse(ctx: Any, *grads: Tensor) -> Any:
     raise RuntimeError("the fused backends have no second derivatives; backend='reference' has")
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *others: Tensor | None) -> Tensor:
+    def forward(gradient: Tensor, *others: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        """Nothing is needed."""
 
     backward = staticmethod(_refuse)
 
@@ -73,10 +198,11 @@ def refusing_second_derivative(
 def is_seen(tensors: Iterable[Tensor | None]) -> bool:
     """Whether something wants to see the operators of an eager call.
 
-    That is a dispatch mode such as a FLOP counter, a transform of `torch.func`, or a subclass of Tensor. For
-    anything else an `autograd.Function`, which leaves PyTorch's dispatcher out, serves for less.
+    That is a dispatch mode such as a FLOP counter, a transform of `torch.func`, a level of forward-mode
+    differentiation, or a subclass of Tensor. For anything else an `autograd.Function`, which leaves PyTorch's
+    dispatcher out, serves for less.
     """
-    if _len_dispatch_stack() or _peek_transforms() is not None:
+    if _len_dispatch_stack() or _peek_transforms() is not None or forward_ad._current_level >= 0:
         return True
     for x in tensors:  # noqa: SIM110  a generator would cost a call a tensor
         if x is not None and type(x) not in _PLAIN_TYPES:

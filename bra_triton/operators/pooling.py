@@ -18,7 +18,7 @@ from ..backend.kernels import fused_kernels
 from ..kernels.arrays import dense
 from ..kernels.grid import RegionGrid
 from ..kernels.pooling.problem import MAX, RegionPooling
-from .library import gradient_operator, operator, or_empty
+from .library import differentiable, fake_of, gradient_operator, operator, or_empty
 
 _CELLS = "Tensor row_cells, Tensor column_cells"
 _NUMBERS = "SymInt qk_dim, SymInt[] grid, str mode, str backend"
@@ -65,7 +65,7 @@ def pool_regions(
     return pooled, or_empty(argmax, qkv)
 
 
-@torch.library.register_fake(pool_regions)
+@fake_of(pool_regions)
 def _(
     qkv: Tensor, fill: Tensor | None, row_cells: Tensor, column_cells: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def pool_regions_backward(
     return grad_qkv, grad_fill, grad_weight, gradients.bias.to(weight.dtype)
 
 
-@torch.library.register_fake(pool_regions_backward)
+@fake_of(pool_regions_backward)
 def _(
     grad_pooled: Tensor, qkv: Tensor, fill: Tensor | None, argmax: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -156,7 +156,7 @@ def _backward(ctx: Any, grad_pooled: Tensor | None, _grad_argmax: None) -> tuple
     return grad_qkv, None if fill is None else grad_fill, None, None, *kernel_grads, None, None, None, None
 
 
-torch.library.register_autograd(pool_regions, _backward, setup_context=_save_for_backward)
+pool = differentiable(pool_regions, _backward, _save_for_backward)
 
 
 def _fill_of(fill: Tensor | None, qkv: Tensor, qk_dim: int) -> Tensor:

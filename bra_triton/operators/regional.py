@@ -16,7 +16,15 @@ from ..backend.kernels import fused_kernels
 from ..export import is_eager
 from ..kernels.grid import RegionGrid
 from ..kernels.problem import Padding, RoutedAttention, statistic_dtype
-from .library import gradient_operator, is_seen, needs_gradient, operator, refusing_second_derivative
+from .library import (
+    differentiable,
+    fake_of,
+    gradient_operator,
+    is_seen,
+    needs_gradient,
+    operator,
+    refusing_second_derivative,
+)
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor r_idx, SymInt[] query_grid, SymInt[] kv_grid, "
@@ -49,7 +57,7 @@ def attend_regional(
     """
     arguments = (*maps, r_idx, *(grid.numbers for grid in grids), num_heads, scale, backend)
     if not is_eager() or is_seen(maps):
-        return torch.ops.bra_triton.attend_regional(*arguments)[0]
+        return _attend_by_operator(*arguments)[0]
     if needs_gradient(maps):
         return _AttendRegional.apply(*arguments)
     return _forward(*arguments)[0]
@@ -91,14 +99,14 @@ _backward_operator = gradient_operator(
 )(_backward)
 
 
-@torch.library.register_fake(_operator)
+@fake_of(_operator)
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     (batch, height, width, _), num_heads = query.shape, rest[3]
     lse = query.new_empty(batch, num_heads, height, width, dtype=statistic_dtype(query.dtype))
     return query.new_empty(batch, height, width, value.shape[-1]), lse
 
 
-@torch.library.register_fake(_backward_operator)
+@fake_of(_backward_operator)
 def _(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in arguments[:3])
 
@@ -116,7 +124,7 @@ def _backward_of_operator(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[T
     return *_backward_operator(grad_out, *ctx.saved_tensors, *ctx.numbers), *(None,) * (1 + _N_NUMBERS)
 
 
-torch.library.register_autograd(_operator, _backward_of_operator, setup_context=_setup_context)
+_attend_by_operator = differentiable(_operator, _backward_of_operator, _setup_context)
 
 
 def _problem(

@@ -24,7 +24,7 @@ from ..backend.torch.routing import region_means_gradient
 from ..kernels.grid import RegionGrid
 from ..kernels.padding import share_of_means
 from ..kernels.problem import statistic_dtype
-from .library import gradient_operator, operator, or_empty
+from .library import differentiable, fake_of, gradient_operator, operator, or_empty
 
 
 @operator(
@@ -41,7 +41,7 @@ def region_means(
     return fused_kernels(backend).region_means(qkv.contiguous(), padding, RegionGrid(*grid), 2 * qk_dim)
 
 
-@torch.library.register_fake(region_means)
+@fake_of(region_means)
 def _(qkv: Tensor, padding: Tensor | None, qk_dim: int, grid: Sequence[int], backend: str) -> Tensor:
     n_regions = RegionGrid(*grid).n_regions
     return qkv.new_empty(qkv.shape[0], n_regions, 2 * qk_dim, dtype=statistic_dtype(qkv.dtype))
@@ -64,7 +64,7 @@ def region_means_backward(
     return grad_qkv, grad_padding
 
 
-@torch.library.register_fake(region_means_backward)
+@fake_of(region_means_backward)
 def _(grad: Tensor, qkv: Tensor, padding: Tensor | None, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(qkv.shape), or_empty(None if padding is None else torch.empty_like(padding), qkv)
 
@@ -80,7 +80,7 @@ def _means_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_qkv, None if padding is None else grad_padding, None, None, None
 
 
-torch.library.register_autograd(region_means, _means_backward, setup_context=_save_means)
+means_of_regions = differentiable(region_means, _means_backward, _save_means)
 
 
 @operator("route", "(Tensor query, Tensor key, SymInt topk, float scale, str backend) -> (Tensor, Tensor)")
@@ -92,7 +92,7 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float, backend: str) -> 
     return fused_kernels(backend).route(*_alike(query, key), topk, scale)
 
 
-@torch.library.register_fake(route)
+@fake_of(route)
 def _(query: Tensor, key: Tensor, topk: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     shape = (*query.shape[:2], topk)
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int32)
@@ -118,7 +118,7 @@ def route_backward(
     )
 
 
-@torch.library.register_fake(route_backward)
+@fake_of(route_backward)
 def _(
     grad_weight: Tensor, r_weight: Tensor, r_idx: Tensor, query: Tensor, key: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ def _route_backward(ctx: Any, grad_weight: Tensor | None, _grad_idx: None) -> tu
     return *route_backward(grad_weight, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None, None
 
 
-torch.library.register_autograd(route, _route_backward, setup_context=_save_route)
+choose_regions = differentiable(route, _route_backward, _save_route)
 
 
 def _alike(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
