@@ -3,6 +3,8 @@
 Shapes: query `(R, m, S, c_qk)`, key `(R, m, L, c_qk)`, value `(R, m, L, c_v)`, of any strides.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,11 +22,22 @@ def is_fused(x: Tensor, qk_head_dim: int, v_head_dim: int) -> bool:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention `(R, m, S, c_v)` and the natural logarithm of its softmax's denominator `(R, m, S)`."""
+    """Attention `(R, m, S, c_v)` and the natural logarithm of its softmax's denominator `(R, m, S)`.
+
+    Both are NaN where there is no softmax: an infinite score leads, or all scores are minus infinity.
+    """
     if is_fused(query, query.shape[-1], value.shape[-1]):
-        return _FUSED_FORWARD(query, key, value, scale=scale)
+        out, lse = _FUSED_FORWARD(query, key, value, scale=scale)
+        if (lse.isfinite() & (lse != 0)).all():
+            return out, lse
+        # PyTorch's kernel may have made 0 of what is no softmax, and a model that has diverged would report a
+        # loss. There the probabilities do not add up to 1.
+        sums, _ = _FUSED_FORWARD(query, key, torch.ones_like(value), scale=scale)
+        is_none = ~(sums[..., 0] > 0.5)
+        return out.masked_fill(is_none[..., None], math.nan), lse.masked_fill(is_none, math.nan)
     scores = _scores(query * scale, key)
     lse = scores.logsumexp(dim=-1)
+    lse.masked_fill_(lse.isinf(), math.nan)
     probs = scores.sub_(lse[..., None]).exp_()
     return probs.to(value.dtype) @ value, lse
 

@@ -1,0 +1,56 @@
+"""What the definition makes NaN or infinite is so on every backend and in every dtype: no loss hides it."""
+
+from math import inf, nan
+
+import pytest
+import torch
+
+from bra_triton import functional
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SPOILT = {
+    # Channels of a packed projection of 16 queries, 16 keys and values: one token's, or all tokens'.
+    "infinite key": ((0, 3, 3, 16), inf),
+    "keys of minus infinity": ((..., 16), -inf),
+    "one key of minus infinity": ((0, 3, 3, 16), -inf),
+    "NaN key": ((0, 3, 3, 16), nan),
+    "infinite query": ((0, 3, 3, 0), inf),
+    "NaN query": ((0, 3, 3, 0), nan),
+    "infinite value": ((0, 3, 3, 40), inf),
+    "NaN value": ((0, 3, 3, 40), nan),
+}
+# Heads of the same width for keys and values, which PyTorch's kernel for the CPU takes, and of another.
+WIDTHS = (48, 56)
+
+
+def _kinds(spoilt, width, dtype, backend, device):
+    """0 where finite, 1 where infinite, 2 where NaN: of the output and the gradient of the projection."""
+    qkv = torch.randn(1, 8, 8, width, device=device, generator=torch.Generator(device).manual_seed(0))
+    qkv[..., 0] = 1
+    place, value = SPOILT[spoilt]
+    qkv[place] = value
+    qkv = qkv.to(dtype).requires_grad_()
+    out = functional.bi_level_routing_attention(
+        qkv, num_heads=1, n_win=2, topk=2, qk_dim=16, scale=0.25, backend=backend
+    )
+    (gradient,) = torch.autograd.grad(out.sum(), qkv)
+    return [x.isinf() + 2 * x.isnan() for x in (out, gradient)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_the_torch_backend_shows_what_the_definition_shows(spoilt, width, dtype, device):
+    actual, expected = (_kinds(spoilt, width, dtype, backend, device) for backend in ("torch", "reference"))
+    assert torch.equal(actual[0], expected[0])
+    # Which of two infinities meets the other first is left open, so that one NaN may be infinite.
+    assert torch.equal(actual[1] > 0, expected[1] > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("spoilt", ["infinite key", "NaN key", "infinite query", "NaN query", "NaN value"])
+def test_the_kernels_report_nan(spoilt, dtype, device):
+    (out, _), (expected, _) = (
+        _kinds(spoilt, 48, dtype, backend, device) for backend in ("triton", "reference")
+    )
+    assert torch.equal(out == 2, expected == 2)
