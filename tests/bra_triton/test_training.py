@@ -109,6 +109,19 @@ def test_a_kept_graph_gives_the_same_gradients_twice(name, backend, device):
         _gradients(module, out, x, grad_out)
 
 
+@pytest.mark.parametrize(("name", "backend"), MOST)
+def test_no_setting_of_the_process_is_touched(name, backend, device, monkeypatch):
+    """Another thread would see it, and might leave it changed."""
+    touched = []
+    monkeypatch.setattr(torch.backends.ContextProp, "__set__", lambda self, _, value: touched.append(value))
+    for setter in dir(torch._C):
+        if setter.startswith(("_set_cudnn", "_set_cublas", "_set_deterministic", "_set_sdp", "_set_fp32")):
+            monkeypatch.setattr(torch._C, setter, lambda *value: touched.append(value))
+    module, x, grad_out = _problem(name, backend, device)
+    run(module, x, grad_out)
+    assert not touched
+
+
 @every_module
 @every_backend
 @pytest.mark.parametrize("path", ["eager", "operators"])
