@@ -26,7 +26,8 @@ from ..kernels.problem import (
     Settings,
 )
 from .library import (
-    ByOperator,
+    Transformable,
+    Witness,
     fake_of,
     is_seen,
     needs_gradient,
@@ -56,7 +57,10 @@ def attend(problem: PackedAttention[Tensor], backend: str, eager: bool) -> Tenso
             refuse_tangents(tensors)
         numbers = _numbers(problem.settings, backend)
         if trains:
-            return _AttendByOperator.apply(*tensors, *numbers)[0]
+            function = _AttendTransformed if eager else _AttendByOperator
+            out = function.apply(*tensors, *numbers)[0]
+            # The backward's own output may not be changed in place. Inductor drops the copy.
+            return out.clone() if problem.lepe_weight is None else out
         return torch.ops.bra_triton.attend(*tensors, *numbers, False)[0]
     if trains:
         return _Attend.apply(problem.settings, problem.plans, backend, *tensors)
@@ -70,7 +74,9 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, settings: Settings, plans: Any, backend: str, *tensors: Tensor | None) -> Tensor:
         problem = _problem(tensors, settings, plans)
         out, saved = fused_kernels(backend).attend(problem, trains=True)
-        ctx.save_for_backward(*tensors, _needed_output(problem, out), *saved)
+        needs_output = problem.lepe_weight is None  # with LePE it is no part of what a backward needs
+        ctx.witness = Witness(out) if needs_output else None
+        ctx.save_for_backward(*tensors, out.data if needs_output else None, *saved)
         ctx.settings, ctx.plans, ctx.backend, ctx.tiles = settings, plans, backend, tiles.in_force()
         return out
 
@@ -81,11 +87,13 @@ class _Attend(torch.autograd.Function):
         problem, needs = _problem(tensors, ctx.settings, ctx.plans), ctx.needs_input_grad[3:]
         # Autograd runs this in a thread of its own, to which what is in force must be taken along.
         with nullcontext() if ctx.tiles is None else tiles.restored(ctx.tiles):
+            if ctx.witness is not None and ctx.witness.sees_change:
+                out = fused_kernels(ctx.backend).attend(problem, trains=False)[0]
             gradients = _backward(grad_out, problem, out, saved, (ctx.backend, needs))
         return None, None, None, *refusing_second_derivative(gradients, grad_out, *tensors)
 
 
-class _AttendByOperator(ByOperator):
+class _AttendByOperator(torch.autograd.Function):
     """`attend` with a gradient, by the operators.
 
     Not their own autograd formula, by `torch.library.register_autograd`: a compiled graph passes it at every
@@ -116,6 +124,10 @@ class _AttendByOperator(ByOperator):
         )
         gradients = [next(found) if is_wanted else None for is_wanted in _wanted(tensors, needs)]
         return *refusing_second_derivative(gradients, grad_out, *tensors), *(None,) * _N_NUMBERS
+
+
+class _AttendTransformed(Transformable, _AttendByOperator):
+    """The same for eager calls, which a transform of `torch.func` may take."""
 
 
 @operator(
@@ -177,11 +189,6 @@ def _backward(
         return fused_kernels(backend).attend_backward(
             grad_out.contiguous(), problem, out, saved, Needs(*needs)
         )
-
-
-def _needed_output(problem: PackedAttention[Tensor], out: Tensor) -> Tensor | None:
-    """The output, if the backward reads it: without LePE, which is no part of what it needs."""
-    return out if problem.lepe_weight is None else None
 
 
 def _parts(

@@ -86,7 +86,7 @@ def differentiable(made: Any, gradients: Callable[..., Any], save: Callable[...,
     """
     torch.library.register_autograd(made, gradients, setup_context=save)
 
-    class Transformed(ByOperator):
+    class Transformed(Transformable):
         forward = staticmethod(made)
         setup_context = staticmethod(save)
 
@@ -105,8 +105,11 @@ def differentiable(made: Any, gradients: Callable[..., Any], save: Callable[...,
     return call
 
 
-class ByOperator(torch.autograd.Function):
-    """A function that transforms of `torch.func` may take: sample by sample, and without forward mode."""
+class Transformable(torch.autograd.Function):
+    """What transforms of `torch.func` may take: sample by sample, and without forward mode.
+
+    Not for `torch.compile`, which takes no function with a rule for forward mode.
+    """
 
     @classmethod
     def vmap(cls, info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
@@ -193,6 +196,25 @@ def refusing_second_derivative(
     if not torch.is_grad_enabled():
         return gradients
     return [None if x is None else _RefuseSecondDerivative.apply(x, *inputs) for x in gradients]
+
+
+class Witness:
+    """Tells whether the output of a forward, which its backward reads, was changed in place in between.
+
+    Callers may do that. PyTorch would raise an error if the output itself were saved, and a copy would take a
+    map's memory. So `out.data` is saved, which autograd does not watch, and a backward that finds the output
+    changed computes it anew.
+    """
+
+    def __init__(self, out: Tensor) -> None:
+        self._version = out._version
+        self._shadow = out.detach()
+        self._shadow.data = out.new_empty(0)  # leaves it the count of changes, which it shares with `out`
+
+    @property
+    def sees_change(self) -> bool:
+        """Whether it was changed."""
+        return self._shadow._version != self._version
 
 
 def is_seen(tensors: Iterable[Tensor | None]) -> bool:

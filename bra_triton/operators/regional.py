@@ -17,6 +17,7 @@ from ..export import is_eager
 from ..kernels.grid import RegionGrid
 from ..kernels.problem import Padding, RoutedAttention, statistic_dtype
 from .library import (
+    Witness,
     differentiable,
     fake_of,
     gradient_operator,
@@ -57,7 +58,8 @@ def attend_regional(
     """
     arguments = (*maps, r_idx, *(grid.numbers for grid in grids), num_heads, scale, backend)
     if not is_eager() or is_seen(maps):
-        return _attend_by_operator(*arguments)[0]
+        out = _attend_by_operator(*arguments)[0]
+        return out.clone() if needs_gradient(maps) else out  # as in `operators.attention.attend`
     if needs_gradient(maps):
         return _AttendRegional.apply(*arguments)
     return _forward(*arguments)[0]
@@ -81,14 +83,18 @@ class _AttendRegional(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         out, lse = _forward(*arguments)
-        ctx.save_for_backward(out, lse, *arguments[:_N_TENSORS])
+        ctx.witness = Witness(out)
+        ctx.save_for_backward(out.data, lse, *arguments[:_N_TENSORS])
         ctx.numbers = arguments[_N_TENSORS:]
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        gradients = _backward(grad_out, *saved, *ctx.numbers)
+        out, *saved = ctx.saved_tensors
+        if ctx.witness.sees_change:
+            with torch.no_grad():  # as in `_backward`
+                out = _forward(*saved[1:], *ctx.numbers)[0]
+        gradients = _backward(grad_out, out, *saved, *ctx.numbers)
         return *refusing_second_derivative(gradients, grad_out, *saved), *(None,) * (1 + _N_NUMBERS)
 
 

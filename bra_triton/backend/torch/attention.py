@@ -35,7 +35,8 @@ def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
         )
         out[chunk.rows, chunk.tokens] = _merge_heads(out_chunk)
     lse_map = from_regions(rearrange(lse, "r m s -> r s m"), problem.query_grid, problem.n_graphs)
-    out = dense(from_regions(out, problem.query_grid, problem.n_graphs))
+    # Not a view of the regions, which PyTorch would let nobody change in place.
+    out = dense(from_regions(out, problem.query_grid, problem.n_graphs)).data
     return out, dense(rearrange(lse_map, "n h w m -> n m h w"))
 
 

@@ -1,0 +1,131 @@
+"""Outputs may be changed in place, as those of the original may."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, functional
+from bra_triton.backend.kernels import fused_kernels
+from bra_triton.operators.library import Witness
+
+GRAPH = torch.tensor([0, 3, 1, 2, 3, 1, 0, 2]).view(1, 2, 4, 1)
+PACKED = {"num_heads": 2, "topk": 2, "n_win": 2}
+
+
+def _packed(x, backend, **arguments):
+    return functional.bi_level_routing_attention(x, **{**PACKED, **arguments}, backend=backend)
+
+
+def _regional(x, backend, heads=2):
+    maps, graph = x.permute(0, 3, 1, 2).chunk(3, 1), GRAPH[:, :heads].to(x.device)
+    return functional.regional_routing_attention(*maps, 0.3, graph, (2, 3), backend=backend)
+
+
+def _module(kind, x, backend, **arguments):
+    torch.manual_seed(0)
+    return kind(12, 2, 2, topk=2, backend=backend, **arguments).to(x.device)(x)
+
+
+# Functions of a map (1, 4, 6, 12) or (1, 4, 6, 36) and a backend.
+FUNCTIONS = {
+    "packed": _packed,
+    "packed, one region": lambda x, b: _packed(x, b, n_win=1, topk=1),
+    "packed, padded": lambda x, b: _packed(x[:, :3, :5], b, padding=torch.ones(36, device=x.device)),
+    "packed, soft": lambda x, b: _packed(x, b, soft_routing=True, diff_routing=True),
+    "packed, LePE": lambda x, b: _packed(x, b, lepe_weight=torch.ones(12, 1, 3, 3, device=x.device)),
+    "regional": _regional,
+    "regional, one head": lambda x, b: _regional(x, b, heads=1),
+    "module": lambda x, b: _module(BiLevelRoutingAttention, x[..., :12], b),
+    "module, bare": lambda x, b: _module(
+        BiLevelRoutingAttention, x[..., :12], b, param_attention="qkv", side_dwconv=0
+    ),
+    "NCHW": lambda x, b: _module(
+        NCHWBiLevelRoutingAttention, x[..., :12].permute(0, 3, 1, 2), b, side_dwconv=0
+    ),
+}
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
+every_backend = pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+
+
+def _changed(y, p):
+    y += p
+    y[:, ::2] *= 2
+    return y.relu_()
+
+
+def _added(y, p):
+    is_even = torch.arange(y.shape[1], device=y.device).view(-1, 1, 1) % 2 == 0
+    return torch.where(is_even, 2 * (y + p), y + p).relu()
+
+
+def _gradients(name, backend, finish, device, learns=True):
+    """Output and gradients of the map and of what is added to the output."""
+    x = torch.randn(1, 4, 6, 36, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_(learns)
+    p = torch.ones((), device=device, requires_grad=True)
+    y = finish(FUNCTIONS[name](x, backend), p)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, p] if learns else [p])]
+
+
+@every_backend
+@every_function
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_changed_output_has_the_gradients_of_a_copy(name, backend, learns, device):
+    """Also without gradients up to there."""
+    actual = _gradients(name, backend, _changed, device, learns)
+    expected = _gradients(name, backend, _added, device, learns)
+    assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("finish", [_changed, _added])
+@pytest.mark.parametrize(("name", "function"), [("packed", "attend"), ("regional", "attend_routed")])
+def test_only_a_changed_output_is_computed_anew(name, function, finish, device, monkeypatch):
+    kernels, calls = fused_kernels("torch"), []
+    computed = getattr(kernels, function)
+    monkeypatch.setattr(kernels, function, lambda *a, **k: calls.append(a) or computed(*a, **k))
+    _gradients(name, "torch", finish, device)
+    assert len(calls) == (2 if finish is _changed else 1)
+
+
+@pytest.mark.parametrize("name", ["packed", "regional"])
+def test_whatever_becomes_of_saved_tensors(name, device):
+    expected = _gradients(name, "torch", _added, device)
+
+    for way in ("inside", "after", "on the CPU"):
+        x = torch.randn(1, 4, 6, 36, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+        p = torch.ones((), device=device, requires_grad=True)
+
+        def attend(x, p, way=way):
+            y = FUNCTIONS[name](x, "torch")
+            return _changed(y, p) if way == "inside" else y
+
+        if way == "on the CPU":
+            with torch.autograd.graph.save_on_cpu():
+                y = attend(x, p)
+        else:
+            y = checkpoint(attend, x, p, use_reentrant=False)
+        y = y if way == "inside" else _changed(y, p)
+        actual = [y, *torch.autograd.grad(y.square().sum(), [x, p])]
+        assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(actual, expected, strict=True)), way
+
+
+@pytest.mark.parametrize("name", ["packed", "regional"])
+def test_in_a_compiled_graph(name, device):
+    torch._dynamo.reset()
+    expected = _gradients(name, "torch", _added, device)
+    x = torch.randn(1, 4, 6, 36, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+    p = torch.ones((), device=device, requires_grad=True)
+    run = torch.compile(
+        lambda x, p: _changed(FUNCTIONS[name](x, "torch"), p), backend="aot_eager", fullgraph=True
+    )
+    y = run(x, p)
+    actual = [y, *torch.autograd.grad(y.square().sum(), [x, p])]
+    assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(actual, expected, strict=True))
+
+
+def test_a_witness_holds_no_memory(device):
+    out = torch.randn(64, 64, device=device)
+    witness = Witness(out)
+    assert not witness.sees_change
+    assert all(x.untyped_storage().nbytes() == 0 for x in vars(witness).values() if torch.is_tensor(x))
+    out.view(-1)[3:5].mul_(2)
+    assert witness.sees_change
