@@ -37,6 +37,7 @@ BRANCHES: Mapping[str, Mapping[str, Any]] = {
     "frozen projection": {"size": (3, 5), "frozen": "qkv"},
     "frozen LePE": {"frozen": "lepe"},
     "frozen bias of LePE": {"frozen": "lepe.bias"},
+    "negative scale, soft": SOFT | {"qk_scale": -0.5},
     "NCHW": {"nchw": True},
     "NCHW, padded": {"nchw": True, "size": (3, 5)},
 }

@@ -230,6 +230,18 @@ def test_what_an_argument_must_not_be_is_refused_by_its_name(row):
         assert re.search(rf"\b{NAMES.get((call, name), name)}\b", message), (value, message)
 
 
+@pytest.mark.parametrize("call", [_attend, _route])
+def test_a_tensor_of_another_kind_is_no_known_one(call):
+    good = {"padding": torch.ones(48), "router_weight": torch.ones(16, 16), "router_bias": torch.ones(16)}
+    if call is _attend:
+        good |= {"lepe_weight": torch.ones(16, 1, 3, 3), "lepe_bias": torch.ones(16)}
+    call(**good, diff_routing=True)
+    for name, x in good.items():
+        for other in (x.long(), x.cfloat(), x.to("meta"), x.to_sparse()):
+            with pytest.raises(ValueError, match=name):
+                call(**good | {name: other}, diff_routing=True)
+
+
 def test_every_guard_fires():
     """The table reaches each place that raises, of those that check arguments."""
     fired = set()
