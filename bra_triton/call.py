@@ -131,11 +131,11 @@ class Call:
         return (
             self.spec,
             _kind(qkv),
-            _kind(self.lepe_weight),
-            _kind(self.lepe_bias),
-            _kind(self.padding),
-            _kind(self.router_weight),
-            _kind(self.router_bias),
+            None if self.lepe_weight is None else _kind(self.lepe_weight),
+            None if self.lepe_bias is None else _kind(self.lepe_bias),
+            None if self.padding is None else _kind(self.padding),
+            None if self.router_weight is None else _kind(self.router_weight),
+            None if self.router_bias is None else _kind(self.router_bias),
             None if down is None else (down.qk_dim, down.dim),
             self.given_grid,
         )
@@ -252,8 +252,8 @@ def regional_call(
     return RegionalCall(query, key, value, scale, graph, query_grid, kv_grid, num_heads)
 
 
-def _kind(x: Tensor | None) -> tuple[Any, ...] | None:
-    return None if x is None else (x.shape, x.dtype, x.device, x.layout)
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device, x.layout
 
 
 def _check_kind(name: str, x: Tensor | None, device: torch.device) -> None:

@@ -37,12 +37,12 @@ class FixedScale(nn.Module):
             super().__setattr__(name, value)
 
 
-def check_shape(x: Any, axes: tuple[str, ...], dim: int) -> None:
+def check_shape(x: Any, axes: str, channel_axis: int, dim: int) -> None:
     """Raises TypeError where `x` is no tensor, ValueError where it is no map with `dim` channels."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {x!r}")
-    if x.dim() != 4 or x.shape[axes.index("dim")] != dim:
-        raise ValueError(f"x must be ({', '.join(axes)}) with dim={dim}, got shape {tuple(x.shape)}")
+    if x.dim() != 4 or x.shape[channel_axis] != dim:
+        raise ValueError(f"x must be {axes} with dim={dim}, got shape {tuple(x.shape)}")
 
 
 def project(layer: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Tensor:

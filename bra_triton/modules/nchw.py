@@ -123,7 +123,7 @@ class NCHWBiLevelRoutingAttention(FixedScale):
 
     def grid(self, x: Tensor) -> RegionGrid:
         """The regions of a map `(N, dim, H, W)`; raises ValueError where it has none."""
-        check_shape(x, ("N", "dim", "H", "W"), self.spec.dim)
+        check_shape(x, "(N, dim, H, W)", 1, self.spec.dim)
         grid_of = _grid_of if is_eager() else _grid_of.__wrapped__
         return grid_of(x.shape[2], x.shape[3], self.spec.n_win, self.auto_pad)
 

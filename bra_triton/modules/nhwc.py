@@ -150,7 +150,7 @@ class BiLevelRoutingAttention(FixedScale):
             ValueError, TypeError: naming the argument, its value and what is allowed.
             RuntimeError: if the backend asked for by name cannot serve; says why.
         """
-        check_shape(x, ("N", "H", "W", "dim"), self.spec.dim)
+        check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
         eager = is_eager()
         if not eager and being_exported():
             return self._export(x, ret_attn_mask)
