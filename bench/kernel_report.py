@@ -9,9 +9,10 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,6 +48,13 @@ CHECKED_ARCHITECTURES = ("sm_80", "sm_90")
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 REPORTED = MODELS | MODES
+
+
+# The option `--form` of this report and of `kernel-times`.
+FORM_OPTION: dict[str, Any] = {
+    "choices": (ROUTED, SMALL_MAP),
+    "help": "form of the attention; by default each problem's own",
+}
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,15 @@ class Row:
 
 def shipped(problem: Problem, dtype: torch.dtype, arch: str, form: str | None = None) -> list[Launch]:
     """What a forward and backward of a problem launches on an architecture, every kernel once."""
-    forced = nullcontext() if form is None else tiles.use_form(form)
-    with tiles.use_architecture(arch), forced:
+    with tiles.use_architecture(arch), in_form(form):
         launched = record_attention(problem, dtype)
     kernels = [launch.specimen for launch in launched]
     return [launch for i, launch in enumerate(launched) if launch.specimen not in kernels[:i]]
+
+
+def in_form(form: str | None) -> AbstractContextManager[None]:
+    """Context in which attentions have a form of `routing.lists`, or with None each its own."""
+    return nullcontext() if form is None else tiles.use_form(form)
 
 
 def target_of(kernel: str, problem: Problem, arch: str, dtype: str) -> float | None:
@@ -179,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=HARDWARE, default=list(CHECKED_ARCHITECTURES))
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--problem", nargs="+", choices=REPORTED, default=list(REPORTED))
-    parser.add_argument("--form", choices=(ROUTED, SMALL_MAP), help="by default each problem's own")
+    parser.add_argument("--form", **FORM_OPTION)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")

@@ -4,6 +4,8 @@ Measured: medians of single launches inside whole forward and backward passes, r
 with a cold level-2 cache before every pass. Predicted: the kernel report's bound, at the rates of that
 report's GPU. Both are of the tiles that the package ships; what `bra-autotune` keeps for the user does not
 count here.
+
+Small maps have two forms: `--form routed` measures the kernels with lists where the others would be launched.
 """
 
 import argparse
@@ -27,7 +29,9 @@ REPEATS = 30
 CHOICES = {name: problem for name, problem in kernel_report.REPORTED.items() if problem.kv_pooling is None}
 
 
-def times_of(problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[str, list[float]]:
+def times_of(
+    problem: Problem, dtype: torch.dtype, device: torch.device, form: str | None = None
+) -> dict[str, list[float]]:
     """Seconds of every launch on a GPU, by the kernel's name, over `REPEATS` forward and backward passes."""
     qkv = torch.randn(problem.batch, problem.height, problem.width, 2 * problem.qk_dim + problem.dim)
     qkv = qkv.to(device, dtype).requires_grad_()
@@ -55,7 +59,7 @@ def times_of(problem: Problem, dtype: torch.dtype, device: torch.device) -> dict
 
     # What chooses the tiles belongs to this thread, so the backward has to run in it.
     single = torch.autograd.set_multithreading_enabled(False)
-    with single, tiles.use_architecture(tiles.architecture_of(device)):
+    with single, tiles.use_architecture(tiles.architecture_of(device)), kernel_report.in_form(form):
         found = measure.launch_seconds(run, device, REPEATS)
     return {name.removesuffix("_kernel"): seconds for name, seconds in found.items()}
 
@@ -93,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bra-bench kernel-times", description=__doc__.split("\n\n")[0])
     parser.add_argument("--problem", nargs="+", choices=CHOICES, default=list(CHOICES))
     parser.add_argument("--dtype", choices=kernel_report.DTYPES, default="float16")
+    parser.add_argument("--form", **kernel_report.FORM_OPTION)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--markdown", action="store_true", help="a table in Markdown")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
@@ -104,10 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arch not in HARDWARE:
         parser.error(f"this GPU is {arch}; the cost model knows {', '.join(HARDWARE)}")
     problems = [CHOICES[name] for name in options.problem]
-    rows = kernel_report.collect(problems, [arch], options.dtype, options.workers)
+    rows = kernel_report.collect(problems, [arch], options.dtype, options.workers, options.form)
     lines = []
     for problem in problems:
-        measured = times_of(problem, kernel_report.DTYPES[options.dtype], device)
+        measured = times_of(problem, kernel_report.DTYPES[options.dtype], device, options.form)
         lines += compare_all([row for row in rows if row.problem == problem.name], measured)
     described = measure.circumstances(device)
     if options.json:

@@ -114,7 +114,7 @@ def test_a_region_that_all_choose(device):
         tensors[0][:, 2:4, :2, 32:64] += 2
     grad_out = torch.randn(1, 8, 8, 32, device=device)
     call = Call(tensors[0], spec)
-    assert (reference.route(call)[1] == torch.tensor([0, 4])).all()
+    assert (reference.route(call)[1] == torch.tensor([0, 4], device=device)).all()
     out = reference.attend(call).out
     (expected,) = torch.autograd.grad(out, tensors[0], grad_out.double())
     _, actual, *_ = _run(_problem(spec, tensors), grad_out)
@@ -149,16 +149,16 @@ def _chosen(qkv, topk, n_win):
     data=st.data(),
     values=st.sampled_from([(-1.0, 0.0, 1.0), (0.0, -0.0), (1.0, float("inf"), float("-inf"), float("nan"))]),
 )
-def test_regions_are_chosen_as_a_stable_sort_has_them(n_win, data, values):
+def test_regions_are_chosen_as_a_stable_sort_has_them(device, n_win, data, values):
     """Of equal logits the smaller region comes first, NaN before all, as in the router's own launch."""
     n_regions = n_win**2
     topk = data.draw(st.integers(1, max(1, min(n_regions - 1, 9))))
     keys = data.draw(st.lists(st.sampled_from(values), min_size=n_regions, max_size=n_regions))
     if topk == n_regions:
         return  # a single region attends to itself, and nothing is chosen
-    qkv = torch.zeros(1, n_win, n_win, 48)
+    qkv = torch.zeros(1, n_win, n_win, 48, device=device)
     qkv[..., 0] = 1.0
-    qkv[..., 16] = torch.tensor(keys).view(n_win, n_win)
+    qkv[..., 16] = torch.tensor(keys, device=device).view(n_win, n_win)
     logits = qkv[..., 16].reshape(-1)
     order = (
         torch.where(logits.isnan(), float("inf"), logits).sort(descending=True, stable=True).indices[:topk]
