@@ -66,11 +66,14 @@ def lepe_gradient(
 def poisoned() -> Iterator[None]:
     """Within, memory of new tensors holds NaN, or the largest integer: what nobody writes shows."""
     before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # which a training by Ultralytics switches off
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def _tensors_in(arguments: Any) -> list[Tensor]:
