@@ -2,7 +2,9 @@
 
 One file, `tuned.json`, serves all cards and versions. An entry is used only on a card of the same name, with
 the same versions of PyTorch and Triton, and with the same kernel sources as those it was measured with. No
-content of the file can stop a launch: entries that cannot be used are ignored, with one warning.
+content of the file can stop a launch: what cannot be used is ignored, with one warning. None is lost either:
+entries that this version does not understand are written back as they are, and a file that it does not
+understand is renamed before a new one is begun.
 """
 
 import json
@@ -12,24 +14,41 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import sources
-from .table import Entry, Key, entry_row, format_rows, parse_entry, require
+from .table import KERNELS, Entry, Key, entry_row, format_rows, parse_entry, require
 
 logger = logging.getLogger(__name__)
+# Bytes. All entries of one card and one set of versions take 0.1 MiB; 8 MiB take a second to read.
+LARGEST = 8 << 20
 _FORMAT = 1
+_CIRCUMSTANCES = ("card", "torch", "triton", "source")
+# What reading, parsing and writing raise for what is no cache of this version; the last for deep nesting.
+_NOT_UNDERSTOOD = (OSError, ValueError, RecursionError)
 _warned: set[str] = set()
 
 
 def folder() -> Path:
-    """`$BRA_TRITON_CACHE`, else `bra_triton` in the user's cache folder."""
-    if given := os.environ.get("BRA_TRITON_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bra_triton")
+    """`$BRA_TRITON_CACHE`, else `bra_triton` in the user's cache folder.
+
+    Where there is no home folder to find these in, `bra_triton` in the system's folder for temporary files,
+    with a warning.
+
+    Raises:
+        FileNotFoundError: if there is no such folder either.
+    """
+    given = os.environ.get("BRA_TRITON_CACHE")
+    try:
+        return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bra_triton")).expanduser()
+    except RuntimeError as error:
+        fallback = Path(tempfile.gettempdir(), "bra_triton")
+        _warn(f"the cache of tiles is {fallback / 'tuned.json'}: {error}")
+        return fallback
 
 
 def path() -> Path:
@@ -39,7 +58,8 @@ def path() -> Path:
 
 def circumstances(card: str, kernel: str) -> dict[str, str]:
     """The card, versions and kernel source that an entry must have been measured with to be used here."""
-    versions = {"torch": torch.__version__, "triton": triton_version()}
+    # PyTorch's is of a subclass of str, which an entry that was read has not.
+    versions = {"torch": str(torch.__version__), "triton": triton_version()}
     return {"card": card, **versions, "source": source_digest(kernel)}
 
 
@@ -60,15 +80,29 @@ def source_digest(kernel: str) -> str:
 
 def read(card: str) -> dict[Key, Entry]:
     """The entries measured on cards of this name, with these versions and kernels; may be empty."""
-    rows = _read_rows(path())
-    entries = {}
+    try:
+        source = path()
+        rows = _read_content(source)["entries"]
+    except FileNotFoundError:
+        return {}
+    except _NOT_UNDERSTOOD as error:
+        _warn(f"ignoring {source}, which is no readable cache of tiles: {error}")
+        return {}
+    here = {kernel: circumstances(card, kernel) for kernel in KERNELS}
+    entries, refusals = {}, []
     for row in rows:
-        key, entry = parse_entry(row)
-        if circumstances(card, key.kernel).items() <= row.items():
+        try:
+            key, entry = _parse(row)
+        except _NOT_UNDERSTOOD as error:
+            refusals.append(str(error))
+            continue
+        if here[key.kernel].items() <= row.items():
             entries[key] = entry
-    if rows and not entries:
+    if refusals:
+        _warn(f"ignoring {len(refusals)} of {len(rows)} entries of {source}, the first since {refusals[0]}")
+    elif rows and not entries:
         _warn(
-            f"{path()} holds nothing measured on {card} with torch {torch.__version__}, Triton "
+            f"{source} holds nothing measured on {card} with torch {torch.__version__}, Triton "
             f"{triton_version()} and these kernels; using the shipped tiles (bra-autotune measures anew)"
         )
     return entries
@@ -77,58 +111,94 @@ def read(card: str) -> dict[Key, Entry]:
 def update(card: str, entries: Mapping[Key, Entry]) -> None:
     """Adds entries and replaces those of the same card, versions and key; safe beside other processes.
 
+    A file that is not understood, or would become too large to be read, is renamed to `tuned.1.json` (or the
+    next number that is free), with a warning.
+
     Raises:
         OSError: if the folder cannot be written.
     """
-    path().parent.mkdir(parents=True, exist_ok=True)
+    target = path()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    rows = [circumstances(card, key.kernel) | entry_row(key, entry) for key, entry in entries.items()]
     with _lock():
-        rows = {_identity(row): row for row in _read_rows(path())}
-        for key, entry in entries.items():
-            row = circumstances(card, key.kernel) | entry_row(key, entry)
-            rows[_identity(row)] = row
-        write_whole(path(), format_rows({"format": _FORMAT}, list(rows.values())))
+        try:
+            text = _merged(target, rows)
+        except FileNotFoundError:
+            text = format_rows({"format": _FORMAT}, rows)
+        except _NOT_UNDERSTOOD as error:
+            names = (target.with_suffix(f".{number}.json") for number in count(1))
+            aside = next(name for name in names if not name.exists())
+            target.rename(aside)
+            _warn(f"{target} is kept as {aside.name}, and a new one begun: {error}")
+            text = format_rows({"format": _FORMAT}, rows)
+        write_whole(target, text)
 
 
 def write_whole(target: Path, text: str) -> None:
     """Replaces a file in one step, so that no reader sees a half-written one."""
     with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, target)
+        except BaseException:  # a full disk, an interrupt
+            os.unlink(file.name)
+            raise
+
+
+def _read_content(source: Path) -> dict[str, Any]:
+    """The file's JSON object, its entries not checked yet.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        OSError, ValueError, RecursionError: if it is not understood as a whole.
+    """
+    if source.exists() and not source.is_file():  # a pipe would keep the launch waiting
+        raise ValueError("it is not a file")
+    with source.open("rb") as file:
+        text = file.read(LARGEST + 1)
+    _check_size(len(text))
+    content = json.loads(text)
+    require(content, "the cache of tiles", {"format": (int,), "entries": (list,)})
+    if content["format"] != _FORMAT:
+        raise ValueError(f"its format is {content['format']}, not {_FORMAT}")
+    return content
+
+
+def _merged(source: Path, new: list[dict[str, Any]]) -> str:
+    """The file's text with new entries; what is not understood stays. Raises what `_read_content` does."""
+    content = _read_content(source)
+    replaced = {_identity(row) for row in new}
+    kept = [row for row in content.pop("entries") if _identity(row) not in replaced]
+    text = format_rows(content, kept + new)
+    _check_size(len(text))
+    return text
+
+
+def _check_size(size: int) -> None:
+    if size > LARGEST:
+        raise ValueError(f"it has more than {LARGEST >> 20} MiB")
+
+
+def _parse(row: Any) -> tuple[Key, Entry]:
+    require(row, "an entry", dict.fromkeys(_CIRCUMSTANCES, (str,)))
+    return parse_entry(row)
+
+
+def _identity(row: Any) -> tuple[Any, ...] | None:
+    """What an update replaces an entry by; None for entries that are not understood."""
     try:
-        os.replace(file.name, target)
-    except OSError:
-        os.unlink(file.name)
-        raise
-
-
-def _read_rows(source: Path) -> list[dict[str, Any]]:
-    """All entries of the file, checked; none if the file is missing or any part of it is unreadable."""
-    try:
-        content = json.loads(source.read_text())
-        require(content, "the cache of tiles", {"format": (int,), "entries": (list,)})
-        if content["format"] != _FORMAT:
-            raise ValueError(f"its format is {content['format']}, not {_FORMAT}")
-        rows: list[dict[str, Any]] = content["entries"]
-        for row in rows:
-            parse_entry(row)
-        return rows
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        _warn(f"ignoring {source}, which is no readable cache of tiles: {error}")
-        return []
-
-
-def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    names = ("card", "torch", "triton", "source", "kernel", "bits", "head_dim", "size", "form")
-    return tuple(row.get(name) for name in names)
+        key, _ = _parse(row)
+    except _NOT_UNDERSTOOD:
+        return None
+    return key, *(row[name] for name in _CIRCUMSTANCES)
 
 
 def _warn(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        logger.warning(message)
+        logger.warning(message if len(message) < 1000 else f"{message[:1000]} ...")
 
 
 @contextmanager

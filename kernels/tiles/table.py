@@ -21,6 +21,14 @@ PLAIN, PADDED, WEIGHTED = FORMS = ("plain", "padded", "weighted")
 FALLBACK = "sm_80"
 _HEAD = ("arch", "origin", "torch", "triton")
 _SHAPE = ("own", "step", "num_warps", "num_stages")
+# The least and the largest value: twice what any table has, and the most warps that a GPU runs.
+_LIMITS = {
+    "own": (16, 256),
+    "step": (16, 256),
+    "num_warps": (1, 32),
+    "num_stages": (1, 8),
+    "exp_share": (0, 32),
+}
 _ROW_TYPES: dict[str, tuple[type, ...]] = {
     **{"kernel": (str,), "bits": (int,), "head_dim": (int,), "size": (int,), "form": (str,)},
     **dict.fromkeys(_SHAPE, (int,)),
@@ -33,10 +41,10 @@ class Tile:
     """What one program computes, and with how many threads.
 
     Attributes:
-        own: rows that the program owns, a power of two of at least 16.
-        step: tokens of the list that it walks in one step of its loop, a power of two of at least 16.
-        num_warps: warps of 32 threads, a power of two.
-        num_stages: depth of the software pipeline.
+        own: rows that the program owns, a power of two from 16 to 256.
+        step: tokens of the list that it walks in one step of its loop, a power of two from 16 to 256.
+        num_warps: warps of 32 threads, a power of two up to 32, which is what a program may have.
+        num_stages: depth of the software pipeline, at most 8.
         exp_share: one in `exp_share` exponentials is evaluated by multiply-adds; a power of two, or 0 for
             none. Only for the forward and dQ in half precision.
         fuses_lepe: whether the forward adds LePE to its tile before it stores it, instead of a launch of
@@ -54,11 +62,12 @@ class Tile:
     fuses_lepe: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("own", 16), ("step", 16), ("num_warps", 1), ("num_stages", 1), ("exp_share", 0)):
+        for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
-            if type(value) is not int or value < least or (name != "num_stages" and value & (value - 1)):
+            is_allowed = type(value) is int and least <= value <= most
+            if not is_allowed or (name != "num_stages" and value & (value - 1)):
                 kind = "an int" if name == "num_stages" else "a power of two"
-                raise ValueError(f"{name} must be {kind} of at least {least}, got {value!r}")
+                raise ValueError(f"{name} must be {kind} from {least} to {most}, got {value!r}")
         if self.exp_share == 1 or 8 * self.exp_share > self.step:
             raise ValueError(
                 f"exp_share must be 0, or 2 to step / 8 = {self.step // 8}, got {self.exp_share}"
@@ -180,7 +189,10 @@ def parse_entry(row: Mapping[str, Any]) -> tuple[Key, Entry]:
         raise ValueError(f"a tile's entry is impossible: {error}: {row}") from error
     if tile.exp_share and key.bits == 32:
         raise ValueError(f"exp_share is too inexact for float32: {row}")
-    cost = None if row["cost"] is None else float(row["cost"])
+    try:
+        cost = None if row["cost"] is None else float(row["cost"])
+    except OverflowError as error:
+        raise ValueError(f"a tile's entry has an impossible cost: {error}: {row}") from error
     return key, Entry(tile, cost, row.get("measured_on", ""))
 
 

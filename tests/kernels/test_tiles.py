@@ -61,6 +61,7 @@ def test_amd_gets_one_stage(arch):
     "wrong",
     [
         *({"own": 48}, {"step": 8}, {"num_warps": 3}, {"num_stages": 0}, {"own": 64.0}),
+        *({"own": 512}, {"step": 2**40}, {"num_warps": 64}, {"num_stages": 9}),
         *({"exp_share": 1}, {"exp_share": 3}, {"exp_share": 16}, {"fuses_lepe": 1}),
     ],
 )
@@ -165,7 +166,8 @@ def test_float32_takes_no_inexact_exponentials():
         ({"options": {"exp_share": 5}}, "is impossible: exp_share must be a power of two"),
         ({"options": {"fuses_lepe": "no"}}, "is impossible: fuses_lepe must be a bool, got 'no'"),
         ({"options": ["exp_share"]}, "must have a 'options' of type dict, got \\['exp_share'\\]"),
-        ({"own": 48}, "is impossible: own must be a power of two of at least 16, got 48"),
+        ({"cost": 10**400}, "has an impossible cost: int too large"),
+        ({"own": 48}, "is impossible: own must be a power of two from 16 to 256, got 48"),
         ({"num_warps": "4"}, "must have a 'num_warps' of type int, got '4'"),
         ({"bits": True}, "must have a 'bits' of type int, got True"),
         ({"size": 100}, "is impossible: size must be one of 16, 32, 64, 128, got 100"),
