@@ -38,7 +38,8 @@ def test_a_kernel_is_made_of_what_it_imports(kernel, imported, root):
         (root / name).write_text(text + "# changed\n")
         assert sources.digest(module, root) != before, name
         (root / name).write_text(text)
-    (root / "routing" / "graph.py").write_text("")
+    for other in ("routing/graph.py", "small_map/forward.py", "small_map/backward.py"):
+        (root / other).write_text("")
     assert sources.digest(module, root) == before
 
 
@@ -65,6 +66,14 @@ def test_a_new_import_counts_and_so_does_what_it_imports(line, root):
     before = sources.digest(FORWARD, root)
     (root / "lib" / "deeper.py").write_text("depth = 2\n")
     assert sources.digest(FORWARD, root) != before
+
+
+def test_kernels_of_small_maps_take_no_tile_from_the_tables():
+    """So no entry depends on their source."""
+    tables = "bra_triton.kernels.tiles"
+    for module in (sources.ROOT / "small_map").glob("*.py"):
+        names = sources.imported_names(module.read_text(), "bra_triton.kernels.small_map")
+        assert {name for name in names if name.startswith(tables)} <= {f"{tables}.channel_block"}, module
 
 
 def test_modules_that_import_each_other_are_read_once(root):
