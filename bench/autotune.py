@@ -3,6 +3,7 @@
 On a GPU it times every configuration worth trying that computes the right result, and keeps the winners in
 the user's cache, where later launches find them. Soft routing has entries of its own, of which hard routing
 shares that of dQ: ask for them by `--routing-weight`. Padding has, too: by a padded problem or `--shape`.
+A run that is stopped keeps the entries that it finished, and run again goes on where it was.
 
     bra-autotune                                        # all problems, forward and backward, float16
     bra-autotune --problem yolo_p3 --dtype bfloat16
@@ -97,22 +98,27 @@ def measure(
     device: torch.device,
     timer: timing.Timer = timing.device_milliseconds,
 ) -> None:
-    """Times on `device` and keeps the winners in the user's cache."""
+    """Times on `device` and keeps the winners in the user's cache, also when it is interrupted."""
     entries: dict[Key, Entry] = {}
+    card, kept = timing.card_name(device), tile_cache.folder() / "timings.jsonl"
     for name in args.dtype:
         trials = timing.trials(problems, DTYPES[name], _kernels(args), device)
-        kept = tile_cache.folder() / "timings.jsonl"
-        results = timing.time_all(trials, device, timer, kept, args.workers)
-        results |= timing.time_all(timing.refinements(results), device, timer, kept, args.workers)
-        for key, (tile, milliseconds) in timing.winners(results).items():
-            entries[key] = Entry(tile, round(milliseconds, 4))
-            print(f"{name} {key}: {tile}  {milliseconds:.4f} ms")
-    tile_cache.update(timing.card_name(device), entries)
-    tiles.forget()
+        results: dict[timing.Trial, float] = {}
+        try:
+            timing.time_all(trials, results, device, timer, kept, args.workers)
+            timing.time_all(timing.refinements(results), results, device, timer, kept, args.workers)
+        finally:
+            best = timing.winners(timing.of_finished_entries(results, trials))
+            found = {key: Entry(tile, round(took, 4)) for key, (tile, took) in best.items()}
+            tile_cache.update(card, found)
+            tiles.forget()
+        for key, entry in found.items():
+            print(f"{name} {key}: {entry.tile}  {entry.cost:.4f} ms")
+        entries |= found
     print(f"kept in {tile_cache.path()}")
     if args.save:
         shipped = tile_table.packaged(tiles.architecture_of(device))
-        where = f"{timing.card_name(device)}, torch {torch.__version__}, Triton {tile_cache.triton_version()}"
+        where = f"{card}, torch {torch.__version__}, Triton {tile_cache.triton_version()}"
         measured = {key: replace(entry, measured_on=where) for key, entry in entries.items()}
         _write_table(replace(shipped, entries={**shipped.entries, **measured}), args.output)
 

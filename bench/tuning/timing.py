@@ -107,22 +107,29 @@ def variants(kernel: str, bits: int, tile: Tile) -> list[Tile]:
 
 
 def time_all(
-    todo: Sequence[Trial], device: torch.device, timer: Timer, kept: Path, workers: int = 1
-) -> dict[Trial, float]:
+    todo: Sequence[Trial],
+    results: dict[Trial, float],
+    device: torch.device,
+    timer: Timer,
+    kept: Path,
+    workers: int = 1,
+) -> None:
     """Milliseconds of every trial; infinite for what does not run or computes something else.
 
     Args:
         todo: trials, those of a problem together.
+        results: gets the milliseconds of each trial as soon as they are known.
         device: the card, or the CPU under the interpreter.
         timer: see `device_milliseconds`.
         kept: file of finished trials under these circumstances, which this run continues.
         workers: processes that compile beforehand, for a GPU; 1 compiles each when it is timed.
     """
-    results = _read_kept(kept, todo, device)
+    results.update(_read_kept(kept, todo, device))
     left = [trial for trial in todo if trial not in results]
     if left and workers > 1 and device.type == "cuda":
         compile_ahead(left, device, workers)
     kept.parent.mkdir(parents=True, exist_ok=True)
+    _end_last_line(kept)
     inputs: Inputs | None = None
     for done, trial in enumerate(left, 1):
         if inputs is None or inputs.problem != trial.problem:
@@ -142,7 +149,6 @@ def time_all(
             )
     if left:
         print(file=sys.stderr)
-    return results
 
 
 def winners(results: Mapping[Trial, float]) -> dict[Key, tuple[Tile, float]]:
@@ -153,6 +159,12 @@ def winners(results: Mapping[Trial, float]) -> dict[Key, tuple[Tile, float]]:
         if math.isfinite(by_tile[tile]):
             best[key] = (tile, by_tile[tile])
     return best
+
+
+def of_finished_entries(results: Mapping[Trial, float], todo: Sequence[Trial]) -> dict[Trial, float]:
+    """The results of entries that no trial is left of."""
+    unfinished = {trial.key for trial in todo if trial not in results}
+    return {trial: took for trial, took in results.items() if trial.key not in unfinished}
 
 
 def means(results: Mapping[Trial, float]) -> dict[Key, dict[Tile, float]]:
@@ -226,11 +238,19 @@ def _circumstances(device: torch.device, trial: Trial) -> dict[str, str]:
     return tile_cache.circumstances(card_name(device), trial.kernel)
 
 
+def _end_last_line(kept: Path) -> None:
+    """Ends what a run that was stopped left half written, which would spoil the next result too."""
+    if kept.exists() and not kept.read_bytes().endswith(b"\n"):
+        with kept.open("a") as file:
+            file.write("\n")
+
+
 def _read_kept(kept: Path, todo: Sequence[Trial], device: torch.device) -> dict[Trial, float]:
     by_name = {str(trial): trial for trial in todo}
     results = {}
-    for line in kept.read_text().splitlines() if kept.exists() else []:
-        with contextlib.suppress(ValueError):  # the last line of a run that was stopped
+    for line in kept.read_text("utf-8", "replace").splitlines() if kept.exists() else []:
+        # Half a line of a run that was stopped, or what is no result at all: the trial is timed again.
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             row = json.loads(line)
             trial = by_name.get(row["trial"])
             if trial and _circumstances(device, trial).items() <= row.items():

@@ -247,13 +247,48 @@ def test_a_stopped_run_goes_on_where_it_was(tried, device):
     first = Stopwatch({tried[0]: 0.5}, stop_after=2)
     with pytest.raises(KeyboardInterrupt):
         measure(FORWARD_TINY, first, device)
+    assert tile_cache.read(timing.card_name(device)) == {}
     with (tile_cache.folder() / "timings.jsonl").open("a") as file:
         file.write('{"trial": "half a li')
-    second = Stopwatch()
+    second, third = Stopwatch(), Stopwatch()
     measure(FORWARD_TINY, second, device)
+    measure(FORWARD_TINY, third, device)
     assert first.timed + second.timed == tried
+    assert third.timed == []
     (entry,) = tile_cache.read(timing.card_name(device)).values()
     assert (entry.tile, entry.cost) == (tried[0], 0.5)
+
+
+@pytest.mark.parametrize("stop_after", [3, 4, 7])
+def test_a_stopped_run_keeps_the_entries_that_it_finished(stop_after, tried, device):
+    """Of dQ nothing is timed, or one, and of dK/dV one: the forward and then dQ are finished."""
+    timer = Stopwatch({tried[1]: 0.5}, stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        measure([*TINY, "--dtype", "float16", "float32"], timer, device)
+    read = tile_cache.read(timing.card_name(device))
+    finished = [tiles.FORWARD, tiles.QUERY_GRADIENT][: stop_after // len(tried)]
+    assert [(key.kernel, key.bits) for key in read] == [(kernel, 16) for kernel in finished]
+    assert {entry.tile for entry in read.values()} == {tried[1]}
+
+
+@pytest.mark.parametrize("line", ["", "5", "[]", "{}", '{"trial": []}', 100_000 * "[", "\udcff"])
+def test_lines_that_are_no_timings_are_passed_over(line, tried, device):
+    first, second = Stopwatch(), Stopwatch()
+    measure(FORWARD_TINY, first, device)
+    kept = tile_cache.folder() / "timings.jsonl"
+    kept.write_text(f"{line}\n{kept.read_text()}", errors="surrogateescape")
+    measure(FORWARD_TINY, second, device)
+    assert (first.timed, second.timed) == (tried, [])
+
+
+@pytest.mark.parametrize("milliseconds", ["null", "[]", "1" + 400 * "0", '"fast"'])
+def test_a_timing_that_is_no_number_is_measured_again(milliseconds, tried, device):
+    measure(FORWARD_TINY, Stopwatch(), device)
+    kept = tile_cache.folder() / "timings.jsonl"
+    kept.write_text(kept.read_text().replace('"milliseconds": 1.0', f'"milliseconds": {milliseconds}', 1))
+    timer = Stopwatch()
+    measure(FORWARD_TINY, timer, device)
+    assert timer.timed == tried[:1]
 
 
 @pytest.mark.parametrize("fault", ["wrong", "nan", "error"])
