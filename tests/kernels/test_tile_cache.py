@@ -137,6 +137,25 @@ def test_a_file_that_is_not_understood_is_set_aside_with_one_warning(content, re
         assert reason in warnings(caplog)[-1]
 
 
+def test_a_link_to_itself_stops_nothing(caplog):
+    tile_cache.path().symlink_to(tile_cache.path())
+    assert tile_cache.read(CARD) == {}
+    (warning,) = warnings(caplog)
+    assert str(tile_cache.path()) in warning
+    tile_cache.update(CARD, {KEY: ENTRY})
+    assert tile_cache.read(CARD) == {KEY: ENTRY}
+
+
+def test_a_folder_that_is_a_file_stops_no_launch(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BRA_TRITON_CACHE", str(tmp_path / "file"))
+    assert tile_cache.read(CARD) == {}
+    (warning,) = warnings(caplog)
+    assert str(tile_cache.path()) in warning
+    with pytest.raises(OSError, match="file"):
+        tile_cache.update(CARD, {KEY: ENTRY})
+
+
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_what_is_no_file_is_set_aside(make, caplog):
     make(tile_cache.path())
