@@ -1,8 +1,9 @@
 """Bi-level routing attention on fused Triton kernels, as drop-in PyTorch modules."""
 
+from .migration import replace_attention
 from .modules.nchw import NCHWBiLevelRoutingAttention, nchwBRA
 from .modules.nhwc import BiLevelRoutingAttention
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 
-__all__ = ["BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention", "nchwBRA"]
+__all__ = ["BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention", "nchwBRA", "replace_attention"]

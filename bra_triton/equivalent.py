@@ -1,0 +1,169 @@
+"""This package's module that computes what a module of another implementation computes, found by trying."""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modules.nchw import NCHWBiLevelRoutingAttention
+from .modules.nhwc import BiLevelRoutingAttention
+from .modules.permuted import PermutedBiLevelRoutingAttention
+
+# Float64 rounds to some 1e-13 here; an original that casts to float32 inside, to 1e-7.
+TOLERANCE = 1e-5
+# Layers of the original that hold no parameters themselves, and whose work ours does in its own way.
+_OTHERWISE = {"", "qkv", "router", "kv_gather", "kv_down"}
+
+
+class NotTheSameError(Exception):
+    """Says what ours does not have or do."""
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line, with its class unless it is a `NotTheSameError`."""
+    kind = "" if isinstance(error, NotTheSameError) else f"{type(error).__name__}: "
+    return f"{kind}{error}".splitlines()[0]
+
+
+def class_name(module: nn.Module) -> str:
+    """The module's class with where it comes from."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def equivalent(original: nn.Module, backend: str) -> nn.Module:
+    """Ours with the settings of the original and its very layers, which the two then share.
+
+    It is tried on copies: in float64 on the CPU, with random weights, in training and in eval.
+
+    Raises:
+        NotTheSameError: where no module of ours computes the same; says why.
+        Exception: whatever reading or copying the original raises.
+    """
+    return _with_layers_of(original, _class_for(original), backend)
+
+
+def _with_layers_of(original: nn.Module, kind: type[nn.Module], backend: str) -> Any:
+    """Ours with the original's settings and its very layers; raises where that leaves something out."""
+    known = vars(original)
+    settings = {name: known[name] for name in inspect.signature(kind).parameters if name in known}
+    settings.pop("attn_backend", None)
+    settings |= {"backend": backend, "qk_scale": known.get("scale", settings.get("qk_scale"))}
+    with torch.device("meta"):  # no memory and no random numbers for weights that are not kept
+        ours = kind(**settings).train(original.training)
+    layers = ["qkv_linear", "output_linear"]
+    if issubclass(kind, BiLevelRoutingAttention):
+        layers = ["qkv" if isinstance(original.qkv, nn.Linear) else "qkv.qkv", "wo", "router.emb"]
+    for path in layers:
+        parent, _, name = path.rpartition(".")
+        setattr(ours.get_submodule(parent), name, original.get_submodule(path))
+    setattr(ours, "lepe", original._modules.get("lepe"))  # noqa: B010  which mypy takes for a tensor
+    _check_layers(original, ours)
+    return ours
+
+
+def _check_layers(original: nn.Module, ours: nn.Module) -> None:
+    """Raises where ours lacks a parameter, buffer or layer of the original, or would bypass one."""
+    tensors = [dict(m.named_parameters()).keys() | dict(m.named_buffers()).keys() for m in (original, ours)]
+    if different := sorted(tensors[0] ^ tensors[1]):
+        raise NotTheSameError(
+            f"parameters or buffers that only one of it and ours has: {', '.join(different)}"
+        )
+    shared = dict(ours.named_modules())
+    for name in ("lepe", "router.emb"):  # of which ours takes weight and bias
+        if type(shared.get(name, nn.Identity())) not in (nn.Conv2d, nn.Linear, nn.Identity):
+            raise NotTheSameError(f"its {name} is a {class_name(shared[name])}, which ours does not call")
+    for name, layer in original.named_modules():
+        is_inert = type(layer) in (nn.Identity, nn.Softmax) or (type(layer) is nn.Dropout and layer.p == 0)
+        if name not in _OTHERWISE and shared.get(name) is not layer and not is_inert:
+            raise NotTheSameError(f"ours has no {name} = {layer}")
+
+
+def _class_for(original: nn.Module) -> type[nn.Module]:
+    """Which of our classes computes the same; raises where none does."""
+    kinds: tuple[type[nn.Module], ...] = (BiLevelRoutingAttention, PermutedBiLevelRoutingAttention)
+    if "qkv_linear" in original._modules:
+        kinds = (NCHWBiLevelRoutingAttention,)
+    _with_layers_of(original, kinds[0], "auto")  # what is wrong for every class needs no trial
+    failures = []
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        trial = _trial_copy(original)
+        for kind in kinds:
+            ours = _with_layers_of(trial, kind, "torch")
+            try:
+                differs = _difference(trial, ours)
+            except Exception as error:  # as a rule the map has the wrong layout
+                differs = reason_of(error)
+            if differs is None:
+                return kind
+            failures.append(f"beside {kind.__name__}, {differs}")
+    raise NotTheSameError(f"it does not compute what ours do: {'; '.join(failures)}")
+
+
+def _trial_copy(original: nn.Module) -> nn.Module:
+    """A copy in float64 on the CPU, without hooks, and with random weights: zeros would hide differences."""
+    memo: dict[int, Any] = {
+        id(hooks): type(hooks)()
+        for module in original.modules()
+        for name, hooks in vars(module).items()
+        if name.endswith("_hooks")
+    }
+    trial = copy.deepcopy(original, memo).to("cpu", torch.float64)
+    torch.manual_seed(0)
+    for parameter in trial.parameters():
+        parameter.requires_grad_().data.copy_(torch.randn(parameter.shape) / parameter[0].numel() ** 0.5)
+    return trial
+
+
+def _difference(trial: nn.Module, ours: Any) -> str | None:
+    """What differs between a copy and ours with its parameters, in training or eval; None if nothing.
+
+    Outputs and all gradients are compared. What either module raises is not caught.
+    """
+    may_pad = ours.auto_pad or isinstance(ours, NCHWBiLevelRoutingAttention)
+    shape = _map_shape(ours, int(may_pad))
+    parameters = dict(trial.named_parameters())
+    names = ("the output", "the gradient of the map", *(f"the gradient of {name}" for name in parameters))
+    for training in (True, False):
+        outcomes = [
+            _outcome(module.train(training), shape, list(parameters.values())) for module in (trial, ours)
+        ]
+        for name, expected, actual in zip(names, *outcomes, strict=True):
+            if actual.shape != expected.shape:
+                return f"{name} is {tuple(expected.shape)}, by ours {tuple(actual.shape)}"
+            error = torch.linalg.vector_norm(actual - expected)
+            if not error <= TOLERANCE * (1 + torch.linalg.vector_norm(expected)):
+                return f"{name} differs in {'training' if training else 'eval'}"
+    if not may_pad and ours.spec.n_win > 1 and _takes(trial, _map_shape(ours, 1)):
+        return "it takes maps that need padding, although it has no auto_pad=True"
+    return None
+
+
+def _takes(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    try:
+        module(torch.randn(shape, dtype=torch.float64))
+    except Exception:  # an assertion of the original's, as a rule
+        return False
+    return True
+
+
+def _map_shape(ours: Any, rest: int) -> tuple[int, ...]:
+    """A map with sides that differ, so that no layout passes for another; a rest of 1 needs padding."""
+    side = getattr(ours._modules.get("kv_down"), "ratio", 2)  # a region must hold a pooling window
+    n_win, dim = ours.spec.n_win, ours.spec.dim
+    size = (n_win * side + rest, n_win * (side + 1) + rest)
+    return (2, *size, dim) if type(ours) is BiLevelRoutingAttention else (2, dim, *size)
+
+
+def _outcome(module: nn.Module, shape: tuple[int, ...], parameters: list[Tensor]) -> tuple[Tensor, ...]:
+    """Output, gradient of a random map, and gradients of the parameters; those not used have zeros."""
+    torch.manual_seed(1)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    out = module(x)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"its forward returns a {type(out).__name__}, ours a tensor")
+    torch.manual_seed(2)
+    grad_out = torch.randn(out.shape, dtype=out.dtype)  # randn_like would draw in the order of the memory
+    inputs = (x, *parameters)
+    return out, *torch.autograd.grad(out, inputs, grad_out, allow_unused=True, materialize_grads=True)

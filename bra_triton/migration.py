@@ -1,0 +1,161 @@
+"""Puts this package's modules in the place of other implementations of bi-level routing attention.
+
+Implementations differ in more than their names: pastes permute maps, take more inputs, drop scores. So a
+class proves nothing, and a module is replaced only if a trial shows that ours computes the same.
+"""
+
+import inspect
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .backend.select import check_name
+from .equivalent import NotTheSameError, class_name, equivalent, reason_of
+from .modules.nchw import NCHWBiLevelRoutingAttention
+from .modules.nhwc import BiLevelRoutingAttention
+
+_CALL_HOOKS = [name for name in vars(nn.Module()) if "forward" in name or "backward" in name]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A module that looks like bi-level routing attention.
+
+    Attributes:
+        name: its qualified names in the model, joined by commas; empty for the model itself.
+        original: its class.
+        ours: the class that took its place; empty where none did.
+        note: why it was not replaced; or the layers in it whose hooks are not called any more, if any.
+    """
+
+    name: str
+    original: str
+    ours: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        arrow = f" -> {self.ours}" if self.ours else ""
+        note = f": {self.note}" if self.note else ""
+        return f"{self.name or '(the model)'}: {self.original}{arrow}{note}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `replace_attention` did; `str` has a line for every module.
+
+    Attributes:
+        model: the model, or what took its place where the model was itself an attention.
+        replaced: the modules that were replaced.
+        not_replaced: those that look like bi-level routing attention and were not, with the reason.
+    """
+
+    model: nn.Module = field(repr=False)
+    replaced: tuple[Finding, ...]
+    not_replaced: tuple[Finding, ...]
+
+    def __str__(self) -> str:
+        titles = (f"replaced: {len(self.replaced)}", f"not replaced: {len(self.not_replaced)}")
+        groups = zip(titles, (self.replaced, self.not_replaced), strict=True)
+        return "\n".join("\n  ".join((title, *map(str, found))) for title, found in groups)
+
+
+def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bool = False) -> Report:
+    """Replaces, in place, every bi-level routing attention of another implementation by this package's.
+
+    A module is looked at if it has `n_win`, `topk`, and `qkv` or `qkv_linear`, whatever its class is called.
+    It is replaced if ours gives the same outputs and gradients: copies of both are run on the CPU, on a small
+    map, in float64, with random weights, in training and in eval. That takes the memory of a training step of
+    the original on two maps with some six tokens in each region.
+
+    Ours takes over the layers themselves, so parameters (also in an optimizer), dtypes, devices,
+    `requires_grad` and `state_dict` are unchanged. It keeps training mode, forward and backward hooks of the
+    module, and attributes that it does not have itself; numbers such as `topk` can be read there, but setting
+    them has no effect.
+
+    Args:
+        model: the model; it may be an attention itself, then use `Report.model` in its place.
+        backend: that of the new modules: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
+        subclasses: replace modules whose class overrides the `forward` of another, too. What such a `forward`
+            does beside computing its result is lost.
+
+    Returns:
+        A frozen `Report`: the model, what was replaced, what was not and why.
+
+    Raises:
+        TypeError: if `model` is no `nn.Module`.
+        ValueError: for an unknown `backend`.
+
+    Example:
+        >>> model = nn.Sequential(biformer.BiLevelRoutingAttention(dim=64, n_win=8))
+        >>> print(replace_attention(model))
+        replaced: 1
+          0: biformer.BiLevelRoutingAttention -> bra_triton.modules.nhwc.BiLevelRoutingAttention
+        not replaced: 0
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}")
+    check_name(backend)
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _looks_like_attention(module):
+            places.setdefault(module, []).append(name)
+    replacements: dict[nn.Module, nn.Module] = {}
+    replaced, not_replaced = [], []
+    for original, names in places.items():
+        found = (", ".join(names), class_name(original))
+        try:
+            ours, note = _replacement(original, backend, subclasses)
+        except Exception as error:  # somebody else's forward may raise anything, and each error is a reason
+            not_replaced.append(Finding(*found, note=reason_of(error)))
+        else:
+            replacements[original] = ours
+            replaced.append(Finding(*found, class_name(ours), note))
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+    return Report(replacements.get(model, model), tuple(replaced), tuple(not_replaced))
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    if isinstance(module, (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)):
+        return False
+    # Not hasattr: a wrapper such as torch.compile's answers for the module inside.
+    own = vars(module).keys() | module._modules.keys()
+    return {"n_win", "topk"} <= own and not own.isdisjoint({"qkv", "qkv_linear"})
+
+
+def _replacement(original: nn.Module, backend: str, subclasses: bool) -> tuple[nn.Module, str]:
+    """Ours, ready to take the original's place, and which hooks are lost."""
+    _check_forward(original, subclasses)
+    ours = equivalent(original, backend)
+    taken = vars(ours).keys() | ours._modules.keys() | {"forward"}
+    for name, value in vars(original).items():
+        is_free = name not in taken and not isinstance(getattr(type(ours), name, None), property)
+        if is_free or name in _CALL_HOOKS:  # the dictionary itself, so that handles can remove their hooks
+            vars(ours)[name] = value
+    bypassed = [ours._modules.get(name) for name in ("lepe", "router")]
+    called = set(ours.modules()).difference(*(layer.modules() for layer in bypassed if layer is not None))
+    hooked = [name for name, layer in original.named_modules() if _has_hooks(layer) and layer not in called]
+    lost = ", ".join(name for name in hooked if name)
+    return ours, f"hooks not called any more on {lost}" if lost else ""
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
+
+
+def _check_forward(original: nn.Module, subclasses: bool) -> None:
+    """Raises where calls may ask for more than ours does."""
+    _, *extra = (name for name in inspect.signature(original.forward).parameters if name != "ret_attn_mask")
+    if extra:
+        raise NotTheSameError(f"its forward takes {', '.join(extra)}, which ours does not")
+    bases = type(original).__mro__
+    owners = [base for base in bases if "forward" in vars(base) and base is not nn.Module]
+    if not subclasses and ("forward" in vars(original) or len(owners) > 1):
+        raise NotTheSameError(
+            f"it overrides the forward of {owners[-1].__qualname__}; subclasses=True replaces it if the "
+            "result is the same"
+        )
+    if any(hooks for name, hooks in vars(original).items() if "state_dict" in name):
+        raise NotTheSameError("it has hooks on its state_dict, which are tied to the module")

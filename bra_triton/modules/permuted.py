@@ -1,0 +1,27 @@
+"""The drop-in for pastes of the original module that permute inside."""
+
+from torch import Tensor
+
+from .nhwc import BiLevelRoutingAttention
+
+
+class PermutedBiLevelRoutingAttention(BiLevelRoutingAttention):
+    """`BiLevelRoutingAttention` that takes and returns NCHW maps, as many pastes of the original do.
+
+    It computes what the NHWC module computes. `NCHWBiLevelRoutingAttention`, the authors' own NCHW form, does
+    not: it pads otherwise and does not scale the router's logits. Arguments and errors are those of
+    `BiLevelRoutingAttention`.
+
+    Example:
+        >>> PermutedBiLevelRoutingAttention(dim=64, n_win=8)(torch.randn(2, 64, 80, 80)).shape
+        torch.Size([2, 64, 80, 80])
+    """
+
+    def forward(
+        self, x: Tensor, ret_attn_mask: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`BiLevelRoutingAttention.forward` for `x` `(N, dim, H, W)`; the output has that shape, too."""
+        result = super().forward(x.permute(0, 2, 3, 1), ret_attn_mask)
+        if isinstance(result, Tensor):
+            return result.permute(0, 3, 1, 2)
+        return result[0].permute(0, 3, 1, 2), *result[1:]

@@ -1,0 +1,484 @@
+"""Replacing other implementations: the same numbers, nothing lost on the way, or a reason why not."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import seed_module
+import torch
+import torch.nn.functional as F
+from modules import run
+from problems import relative_error, worst
+from torch import nn
+
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, replace_attention
+from bra_triton.modules.permuted import PermutedBiLevelRoutingAttention
+
+# Norm of the difference over the norm: float32 gives 1 to 4e-7.
+TOLERANCE = 1e-5
+SIZE = {"dim": 12, "num_heads": 2, "n_win": 2, "topk": 3}
+SOFT = {"soft_routing": True, "diff_routing": True}
+MODES = {
+    "default": {},
+    "one region": {"n_win": 1, "topk": 1},
+    "no LePE": {"side_dwconv": 0},
+    "LePE 5": {"side_dwconv": 5},
+    "qkv": {"param_attention": "qkv"},
+    "narrow keys, another scale": {"qk_dim": 8, "qk_scale": 0.7},
+    "soft": {"soft_routing": True},
+    "soft_diff": SOFT,
+    "param_routing": SOFT | {"param_routing": True},
+    "ada_avgpool": {"kv_downsample_mode": "ada_avgpool", "kv_per_win": 2},
+    "ada_maxpool": {"kv_downsample_mode": "ada_maxpool", "kv_per_win": 3},
+    "avgpool": {"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 3},
+    "maxpool": {"kv_downsample_mode": "maxpool", "kv_downsample_ratio": 2},
+}
+original = seed_module.BiLevelRoutingAttention
+
+
+class Permuting(nn.Module):
+    """A paste under another name, which takes and returns NCHW maps."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        vars(self).update(vars(original(**arguments)))
+
+    def forward(self, x, ret_attn_mask=False):
+        out = original.forward(self, x.permute(0, 2, 3, 1), ret_attn_mask)
+        if ret_attn_mask:
+            return out[0].permute(0, 3, 1, 2), *out[1:]
+        return out.permute(0, 3, 1, 2)
+
+
+class AuthorsNCHW(nn.Module):
+    """The structure and the computation of the authors' NCHW class, by masked dense attention."""
+
+    def __init__(self, dim, num_heads, n_win, topk, lepe=torch.zeros_like):
+        super().__init__()
+        self.dim, self.num_heads, self.n_win, self.topk = dim, num_heads, n_win, topk
+        self.scale = dim**-0.5
+        self.lepe = lepe
+        self.qkv_linear = nn.Conv2d(dim, 3 * dim, 1)
+        self.output_linear = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x, ret_attn_mask=False):
+        (height, width), n_win = x.shape[-2:], self.n_win
+        sides = (height // n_win, width // n_win)
+        q, k, v = self.qkv_linear(x).chunk(3, 1)
+        means = [
+            F.avg_pool2d(t.detach(), sides, ceil_mode=True, count_include_pad=False).flatten(2)
+            for t in (q, k)
+        ]
+        chosen = (means[0].transpose(1, 2) @ means[1]).topk(self.topk).indices
+        counts = [-(-side // region_side) for side, region_side in zip((height, width), sides, strict=True)]
+        padding = (0, counts[1] * sides[1] - width, 0, counts[0] * sides[0] - height)
+        row, column = (torch.arange(n * s) // s for n, s in zip(counts, sides, strict=True))
+        region = (row[:, None] * counts[1] + column).flatten()
+        mask = torch.zeros(len(x), counts[0] * counts[1], counts[0] * counts[1], dtype=torch.bool)
+        mask = mask.scatter(2, chosen, True)[:, region][:, :, region].unsqueeze(1)
+        heads = [F.pad(t, padding).flatten(2).unflatten(1, (self.num_heads, -1)).mT for t in (q, k, v)]
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=self.scale)
+        out = out.mT.flatten(1, 2).unflatten(2, (counts[0] * sides[0], -1))[:, :, :height, :width]
+        return self.output_linear(out + self.lepe(v))
+
+
+class Block(nn.Module):
+    """A model of somebody else's around an attention."""
+
+    def __init__(self, attn):
+        super().__init__()
+        self.norm = nn.LayerNorm(12)
+        self.attn = attn
+
+    def forward(self, x):
+        return x + self.attn(self.norm(x))
+
+
+def clear_map(size):
+    """An NHWC map with a mean for each region, so that float32 leaves no doubt about the routing."""
+    means = torch.randn(2, 2, 2, 12).repeat_interleave(size[0] // 2 + 1, 1)
+    return (
+        torch.randn(2, *size, 12) + 2 * means.repeat_interleave(size[1] // 2 + 1, 2)[:, : size[0], : size[1]]
+    )
+
+
+def assert_replaced_by(kind, model, x):
+    """Replaces the one attention in the model, and compares outputs and gradients before and after."""
+    grad_out = torch.randn_like(x)
+    expected, keys = run(model, x, grad_out), model.state_dict().keys()
+    report = replace_attention(model, "torch")  # under Triton's interpreter "auto" is slow
+    assert [finding.ours.rpartition(".")[2] for finding in report.replaced] == [kind.__name__], str(report)
+    assert report.not_replaced == ()
+    assert report.model.state_dict().keys() == keys
+    actual = run(report.model, x, grad_out)
+    assert actual.keys() == expected.keys()
+    errors = {name: relative_error(actual[name], expected[name].double()) for name in expected}
+    assert worst(errors.values()) < TOLERANCE, errors
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("size", [(6, 8), (5, 7)], ids=["divisible", "padded"])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_of_the_original_class(self, mode, size):
+        attn = original(**SIZE | MODES[mode], auto_pad=size == (5, 7))
+        assert_replaced_by(BiLevelRoutingAttention, Block(attn), clear_map(size))
+
+    @pytest.mark.parametrize("mode", ["default", "param_routing", "avgpool"])
+    def test_of_a_paste_that_permutes(self, mode):
+        """Its layers are those of the NHWC class, so only the trial can tell."""
+        attn = Permuting(**SIZE | MODES[mode], auto_pad=True)
+        assert_replaced_by(PermutedBiLevelRoutingAttention, attn, clear_map((5, 7)).permute(0, 3, 1, 2))
+
+    @pytest.mark.parametrize(
+        "lepe", [torch.zeros_like, nn.Conv2d(12, 12, 5, padding=2, groups=12)], ids=["no LePE", "LePE"]
+    )
+    @pytest.mark.parametrize("size", [(6, 8), (5, 7)], ids=["divisible", "padded"])
+    def test_of_the_authors_nchw_class(self, size, lepe):
+        attn = AuthorsNCHW(**SIZE, lepe=copy.deepcopy(lepe))
+        assert_replaced_by(NCHWBiLevelRoutingAttention, attn, clear_map(size).permute(0, 3, 1, 2))
+
+    def test_of_a_projection_without_bias(self):
+        attn = original(**SIZE, auto_pad=True)
+        attn.qkv.qkv = nn.Linear(12, 36, bias=False)
+        assert_replaced_by(BiLevelRoutingAttention, attn, clear_map((5, 7)))
+
+    def test_of_a_projection_that_is_one_layer(self):
+        """Its keys stay `qkv.weight` and `qkv.bias`."""
+        attn = paste(splits_itself, qkv=nn.Linear(12, 36))
+        assert_replaced_by(BiLevelRoutingAttention, Block(attn), clear_map((6, 8)))
+
+    def test_the_attention_matrix_of_a_paste_that_permutes(self):
+        """`ret_attn_mask` goes past the trial."""
+        attn, x = Permuting(**SIZE), clear_map((6, 8)).permute(0, 3, 1, 2)
+        expected, actual = attn(x, True), replace_attention(attn).model(x, True)
+        assert torch.equal(actual[2], expected[2])
+        assert worst(relative_error(actual[i], expected[i].double()) for i in (0, 1, 3)) < TOLERANCE
+
+
+# Where an attention may stand, and how to find it there.
+PLACES = {
+    "root": (lambda attn: attn, lambda model: model, ""),
+    "attribute": (Block, lambda model: model.attn, "attn"),
+    "Sequential": (lambda attn: nn.Sequential(nn.Identity(), attn), lambda model: model[1], "1"),
+    "ModuleList": (lambda attn: nn.ModuleList([attn]), lambda model: model[0], "0"),
+    "ModuleDict": (lambda attn: nn.ModuleDict({"a": attn}), lambda model: model["a"], "a"),
+    "deep": (
+        lambda attn: nn.Sequential(Block(nn.Sequential(attn))),
+        lambda model: model[0].attn[0],
+        "0.attn.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place(place):
+    around, find, name = PLACES[place]
+    report = replace_attention(around(original(**SIZE)))
+    assert type(find(report.model)) is BiLevelRoutingAttention
+    assert [finding.name for finding in report.replaced] == [name]
+
+
+def test_a_shared_module_stays_one_object():
+    attn = original(**SIZE)
+    report = replace_attention(nn.ModuleList([attn, Block(attn), original(**SIZE)]))
+    first, block, other = report.model
+    assert first is block.attn
+    assert first is not other
+    assert [finding.name for finding in report.replaced] == ["0, 1.attn", "2"]
+
+
+class TestWhatIsKept:
+    def test_parameters_modes_and_the_generators_state(self):
+        attn = original(**SIZE, param_routing=True, **SOFT).bfloat16().train()
+        attn.wo.eval().requires_grad_(False)
+        attn.lepe.weight.requires_grad_(False)
+        parameters = dict(attn.named_parameters())
+        flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        values = {name: parameter.clone() for name, parameter in parameters.items()}
+        state = torch.get_rng_state()
+        with torch.no_grad():  # the trial needs gradients
+            ours = replace_attention(attn).model
+        assert type(ours) is BiLevelRoutingAttention
+        assert torch.equal(torch.get_rng_state(), state)
+        for name, parameter in ours.named_parameters():
+            assert parameter is parameters[name]
+            assert torch.equal(parameter, values[name])
+            assert parameter.requires_grad == flags[name]
+        assert {name: m.training for name, m in ours.named_modules() if name in ("", "router", "wo")} == {
+            "": True,
+            "router": True,
+            "wo": False,
+        }
+        assert not replace_attention(original(**SIZE).eval()).model.training
+
+    def test_nothing_of_the_original_prevents_pickling(self):
+        """Without LePE the original holds a function that has no name."""
+        ours = replace_attention(original(**SIZE, side_dwconv=0)).model
+        assert type(pickle.loads(pickle.dumps(ours))) is BiLevelRoutingAttention
+
+    def test_hooks_with_their_handles(self):
+        """The trial calls none of them."""
+        attn, calls = original(**SIZE), []
+        handles = [
+            attn.register_forward_pre_hook(lambda module, args: calls.append("pre")),
+            attn.register_forward_hook(
+                lambda module, args, kwargs, out: calls.append("out"), with_kwargs=True
+            ),
+            attn.register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("backward")),
+            attn.wo.register_forward_hook(lambda module, args, out: calls.append("wo")),
+        ]
+        report = replace_attention(Block(attn))
+        assert calls == []
+        assert report.replaced[0].note == ""
+        x = clear_map((6, 8))
+        report.model(x).sum().backward()
+        assert calls == ["pre", "wo", "out", "backward"]
+        for handle in handles:
+            handle.remove()
+        report.model(x)
+        assert len(calls) == 4
+
+    def test_hooks_of_layers_that_ours_does_not_call_are_named(self):
+        attn = original(**SIZE)
+        for layer in (
+            attn.lepe,
+            attn.router,
+            attn.router.emb,
+            attn.kv_gather,
+            attn.qkv,
+            attn.wo,
+            attn.qkv.qkv,
+        ):
+            layer.register_forward_hook(lambda module, args, out: None)
+        note = replace_attention(attn).replaced[0].note
+        assert note == "hooks not called any more on lepe, router, router.emb, kv_gather, qkv"
+
+    def test_attributes_that_others_set_or_read(self):
+        """Ultralytics numbers the layers of a model so, in `type` too, which is a method of `nn.Module`."""
+        attn = original(**SIZE)
+        attn.i, attn.f, attn.type = 3, -1, "somebody.Attention"
+        ours = replace_attention(nn.Sequential(attn)).model[0]
+        assert (ours.i, ours.f, ours.type, ours.num_heads, ours.scale) == (3, -1, attn.type, 2, 12**-0.5)
+
+    def test_the_backend_that_was_asked_for(self):
+        model = nn.ModuleList([original(**SIZE), AuthorsNCHW(**SIZE), Permuting(**SIZE)])
+        assert [ours.backend for ours in replace_attention(model, "reference").model] == ["reference"] * 3
+
+
+class Subclass(original):
+    """Records something, beside the same result."""
+
+    def forward(self, x):
+        self.seen = x.shape
+        return super().forward(x)
+
+
+def with_(change, **arguments):
+    """An original to which something was done."""
+    attn = original(**SIZE | arguments)
+    change(attn)
+    return attn
+
+
+def paste(forward, **layers):
+    """An implementation with the original's layers, more of them, and another forward."""
+    attn = type("Paste", (nn.Module,), {"forward": forward})()
+    vars(attn).update(vars(original(**SIZE)))
+    for name, layer in layers.items():
+        setattr(attn, name, layer)
+    return attn
+
+
+class DepthwiseLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def raises(self, x):
+    raise RuntimeError("the first line\nand more")
+
+
+def splits_itself(self, x):
+    split = {"qkv": lambda y: self.qkv(y).split([12, 24], -1)}
+    return original.forward(SimpleNamespace(**vars(self) | self._modules | split), x)
+
+
+def pads_always(self, x):
+    out = original.forward(self, F.pad(x, (0, 0, 0, -x.shape[2] % 2, 0, -x.shape[1] % 2)))
+    return out[:, : x.shape[1], : x.shape[2]]
+
+
+def detached(self, x):
+    return original.forward(self, x.detach() + 0 * x)
+
+
+NOT_REPLACED = {
+    "a subclass with its own forward": (lambda: Subclass(**SIZE), "overrides the forward of BiLevelRouting"),
+    "a forward set on the object": (lambda: with_(lambda m: setattr(m, "forward", m.forward)), "overrides"),
+    "one more input": (
+        lambda: paste(lambda self, x, guide=None: original.forward(self, x)),
+        "its forward takes guide, which ours does not",
+    ),
+    "dropout as a layer": (
+        lambda: paste(lambda self, x: self.drop(original.forward(self, x)), drop=nn.Dropout(1e-6)),
+        "ours has no drop = Dropout(p=1e-06",
+    ),
+    "dropout as a function": (
+        lambda: paste(lambda self, x: F.dropout(original.forward(self, x), 0.1, self.training)),
+        "the output differs in training",
+    ),
+    "another result in eval": (
+        lambda: paste(lambda self, x: original.forward(self, x) * (1 if self.training else 2)),
+        "the output differs in eval",
+    ),
+    "the same output, another gradient": (lambda: paste(detached), "the gradient of the map differs"),
+    "another shape": (
+        lambda: paste(lambda self, x: original.forward(self, x)[:1]),
+        "the output is (1, 4, 6, 12), by ours (2, 4, 6, 12)",
+    ),
+    "two results": (
+        lambda: paste(lambda self, x: (original.forward(self, x), None)),
+        "TypeError: its forward returns a tuple, ours a tensor",
+    ),
+    "one more parameter": (
+        lambda: with_(lambda m: m.register_parameter("gamma", nn.Parameter(torch.ones(12)))),
+        "only one of it and ours has: gamma",
+    ),
+    "one more buffer": (
+        lambda: with_(lambda m: m.register_buffer("mean", torch.ones(12), persistent=False)),
+        "only one of it and ours has: mean",
+    ),
+    "LePE by a layer that ours does not call": (
+        lambda: with_(lambda m: setattr(m, "lepe", DepthwiseLayer())),
+        "its lepe is a test_migration.DepthwiseLayer, which ours does not call",
+    ),
+    "LePE by a function": (
+        lambda: with_(lambda m: setattr(m, "lepe", torch.ones_like), side_dwconv=0),
+        "the output differs",
+    ),
+    "LePE with dilation": (
+        lambda: with_(lambda m: setattr(m, "lepe", nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12))),
+        "the output differs",
+    ),
+    "a router with another layer": (
+        lambda: with_(lambda m: setattr(m.router, "emb", nn.LayerNorm(12))),
+        "its router.emb is a torch.nn.modules.normalization.LayerNorm",
+    ),
+    "another pooling": (
+        lambda: with_(lambda m: setattr(m, "kv_down", nn.LPPool2d(2, 2))),
+        "the output differs",
+    ),
+    "another number of regions than it says": (
+        lambda: with_(lambda m: setattr(m, "topk", 2)),
+        "the output differs",
+    ),
+    "a scale that is learnt": (
+        lambda: with_(lambda m: (delattr(m, "scale"), setattr(m, "scale", nn.Parameter(torch.ones(()))))),
+        "only one of it and ours has: scale",
+    ),
+    "a setting that ours does not have": (
+        lambda: with_(lambda m: setattr(m, "param_attention", "none")),
+        "ValueError: param_attention must be one of",
+    ),
+    "a mode that the original does not compute": (
+        lambda: original(**SIZE, diff_routing=True),
+        "NotImplementedError: differentiable hard routing TBA",
+    ),
+    "a forward that raises": (lambda: paste(raises), "RuntimeError: the first line"),
+    "no output projection": (lambda: with_(lambda m: delattr(m, "wo")), "has no attribute `wo`"),
+    "padding that it does not own to": (
+        lambda: paste(pads_always),
+        "it takes maps that need padding, although it has no auto_pad=True",
+    ),
+    "weights that are not there yet": (
+        lambda: original(**SIZE).to("meta"),
+        "NotImplementedError: Cannot copy",
+    ),
+    "hooks on its state_dict": (
+        lambda: with_(lambda m: m.register_state_dict_pre_hook(lambda *_: None)),
+        "it has hooks on its state_dict",
+    ),
+    "NHWC in, NCHW out": (
+        lambda: paste(lambda self, x: original.forward(self, x).permute(0, 3, 1, 2)),
+        "beside BiLevelRoutingAttention, the output is (2, 12, 4, 6), by ours (2, 4, 6, 12); "
+        "beside PermutedBiLevelRoutingAttention, RuntimeError: mat1 and mat2",
+    ),
+    "the authors' NCHW class with another LePE": (
+        lambda: AuthorsNCHW(**SIZE, lepe=torch.ones_like),
+        "beside NCHWBiLevelRoutingAttention, the output differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_REPLACED)
+def test_what_is_not_the_same_is_left_alone_and_says_why(case):
+    build, reason = NOT_REPLACED[case]
+    attn = build()
+    model = nn.Sequential(attn)
+    report = replace_attention(model)
+    assert model[0] is attn
+    assert report.replaced == ()
+    (finding,) = report.not_replaced
+    assert reason in finding.note
+    assert "\n" not in finding.note
+
+
+class TestSubclasses:
+    def test_are_replaced_if_told_so_and_equal(self):
+        report = replace_attention(Subclass(**SIZE), subclasses=True)
+        assert type(report.model) is BiLevelRoutingAttention
+        patched = with_(lambda m: setattr(m, "forward", m.forward))
+        ours = replace_attention(patched, subclasses=True).model
+        assert "forward" not in vars(ours)
+
+    def test_are_left_alone_if_not_equal(self):
+        other = type("Other", (original,), {"forward": lambda self, x: 2 * original.forward(self, x)})
+        report = replace_attention(other(**SIZE), subclasses=True)
+        assert "the output differs" in report.not_replaced[0].note
+
+
+def test_layers_that_do_nothing_are_no_obstacle():
+    attn = paste(lambda self, x: self.drop(original.forward(self, x)), drop=nn.Dropout(0.0))
+    assert len(replace_attention(attn).replaced) == 1
+
+
+def test_our_own_modules_and_what_holds_one_are_not_looked_at():
+    """torch.compile's wrapper answers for the attributes of the module inside."""
+    compiled = torch.compile(original(**SIZE))
+    report = replace_attention(nn.ModuleList([BiLevelRoutingAttention(**SIZE), compiled]))
+    assert [finding.name for finding in report.replaced] == ["1._orig_mod"]
+    assert replace_attention(report.model).replaced == replace_attention(report.model).not_replaced == ()
+
+
+def test_the_report_is_readable_and_frozen():
+    attn = original(**SIZE)
+    attn.lepe.register_forward_hook(lambda module, args, out: None)
+    report = replace_attention(nn.ModuleList([attn, Subclass(**SIZE)]))
+    assert str(report).splitlines() == [
+        "replaced: 1",
+        "  0: seed_module.BiLevelRoutingAttention -> bra_triton.modules.nhwc.BiLevelRoutingAttention: "
+        "hooks not called any more on lepe",
+        "not replaced: 1",
+        "  1: test_migration.Subclass: it overrides the forward of BiLevelRoutingAttention; "
+        "subclasses=True replaces it if the result is the same",
+    ]
+    with pytest.raises(AttributeError):
+        report.model = None
+    assert str(replace_attention(original(**SIZE))).splitlines()[1].startswith("  (the model): seed_module")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("model",), TypeError, "model must be an nn.Module, got 'model'"),
+        ((nn.Identity(), "cuda"), ValueError, "backend must be one of .* got 'cuda'"),
+    ],
+)
+def test_wrong_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        replace_attention(*arguments)
