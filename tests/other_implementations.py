@@ -1,0 +1,66 @@
+"""Models of somebody else's: the original attention, a paste of it, the authors' NCHW form, and a block."""
+
+import seed_module
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+original = seed_module.BiLevelRoutingAttention
+
+
+class Permuting(nn.Module):
+    """A paste under another name, which takes and returns NCHW maps."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        vars(self).update(vars(original(**arguments)))
+
+    def forward(self, x, ret_attn_mask=False):
+        out = original.forward(self, x.permute(0, 2, 3, 1), ret_attn_mask)
+        if ret_attn_mask:
+            return out[0].permute(0, 3, 1, 2), *out[1:]
+        return out.permute(0, 3, 1, 2)
+
+
+class AuthorsNCHW(nn.Module):
+    """The structure and the computation of the authors' NCHW class, by masked dense attention."""
+
+    def __init__(self, dim, num_heads, n_win, topk, lepe=torch.zeros_like):
+        super().__init__()
+        self.dim, self.num_heads, self.n_win, self.topk = dim, num_heads, n_win, topk
+        self.scale = dim**-0.5
+        self.lepe = lepe
+        self.qkv_linear = nn.Conv2d(dim, 3 * dim, 1)
+        self.output_linear = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x, ret_attn_mask=False):
+        (height, width), n_win = x.shape[-2:], self.n_win
+        sides = (height // n_win, width // n_win)
+        q, k, v = self.qkv_linear(x).chunk(3, 1)
+        means = [
+            F.avg_pool2d(t.detach(), sides, ceil_mode=True, count_include_pad=False).flatten(2)
+            for t in (q, k)
+        ]
+        chosen = (means[0].transpose(1, 2) @ means[1]).topk(self.topk).indices
+        counts = [-(-side // region_side) for side, region_side in zip((height, width), sides, strict=True)]
+        padding = (0, counts[1] * sides[1] - width, 0, counts[0] * sides[0] - height)
+        row, column = (torch.arange(n * s) // s for n, s in zip(counts, sides, strict=True))
+        region = (row[:, None] * counts[1] + column).flatten()
+        mask = torch.zeros(len(x), counts[0] * counts[1], counts[0] * counts[1], dtype=torch.bool)
+        mask = mask.scatter(2, chosen, True)[:, region][:, :, region].unsqueeze(1)
+        heads = [F.pad(t, padding).flatten(2).unflatten(1, (self.num_heads, -1)).mT for t in (q, k, v)]
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=self.scale)
+        out = out.mT.flatten(1, 2).unflatten(2, (counts[0] * sides[0], -1))[:, :, :height, :width]
+        return self.output_linear(out + self.lepe(v))
+
+
+class Block(nn.Module):
+    """A model of somebody else's around an attention."""
+
+    def __init__(self, attn):
+        super().__init__()
+        self.norm = nn.LayerNorm(12)
+        self.attn = attn
+
+    def forward(self, x):
+        return x + self.attn(self.norm(x))
