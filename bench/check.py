@@ -4,8 +4,9 @@ Needs PyTorch, Triton, einops and pytest, and this working tree; nothing is inst
 tree is a copy without git, `BRA_TRITON_COMMIT` says of which commit, and the report repeats it.
 
 1. Every mode in float32, float16 and bfloat16 against the float64 reference, for the same bits in every run,
-   in CUDA graphs, and for host synchronisation (`tests/gpu`), a process a mode. Beside them the rest of the
-   tests, as far as what they import is there, and every peer of the benchmark against the definition.
+   in CUDA graphs (forward and training step), and for host synchronisation (`tests/gpu`), a process a mode.
+   Beside them the rest of the tests, as far as what they import is there, and every peer of the benchmark
+   against the definition.
 2. Times and memory beside the peers (`bra-bench peers`), one row after the other, as long as the time lasts.
 
 Whatever fails is reported and the rest goes on. The folder of results holds `results.json`, `report.md` and

@@ -10,7 +10,7 @@ import pytest
 import torch
 from modes import INTERPRETED, MODES, ON_GPU, Mode
 from modules import nchw_call, region_means, run
-from problems import relative_error
+from problems import relative_error, worst
 
 # Rounding of float32 gives 1e-7 to 1e-6, and tf32x3 on tensor cores should; a wrong tail, mask or scale gives
 # 1e-3 and more.
@@ -168,3 +168,24 @@ def test_forward_is_captured_in_a_cuda_graph(mode, name, device):
         graph.replay()
     tolerance = FLOAT32_TOLERANCE if name == "fp32" else torch.finfo(x.dtype).eps
     assert relative_error(out, expected.double()) <= tolerance
+
+
+@needs_gpu
+@every_mode(lambda mode, name: False)
+def test_a_training_step_is_captured_in_cuda_graphs(mode, name, device):
+    """By PyTorch's own tool: output and all gradients of another map as a plain step gives them."""
+    module, _, x, grad_out = problem(mode, SIZES[1], device)
+    module, x = module.to(DTYPES[name]), x.to(DTYPES[name])
+    other = x.flip(0)  # routes as clearly
+    expected = {key: value.clone() for key, value in run(module, other, grad_out).items()}
+    step = torch.cuda.make_graphed_callables(copy.deepcopy(module), (x.detach().requires_grad_(),))
+    actual = run(step, other, grad_out)
+    # Rounding of cuBLAS and cuDNN, which may choose other algorithms under capture, is not ours.
+    tolerance = FLOAT32_TOLERANCE if name == "fp32" else 4 * torch.finfo(x.dtype).eps
+    least = 1e-3 * expected["x"].double().norm()  # of a gradient that is 0, only rounding is left
+    errors = {
+        key: relative_error(actual[key], value.double())
+        for key, value in expected.items()
+        if value.double().norm() > least
+    }
+    assert worst(errors.values()) <= tolerance, errors
