@@ -193,7 +193,8 @@ def _launch_small_map(
         plan, arrays.routed, choices, saved, gradients.maps(packed), needs_padding
     )
     adds = packed.kv is None
-    launch_finish(plan, None, _launch_lepe_gradient(plan, packed, saved.grad_out, gradients, adds))
+    of_lepe = _launch_lepe_gradient(plan, packed, saved.grad_out, gradients, adds_to_grad=adds)
+    launch_finish(plan, None, of_lepe)
     return padding_shares
 
 

@@ -11,6 +11,7 @@ which region attends to which: 1 for all heads, or one per head.
 from typing import NamedTuple
 
 from ..arrays import Buffer
+from ..problem import RoutedAttention
 
 
 class Maps(NamedTuple):
@@ -26,6 +27,11 @@ class Maps(NamedTuple):
     key: Buffer
     value: Buffer
 
+    @classmethod
+    def of(cls, problem: RoutedAttention[Buffer]) -> "Maps":
+        """The maps of an attention."""
+        return cls(problem.query, problem.key, problem.value)
+
 
 class PaddingRows(NamedTuple):
     """What padding of keys and values holds.
@@ -37,6 +43,11 @@ class PaddingRows(NamedTuple):
 
     key: Buffer
     value: Buffer
+
+    @classmethod
+    def of(cls, problem: RoutedAttention[Buffer]) -> "PaddingRows | None":
+        """What an attention's padding holds; None without padding."""
+        return None if problem.padding is None else cls(problem.padding.key, problem.padding.value)
 
 
 class Lists(NamedTuple):

@@ -99,9 +99,7 @@ class Attention:
     @property
     def leading_arguments(self) -> tuple[Maps, PaddingRows | None, Marks | None]:
         """Groups of pointers that all kernels take."""
-        problem = self.problem
-        padding = None if problem.padding is None else PaddingRows(problem.padding.key, problem.padding.value)
-        return Maps(problem.query, problem.key, problem.value), padding, self.lists.marks
+        return Maps.of(self.problem), PaddingRows.of(self.problem), self.lists.marks
 
     @property
     def query_side_sizes(self) -> tuple[int, ...]:

@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 
 from ..lib.matrix import add_matmul, matmul
-from .tokens import chosen, listed_tokens, load_heads, locate, own_tokens, store_heads, transposed
+from .tokens import (
+    chosen,
+    listed_tokens,
+    load_heads,
+    load_keys_values,
+    load_queries,
+    locate,
+    own_tokens,
+    store_heads,
+    transposed,
+)
 
 
 @triton.jit
@@ -49,38 +59,13 @@ def _query_gradient(
     topk, n_regions, map_tokens, kv_tokens = sizes
     own, _ = own_tokens(region, grid, CONFIG.BLOCK_OWN)
     in_map = own >= 0
-    q = load_heads(
-        maps.query + image * map_tokens * CONFIG.QUERY_STRIDE,
-        None,
-        own,
-        in_map,
-        head,
-        CONFIG.QUERY_STRIDE,
-        CONFIG.QK_HEAD_DIM,
-        CONFIG.BLOCK_QK,
-    )
+    q = load_queries(maps, image, map_tokens, own, in_map, head, CONFIG)
     grad_out, delta, lse = _statistics(saved, image, map_tokens, own, in_map, head, CONFIG)
     regions, weight = chosen(choices, image, region, topk, n_regions, CONFIG)
-    key_base = maps.key + image * kv_tokens * CONFIG.KEY_STRIDE
-    value_base = maps.value + image * kv_tokens * CONFIG.VALUE_STRIDE
-    key_padding = None if padding is None else padding.key
-    value_padding = None if padding is None else padding.value
     grad = tl.zeros([HEADS, BLOCK_OWN, BLOCK_QK], tl.float32)
     for start in tl.range(0, topk * kv_grid[0] * kv_grid[1], CONFIG.BLOCK_STEP):
         token, live, of_slot = listed_tokens(regions, topk, start, kv_grid, CONFIG.BLOCK_STEP)
-        k = load_heads(
-            key_base, key_padding, token, live, head, CONFIG.KEY_STRIDE, CONFIG.QK_HEAD_DIM, CONFIG.BLOCK_QK
-        )
-        v = load_heads(
-            value_base,
-            value_padding,
-            token,
-            live,
-            head,
-            CONFIG.VALUE_STRIDE,
-            CONFIG.V_HEAD_DIM,
-            CONFIG.BLOCK_V,
-        )
+        k, v = load_keys_values(maps, padding, image, kv_tokens, token, live, head, CONFIG)
         scores = matmul(q, transposed(k), PRECISION) * logit_scale
         grad_probs = matmul(grad_out, transposed(v), PRECISION)
         if CONFIG.IS_SOFT:
@@ -140,36 +125,14 @@ def _key_value_gradient(
     own, exists = own_tokens(region, kv_grid, CONFIG.BLOCK_OWN)
     in_map = own >= 0
     live_own = in_map if padding is None else exists
-    k = load_heads(
-        maps.key + image * kv_tokens * CONFIG.KEY_STRIDE,
-        None if padding is None else padding.key,
-        own,
-        live_own,
-        head,
-        CONFIG.KEY_STRIDE,
-        CONFIG.QK_HEAD_DIM,
-        CONFIG.BLOCK_QK,
-    )
-    v = load_heads(
-        maps.value + image * kv_tokens * CONFIG.VALUE_STRIDE,
-        None if padding is None else padding.value,
-        own,
-        live_own,
-        head,
-        CONFIG.VALUE_STRIDE,
-        CONFIG.V_HEAD_DIM,
-        CONFIG.BLOCK_V,
-    )
+    k, v = load_keys_values(maps, padding, image, kv_tokens, own, live_own, head, CONFIG)
     regions, n_choosers, weight = _choosers(choices, image, region, topk, n_regions, CONFIG)
-    query_base = maps.query + image * map_tokens * CONFIG.QUERY_STRIDE
     grad_key = tl.zeros([HEADS, BLOCK_OWN, BLOCK_QK], tl.float32)
     grad_value = tl.zeros([HEADS, BLOCK_OWN, BLOCK_V], tl.float32)
     for start in tl.range(0, n_choosers * grid[0] * grid[1], CONFIG.BLOCK_STEP):
         token, live, of_slot = listed_tokens(regions, n_choosers, start, grid, CONFIG.BLOCK_STEP)
         live = token >= 0
-        q = load_heads(
-            query_base, None, token, live, head, CONFIG.QUERY_STRIDE, CONFIG.QK_HEAD_DIM, CONFIG.BLOCK_QK
-        )
+        q = load_queries(maps, image, map_tokens, token, live, head, CONFIG)
         grad_out, delta, lse = _statistics(saved, image, map_tokens, token, live, head, CONFIG)
         scores = matmul(k, transposed(q), PRECISION) * logit_scale
         grad_probs = matmul(v, transposed(grad_out), PRECISION)

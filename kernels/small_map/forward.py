@@ -17,7 +17,15 @@ import triton.language as tl
 
 from ..lepe.convolution import convolve_tile
 from ..lib.matrix import add_matmul, matmul
-from .tokens import chosen, listed_tokens, load_heads, locate, own_tokens, transposed
+from .tokens import (
+    chosen,
+    listed_tokens,
+    load_keys_values,
+    load_queries,
+    locate,
+    own_tokens,
+    transposed,
+)
 
 
 @triton.jit
@@ -119,17 +127,7 @@ def small_map_forward_kernel(
     )
     own, _ = own_tokens(region, grid, BLOCK_OWN)
     in_map = own >= 0
-    first_query = image * (height * width) * CONFIG.QUERY_STRIDE
-    q = load_heads(
-        maps.query + first_query,
-        None,
-        own,
-        in_map,
-        head,
-        CONFIG.QUERY_STRIDE,
-        CONFIG.QK_HEAD_DIM,
-        CONFIG.BLOCK_QK,
-    )
+    q = load_queries(maps, image, height * width, own, in_map, head, CONFIG)
     if rows is None:
         regions, weight = chosen(choices, image, region, topk, n_regions, CONFIG)
     else:
@@ -137,22 +135,12 @@ def small_map_forward_kernel(
             rows, choices, image, region, first_head == 0, topk, n_regions, routing_scale, CONFIG
         )
 
-    kv_tokens = kv_height * kv_width
-    key_base = maps.key + image * kv_tokens * CONFIG.KEY_STRIDE
-    value_base = maps.value + image * kv_tokens * CONFIG.VALUE_STRIDE
-    key_padding = None if padding is None else padding.key
-    value_padding = None if padding is None else padding.value
     row_max = tl.full([HEADS, BLOCK_OWN], float("-inf"), tl.float32)
     row_sum = tl.zeros([HEADS, BLOCK_OWN], tl.float32)
     acc = tl.zeros([HEADS, BLOCK_OWN, BLOCK_V], tl.float32)
     for start in tl.range(0, topk * kv_region_height * kv_region_width, CONFIG.BLOCK_STEP):
         token, live, slot = listed_tokens(regions, topk, start, kv_grid, CONFIG.BLOCK_STEP)
-        k = load_heads(
-            key_base, key_padding, token, live, head, CONFIG.KEY_STRIDE, CONFIG.QK_HEAD_DIM, CONFIG.BLOCK_QK
-        )
-        v = load_heads(
-            value_base, value_padding, token, live, head, CONFIG.VALUE_STRIDE, CONFIG.V_HEAD_DIM, BLOCK_V
-        )
+        k, v = load_keys_values(maps, padding, image, kv_height * kv_width, token, live, head, CONFIG)
         scores = matmul(q, transposed(k), PRECISION) * logit_scale
         if CONFIG.IS_SOFT:
             factor = tl.gather(weight, slot, 0)[None, None, :]

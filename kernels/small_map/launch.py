@@ -8,7 +8,7 @@ from ..arrays import Buffer
 from ..attention.arguments import ForwardResults, Maps, PaddingRows, Saved
 from ..attention.launch import LOG2_E, dot_precision
 from ..lepe.arguments import LepeParts
-from ..lib.integers import cdiv, inverse, next_power_of_2
+from ..lib.integers import inverse, next_power_of_2
 from ..lib.maps import row_stride
 from ..plan import Plan
 from ..problem import Gradients, Lepe, RoutedAttention
@@ -24,11 +24,11 @@ from .forward import small_map_forward_kernel
 _MOST_HEADS = 4
 # Keys or queries of a step, by bytes of an element. With 64 keys a thread takes 148 registers at YOLO's P5
 # instead of 116, so an SM holds half as many warps; with 16 queries dK/dV takes twice the instructions
-# (compiled for sm_90). In float32 a step of 32 spills.
+# (counted by hand, sm_90). In float32 a step of 32 spills.
 _STEP = {2: 32, 4: 16}
 # Programs times regions up to which programs choose for themselves. Beyond, what they compute more than once
 # takes longer than a launch of the router (3 us on an H200): at YOLO's P5, 5 windows, batch 16, 830 of 2461
-# instructions, 3.6 us (predicted for an H100).
+# instructions, 3.6 us (counted by hand and predicted for an H100).
 MOST_ROUTED = 2**14
 # Elements in a step of the router's product.
 _ROUTER_STEP = 2048
@@ -70,7 +70,14 @@ def launch_small_map(
     plan.launch(
         small_map_forward_kernel,
         (programs,),
-        (_maps(problem), rows, choices, _padding(problem), LepeParts.of(lepe) if lepe else None, results),
+        (
+            Maps.of(problem),
+            rows,
+            choices,
+            PaddingRows.of(problem),
+            LepeParts.of(lepe) if lepe else None,
+            results,
+        ),
         (
             *(problem.scale * LOG2_E, routing.scale),
             *_sizes(problem),
@@ -108,7 +115,7 @@ def launch_small_map_gradient(
         small_map_backward_kernel,
         (2 * _programs(problem, config),),
         (
-            *(_maps(problem), choices, _padding(problem), saved),
+            *(Maps.of(problem), choices, PaddingRows.of(problem), saved),
             SmallMapGradients(gradients.query, gradients.key, gradients.value, shares),
         ),
         (
@@ -148,15 +155,7 @@ def _config(problem: RoutedAttention[Buffer]) -> SmallMapConfig:
 
 
 def _programs(problem: RoutedAttention[Buffer], config: SmallMapConfig) -> int:
-    return problem.batch * problem.query_grid.n_regions * cdiv(problem.num_heads, config.HEADS)
-
-
-def _maps(problem: RoutedAttention[Buffer]) -> Maps:
-    return Maps(problem.query, problem.key, problem.value)
-
-
-def _padding(problem: RoutedAttention[Buffer]) -> PaddingRows | None:
-    return None if problem.padding is None else PaddingRows(problem.padding.key, problem.padding.value)
+    return problem.batch * problem.query_grid.n_regions * (problem.num_heads // config.HEADS)
 
 
 def _sizes(problem: RoutedAttention[Buffer]) -> tuple[int, ...]:

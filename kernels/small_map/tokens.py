@@ -3,7 +3,7 @@
 A grid is a tuple of region height and width, columns, height and width of the map, then the inverses of the
 region's tokens, of its width and of the columns. An inverse makes a division a product. The compiler divides
 anew in every layout of an address: 711 instructions in the forward's loop at YOLO's P5, 481 with inverses
-(compiled for sm_90).
+(counted by hand, sm_90).
 """
 
 import triton
@@ -100,6 +100,41 @@ def load_heads(
     if padding is not None:
         rows = tl.where((token >= 0)[None, :, None], rows, padding + channel)
     return tl.load(rows, mask=live[None, :, None] & (in_head < HEAD_DIM)[None, None, :], other=0.0)
+
+
+@triton.jit
+def load_queries(maps, image, map_tokens, token, live, head, CONFIG: tl.constexpr):
+    """Queries of an image, (heads, tokens, BLOCK_QK)."""
+    base = maps.query + image * map_tokens * CONFIG.QUERY_STRIDE
+    return load_heads(base, None, token, live, head, CONFIG.QUERY_STRIDE, CONFIG.QK_HEAD_DIM, CONFIG.BLOCK_QK)
+
+
+@triton.jit
+def load_keys_values(maps, padding, image, kv_tokens, token, live, head, CONFIG: tl.constexpr):
+    """Keys (heads, tokens, BLOCK_QK) and values (heads, tokens, BLOCK_V) of an image."""
+    key_padding = None if padding is None else padding.key
+    value_padding = None if padding is None else padding.value
+    key = load_heads(
+        maps.key + image * kv_tokens * CONFIG.KEY_STRIDE,
+        key_padding,
+        token,
+        live,
+        head,
+        CONFIG.KEY_STRIDE,
+        CONFIG.QK_HEAD_DIM,
+        CONFIG.BLOCK_QK,
+    )
+    value = load_heads(
+        maps.value + image * kv_tokens * CONFIG.VALUE_STRIDE,
+        value_padding,
+        token,
+        live,
+        head,
+        CONFIG.VALUE_STRIDE,
+        CONFIG.V_HEAD_DIM,
+        CONFIG.BLOCK_V,
+    )
+    return key, value
 
 
 @triton.jit
