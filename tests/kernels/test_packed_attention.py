@@ -21,23 +21,23 @@ from bra_triton.spec import AttentionSpec
 BACKENDS = ("torch", "triton")
 # Float32 logits of the regions go through a softmax; elsewhere rounding is some units of 1e-7.
 TOLERANCE = 3e-5
-SPEC = AttentionSpec(dim=24, qk_dim=16, num_heads=2, n_win=3, topk=3)
+SPEC = AttentionSpec(dim=24, qk_dim=16, num_heads=2, n_win=2, topk=2)
 SOFT = replace(SPEC, soft_routing=True, diff_routing=True)
 HARD = replace(SPEC, diff_routing=True)
 # Specification, height and width of the map.
 CASES = {
-    "none": (SPEC, 6, 9),
-    "padded": (SPEC, 7, 8),
-    "soft": (SOFT, 6, 9),
-    "soft_padded": (SOFT, 7, 8),
-    "soft_frozen": (replace(SPEC, soft_routing=True), 6, 9),
-    "hard": (HARD, 6, 9),
-    "hard_padded": (HARD, 7, 8),
-    "hard_padding_left_out": (replace(HARD, counts_padding=False), 7, 8),
-    "whole": (replace(SPEC, topk=9), 6, 9),
-    "whole_padded": (replace(SPEC, topk=9), 7, 8),
+    "none": (SPEC, 4, 6),
+    "padded": (SPEC, 5, 5),
+    "soft": (SOFT, 4, 6),
+    "soft_padded": (SOFT, 5, 5),
+    "soft_frozen": (replace(SPEC, soft_routing=True), 4, 6),
+    "hard": (HARD, 4, 6),
+    "hard_padded": (HARD, 5, 5),
+    "hard_padding_left_out": (replace(HARD, counts_padding=False), 5, 5),
+    "whole": (replace(SPEC, topk=4), 4, 6),
+    "whole_padded": (replace(SPEC, topk=4), 5, 5),
     # Weights enter though all are chosen.
-    "hard_all": (replace(HARD, topk=9), 6, 9),
+    "hard_all": (replace(HARD, topk=4), 4, 6),
 }
 NAMES = ("qkv", "padding", "lepe_weight", "lepe_bias")
 
