@@ -164,6 +164,13 @@ def process_peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def resident_bytes() -> int:
+    """What this process holds resident now."""
+    import psutil  # comes with Ultralytics, which GPU checks on a bare machine do without
+
+    return int(psutil.Process().memory_info().rss)
+
+
 @contextmanager
 def _without_stderr() -> Iterator[None]:
     """Drops what the profiler's library writes to the terminal about its own start and stop."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bra_triton.bench import measure
+from bra_triton.bench import measure, module_times
 from bra_triton.bench.peers import Peer, peers_for
 from bra_triton.bench.problems import PROBLEMS, Problem
 
@@ -53,6 +53,8 @@ class Inputs:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints a table and writes one JSON file a row; returns 1 if `wrong` finds anything."""
     options = _parse(arguments)
+    if options.preset:
+        return module_times.report(module_times.PRESET, options.repeats)
 
     def save(row: dict[str, Any]) -> None:
         if options.out:
@@ -219,6 +221,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser("bra-bench peers", description=__doc__.split("\n\n")[0])
     parser.add_argument("--problem", nargs="+", choices=CHOICES, metavar="PROBLEM", default=["tiny"])
+    parser.add_argument("--preset", choices=["cpu"], help="whole modules on the CPU, held to their targets")
     parser.add_argument("--batch", type=int, help="images (default: the problem's)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16" if on_gpu else "float32")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")

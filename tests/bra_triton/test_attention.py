@@ -9,7 +9,7 @@ from modules import reference_of, run
 from problems import CASES_BY_NAME, Case, cases_for, random_map, relative_error, worst
 
 from bra_triton import BiLevelRoutingAttention, functional, reference
-from bra_triton.backend.torch import attention as torch_attention
+from bra_triton.backend.torch import chunks
 from bra_triton.bench import measure
 from bra_triton.call import Call
 from bra_triton.spec import AttentionSpec
@@ -121,7 +121,7 @@ def test_float16_products_past_its_range(backend, device):
 
 def test_regions_too_large_for_a_chunk_are_split(monkeypatch):
     """Unequal heads take the torch backend's unfused path, which holds scores: 64 x 128 of a region here."""
-    monkeypatch.setattr(torch_attention, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1000)
     case = Case("split", "regions of 64 tokens", 16, 16, 32, 1, 2, 2, 16)
     module, oracle = _pair(case, "torch", torch.device("cpu"))
     x = random_map(case, torch.device("cpu"), case.dim)

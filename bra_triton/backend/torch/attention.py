@@ -1,10 +1,12 @@
 """Token-to-token attention on the torch backend, in chunks of regions: memory is linear in the map.
 
 Chunks are small enough for the cache: a chunk's routed keys and values are gathered, attended to and dropped;
-the backward gathers them again.
+the backward gathers them again. Queries are read from their map, and outputs written to theirs, chunk by
+chunk.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,29 +17,30 @@ from ...kernels.arrays import dense
 from ...kernels.problem import Gradients, Padding, RoutedAttention, SmallGradients, statistic_dtype
 from . import chunks
 from .autocast import outside_autocast
-from .regions import add_rows, flat_index, from_regions, sum_over_padding, to_regions
-
-# Elements of a chunk's gathered keys and values. Measured on two cores of an x86 server over maps of 14 to
-# 80 tokens a side: 2**19 (2 MiB of float32) is within 8 % of the best of 2**17 to 2**22 everywhere.
-CHUNK_ELEMENTS = 1 << 19
+from .regions import (
+    add_rows,
+    by_region,
+    empty_map,
+    flat_index,
+    sum_over_padding,
+    whole_map,
+    without_padding,
+    write_map,
+)
 
 
 @outside_autocast
 def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     """See `FusedKernels`; the statistic is the natural logarithm of the softmax's denominator."""
-    regions = _Regions.of(problem)
-    n_rows, n_tokens = regions.query.shape[:2]
-    out = regions.value.new_empty(n_rows, n_tokens, regions.value.shape[-1])
-    lse = out.new_empty(n_rows, regions.num_heads, n_tokens, dtype=statistic_dtype(out.dtype))
-    for chunk in _chunks(problem, regions):
-        out_chunk, lse[chunk.rows, :, chunk.tokens] = chunks.forward(
-            chunk.query, *chunk.weighted(), problem.scale
-        )
-        out[chunk.rows, chunk.tokens] = _merge_heads(out_chunk)
-    lse_map = from_regions(rearrange(lse, "r m s -> r s m"), problem.query_grid, problem.n_graphs)
-    # Not a view of the regions, which PyTorch would let nobody change in place.
-    out = dense(from_regions(out, problem.query_grid, problem.n_graphs)).data
-    return out, dense(rearrange(lse_map, "n h w m -> n m h w"))
+    grid, n_graphs = problem.query_grid, problem.n_graphs
+    out = empty_map(problem.query, grid, channels=problem.value.shape[-1])
+    lse = empty_map(problem.query, grid, problem.num_heads, statistic_dtype(out.dtype))
+    out_regions, lse_regions = (by_region(x, grid, n_graphs) for x in (out, lse))
+    for chunk in _chunks(problem):
+        out_chunk, lse_chunk = chunks.forward(chunk.query, *chunk.weighted(), problem.scale)
+        _write(out_regions[chunk.box], _merge_heads(out_chunk))
+        _write(lse_regions[chunk.box], rearrange(lse_chunk, "r m s -> r s m"))
+    return without_padding(out, grid), dense(rearrange(without_padding(lse, grid), "n h w m -> n m h w"))
 
 
 @outside_autocast
@@ -68,127 +71,149 @@ def attention_backward(
         gradients: maps to write.
         needs_factor: compute the gradient of the factor, too.
     """
-    regions, n_graphs = _Regions.of(problem), problem.n_graphs
-    out_regions, grad_regions = (to_regions(x, problem.query_grid, n_graphs) for x in (out, grad_out))
-    lse_regions = to_regions(rearrange(lse, "n m h w -> n h w m"), problem.query_grid, n_graphs)
+    grid, kv_grid, n_graphs = problem.query_grid, problem.kv_grid, problem.n_graphs
+    lse = rearrange(lse, "n m h w -> n h w m")
+    maps = [by_region(whole_map(x, grid), grid, n_graphs) for x in (grad_out, out, lse)]
+    grad_query = empty_map(problem.query, grid) if grid.is_padded else gradients.query
+    grad_query_regions = by_region(grad_query, grid, n_graphs)
     # Half precision adds up to P*topk terms a key here: accumulate them in float32.
     dtype = statistic_dtype(grad_out.dtype)
-    grad_query, grad_key, grad_value = (
-        torch.zeros_like(x, dtype=dtype) for x in (regions.query, regions.key, regions.value)
+    n_rows = problem.batch * n_graphs * kv_grid.n_regions
+    grad_key, grad_value = (
+        x.new_zeros(n_rows, kv_grid.region_tokens, x.shape[-1] // n_graphs, dtype=dtype)
+        for x in (problem.key, problem.value)
     )
-    grad_factor = torch.zeros(regions.r_idx.shape, dtype=dtype, device=out.device) if needs_factor else None
-    for chunk in _chunks(problem, regions):
-        at = chunk.rows, chunk.tokens
+    shape = (problem.batch, n_graphs, grid.rows, grid.columns, problem.topk)
+    grad_factor = out.new_zeros(shape, dtype=dtype) if needs_factor else None
+    for chunk in _chunks(problem):
+        grad_rows, out_rows, lse_rows = (_read(x[chunk.box]) for x in maps)
         key, value = chunk.weighted()
         chunk_query, chunk_key, chunk_value = chunks.backward(
-            *(_split_heads(grad_regions[at], regions.num_heads), chunk.query, key, value),
-            _split_heads(out_regions[at], regions.num_heads),
-            *(rearrange(lse_regions[at], "r s m -> r m s"), problem.scale),
+            *(_split_heads(grad_rows, chunk.num_heads), chunk.query, key, value),
+            *(_split_heads(out_rows, chunk.num_heads), rearrange(lse_rows, "r s m -> r m s"), problem.scale),
         )
-        grad_query[at] = _merge_heads(chunk_query).to(dtype)
+        _write(grad_query_regions[chunk.box], _merge_heads(chunk_query))
         if grad_factor is not None:
-            grad_factor[chunk.rows] += chunk.factor_gradient(chunk_key, chunk_value, dtype)
-        for total, part in ((grad_key, chunk_key), (grad_value, chunk_value)):
-            addends = rearrange(part, "r m (t s) c -> (r t) s (m c)", t=problem.topk).to(dtype)
+            part = grad_factor[chunk.box]
+            part.copy_(chunk.factor_gradient(chunk_key, chunk_value, dtype).view(part.shape))
+        for total, grad in ((grad_key, chunk_key), (grad_value, chunk_value)):
+            addends = rearrange(grad, "r m (t s) c -> (r t) s (m c)", t=problem.topk).to(dtype)
             if chunk.factor is not None:
                 addends = addends * chunk.factor.flatten()[:, None, None].to(dtype)
-            add_rows(total, regions.r_idx[chunk.rows].flatten(), addends)
-    for target, grad, grid in (
-        (gradients.query, grad_query, problem.query_grid),
-        (gradients.key, grad_key, problem.kv_grid),
-        (gradients.value, grad_value, problem.kv_grid),
-    ):
-        target.copy_(from_regions(grad, grid, n_graphs))
-    factor = None if grad_factor is None else grad_factor.view(-1, n_graphs, *_choices(problem))
+            add_rows(total, chunk.index, addends)
+    if grid.is_padded:
+        gradients.query.copy_(grad_query[:, : grid.height, : grid.width])
+    write_map(gradients.key, grad_key, kv_grid, n_graphs)
+    write_map(gradients.value, grad_value, kv_grid, n_graphs)
+    factor = None if grad_factor is None else grad_factor.flatten(2, 3)
     if problem.padding is None:
         return SmallGradients(factor, None)
-    sums = (sum_over_padding(grad, problem.kv_grid, n_graphs) for grad in (grad_key, grad_value))
+    sums = (sum_over_padding(grad, kv_grid, n_graphs) for grad in (grad_key, grad_value))
     return SmallGradients(factor, Padding(*sums))
 
 
-@dataclass(frozen=True)
-class _Regions:
-    """A problem cut into regions, every graph an image of its own: `R = N*G*P` rows.
-
-    `query` `(R, S, C)`, `key` and `value` `(N*G*P_kv, S_kv, C)`, `r_idx` `(R, topk)` rows of `key`, `factor`
-    `(R, topk)` or None, `num_heads` those of one graph.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    r_idx: Tensor
-    factor: Tensor | None
-    num_heads: int
-
-    @classmethod
-    def of(cls, problem: RoutedAttention[Tensor]) -> "_Regions":
-        n_graphs, padding = problem.n_graphs, problem.padding
-        return cls(
-            to_regions(problem.query, problem.query_grid, n_graphs),
-            to_regions(problem.key, problem.kv_grid, n_graphs, padding.key if padding else None),
-            to_regions(problem.value, problem.kv_grid, n_graphs, padding.value if padding else None),
-            flat_index(_r_idx(problem), problem.kv_grid.n_regions),
-            None if problem.factor is None else problem.factor.flatten(0, 2),
-            problem.num_heads // n_graphs,
-        )
+_Box = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some regions and some of their tokens, with all that their queries attend to.
+    """Some query regions and all that they attend to; every graph counts as an image of its own.
 
-    `query` `(R, m, s, c)`, gathered `key` and `value` `(R, m, topk*S_kv, c)`, `factor` `(R, topk)` or None.
+    Attributes:
+        box: where they are in `by_region`: images, graphs, rows and columns of regions.
+        index: `(R*topk,)` int32: chosen regions, as rows of `_key_value_regions`.
+        query: `(R, m, S, c)`.
+        key: gathered, `(R, m, topk*S_kv, c)`.
+        value: gathered, `(R, m, topk*S_kv, c)`.
+        factor: `(R, topk)` or None.
     """
 
-    rows: slice
-    tokens: slice
+    box: _Box
+    index: Tensor
     query: Tensor
     key: Tensor
     value: Tensor
-    topk: int
     factor: Tensor | None
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of one graph, `m`."""
+        return self.query.shape[1]
 
     def weighted(self) -> tuple[Tensor, Tensor]:
         """Keys and values times their factor."""
         if self.factor is None:
             return self.key, self.value
-        factor = self.factor.repeat_interleave(self.key.shape[2] // self.topk, dim=1)[:, None, :, None]
+        repeats = self.key.shape[2] // self.factor.shape[1]
+        factor = self.factor.repeat_interleave(repeats, dim=1)[:, None, :, None]
         return self.key * factor.to(self.key.dtype), self.value * factor.to(self.value.dtype)
 
     def factor_gradient(self, grad_key: Tensor, grad_value: Tensor, dtype: torch.dtype) -> Tensor:
         """Gradient of the factor, `(R, topk)`, for those of the weighted keys and values."""
+        topk = self.index.numel() // len(self.query)
         of_key, of_value = (
-            rearrange(grad.to(dtype) * x.to(dtype), "r m (t s) c -> r t (m s c)", t=self.topk).sum(-1)
+            rearrange(grad.to(dtype) * x.to(dtype), "r m (t s) c -> r t (m s c)", t=topk).sum(-1)
             for grad, x in ((grad_key, self.key), (grad_value, self.value))
         )
         return of_key + of_value
 
 
-def _chunks(problem: RoutedAttention[Tensor], regions: _Regions) -> Iterator[_Chunk]:
-    """Chunks of the problem; regions are split only where a single one's scores pass the chunk's size."""
-    num_heads, topk = regions.num_heads, problem.topk
-    n_rows, n_tokens = regions.query.shape[:2]
-    list_length = topk * regions.key.shape[1]
-    per_row = list_length * (regions.key.shape[2] + regions.value.shape[2])
-    token_step = n_tokens
-    if not chunks.is_fused(regions.query, problem.qk_head_dim, problem.v_head_dim):
-        scores_per_token = num_heads * list_length
-        token_step = min(n_tokens, max(1, CHUNK_ELEMENTS // scores_per_token))
-        per_row += scores_per_token * token_step
-    step = max(1, CHUNK_ELEMENTS // per_row)
-    for start in range(0, n_rows, step):
-        rows = slice(start, min(start + step, n_rows))
-        index = regions.r_idx[rows].flatten()
+def _chunks(problem: RoutedAttention[Tensor]) -> Iterator[_Chunk]:
+    """The problem in chunks of whole regions."""
+    grid, topk, n_graphs = problem.query_grid, problem.topk, problem.n_graphs
+    num_heads = problem.num_heads // n_graphs
+    query = by_region(whole_map(problem.query, grid), grid, n_graphs)
+    key_value, widths = _key_value_regions(problem)
+    shape = query.shape[:4]
+    r_idx = flat_index(_r_idx(problem), problem.kv_grid.n_regions).view(*shape, topk)
+    factor = None if problem.factor is None else problem.factor.view(*shape, topk)
+    per_region = topk * problem.kv_grid.region_tokens * sum(widths)
+    for box in _boxes(shape, chunks.CHUNK_ELEMENTS // per_region):
+        index = r_idx[box].flatten()
         key, value = (
-            rearrange(x.index_select(0, index), "(r t) s (m c) -> r m (t s) c", t=topk, m=num_heads)
-            for x in (regions.key, regions.value)
+            rearrange(x, "(r t) s (m c) -> r m (t s) c", t=topk, m=num_heads)
+            for x in key_value.index_select(0, index).split(widths, dim=-1)
         )
-        factor = None if regions.factor is None else regions.factor[rows]
-        for first in range(0, n_tokens, token_step):
-            tokens = slice(first, min(first + token_step, n_tokens))
-            query = _split_heads(regions.query[rows, tokens], num_heads)
-            yield _Chunk(rows, tokens, query, key, value, topk, factor)
+        yield _Chunk(
+            *(box, index, _split_heads(_read(query[box]), num_heads), key, value),
+            None if factor is None else factor[box].flatten(0, 3),
+        )
+
+
+def _key_value_regions(problem: RoutedAttention[Tensor]) -> tuple[Tensor, list[int]]:
+    """Keys and values of every region side by side, `(N*G*P_kv, S_kv, c_k + c_v)`; and `c_k` and `c_v`."""
+    grid, n_graphs, padding = problem.kv_grid, problem.n_graphs, problem.padding
+    fills = (None, None) if padding is None else (padding.key, padding.value)
+    views = [
+        by_region(whole_map(x, grid, fill), grid, n_graphs)
+        for x, fill in zip((problem.key, problem.value), fills, strict=True)
+    ]
+    widths = [view.shape[-1] for view in views]
+    regions = problem.key.new_empty(*views[0].shape[:-1], sum(widths))
+    for part, view in zip(regions.split(widths, dim=-1), views, strict=True):
+        part.copy_(view)
+    return regions.flatten(4, 5).flatten(0, 3), widths
+
+
+def _boxes(sizes: Sequence[int], most: int) -> Iterator[_Box]:
+    """Cuts a space of these sizes into boxes of at most `most` cells, but of one at least."""
+    steps: list[int] = []
+    for size in reversed(sizes):
+        steps.insert(0, max(1, min(size, most)))
+        most //= max(1, size)
+    starts = itertools.product(*(range(0, size, step) for size, step in zip(sizes, steps, strict=True)))
+    for start in starts:
+        yield tuple(slice(at, at + step) for at, step in zip(start, steps, strict=True))
+
+
+def _read(regions: Tensor) -> Tensor:
+    """A box of `by_region` as `(R, S, C)`."""
+    return regions.flatten(4, 5).flatten(0, 3)
+
+
+def _write(regions: Tensor, rows: Tensor) -> None:
+    """Undoes `_read`."""
+    regions.copy_(rows.view(regions.shape))
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -197,10 +222,6 @@ def _split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 def _merge_heads(x: Tensor) -> Tensor:
     return rearrange(x, "r m s c -> r s (m c)")
-
-
-def _choices(problem: RoutedAttention[Tensor]) -> tuple[int, int]:
-    return problem.query_grid.n_regions, problem.topk
 
 
 def _r_idx(problem: RoutedAttention[Tensor]) -> Tensor:

@@ -9,37 +9,43 @@ from ...kernels.grid import RegionGrid
 from ...kernels.padding import tokens_inside
 
 
-def to_regions(x: Tensor, grid: RegionGrid, n_graphs: int = 1, padding: Tensor | None = None) -> Tensor:
-    """Cuts a map: `(N, H, W, G*C)` to contiguous `(N*G*P, S, C)`.
+def by_region(x: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Tensor:
+    """A view of a map of whole regions: `(N, rows*h, columns*w, G*C)` to `(N, G, rows, columns, h, w, C)`.
 
     Args:
         x: the map.
         grid: its regions.
         n_graphs: `G`, into how many parts the channels are cut.
-        padding: `(G*C,)`, what tokens past the map's edge hold; 0 by default.
     """
+    return rearrange(x, "n (j h) (i w) (g c) -> n g j i h w c", j=grid.rows, i=grid.columns, g=n_graphs)
+
+
+def whole_map(x: Tensor, grid: RegionGrid, padding: Tensor | None = None) -> Tensor:
+    """The map as one of whole regions: itself, or a copy with padding; see `pad_map`."""
+    return pad_map(x, grid, padding) if grid.is_padded else x
+
+
+def empty_map(
+    like: Tensor, grid: RegionGrid, channels: int | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A map of whole regions, of the batch of `like`, and of its channels and dtype unless they are given."""
+    rows, columns = grid.rows * grid.region_height, grid.columns * grid.region_width
+    channels = like.shape[-1] if channels is None else channels
+    return like.new_empty(like.shape[0], rows, columns, channels, dtype=dtype)
+
+
+def without_padding(x: Tensor, grid: RegionGrid) -> Tensor:
+    """Undoes `whole_map`: contiguous, and a tensor of its own, not a view."""
+    return x[:, : grid.height, : grid.width].clone() if grid.is_padded else x
+
+
+def write_map(target: Tensor, regions: Tensor, grid: RegionGrid, n_graphs: int = 1) -> None:
+    """Writes regions `(N*G*P, S, C)` to the map `(N, H, W, G*C)`, without the padding."""
+    whole = empty_map(target, grid) if grid.is_padded else target
+    view = by_region(whole, grid, n_graphs)
+    view.copy_(regions.view(view.shape))
     if grid.is_padded:
-        x = pad_map(x, grid, padding)
-    return rearrange(
-        x,
-        "n (j h) (i w) (g c) -> (n g j i) (h w) c",
-        j=grid.rows,
-        i=grid.columns,
-        g=n_graphs,
-    ).contiguous()
-
-
-def from_regions(regions: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Tensor:
-    """Undoes `to_regions`, without the padding: `(N*G*P, S, C)` to `(N, H, W, G*C)`, a view or not."""
-    x = rearrange(
-        regions,
-        "(n g j i) (h w) c -> n (j h) (i w) (g c)",
-        j=grid.rows,
-        i=grid.columns,
-        g=n_graphs,
-        h=grid.region_height,
-    )
-    return x[:, : grid.height, : grid.width]
+        target.copy_(whole[:, : grid.height, : grid.width])
 
 
 def pad_map(x: Tensor, grid: RegionGrid, padding: Tensor | None = None) -> Tensor:
@@ -64,10 +70,7 @@ def sum_over_padding(regions: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Te
     x = rearrange(
         regions,
         "(n g j i) (h w) c -> n (j h) (i w) (g c)",
-        j=grid.rows,
-        i=grid.columns,
-        g=n_graphs,
-        h=grid.region_height,
+        **{"j": grid.rows, "i": grid.columns, "g": n_graphs, "h": grid.region_height},
     )
     return x[:, grid.height :].sum(dim=(0, 1, 2)) + x[:, : grid.height, grid.width :].sum(dim=(0, 1, 2))
 

@@ -1,0 +1,131 @@
+"""Whole modules on a CPU beside the einops reference: `bra-bench peers --preset cpu`.
+
+The module, projections and 5 x 5 LePE included, on the torch backend and on the reference, with the same
+weights: time of a forward without gradients and of a training step, and how much memory a step takes. Every
+figure is a ratio to the reference of the same run: 2.5 means 2.5 times as fast, or 1/2.5 of the memory.
+"""
+
+import math
+import multiprocessing
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bra_triton import BiLevelRoutingAttention
+from bra_triton.bench import measure, report_tables
+from bra_triton.bench.problems import PROBLEMS, Problem
+
+FUSED, REFERENCE = "torch", "reference"
+FORWARD, STEP, MEMORY = "forward", "training step", "peak memory of a step"
+# BiFormer-T's stages at 224 pixels, YOLO26's maps at 640, and one of 1280.
+PRESET = {
+    name: replace(PROBLEMS[problem], batch=batch, n_win=n_win, side_dwconv=5)
+    for name, problem, batch, n_win in (
+        ("stage 1", "biformer_stage1", 8, 7),
+        ("stage 2", "biformer_stage2", 8, 7),
+        ("stage 3", "biformer_stage3", 8, 7),
+        ("P3", "yolo_p3", 2, 8),
+        ("P4", "yolo_p4", 2, 8),
+        ("P5", "yolo_p5", 2, 5),
+        ("160 x 160", "high_resolution", 1, 8),
+    )
+}
+# Float32 against float64 with other regions would be off by 0.1 and more.
+TOLERANCE = 1e-4
+
+
+class Target(NamedTuple):
+    """The least that a figure's geometric mean over the maps may be, and the least of any map."""
+
+    mean: float
+    each: float
+
+
+TARGETS = {FORWARD: Target(2.5, 1.3), STEP: Target(3.0, 1.8), MEMORY: Target(3.5, 2.0)}
+
+
+def report(problems: Mapping[str, Problem], repeats: int) -> int:
+    """Measures and prints; returns 1 where a target is missed or the two do not compute the same."""
+    print(measure.on_one_line(measure.circumstances(measure.CPU)))
+    rows = {name: ratios(problem, repeats) for name, problem in problems.items()}
+    cells = [
+        {"map": f"{name}: {problems[name]}", **{figure: f"{row[figure]:.2f}" for figure in TARGETS}}
+        for name, row in rows.items()
+    ]
+    print(report_tables.titled("The module beside the einops reference, CPU, float32", cells, markdown=False))
+    status = 0
+    for figure, target in TARGETS.items():
+        found = [row[figure] for row in rows.values()]
+        mean = math.prod(found) ** (1 / len(found))
+        met = mean >= target.mean and min(found) >= target.each
+        status |= not met
+        print(
+            f"{figure}: geometric mean {mean:.2f}, least {min(found):.2f}; "
+            f"target {target.mean} and {target.each}: {'met' if met else 'MISSED'}"
+        )
+    return int(status)
+
+
+def ratios(problem: Problem, repeats: int) -> dict[str, float]:
+    """What the reference takes over what the fused module takes, by figure.
+
+    Raises:
+        RuntimeError: the two compute something else.
+    """
+    modules, x = _pair(problem)
+    _check(modules, x)
+    found = {}
+    for figure in (FORWARD, STEP):
+        runs = {name: _call(module, x, figure) for name, module in modules.items()}
+        seconds = measure.interleaved_minima(runs, measure.CPU, repeats)
+        found[figure] = seconds[REFERENCE] / seconds[FUSED]
+    peaks = {name: _in_fresh_process(_step_bytes, problem, name) for name in modules}
+    return {**found, MEMORY: peaks[REFERENCE] / peaks[FUSED]}
+
+
+def _pair(problem: Problem) -> tuple[dict[str, nn.Module], Tensor]:
+    """The module on both backends, with the same weights, and a map."""
+    torch.manual_seed(0)
+    modules = {
+        name: BiLevelRoutingAttention(**problem.module_arguments, backend=name) for name in (FUSED, REFERENCE)
+    }
+    modules[REFERENCE].load_state_dict(modules[FUSED].state_dict())
+    return modules, torch.randn(problem.batch, problem.height, problem.width, problem.dim)
+
+
+def _call(module: nn.Module, x: Tensor, figure: str) -> Callable[[], object]:
+    if figure == FORWARD:
+        return torch.no_grad()(lambda: module(x))
+    x = x.clone().requires_grad_()
+    return lambda: module(x).sum().backward()
+
+
+def _check(modules: Mapping[str, nn.Module], x: Tensor) -> None:
+    outputs = []
+    for module in modules.values():
+        x = x.detach().requires_grad_()
+        out = module(x)
+        outputs.append((out.detach(), *torch.autograd.grad(out.square().sum(), x)))
+    for name, actual, expected in zip(("output", "gradient"), *outputs, strict=True):
+        error = ((actual - expected).norm() / expected.norm()).item()
+        if not error <= TOLERANCE:
+            raise RuntimeError(f"the {name} is off by {error:.1e}, more than {TOLERANCE:.0e}")
+
+
+def _in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _step_bytes(problem: Problem, backend: str) -> int:
+    """The most memory that a training step adds to what the process holds before."""
+    modules, x = _pair(problem)
+    run = _call(modules[backend], x, STEP)
+    before = measure.resident_bytes()
+    run()
+    return measure.process_peak_bytes() - before

@@ -1,0 +1,62 @@
+"""`bra-bench peers --preset cpu` on tiny maps: what it measures, checks and fails at."""
+
+from dataclasses import replace
+
+import pytest
+from torch import nn
+
+from bra_triton.bench import module_times, peer_times
+from bra_triton.bench.problems import PROBLEMS
+
+TINY = replace(PROBLEMS["tiny"], side_dwconv=5)
+
+
+def test_maps_of_the_preset_are_what_the_targets_are_about():
+    assert [str(problem) for problem in module_times.PRESET.values()] == [
+        "8x56x56x64 heads 2 n_win 7 topk 1",
+        "8x28x28x128 heads 4 n_win 7 topk 4",
+        "8x14x14x256 heads 8 n_win 7 topk 16",
+        "2x80x80x64 heads 2 n_win 8 topk 4",
+        "2x40x40x128 heads 4 n_win 8 topk 4",
+        "2x20x20x256 heads 8 n_win 5 topk 4",
+        "1x160x160x64 heads 2 n_win 8 topk 4",
+    ]
+
+
+def test_what_a_step_takes_is_measured_in_a_process_of_its_own():
+    """A map of 64 x 64 x 32 float32 is 512 KiB; a step holds several."""
+    larger = replace(TINY, height=64, width=64)
+    assert module_times._in_fresh_process(module_times._step_bytes, larger, "torch") > 2**20
+
+
+@pytest.mark.parametrize(("factor", "status"), [(9.0, 0), (2.0, 1)])
+def test_status_and_table(factor, status, monkeypatch, capsys):
+    """Times are measured; here twice or nine times what the targets are about stands for them."""
+    monkeypatch.setattr(module_times, "PRESET", {"tiny": TINY})
+    monkeypatch.setattr(module_times, "_in_fresh_process", lambda function, problem, name: 900)
+    seconds = {module_times.FUSED: 1.0, module_times.REFERENCE: factor}
+    monkeypatch.setattr(module_times.measure, "interleaved_minima", lambda *arguments: seconds)
+    targets = {**module_times.TARGETS, module_times.MEMORY: module_times.Target(1.0, 1.0)}
+    monkeypatch.setattr(module_times, "TARGETS", targets)
+    assert peer_times.main(["--preset", "cpu", "--repeats", "1"]) == status
+    out = capsys.readouterr().out
+    assert f"forward: geometric mean {factor:.2f}" in out
+    assert ("MISSED" in out) == bool(status)
+
+
+def test_both_run_and_are_timed(monkeypatch):
+    def in_this_process(function, *arguments):
+        function(*arguments)
+        return 900
+
+    monkeypatch.setattr(module_times, "_in_fresh_process", in_this_process)
+    found = module_times.ratios(TINY, repeats=1)
+    assert all(figure > 0 for figure in found.values())
+    assert found.keys() == module_times.TARGETS.keys()
+
+
+def test_what_computes_something_else_is_not_timed():
+    modules, x = module_times._pair(TINY)
+    nn.init.zeros_(modules["torch"].wo.weight)
+    with pytest.raises(RuntimeError, match="the output is off by"):
+        module_times._check(modules, x)
