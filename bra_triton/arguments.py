@@ -33,6 +33,30 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     return int(value) if isinstance(value, numbers.Integral) else value
 
 
+def whole_pair(name: str, value: Any) -> tuple[int, int]:
+    """Two ints of at least 1, in a tuple or a list.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    is_pair = isinstance(value, tuple | list) and len(value) == 2
+    if not is_pair or not all(is_whole(side) for side in value):
+        raise ValueError(f"{name} must be two ints of at least 1, got {value!r}")
+    return whole(name, value[0]), whole(name, value[1])
+
+
+def windows(name: str, value: Any) -> int | tuple[int, int]:
+    """How many regions a map is cut into: a side, or along its height and its width where they differ.
+
+    Raises:
+        ValueError: if it is neither an int of at least 1 nor two of them.
+    """
+    if not isinstance(value, tuple | list):
+        return whole(name, value)
+    rows, columns = whole_pair(name, value)
+    return rows if rows == columns else (rows, columns)
+
+
 def flag(name: str, value: Any) -> bool:
     """A bool, or 0 or 1 in its place.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import dense_floats, factor, flag, is_whole, whole
+from .arguments import dense_floats, factor, flag, whole_pair
 from .export import is_eager
 from .kernels.grid import RegionGrid
 from .kernels.problem import Settings
@@ -301,10 +301,7 @@ def _check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _grid(name: str, x: Tensor, size_name: str, region_size: Any, auto_pad: bool) -> RegionGrid:
-    is_pair = isinstance(region_size, tuple | list) and len(region_size) == 2
-    if not is_pair or not all(is_whole(side) for side in region_size):
-        raise ValueError(f"{size_name} must be two ints of at least 1, got {region_size!r}")
-    height, width = (whole(size_name, side) for side in region_size)
+    height, width = whole_pair(size_name, region_size)
     grid = RegionGrid.of_region_size(x.shape[2], x.shape[3], (height, width))
     if grid.is_padded and not auto_pad:
         raise ValueError(

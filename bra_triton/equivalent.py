@@ -135,7 +135,7 @@ def _difference(trial: nn.Module, ours: Any) -> str | None:
             error = torch.linalg.vector_norm(actual - expected)
             if not error <= TOLERANCE * (1 + torch.linalg.vector_norm(expected)):
                 return f"{name} differs in {'training' if training else 'eval'}"
-    if not may_pad and ours.spec.n_win > 1 and _takes(trial, _map_shape(ours, 1)):
+    if not may_pad and ours.spec.windows != (1, 1) and _takes(trial, _map_shape(ours, 1)):
         return "it takes maps that need padding, although it has no auto_pad=True"
     return None
 
@@ -151,8 +151,8 @@ def _takes(module: nn.Module, shape: tuple[int, ...]) -> bool:
 def _map_shape(ours: Any, rest: int) -> tuple[int, ...]:
     """A map with sides that differ, so that no layout passes for another; a rest of 1 needs padding."""
     side = getattr(ours._modules.get("kv_down"), "ratio", 2)  # a region must hold a pooling window
-    n_win, dim = ours.spec.n_win, ours.spec.dim
-    size = (n_win * side + rest, n_win * (side + 1) + rest)
+    (rows, columns), dim = ours.spec.windows, ours.spec.dim
+    size = (rows * side + rest, columns * (side + 1) + rest)
     return (2, *size, dim) if type(ours) is BiLevelRoutingAttention else (2, dim, *size)
 
 

@@ -25,7 +25,7 @@ def bi_level_routing_attention(
     qkv: Tensor,
     *,
     num_heads: int,
-    n_win: int,
+    n_win: int | tuple[int, int],
     topk: int,
     qk_dim: int | None = None,
     scale: float | None = None,
@@ -45,7 +45,7 @@ def bi_level_routing_attention(
         qkv: `(N, H, W, 2*qk_dim + dim)`: queries, keys and values side by side; float32, float16, bfloat16 or
             float64, any strides (contiguous costs no copy).
         num_heads: attention heads; divides `qk_dim` and `dim`.
-        n_win: regions a side.
+        n_win: regions a side, or `(rows, columns)` of them.
         topk: regions that every region attends to.
         qk_dim: channels of queries and keys; a third of `qkv`'s by default.
         scale: factor of the logits, not 0; `qk_dim ** -0.5` by default. A number, as it gets no gradient.
@@ -78,7 +78,7 @@ def bi_level_routing_attention(
 def region_routing(
     qkv: Tensor,
     *,
-    n_win: int,
+    n_win: int | tuple[int, int],
     topk: int,
     qk_dim: int | None = None,
     scale: float | None = None,
@@ -92,7 +92,7 @@ def region_routing(
 
     Args:
         qkv: as for `bi_level_routing_attention`, as are all that follow.
-        n_win: regions a side.
+        n_win: regions a side, or `(rows, columns)` of them.
         topk: regions to choose for every region; equal logits by the smaller index first.
         qk_dim: channels of queries and keys.
         scale: factor of the logits.
@@ -217,7 +217,7 @@ def _spec_of(
     dim: int,
     qk_dim: int,
     num_heads: int,
-    n_win: int,
+    n_win: int | tuple[int, int],
     topk: int,
     scale: float | None,
     soft_routing: bool,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .arguments import factor, flag, whole
+from .arguments import factor, flag, whole, windows
 from .kernels.grid import RegionGrid
 from .kernels.problem import Settings
 
@@ -15,8 +15,8 @@ class AttentionSpec:
         dim: channels of the values and of the output.
         qk_dim: channels of the queries and of the keys, all heads together.
         num_heads: attention heads; divides `dim` and `qk_dim`.
-        n_win: regions a side.
-        topk: regions that every region attends to, 1 to `n_win**2`.
+        n_win: regions a side, or `(rows, columns)` of them.
+        topk: regions that every region attends to, 1 to their number.
         qk_scale: factor of the logits; where it is None, `qk_dim ** -0.5`. The fused backends copy the
             projection if it is negative.
         soft_routing: multiply the chosen keys and values by the routing weights.
@@ -35,7 +35,7 @@ class AttentionSpec:
     dim: int
     qk_dim: int
     num_heads: int
-    n_win: int
+    n_win: int | tuple[int, int]
     topk: int
     qk_scale: float | None = None
     soft_routing: bool = False
@@ -44,8 +44,9 @@ class AttentionSpec:
     counts_padding: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("dim", "qk_dim", "num_heads", "n_win", "topk"):
+        for name in ("dim", "qk_dim", "num_heads", "topk"):
             object.__setattr__(self, name, whole(name, getattr(self, name)))
+        object.__setattr__(self, "n_win", windows("n_win", self.n_win))
         for name in ("soft_routing", "diff_routing", "counts_padding"):
             object.__setattr__(self, name, flag(name, getattr(self, name)))
         for name in ("qk_scale", "router_scale"):
@@ -56,10 +57,17 @@ class AttentionSpec:
                 raise ValueError(
                     f"{name} must be a multiple of num_heads={self.num_heads}, got {getattr(self, name)}"
                 )
-        if self.topk > self.n_win**2:
+        rows, columns = self.windows
+        if self.topk > rows * columns:
             raise ValueError(
-                f"topk must be at most the number of regions, n_win**2 = {self.n_win**2}, got {self.topk}"
+                f"topk must be at most the number of regions, {rows} * {columns} = {rows * columns}, "
+                f"got {self.topk}"
             )
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """Regions along the height and along the width of the map."""
+        return self.n_win if isinstance(self.n_win, tuple) else (self.n_win, self.n_win)
 
     @property
     def scale(self) -> float:

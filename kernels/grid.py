@@ -47,32 +47,34 @@ class RegionGrid:
                 raise ValueError(f"{count} regions of {region_side} do not cover a {name} of {side}")
 
     @classmethod
-    def of_windows(cls, height: int, width: int, n_win: int, auto_pad: bool = True) -> "RegionGrid":
-        """The grid of BRA: `n_win` x `n_win` regions, over the map or a padded one.
+    def of_windows(
+        cls, height: int, width: int, n_win: int | tuple[int, int], auto_pad: bool = True
+    ) -> "RegionGrid":
+        """The grid of BRA: `n_win` regions a side, over the map or a padded one.
 
         Args:
             height: tokens in a column of the map.
             width: tokens in a row of the map.
-            n_win: regions a side.
-            auto_pad: accept sides that are no multiples of `n_win`.
+            n_win: regions a side, or `(rows, columns)` of them.
+            auto_pad: accept sides that are no multiples of their number.
 
         Raises:
             ValueError: naming the argument, its value and what is allowed.
         """
-        if n_win < 1:
+        rows, columns = n_win if isinstance(n_win, tuple) else (n_win, n_win)
+        if rows < 1 or columns < 1:
             raise ValueError(f"n_win must be at least 1, got {n_win}")
-        least = 1 if auto_pad else n_win
-        if height < least or width < least:
+        if height < (1 if auto_pad else rows) or width < (1 if auto_pad else columns):
             raise ValueError(
-                f"every one of the {n_win} x {n_win} regions (n_win={n_win}) needs a token, "
+                f"every one of the {rows} x {columns} regions (n_win={n_win}) needs a token, "
                 f"got a map of {height} x {width}"
             )
-        if not auto_pad and (height % n_win or width % n_win):
+        if not auto_pad and (height % rows or width % columns):
             raise ValueError(
                 f"the map's height and width must be multiples of n_win={n_win}, got "
                 f"{height} x {width}; the modules pad it with auto_pad=True"
             )
-        return cls(height, width, cdiv(height, n_win), cdiv(width, n_win), n_win, n_win)
+        return cls(height, width, cdiv(height, rows), cdiv(width, columns), rows, columns)
 
     @classmethod
     def of_region_size(cls, height: int, width: int, region_size: tuple[int, int]) -> "RegionGrid":

@@ -34,8 +34,9 @@ class AuthorsNCHW(nn.Module):
         self.output_linear = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x, ret_attn_mask=False):
-        (height, width), n_win = x.shape[-2:], self.n_win
-        sides = (height // n_win, width // n_win)
+        height, width = x.shape[-2:]
+        rows, columns = self.n_win if isinstance(self.n_win, tuple) else (self.n_win, self.n_win)
+        sides = (height // rows, width // columns)
         q, k, v = self.qkv_linear(x).chunk(3, 1)
         means = [
             F.avg_pool2d(t.detach(), sides, ceil_mode=True, count_include_pad=False).flatten(2)

@@ -70,7 +70,7 @@ def _attend_to_routed(
     kv_down: Callable[[Tensor], Tensor] | None,
     factor: Tensor | None,
 ) -> Tensor:
-    sides = {"j": spec.n_win, "i": spec.n_win}
+    sides = {"j": grid.rows, "i": grid.columns}
     regions = rearrange(qkv, "n (j h) (i w) c -> n (j i) h w c", **sides)
     query, key_value = regions.split([spec.qk_dim, spec.qk_dim + spec.dim], dim=-1)
     if kv_down is not None:

@@ -36,7 +36,7 @@ class NCHWBiLevelRoutingAttention(FixedScale):
     Args:
         dim: channels of the map.
         num_heads: attention heads; divides `dim`.
-        n_win: regions a side, if it divides the side.
+        n_win: regions a side, if it divides the side; or `(rows, columns)` of them.
         qk_scale: factor of the tokens' logits, not 0; `dim ** -0.5` by default (of all heads together, on
             purpose). A number, as it gets no gradient.
         topk: regions that every region attends to, 1 to `n_win**2`.
@@ -60,7 +60,7 @@ class NCHWBiLevelRoutingAttention(FixedScale):
         self,
         dim: int,
         num_heads: int = 8,
-        n_win: int = 7,
+        n_win: int | tuple[int, int] = 7,
         qk_scale: float | None = None,
         topk: int = 4,
         side_dwconv: int = 3,
@@ -125,20 +125,20 @@ class NCHWBiLevelRoutingAttention(FixedScale):
         """The regions of a map `(N, dim, H, W)`; raises ValueError where it has none."""
         check_shape(x, "(N, dim, H, W)", 1, self.spec.dim)
         grid_of = _grid_of if is_eager() else _grid_of.__wrapped__
-        return grid_of(x.shape[2], x.shape[3], self.spec.n_win, self.auto_pad)
+        return grid_of(x.shape[2], x.shape[3], self.spec.windows, self.auto_pad)
 
     def _out(self, out: Tensor) -> Tensor:
         return _project(self.output_linear, out).permute(0, 3, 1, 2)
 
 
 @lru_cache(1024)
-def _grid_of(height: int, width: int, n_win: int, auto_pad: bool) -> RegionGrid:
-    region_size = (height // n_win, width // n_win)
+def _grid_of(height: int, width: int, windows: tuple[int, int], auto_pad: bool) -> RegionGrid:
+    region_size = (height // windows[0], width // windows[1])
     if auto_pad:  # `or` keeps a side that is being traced, which max(1, side) would fix at 1
         region_size = (region_size[0] or 1, region_size[1] or 1)
     elif min(region_size) < 1:
         raise ValueError(
-            f"the map's height and width must be at least n_win={n_win}, got {height} x {width}; "
+            f"the map must be at least {windows[0]} x {windows[1]} tokens (n_win), got {height} x {width}; "
             "auto_pad=True takes smaller ones"
         )
     return RegionGrid.of_region_size(height, width, region_size)

@@ -56,7 +56,8 @@ class BiLevelRoutingAttention(FixedScale):
     Args:
         dim: channels of the map.
         num_heads: attention heads; divides `dim` and `qk_dim`.
-        n_win: regions a side, so `P = n_win**2` regions.
+        n_win: regions a side, so `P = n_win**2` regions; or `(rows, columns)` of them, for maps that are not
+            square.
         qk_dim: channels of queries and keys; `dim` by default.
         qk_scale: factor of the logits, not 0; `qk_dim ** -0.5` by default (of all heads together, on
             purpose). A number, as it gets no gradient.
@@ -89,7 +90,7 @@ class BiLevelRoutingAttention(FixedScale):
         self,
         dim: int,
         num_heads: int = 8,
-        n_win: int = 7,
+        n_win: int | tuple[int, int] = 7,
         qk_dim: int | None = None,
         qk_scale: float | None = None,
         kv_per_win: int = 4,
@@ -188,11 +189,11 @@ class BiLevelRoutingAttention(FixedScale):
             ValueError: if the map needs padding and may not be padded.
         """
         _, height, width, _ = x.shape
-        n_win = self.spec.n_win
-        if not height % n_win and not width % n_win:
+        rows, columns = self.spec.windows
+        if not height % rows and not width % columns:
             return None
         if not self.auto_pad:
-            RegionGrid.of_windows(height, width, n_win, auto_pad=False)
+            RegionGrid.of_windows(height, width, self.spec.n_win, auto_pad=False)
         layer = self.qkv.qkv if type(self.qkv) is QKVLinear and not is_hooked(self.qkv) else None
         if type(layer) is nn.Linear and not is_hooked(layer) and layer.bias is not None:
             return layer.bias

@@ -208,7 +208,7 @@ class TestModule:
 
     def test_maps_smaller_than_n_win(self):
         x = torch.randn(1, 16, 1, 2)
-        with pytest.raises(ValueError, match="at least n_win=3, got 1 x 2; auto_pad=True"):
+        with pytest.raises(ValueError, match=r"at least 3 x 3 tokens \(n_win\), got 1 x 2; auto_pad=True"):
             NCHWBiLevelRoutingAttention(16, 2, 3)(x)
         module = NCHWBiLevelRoutingAttention(16, 2, 3, auto_pad=True, backend="reference")
         out, attn_weight = module(x, ret_attn_mask=True)
