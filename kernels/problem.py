@@ -54,6 +54,15 @@ class Settings:
         return self._hash  # asked several times a call
 
     @property
+    def region_pairs(self) -> int:
+        """Logits of the routing, of one image."""
+        return self.grid.n_regions**2
+
+    def token_pairs(self, region_keys: int) -> int:
+        """Scores of the attention, of one image and one head, where a region has `region_keys` keys."""
+        return self.grid.n_regions * self.grid.region_tokens * self.topk * region_keys
+
+    @property
     def chooses_all(self) -> bool:
         """Whether every region attends to all, so that nothing need be routed."""
         return self.routing_weight == "none" and self.topk == self.grid.n_regions

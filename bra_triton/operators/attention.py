@@ -8,6 +8,7 @@ contiguous.
 This file is the only one that takes a `PackedAttention` apart for a schema and puts it together again.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -29,6 +30,7 @@ from .library import (
     Transformable,
     Witness,
     fake_of,
+    flops_of,
     is_seen,
     needs_gradient,
     operator,
@@ -148,6 +150,14 @@ def _(*given: Any) -> tuple[Tensor, list[Tensor]]:
     return out, fused_kernels(backend).saved_like(problem) if trains else []
 
 
+@flops_of(_attend_operator)
+def _(*given: Any, **_: Any) -> int:
+    *shapes, _, _ = given
+    settings, dim, pairs, lepe = _counts(shapes)
+    routing = settings.region_pairs * settings.qk_dim
+    return 2 * shapes[0][0] * (routing + pairs * (settings.qk_dim + dim) + lepe)
+
+
 @operator(
     "attend_backward",
     f"(Tensor grad_out, {_TENSORS}, Tensor? out, Tensor[] saved, {_NUMBERS}, bool[] needs) -> Tensor[]",
@@ -166,6 +176,25 @@ def _(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
     tensors, needs = arguments[:_N_TENSORS], arguments[-1]
     wanted = zip(tensors, _wanted(tensors, needs), strict=True)
     return [x.new_empty(x.shape) for x, is_wanted in wanted if is_wanted]
+
+
+@flops_of(_attend_backward_operator)
+def _(grad_out: Any, *given: Any, **_: Any) -> int:
+    shapes, (_, _, *numbers, _, _) = given[:_N_TENSORS], given[_N_TENSORS:]
+    settings, dim, pairs, lepe = _counts((*shapes, *numbers))
+    routing = 2 * settings.region_pairs * settings.qk_dim * settings.diff_routing
+    # Scores are computed again, which PyTorch counts in its own attention, too.
+    return 2 * shapes[0][0] * (routing + pairs * (3 * settings.qk_dim + 2 * dim) + 2 * lepe)
+
+
+def _counts(shapes: Sequence[Any]) -> tuple[Settings, int, int, int]:
+    """Settings, channels of the values, scores of one head and products of LePE: of one image, padded."""
+    qkv, kv, _, _, lepe_weight, _, *numbers = shapes
+    settings = _settings(*numbers)
+    grid, dim = settings.grid, qkv[-1] - 2 * settings.qk_dim
+    region_keys = grid.region_tokens if kv is None else kv[1] * kv[2] // grid.n_regions
+    lepe = 0 if lepe_weight is None else grid.n_regions * grid.region_tokens * math.prod(lepe_weight)
+    return settings, dim, settings.token_pairs(region_keys), lepe
 
 
 def _wanted(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[bool]:

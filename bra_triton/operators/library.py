@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import register_flop_formula
 
 from ..export import is_eager
 
@@ -69,6 +70,18 @@ def fake_of(made: Any) -> Callable[[Callable[..., Any]], None]:
             return function(*arguments)
 
         torch.library.register_fake(made)(run)
+
+    return register
+
+
+def flops_of(made: Any) -> Callable[[Callable[..., int]], None]:
+    """Decorator: how PyTorch's `FlopCounterMode` counts the operator, from the shapes of its arguments.
+
+    A product and an addition are two operations, as everywhere in that counter.
+    """
+
+    def register(function: Callable[..., int]) -> None:
+        register_flop_formula(made.overloadpacket)(function)
 
     return register
 

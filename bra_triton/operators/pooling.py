@@ -8,6 +8,7 @@ Callers (`downsampling`) have checked the arguments. `grid` is a `RegionGrid`'s 
 | `bra_triton::pool_regions_backward` | none |
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..backend.kernels import fused_kernels
 from ..kernels.arrays import dense
 from ..kernels.grid import RegionGrid
 from ..kernels.pooling.problem import MAX, RegionPooling
-from .library import differentiable, fake_of, gradient_operator, operator, or_empty
+from .library import differentiable, fake_of, flops_of, gradient_operator, operator, or_empty
 
 _CELLS = "Tensor row_cells, Tensor column_cells"
 _NUMBERS = "SymInt qk_dim, SymInt[] grid, str mode, str backend"
@@ -78,6 +79,11 @@ def _(
     return qkv.new_empty(shape), argmax
 
 
+@flops_of(pool_regions)
+def _(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    return _convolution_flops(out_shape[0], shapes[4])
+
+
 @gradient_operator(
     "pool_regions_backward",
     f"(Tensor grad_pooled, Tensor qkv, Tensor? fill, Tensor argmax, {_CELLS}, Tensor? weight, {_NUMBERS}) -> "
@@ -133,6 +139,16 @@ def _(
         qkv.new_empty(0) if weight is None else weight.new_empty(weight.shape),
         qkv.new_empty(0) if weight is None else weight.new_empty(weight.shape[0]),
     )
+
+
+@flops_of(pool_regions_backward)
+def _(grad_pooled: Any, *shapes: Any, **_: Any) -> int:
+    return 2 * _convolution_flops(grad_pooled, shapes[5])
+
+
+def _convolution_flops(pooled: Any, weight: Any) -> int:
+    """Of the mode that multiplies; the others are not counted, as PyTorch counts no pooling."""
+    return 0 if weight is None else 2 * math.prod(pooled) * math.prod(weight[1:])
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -20,6 +20,7 @@ from .library import (
     Witness,
     differentiable,
     fake_of,
+    flops_of,
     gradient_operator,
     is_seen,
     needs_gradient,
@@ -115,6 +116,25 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Te
 @fake_of(_backward_operator)
 def _(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in arguments[:3])
+
+
+@flops_of(_operator)
+def _(*shapes: Any, **_: Any) -> int:
+    qk_dim, dim, pairs = _counts(*shapes)
+    return 2 * pairs * (qk_dim + dim)
+
+
+@flops_of(_backward_operator)
+def _(grad_out: Any, out: Any, lse: Any, *shapes: Any, **_: Any) -> int:
+    qk_dim, dim, pairs = _counts(*shapes)
+    return 2 * pairs * (3 * qk_dim + 2 * dim)  # as in `operators.attention`
+
+
+def _counts(query: Any, key: Any, value: Any, r_idx: Any, *numbers: Any) -> tuple[int, int, int]:
+    """Channels of queries and of values, and the scores of one head, of all images."""
+    query_grid, kv_grid = (RegionGrid(*grid) for grid in numbers[:2])
+    queries = query[0] * query_grid.n_regions * query_grid.region_tokens
+    return query[-1], value[-1], queries * r_idx[-1] * kv_grid.region_tokens
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

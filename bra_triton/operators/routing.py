@@ -13,6 +13,7 @@ alone; `operators.attention` does both itself.
 The operators trust their callers: arguments are checked. `grid` is a `RegionGrid`'s numbers.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..backend.torch.routing import region_means_gradient
 from ..kernels.grid import RegionGrid
 from ..kernels.padding import share_of_means
 from ..kernels.problem import statistic_dtype
-from .library import differentiable, fake_of, gradient_operator, operator, or_empty
+from .library import differentiable, fake_of, flops_of, gradient_operator, operator, or_empty
 
 
 @operator(
@@ -98,6 +99,11 @@ def _(query: Tensor, key: Tensor, topk: int, scale: float, backend: str) -> tupl
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int32)
 
 
+@flops_of(route)
+def _(query: Any, key: Any, *rest: Any, **_: Any) -> int:
+    return 2 * math.prod(query) * key[1]
+
+
 @gradient_operator(
     "route_backward",
     "(Tensor grad_weight, Tensor r_weight, Tensor r_idx, Tensor query, Tensor key, float scale, str backend)"
@@ -123,6 +129,11 @@ def _(
     grad_weight: Tensor, r_weight: Tensor, r_idx: Tensor, query: Tensor, key: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+@flops_of(route_backward)
+def _(grad_weight: Any, r_weight: Any, r_idx: Any, query: Any, key: Any, *rest: Any, **_: Any) -> int:
+    return 4 * math.prod(query) * key[1]
 
 
 def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
