@@ -5,13 +5,13 @@ A call with a signature (shapes, dtypes, numbers) that passed the checks before 
 """
 
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .arguments import dense_floats, factor, flag, whole_pair
 from .export import is_eager
@@ -42,6 +42,10 @@ class Request(Protocol):
     @property
     def routes(self) -> bool:
         """Whether regions are chosen, not given."""
+
+    @property
+    def calls(self) -> str:
+        """What only the reference can call, in words; empty for nothing."""
 
 
 @dataclass(slots=True)
@@ -74,6 +78,10 @@ class Call:
         router_bias: `(qk_dim,)`; only with `router_weight`.
         kv_downsampling: reduces keys and values inside each region.
         given_grid: the regions, where they are not `n_win` a side.
+        router_layer: what to call in the place of a linear layer on region queries and keys.
+        router: what to call in the place of the whole routing, with `(N, P, qk_dim)` region queries and keys;
+            returns what `Backend.route` does.
+        calls: what of this only the reference can call, in words: "router", "kv_down"; empty for nothing.
         eager: whether no graph is being recorded, see `export.is_eager`.
         known: what is known of calls with the same signature, where there was one before.
     """
@@ -87,6 +95,9 @@ class Call:
     router_bias: Tensor | None = None
     kv_downsampling: KVDownsampling | None = None
     given_grid: RegionGrid | None = None
+    router_layer: nn.Module | None = None
+    router: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    calls: str = ""
     eager: bool = field(default_factory=is_eager)
     known: Known | None = None
 
@@ -136,12 +147,20 @@ class Call:
             None if self.padding is None else _kind(self.padding),
             None if self.router_weight is None else _kind(self.router_weight),
             None if self.router_bias is None else _kind(self.router_bias),
-            None if down is None else (down.qk_dim, down.dim),
+            None if down is None or self.calls else (down.qk_dim, down.dim),
             self.given_grid,
+            self.calls,
         )
 
+    @property
+    def has_router_layer(self) -> bool:
+        """Whether region queries and keys pass a layer of the router."""
+        return self.router_weight is not None or self.router_layer is not None
+
     def emb(self, means: Tensor) -> Tensor:
-        """The router's linear layer on `(..., qk_dim)` region queries or keys, in their precision."""
+        """The router's layer on `(..., qk_dim)` region queries or keys, in their precision."""
+        if self.router_layer is not None:
+            return in_dtype_of(self.router_layer, means).to(means.dtype)
         if self.router_weight is None:
             return means
         bias = None if self.router_bias is None else self.router_bias.to(means.dtype)
@@ -156,6 +175,10 @@ class Call:
         if self.given_grid is None:
             # Raises where the map cannot be cut and may not be padded.
             RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win, auto_pad=self.padding is not None)
+        if qkv.shape[-1] != spec.packed_dim:
+            raise ValueError(
+                f"qkv must have 2*qk_dim + dim = {spec.packed_dim} channels, got {qkv.shape[-1]}"
+            )
         _check_shape("padding", self.padding, (spec.packed_dim,))
         _check_shape("router_weight", self.router_weight, (spec.qk_dim, spec.qk_dim))
         _check_shape("router_bias", self.router_bias, (spec.qk_dim,))
@@ -165,6 +188,8 @@ class Call:
         if self.router_weight is None and self.router_bias is not None:
             raise ValueError("router_bias needs router_weight, got router_weight=None")
         down = self.kv_downsampling
+        if self.calls:
+            return
         if not isinstance(down, KVDownsampling | None):
             raise TypeError(f"kv_downsampling must be what downsampling.build makes, got {down!r}")
         if down is not None and (down.qk_dim, down.dim) != (spec.qk_dim, spec.dim):
@@ -220,6 +245,11 @@ class RegionalCall:
         """See `Request`."""
         return False
 
+    @property
+    def calls(self) -> str:
+        """See `Request`."""
+        return ""
+
 
 def regional_call(
     query: Tensor,
@@ -250,6 +280,13 @@ def regional_call(
     graph = region_graph[:, :1] if region_graph.stride(1) == 0 else region_graph
     graph = _in_range(graph, kv_grid.n_regions)
     return RegionalCall(query, key, value, scale, graph, query_grid, kv_grid, num_heads)
+
+
+def in_dtype_of(layer: nn.Module, *means: Tensor) -> Any:
+    """What a layer makes of region queries or keys, which may be more precise than its parameters."""
+    dtypes = (p.dtype for p in layer.parameters() if p.is_floating_point())
+    dtype = next(dtypes, means[0].dtype)
+    return layer(*(x.to(dtype) for x in means))
 
 
 def _kind(x: Tensor) -> tuple[Any, ...]:

@@ -69,8 +69,7 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
 
     Ours takes over the layers themselves, so parameters (also in an optimizer), dtypes, devices,
     `requires_grad` and `state_dict` are unchanged. It keeps training mode, forward and backward hooks of the
-    module, and attributes that it does not have itself; numbers such as `topk` can be read there, but setting
-    them has no effect.
+    module, and attributes that it does not have itself.
 
     Args:
         model: the model; it may be an attention itself, then use `Report.model` in its place.
@@ -134,8 +133,11 @@ def _replacement(original: nn.Module, backend: str, subclasses: bool) -> tuple[n
         is_free = name not in taken and not isinstance(getattr(type(ours), name, None), property)
         if is_free or name in _CALL_HOOKS:  # the dictionary itself, so that handles can remove their hooks
             vars(ours)[name] = value
-    bypassed = [ours._modules.get(name) for name in ("lepe", "router")]
-    called = set(ours.modules()).difference(*(layer.modules() for layer in bypassed if layer is not None))
+    for name in ("router", "kv_down"):  # ours are called alike, but are made anew
+        if name in original._modules and name in ours._modules:
+            hooks = vars(original._modules[name])
+            vars(ours._modules[name]).update({kind: hooks[kind] for kind in _CALL_HOOKS})
+    called = {*ours.modules(), *(original._modules.get(name) for name in ("router", "kv_down"))}
     hooked = [name for name, layer in original.named_modules() if _has_hooks(layer) and layer not in called]
     lost = ", ".join(name for name in hooked if name)
     return ours, f"hooks not called any more on {lost}" if lost else ""

@@ -72,7 +72,7 @@ def attend(call: Call) -> Scored:
         factor = 1 + (r_weight - r_weight.detach())
     out, attn_weight = _attend_to(call, r_idx, factor)
     if call.lepe_weight is not None:
-        value = rearrange(_padded(call)[..., -spec.dim :], "n h w c -> n c h w").contiguous()
+        value = rearrange(padded(call)[..., -spec.dim :], "n h w c -> n c h w").contiguous()
         side = call.lepe_weight.shape[-1]
         lepe = F.conv2d(value, call.lepe_weight, call.lepe_bias, padding=side // 2, groups=spec.dim)
         out = out + rearrange(lepe, "n c h w -> n h w c")
@@ -86,14 +86,23 @@ def route(call: Call) -> tuple[Tensor, Tensor]:
         `r_weight` (float32, or float64 for float64) and `r_idx` (int64), both `(N, P, topk)`.
     """
     spec = call.spec
-    qkv = _padded(call) if spec.diff_routing else _padded(call).detach()
+    qkv = padded(call)
     query, key = (
-        call.emb(_region_means(x, call.grid, spec.counts_padding))
+        _region_means(x, call.grid, spec.counts_padding)
         for x in qkv[..., : 2 * spec.qk_dim].split(spec.qk_dim, dim=-1)
     )
-    with torch.autocast(qkv.device.type, enabled=False):
-        logits = (query * call.settings.routing_scale) @ rearrange(key, "n r c -> n c r")
-    top_logits, r_idx = select_topk(logits, call.settings.topk)
+    if call.router is not None:
+        return call.router(query, key)
+    if not spec.diff_routing:
+        query, key = query.detach(), key.detach()
+    return choose_regions(call.emb(query), call.emb(key), call.settings.topk, call.settings.routing_scale)
+
+
+def choose_regions(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
+    """What `route` returns, for `(N, P, qk_dim)` region queries and keys."""
+    with torch.autocast(query.device.type, enabled=False):
+        logits = (query * scale) @ rearrange(key, "n r c -> n c r")
+    top_logits, r_idx = select_topk(logits, topk)
     return top_logits.softmax(dim=-1), r_idx
 
 
@@ -127,9 +136,7 @@ def _attend_to(call: Call, r_idx: Tensor, factor: Tensor | None) -> tuple[Tensor
         The output on the padded map, and the attention matrix `(N*P, num_heads, S, topk*S_kv)`.
     """
     spec, grid, heads = call.spec, call.grid, {"m": call.spec.num_heads}
-    query, key_value = _split_regions(_padded(call), grid).split(
-        [spec.qk_dim, spec.qk_dim + spec.dim], dim=-1
-    )
+    query, key_value = _split_regions(padded(call), grid).split([spec.qk_dim, spec.qk_dim + spec.dim], dim=-1)
     # Keys and values together: they share the samples of fractional pooling.
     reduce = call.kv_downsampling or nn.Identity()
     reduced = reduce(rearrange(key_value, "n r h w c -> (n r) c h w"))
@@ -167,7 +174,7 @@ def gather_regions(x: Tensor, r_idx: Tensor) -> Tensor:
     return x[image, r_idx]
 
 
-def _padded(call: Call) -> Tensor:
+def padded(call: Call) -> Tensor:
     """The packed projection on whole regions: past the map's edge stands `padding`."""
     qkv, (bottom, right) = call.qkv, call.grid.padding
     if not _may_be_padded(call.grid):

@@ -75,6 +75,11 @@ class AttentionSpec:
         return self.qk_dim**-0.5 if self.qk_scale is None else self.qk_scale
 
     @property
+    def routing_scale(self) -> float:
+        """Factor of the regions' logits."""
+        return self.scale if self.router_scale is None else self.router_scale
+
+    @property
     def routing_weight(self) -> str:
         """How the routing weights enter: "none", "soft" or "hard" (straight-through)."""
         return "soft" if self.soft_routing else "hard" if self.diff_routing else "none"
@@ -98,7 +103,7 @@ class AttentionSpec:
             # A map smaller than n_win tokens a side may have fewer regions than topk.
             min(self.topk, grid.n_regions),
             self.scale,
-            self.scale if self.router_scale is None else self.router_scale,
+            self.routing_scale,
             self.routing_weight,
             self.diff_routing,
             self.counts_padding,

@@ -37,7 +37,7 @@ def nchw_call(module: NCHWBiLevelRoutingAttention, projected: Tensor) -> Call:
 
 def region_means(call: Call) -> tuple[Tensor, Tensor]:
     """Region queries and keys that the reference routes by, `(N, P, qk_dim)` each."""
-    spec, qkv = call.spec, reference._padded(call)
+    spec, qkv = call.spec, reference.padded(call)
     means = reference._region_means(qkv[..., : 2 * spec.qk_dim], call.grid, spec.counts_padding)
     query, key = means.split(spec.qk_dim, dim=-1)
     return call.emb(query), call.emb(key)

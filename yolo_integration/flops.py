@@ -1,12 +1,15 @@
 """Counts the attention's multiply-adds for Ultralytics' model summary."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.kernels.grid import RegionGrid
+from bra_triton.modules.downsampling import KVDownsampling
 
 
 def register_rule() -> None:
@@ -19,22 +22,17 @@ def register_rule() -> None:
 
 
 def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """Adds routing, attention and LePE to `module.total_ops`; the profiler counts the projections by itself.
+    """Adds routing and attention to `module.total_ops`; the profiler counts the layers by itself.
 
     Args:
         module: the attention.
         inputs: its input, `(N, H, W, dim)`.
         output: its output, of the same shape.
-
-    Raises:
-        ValueError: if a side of the map is shorter than `n_win`. The profiler first counts an image of 32
-            pixels and extrapolates from it, which would be wrong here, as the map would be padded to `n_win`.
-            After this error it counts an image of the real size.
     """
     batch, height, width, _ = inputs[0].shape
-    _refuse_small_map(height, width, module.spec.n_win)
     grid = RegionGrid.of_windows(height, width, module.spec.n_win)
-    module.total_ops += batch * _products(grid, module)
+    keys = module.kv_down.kv_grid(grid) if isinstance(module.kv_down, KVDownsampling) else grid
+    module.total_ops += batch * _products(module, grid, keys.region_tokens)
 
 
 def count_nchw_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -44,24 +42,39 @@ def count_nchw_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor
         module: the attention.
         inputs: its input, `(N, dim, H, W)`.
         output: its output, of the same shape.
-
-    Raises:
-        ValueError: as `count_attention`.
     """
-    batch, _, height, width = inputs[0].shape
-    _refuse_small_map(height, width, module.spec.n_win)
-    module.total_ops += batch * _products(module.grid(inputs[0]), module)
+    grid = module.grid(inputs[0])
+    module.total_ops += inputs[0].shape[0] * _products(module, grid, grid.region_tokens)
 
 
-def _refuse_small_map(height: int, width: int, n_win: int) -> None:
-    if min(height, width) < n_win:
-        raise ValueError(f"no count for a map of {height} x {width}, smaller than n_win={n_win} a side")
+def _products(module: Any, grid: RegionGrid, region_keys: int) -> int:
+    """Multiply-adds of routing and attention for one image, padding included."""
+    spec, settings = module.spec, module.spec.settings(grid)
+    return settings.region_pairs * spec.qk_dim + settings.token_pairs(region_keys) * (spec.qk_dim + spec.dim)
 
 
-def _products(grid: RegionGrid, module: Any) -> int:
-    """Multiply-adds of routing, attention and LePE for one image, padding included."""
-    spec, tokens = module.spec, grid.n_regions * grid.region_tokens
-    routing = grid.n_regions**2 * spec.qk_dim
-    attention = tokens * spec.topk * grid.region_tokens * (spec.qk_dim + spec.dim)
-    lepe = 0 if module.lepe is None else tokens * module.lepe.weight.numel()
-    return routing + attention + lepe
+def at_real_size(original: Callable[..., float], model: nn.Module, imgsz: Any = 640) -> float:
+    """Ultralytics' `get_flops` on an image of the size asked for, where it extrapolates from 32 pixels.
+
+    The attention's work is not proportional to the image's size, and on small maps most of it is padding.
+
+    Args:
+        original: Ultralytics' function, for models without these attentions.
+        model: the model.
+        imgsz: height and width of the image, or one number for both.
+
+    Returns:
+        GFLOPs.
+    """
+    kinds = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
+    if not any(isinstance(module, kinds) for module in model.modules()):
+        return original(model, imgsz)
+    try:
+        import thop
+    except ImportError:
+        return original(model, imgsz)
+    parameter = next(model.parameters())
+    size = imgsz if isinstance(imgsz, list | tuple) else (imgsz, imgsz)
+    image = torch.empty((1, parameter.shape[1], *size), device=parameter.device, dtype=parameter.dtype)
+    multiply_adds: float = thop.profile(model, inputs=[image], verbose=False)[0]
+    return multiply_adds / 1e9 * 2

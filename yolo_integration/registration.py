@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from ultralytics import nn as ultralytics_nn
 from ultralytics.nn import tasks
-from ultralytics.utils import callbacks
+from ultralytics.utils import callbacks, torch_utils
 
 from . import flops
 from .yaml_rows import YAML_MODULES, blocks_parsed_as_csp, errors_name_the_row, expand_rows
@@ -46,6 +46,7 @@ def register() -> None:
     if register_in_child_process not in trainer_callbacks:
         trainer_callbacks.append(register_in_child_process)
     flops.register_rule()
+    _wrap_once(torch_utils, "get_flops", flops.at_real_size)
 
 
 def register_in_child_process(trainer: Any) -> None:

@@ -21,6 +21,10 @@ class FusedBackend:
 
     def why_not(self, request: Request) -> str | None:
         """See `Backend`."""
+        if request.calls:
+            return (
+                f"only backend='reference' calls {request.calls}, which is hooked or no layer of this package"
+            )
         return why_not_triton(request) if self.name == "triton" else None
 
     def attend(self, call: Call) -> Tensor:
@@ -38,7 +42,7 @@ class FusedBackend:
             kv = call.kv_downsampling.pool(qkv, settings.grid, padding, backend=self.name)
         # Kernels take the largest score before they apply the scale: a negative one goes to the queries.
         is_negative = settings.scale < 0
-        if call.router_weight is not None or (is_negative and not settings.chooses_all):
+        if call.has_router_layer or (is_negative and not settings.chooses_all):
             means = self._region_means(call, qkv, padding)
             means = means if settings.diff_routing else means.detach()
         if is_negative:
@@ -85,9 +89,9 @@ class FusedBackend:
             settings.grid.numbers,
             self.name,
         )
-        if call.router_weight is None:
+        if not call.has_router_layer:
             return means
-        return call.emb(means.unflatten(-1, (2, settings.qk_dim))).flatten(-2)
+        return torch.cat([call.emb(x) for x in means.split(settings.qk_dim, dim=-1)], dim=-1)
 
 
 def _like(x: Tensor, qkv: Tensor) -> Tensor:

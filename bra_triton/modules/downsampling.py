@@ -6,6 +6,7 @@ on regions cut apart, for the reference and for export. What both share is where
 
 from abc import ABC, abstractmethod
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from ..export import being_exported
 from ..kernels.grid import RegionGrid
 from ..kernels.pooling.problem import MAX, MEAN, WEIGHTED
 from ..operators import pooling as operators
+from .layers import is_plain
 
 MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool", "fracpool", "conv")
 Cells = tuple[Tensor, Tensor]
@@ -298,6 +300,13 @@ class DepthwiseConvolution(FixedCells):
         _check_fits("kv_downsample_kernel", self.kernel, min(x.shape[-2:]))
         key, value = x.split([self.qk_dim, self.dim], dim=1)
         return torch.cat((self.key(key), self.value(value)), dim=1)
+
+
+def may_be_bypassed(kv_down: Any) -> bool:
+    """Whether a fused backend may compute what it does: nothing expects it or a layer of it to be called."""
+    return isinstance(kv_down, KVDownsampling) and all(
+        is_plain(layer, type(kv_down) if layer is kv_down else nn.Conv2d) for layer in kv_down.modules()
+    )
 
 
 def fractional_cells(side: int, count: int, window: int, sample: Tensor) -> Tensor:

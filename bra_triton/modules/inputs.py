@@ -1,51 +1,18 @@
-"""What the modules have in common in taking a map, and in what they let be set."""
+"""What the modules have in common in taking a map."""
 
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
-
-from ..spec import AttentionSpec
+from torch import Tensor
 
 
-class FixedScale(nn.Module):
-    """A module whose scale is a number of its specification, and is no parameter.
-
-    Attributes:
-        spec: what is computed.
-    """
-
-    spec: AttentionSpec
-
-    @property
-    def scale(self) -> float:
-        """Factor of the logits; setting it raises TypeError."""
-        return self.spec.scale
-
-    @scale.setter
-    def scale(self, value: Any) -> None:
-        raise TypeError(
-            f"scale must be given to the constructor as qk_scale, a number, got {type(value).__name__}; "
-            "a parameter would get no gradient: multiply the queries by it instead"
-        )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(getattr(type(self), name, None), property):
-            # nn.Module would make a parameter or a submodule of it, which nothing reads.
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-
-def check_shape(x: Any, axes: str, channel_axis: int, dim: int) -> None:
-    """Raises TypeError where `x` is no tensor, ValueError where it is no map with `dim` channels."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {x!r}")
+def check_shape(x: Tensor, axes: str, channel_axis: int, dim: int) -> None:
+    """Raises ValueError where `x` is no map with `dim` channels."""
     if x.dim() != 4 or x.shape[channel_axis] != dim:
         raise ValueError(f"x must be {axes} with dim={dim}, got shape {tuple(x.shape)}")
 
 
-def project(layer: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Tensor:
+def project(layer: Any, x: Tensor, run: Callable[[Any, Tensor], Tensor] | None = None) -> Tensor:
     """`run(layer, x)`, by default `layer(x)`; if that fails because `x` is unlike the parameters, says so.
 
     Raises:

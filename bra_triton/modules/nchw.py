@@ -1,6 +1,7 @@
 """The drop-in for the authors' NCHW module: its arguments and `state_dict`."""
 
 from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -8,20 +9,21 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import reference
-from ..arguments import flag, one_of
-from ..backend.select import AUTO, check_name
+from ..arguments import one_of
+from ..backend.select import AUTO
 from ..call import Call
 from ..export import is_eager
 from ..functional import attend
 from ..kernels.grid import RegionGrid
 from ..spec import AttentionSpec
-from .inputs import FixedScale, check_shape, project
-from .nhwc import depthwise_convolution, is_hooked
+from .base import FIXED_BY_PARAMETERS, NEVER_CALLED, Attention
+from .inputs import check_shape, project
+from .layers import depthwise_convolution, is_plain_convolution, lepe_parameters
 
 ATTENTION_BACKENDS = ("torch", "triton")
 
 
-class NCHWBiLevelRoutingAttention(FixedScale):
+class NCHWBiLevelRoutingAttention(Attention):
     """Bi-level routing attention over an NCHW map, after rayleizhu/BiFormer `ops/bra_nchw.py`.
 
     It differs from `BiLevelRoutingAttention` in this: 1x1 convolutions project; regions are
@@ -46,15 +48,25 @@ class NCHWBiLevelRoutingAttention(FixedScale):
         attn_backend: the original's name for `backend`: `"torch"`, its only value there, or `"triton"`.
         backend: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
 
+    Attributes are the original's; see `base.Attention` for what may be set. A layer may be replaced, wrapped
+    or hooked, and is then called.
+
     Raises:
         ValueError: naming the argument, its value and what is allowed.
-        TypeError: for a `qk_scale` that is a tensor, and where `scale` is set: it would get no gradient.
+        TypeError: for a `qk_scale` that is a tensor: it would get no gradient.
 
     Example:
         >>> attention = NCHWBiLevelRoutingAttention(dim=64, num_heads=2, n_win=8)
         >>> attention(torch.randn(2, 64, 80, 80)).shape
         torch.Size([2, 64, 80, 80])
     """
+
+    _fixed: ClassVar[dict[str, str]] = {
+        **Attention._fixed,
+        "head_dim": FIXED_BY_PARAMETERS,
+        "attn_fn": NEVER_CALLED,
+        **dict.fromkeys(("soft_routing", "diff_routing"), "this form has no routing weights"),
+    }
 
     def __init__(
         self,
@@ -78,7 +90,7 @@ class NCHWBiLevelRoutingAttention(FixedScale):
             if backend not in (AUTO, attn_backend):
                 raise ValueError(f"attn_backend={attn_backend!r} contradicts backend={backend!r}")
             backend = attn_backend
-        self.auto_pad = flag("auto_pad", auto_pad)
+        self.auto_pad = auto_pad
         self.backend = backend
         dim = self.spec.dim
         self.lepe = depthwise_convolution(dim, side_dwconv)
@@ -86,13 +98,9 @@ class NCHWBiLevelRoutingAttention(FixedScale):
         self.output_linear = nn.Conv2d(dim, dim, 1)
 
     @property
-    def backend(self) -> str:
-        """`"auto"` or a backend's name; setting another raises ValueError."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, name: str) -> None:
-        self._backend = check_name(name)
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.spec.head_dims[1]
 
     def forward(self, x: Tensor, ret_attn_mask: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Attends over a map.
@@ -109,17 +117,19 @@ class NCHWBiLevelRoutingAttention(FixedScale):
             ValueError, TypeError: naming the argument, its value and what is allowed.
             RuntimeError: if the backend asked for by name cannot serve; says why.
         """
+        if not isinstance(x, Tensor):
+            return self._leaf(x, ret_attn_mask)
         grid = self.grid(x)
-        qkv = project(self.qkv_linear, x.permute(0, 2, 3, 1), _project)
+        qkv = project(self._modules["qkv_linear"], x.permute(0, 2, 3, 1), _project)
         # Tokens past the edge are left out of the means, but are zeros to the attention, and take part.
         padding = qkv.new_zeros(qkv.shape[-1]) if grid.is_padded else None
-        weight, bias = (None, None) if self.lepe is None else (self.lepe.weight, self.lepe.bias)
+        weight, bias = lepe_parameters(self._modules.get("lepe"), self.spec.dim)
         call = Call(qkv, self.spec, weight, bias, padding, given_grid=grid)
         if ret_attn_mask:
             out, _, _, attn_weight = reference.attend(call)
             attn_weight = rearrange(attn_weight, "(n r) m s t -> n m r s t", n=x.shape[0])
-            return self._out(out), attn_weight
-        return self._out(attend(call, self._backend))
+            return self._out(out, call), attn_weight
+        return self._out(attend(call, self._backend), call)
 
     def grid(self, x: Tensor) -> RegionGrid:
         """The regions of a map `(N, dim, H, W)`; raises ValueError where it has none."""
@@ -127,8 +137,10 @@ class NCHWBiLevelRoutingAttention(FixedScale):
         grid_of = _grid_of if is_eager() else _grid_of.__wrapped__
         return grid_of(x.shape[2], x.shape[3], self.spec.windows, self.auto_pad)
 
-    def _out(self, out: Tensor) -> Tensor:
-        return _project(self.output_linear, out).permute(0, 3, 1, 2)
+    def _out(self, out: Tensor, call: Call) -> Tensor:
+        if call.lepe_weight is None:
+            out = self._with_lepe(out, call)
+        return _project(self._modules["output_linear"], out).permute(0, 3, 1, 2)
 
 
 @lru_cache(1024)
@@ -144,9 +156,9 @@ def _grid_of(height: int, width: int, windows: tuple[int, int], auto_pad: bool) 
     return RegionGrid.of_region_size(height, width, region_size)
 
 
-def _project(layer: nn.Module, x: Tensor) -> Tensor:
+def _project(layer: Any, x: Tensor) -> Tensor:
     """The layer, a 1x1 convolution, on an NHWC map."""
-    if type(layer) is nn.Conv2d and not is_hooked(layer):
+    if is_plain_convolution(layer, 1) and layer.kernel_size == (1, 1):
         # The same numbers as one matrix product, whose gradients repeat their bits. A convolution costs the
         # CPU twice as much, and beside one Inductor copies the maps kept for the backward (PyTorch 2.14).
         return F.linear(x, layer.weight.flatten(1), layer.bias)

@@ -1,21 +1,22 @@
 """The drop-in module: the original's arguments and `state_dict`."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
-from ..arguments import flag, is_whole, one_of
-from ..backend.select import check_name
-from ..call import Call
+from ..arguments import flag, one_of
+from ..call import Call, in_dtype_of
 from ..export import being_exported, is_eager
 from ..functional import attend
 from ..kernels.grid import RegionGrid
 from ..spec import AttentionSpec
 from . import downsampling
-from .inputs import FixedScale, check_shape, project
+from .base import FIXED_BY_PARAMETERS, NEVER_CALLED, Attention, Specified, number
+from .inputs import check_shape, project
+from .layers import depthwise_convolution, is_plain, lepe_parameters, plain_parameters
 
 PARAM_ATTENTION_MODES = ("qkvo", "qkv")
 
@@ -32,21 +33,47 @@ class QKVLinear(nn.Module):
         return self.qkv(x)
 
 
-class TopkRouting(FixedScale):
-    """The router's parameters, under the original's names; routing itself is a backend's.
+class TopkRouting(Specified):
+    """The original's router: its parameters under the original's names, and its numbers.
+
+    The fused backends choose regions themselves and do not call it. If it has a hook, `backend="auto"` takes
+    the reference, which does.
 
     Args:
         spec: what is computed.
         param_routing: apply one shared linear layer to queries and keys first.
     """
 
+    _fixed: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("topk", "qk_dim", "scale", "diff_routing"), "set it on the attention"),
+        "routing_act": NEVER_CALLED,
+    }
+
     def __init__(self, spec: AttentionSpec, param_routing: bool) -> None:
         super().__init__()
         self.spec = spec
         self.emb = nn.Linear(spec.qk_dim, spec.qk_dim) if param_routing else nn.Identity()
 
+    qk_dim, topk, diff_routing = number("qk_dim"), number("topk"), number("diff_routing")
+    scale = number("routing_scale")
 
-class BiLevelRoutingAttention(FixedScale):
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Chooses regions.
+
+        Args:
+            query: `(N, P, qk_dim)` region queries.
+            key: region keys.
+
+        Returns:
+            `r_weight`, the softmax over the chosen logits, and `r_idx` (int64), both `(N, P, topk)`.
+        """
+        if not self.diff_routing:
+            query, key = query.detach(), key.detach()
+        query, key = (in_dtype_of(self.emb, x).to(x.dtype) for x in (query, key))
+        return reference.choose_regions(query, key, self.topk, self.scale)
+
+
+class BiLevelRoutingAttention(Attention):
     """Bi-level routing attention over an NHWC map (BiFormer, section 3.2).
 
     Arguments up to `auto_pad` and the keys of the `state_dict` are those of the original module, so that its
@@ -76,15 +103,37 @@ class BiLevelRoutingAttention(FixedScale):
         auto_pad: zero-pad the map at the bottom and right to multiples of `n_win`.
         backend: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
 
+    Attributes are the original's; see `base.Attention` for what may be set. A layer may be replaced, wrapped
+    or hooked: then `qkv`, `wo`, `lepe` and `router.emb` are called by every backend, `router` and `kv_down`
+    by the reference alone, which `backend="auto"` takes for that.
+
     Raises:
         ValueError: naming the argument, its value and what is allowed.
-        TypeError: for a `qk_scale` that is a tensor, and where `scale` is set: it would get no gradient.
+        TypeError: for a `qk_scale` that is a tensor: it would get no gradient.
 
     Example:
         >>> attention = BiLevelRoutingAttention(dim=64, num_heads=2, n_win=8, topk=4, auto_pad=True)
         >>> attention(torch.randn(2, 80, 80, 64)).shape
         torch.Size([2, 80, 80, 64])
     """
+
+    _fixed: ClassVar[dict[str, str]] = {
+        **Attention._fixed,
+        **dict.fromkeys(("qk_dim", "param_attention", "param_routing"), FIXED_BY_PARAMETERS),
+        **dict.fromkeys(
+            (
+                "kv_downsample_mode",
+                "kv_per_win",
+                "kv_downsample_ratio",
+                "kv_downsample_kernel",
+                "kv_downsample_kenel",
+            ),
+            "it is that of kv_down; replace kv_down by what downsampling.build makes",
+        ),
+        "kv_gather": NEVER_CALLED,
+    }
+
+    qk_dim = number("qk_dim")
 
     def __init__(
         self,
@@ -110,13 +159,20 @@ class BiLevelRoutingAttention(FixedScale):
         super().__init__()
         qk_dim = dim if qk_dim is None else qk_dim
         spec = AttentionSpec(dim, qk_dim, num_heads, n_win, topk, qk_scale, soft_routing, diff_routing)
-        self.spec, dim, qk_dim = spec, spec.dim, spec.qk_dim
         one_of("param_attention", param_attention, PARAM_ATTENTION_MODES)
-        if flag("param_routing", param_routing) and not spec.diff_routing:
-            raise ValueError("param_routing=True needs diff_routing=True, or router.emb gets no gradient")
-        self.kv_downsample_mode = kv_downsample_mode
-        self.auto_pad = flag("auto_pad", auto_pad)
+        self.spec, dim, qk_dim = spec, spec.dim, spec.qk_dim
+        self.auto_pad = auto_pad
         self.backend = backend
+        vars(self).update(  # past `__setattr__`, which lets nobody set them
+            param_attention=param_attention,
+            param_routing=flag("param_routing", param_routing),
+            kv_downsample_mode=kv_downsample_mode,
+            kv_per_win=kv_per_win,
+            kv_downsample_ratio=kv_downsample_ratio,
+            kv_downsample_kernel=kv_downsample_kernel,
+            kv_downsample_kenel=kv_downsample_kernel,  # as the original spells it
+        )
+        self._check(spec)
         self.lepe = depthwise_convolution(dim, side_dwconv)
         self.router = TopkRouting(spec, param_routing)
         self.qkv = QKVLinear(dim, qk_dim)
@@ -125,14 +181,17 @@ class BiLevelRoutingAttention(FixedScale):
             kv_downsample_mode, qk_dim, dim, kv_per_win, kv_downsample_ratio, kv_downsample_kernel
         )
 
-    @property
-    def backend(self) -> str:
-        """`"auto"` or a backend's name; setting it raises as the constructor does."""
-        return self._backend
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "spec":
+            self._check(value)
+            router = self._modules.get("router")
+            if type(router) is TopkRouting:
+                router.spec = value
+        super().__setattr__(name, value)
 
-    @backend.setter
-    def backend(self, name: str) -> None:
-        self._backend = check_name(name)
+    def _check(self, spec: AttentionSpec) -> None:
+        if vars(self).get("param_routing") and not spec.diff_routing:
+            raise ValueError("param_routing=True needs diff_routing=True, or router.emb gets no gradient")
 
     def forward(
         self, x: Tensor, ret_attn_mask: bool = False
@@ -151,36 +210,54 @@ class BiLevelRoutingAttention(FixedScale):
             ValueError, TypeError: naming the argument, its value and what is allowed.
             RuntimeError: if the backend asked for by name cannot serve; says why.
         """
+        if not isinstance(x, Tensor):
+            return self._leaf(x, ret_attn_mask)
         check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
         eager = is_eager()
         if not eager and being_exported():
             return self._export(x, ret_attn_mask)
-        call = self._call(project(self.qkv, x), self._padding(x), eager)
+        call = self._call(self._project(x), self._padding(x), eager)
         if ret_attn_mask:
-            out, *routing_and_scores = reference.attend(call)
-            return self.wo(out), *routing_and_scores
-        return self.wo(attend(call, self._backend))
+            scored = reference.attend(call)
+            return self._out(scored.out, call), *scored[1:]
+        return self._out(attend(call, self._backend), call)
+
+    def _project(self, x: Tensor) -> Tensor:
+        qkv = project(self._modules["qkv"], x)  # as an attribute a module costs a microsecond
+        # The original's projection returns queries, and keys with values.
+        return torch.cat(qkv, dim=-1) if isinstance(qkv, tuple) else qkv
+
+    def _out(self, out: Tensor, call: Call) -> Tensor:
+        if call.lepe_weight is None:
+            out = self._with_lepe(out, call)
+        project_out: Any = self._modules["wo"]
+        return project_out(out)
 
     def _call(self, qkv: Tensor, padding: Tensor | None, eager: bool) -> Call:
-        """One call, with the parameters that take part in it."""
-        modules: dict[str, Any] = (
-            self._modules
-        )  # looking a module or parameter up as an attribute costs a microsecond
-        lepe, kv_down, emb = modules.get("lepe"), modules["kv_down"], modules["router"]._modules["emb"]
-        weight = bias = router_weight = router_bias = None
-        if lepe is not None:
-            parameters = lepe._parameters
-            # A parametrised or pruned weight is no parameter, but an attribute like any other.
-            is_usual = "weight" in parameters and "bias" in parameters
-            weight, bias = (
-                (parameters["weight"], parameters["bias"]) if is_usual else (lepe.weight, lepe.bias)
-            )
-        if type(emb) is not nn.Identity:
-            router_weight, router_bias = emb.weight, emb.bias
-        if type(kv_down) is nn.Identity:
-            kv_down = None
-        tensors = (weight, bias, padding, router_weight, router_bias)
-        return Call(qkv, self.spec, *tensors, kv_down, None, eager)
+        """One call, with the parameters that take part in it, or what must be called instead of them."""
+        modules: dict[str, Any] = self._modules
+        router, kv_down = modules["router"], modules["kv_down"]
+        weight, bias = lepe_parameters(modules.get("lepe"), self.spec.dim)
+        call = Call(qkv, self.spec, weight, bias, padding, eager=eager)
+        if not is_plain(router, TopkRouting):
+            call.router, call.calls = self._route, "router"
+        elif not is_plain(emb := router._modules["emb"], nn.Identity):
+            if is_plain(emb, nn.Linear):
+                call.router_weight, call.router_bias = plain_parameters(emb)
+            else:
+                call.router_layer = emb
+        if not is_plain(kv_down, nn.Identity):
+            call.kv_downsampling = kv_down
+            if not downsampling.may_be_bypassed(kv_down):
+                call.calls = f"{call.calls} and kv_down".removeprefix(" and ")
+        return call
+
+    def _route(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """What the router makes of region queries and keys, where it must be called."""
+        if isinstance(self.router, TopkRouting):  # which routes in the precision of the means
+            return self.router(query, key)
+        r_weight, r_idx = in_dtype_of(self.router, query, key)
+        return r_weight, r_idx.long()
 
     def _padding(self, x: Tensor) -> Tensor | None:
         """What the projection makes of the zero tokens that pad the map, `(2*qk_dim + dim,)`; None without.
@@ -189,16 +266,17 @@ class BiLevelRoutingAttention(FixedScale):
             ValueError: if the map needs padding and may not be padded.
         """
         _, height, width, _ = x.shape
-        rows, columns = self.spec.windows
+        n_win = self.spec.n_win
+        rows, columns = n_win if isinstance(n_win, tuple) else (n_win, n_win)
         if not height % rows and not width % columns:
             return None
         if not self.auto_pad:
-            RegionGrid.of_windows(height, width, self.spec.n_win, auto_pad=False)
-        layer = self.qkv.qkv if type(self.qkv) is QKVLinear and not is_hooked(self.qkv) else None
-        if type(layer) is nn.Linear and not is_hooked(layer) and layer.bias is not None:
+            RegionGrid.of_windows(height, width, n_win, auto_pad=False)
+        layer: Any = self.qkv.qkv if is_plain(self.qkv, QKVLinear) else None
+        if is_plain(layer, nn.Linear) and layer.bias is not None:
             return layer.bias
         # Whatever else the projection is: an adapter, a quantised layer.
-        return self.qkv(torch.zeros(1, self.spec.dim, dtype=x.dtype, device=x.device))[0]
+        return self._project(torch.zeros(1, self.spec.dim, dtype=x.dtype, device=x.device))[0]
 
     def _export(self, x: Tensor, ret_attn_mask: bool) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
         """The forward in an exported graph, where padding is a tensor operation like any other.
@@ -210,26 +288,11 @@ class BiLevelRoutingAttention(FixedScale):
         if self.auto_pad:
             bottom, right = grid.padding
             padded = F.pad(x, (0, 0, 0, right, 0, bottom))
-        call = self._call(project(self.qkv, padded), None, False)
+        call = self._call(self._project(padded), None, False)
         if ret_attn_mask or self._backend == "reference":
-            out, *routing_and_scores = reference.attend(call)
+            scored = reference.attend(call)
+            out = scored.out
         else:
-            out, routing_and_scores = attend(call, self._backend), []
-        out = self.wo(out)[:, : x.shape[1], : x.shape[2]].contiguous()
-        return (out, *routing_and_scores) if ret_attn_mask else out
-
-
-def depthwise_convolution(dim: int, side: int) -> nn.Conv2d | None:
-    """LePE's layer, with a kernel of `side` x `side`; None for a side of 0.
-
-    Raises:
-        ValueError: if the side is no int, even or negative.
-    """
-    if not is_whole(side, 0) or (side % 2 == 0 and side != 0):
-        raise ValueError(f"side_dwconv must be 0 or an odd kernel size, got {side}")
-    return nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim) if side else None
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a forward hook expects the module to be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+            out = attend(call, self._backend)
+        out = self._out(out, call)[:, : x.shape[1], : x.shape[2]].contiguous()
+        return (out, *scored[1:]) if ret_attn_mask else out

@@ -18,7 +18,7 @@ from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, fun
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.modules import downsampling
 
-ERRORS = (ValueError, TypeError, RuntimeError)
+ERRORS = (ValueError, TypeError, RuntimeError, AttributeError)
 MAP = torch.randn(1, 4, 4, 16)
 NCHW_MAP = MAP.permute(0, 3, 1, 2)
 PACKED = {"qkv": torch.randn(1, 4, 4, 48), "n_win": 2, "topk": 2, "backend": "torch"}
@@ -65,8 +65,15 @@ def _set(kind=BiLevelRoutingAttention, **attribute):
         setattr(module, name, value)
 
 
-def _set_router_scale(scale):
-    BiLevelRoutingAttention(16, 2, 2, topk=2).router.scale = scale
+def _called(**layer):
+    module = BiLevelRoutingAttention(16, 2, 2, topk=2, backend="torch")
+    for name, value in layer.items():
+        setattr(module, name, value)
+    module(MAP)
+
+
+def _traced(attention):
+    return attention(BiLevelRoutingAttention(16, 2, 2, topk=2))
 
 
 # Equal to a good value, but of another type, or good only at first sight.
@@ -203,10 +210,17 @@ TABLE = [
     ),
     *((_build, name, NOT_WHOLE, {}) for name in ("qk_dim", "dim")),
     (_build, "mode", ("mean", None), {}),
-    (_set, "scale", (0.5, nn.Parameter(torch.ones(()))), {}),
+    *((_set, name, NOT_WHOLE, {}) for name in ("n_win", "num_heads", "topk")),
+    *((_set, name, NOT_FLAGS, {}) for name in ("soft_routing", "diff_routing", "auto_pad")),
+    (_set, "scale", NOT_SCALES, {}),
     (_set, "scale", (nn.Parameter(torch.ones(())),), {"kind": NCHWBiLevelRoutingAttention}),
+    (_set, "topk", (5,), {}),
+    (_set, "dim", (16, nn.Parameter(torch.ones(()))), {}),
     (_set, "backend", NOT_NAMES, {}),
-    (_set_router_scale, "scale", (nn.Parameter(torch.ones(())),), {}),
+    (_set, "lepe", (torch.zeros_like, "lepe"), {}),
+    (_called, "lepe", (nn.Conv2d(16, 16, 3),), {}),
+    (_called, "qkv", (nn.Linear(16, 32),), {}),
+    (_traced, "attention", (torch.fx.symbolic_trace, torch.jit.script), {}),
 ]
 # An argument whose check stands under another name.
 NAMES = {(_build, "mode"): "kv_downsample_mode"}
@@ -285,7 +299,7 @@ JUNK = st.one_of(
         st.sampled_from(["cpu", "meta"]),
     ),
 )
-ARGUMENTS = sorted({(call.__name__, name) for call, name, *_ in TABLE})
+ARGUMENTS = sorted({(call.__name__, name) for call, name, *_ in TABLE if call is not _traced})
 
 
 @settings(max_examples=600, deadline=None)

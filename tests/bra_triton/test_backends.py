@@ -29,6 +29,7 @@ class _Request:
     head_dims: tuple[int, int] = (32, 32)
     grids: tuple[RegionGrid, ...] = (RegionGrid.of_windows(4, 4, 2),)
     routes: bool = True
+    calls: str = ""
 
 
 def _select(name, *request, **changed):

@@ -36,6 +36,15 @@ MODES = {
 }
 
 
+class DepthwiseLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
 def clear_map(size):
     """An NHWC map with a mean for each region, so that float32 leaves no doubt about the routing."""
     means = torch.randn(2, 2, 2, 12).repeat_interleave(size[0] // 2 + 1, 1)
@@ -87,6 +96,21 @@ class TestNumbers:
     def test_of_a_projection_that_is_one_layer(self):
         """Its keys stay `qkv.weight` and `qkv.bias`."""
         attn = paste(splits_itself, qkv=nn.Linear(12, 36))
+        assert_replaced_by(BiLevelRoutingAttention, Block(attn), clear_map((6, 8)))
+
+    @pytest.mark.parametrize(
+        ("parent", "name", "layer"),
+        [
+            ("", "lepe", DepthwiseLayer()),
+            ("", "lepe", nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12)),
+            ("router", "emb", nn.LayerNorm(12)),
+        ],
+        ids=["LePE in a layer of its own", "LePE with dilation", "a router with another layer"],
+    )
+    def test_of_layers_that_kernels_do_not_compute(self, parent, name, layer):
+        """Ours calls them."""
+        attn = original(**SIZE, **SOFT)
+        setattr(attn.get_submodule(parent), name, copy.deepcopy(layer))
         assert_replaced_by(BiLevelRoutingAttention, Block(attn), clear_map((6, 8)))
 
     def test_the_attention_matrix_of_a_paste_that_permutes(self):
@@ -193,7 +217,18 @@ class TestWhatIsKept:
         ):
             layer.register_forward_hook(lambda module, args, out: None)
         note = replace_attention(attn).replaced[0].note
-        assert note == "hooks not called any more on lepe, router, router.emb, kv_gather, qkv"
+        assert note == "hooks not called any more on kv_gather, qkv"
+
+    def test_hooks_on_router_and_pooling(self):
+        """They are made anew, and called alike."""
+        attn, calls = original(**SIZE, kv_downsample_mode="avgpool", kv_downsample_ratio=2), []
+        for name in ("router", "kv_down", "lepe"):
+            layer = getattr(attn, name)
+            layer.register_forward_hook(lambda module, args, out, name=name: calls.append(name))
+        report = replace_attention(attn)
+        assert report.replaced[0].note == ""
+        report.model(clear_map((6, 8)))
+        assert sorted(calls) == ["kv_down", "lepe", "router"]
 
     def test_attributes_that_others_set_or_read(self):
         """Ultralytics numbers the layers of a model so, in `type` too, which is a method of `nn.Module`."""
@@ -229,15 +264,6 @@ def paste(forward, **layers):
     for name, layer in layers.items():
         setattr(attn, name, layer)
     return attn
-
-
-class DepthwiseLayer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(12, 12, 3, padding=1, groups=12)
-
-    def forward(self, x):
-        return self.conv(x)
 
 
 def raises(self, x):
@@ -294,21 +320,9 @@ NOT_REPLACED = {
         lambda: with_(lambda m: m.register_buffer("mean", torch.ones(12), persistent=False)),
         "only one of it and ours has: mean",
     ),
-    "LePE by a layer that ours does not call": (
-        lambda: with_(lambda m: setattr(m, "lepe", DepthwiseLayer())),
-        "its lepe is a test_migration.DepthwiseLayer, which ours does not call",
-    ),
     "LePE by a function": (
         lambda: with_(lambda m: setattr(m, "lepe", torch.ones_like), side_dwconv=0),
         "the output differs",
-    ),
-    "LePE with dilation": (
-        lambda: with_(lambda m: setattr(m, "lepe", nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12))),
-        "the output differs",
-    ),
-    "a router with another layer": (
-        lambda: with_(lambda m: setattr(m.router, "emb", nn.LayerNorm(12))),
-        "its router.emb is a torch.nn.modules.normalization.LayerNorm",
     ),
     "another pooling": (
         lambda: with_(lambda m: setattr(m, "kv_down", nn.LPPool2d(2, 2))),
@@ -398,12 +412,12 @@ def test_our_own_modules_and_what_holds_one_are_not_looked_at():
 
 def test_the_report_is_readable_and_frozen():
     attn = original(**SIZE)
-    attn.lepe.register_forward_hook(lambda module, args, out: None)
+    attn.kv_gather.register_forward_hook(lambda module, args, out: None)
     report = replace_attention(nn.ModuleList([attn, Subclass(**SIZE)]))
     assert str(report).splitlines() == [
         "replaced: 1",
         "  0: seed_module.BiLevelRoutingAttention -> bra_triton.modules.nhwc.BiLevelRoutingAttention: "
-        "hooks not called any more on lepe",
+        "hooks not called any more on kv_gather",
         "not replaced: 1",
         "  1: test_migration.Subclass: it overrides the forward of BiLevelRoutingAttention; "
         "subclasses=True replaces it if the result is the same",

@@ -118,3 +118,15 @@ def test_operators_called_where_dynamo_watches_but_does_not_compile():
     assert (
         relative_error(*(torch.autograd.grad(out.sum(), x)[0] for out in (actual, expected.double()))) < 1e-6
     )
+
+
+def test_a_number_that_is_set_and_a_hook_are_noticed():
+    module = BiLevelRoutingAttention(12, 2, 2, topk=2, auto_pad=True, backend="torch")
+    compiled, x = torch.compile(module, backend="eager", fullgraph=True), torch.randn(1, 7, 8, 12)
+
+    def hook():
+        module.lepe.register_forward_hook(lambda layer, inputs, out: 2 * out)
+
+    for change in (lambda: None, lambda: setattr(module, "topk", 4), hook):
+        change()
+        assert relative_error(compiled(x), module(x).double()) < 1e-5

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from ultralytics.nn.modules import C2PSA, C3k2
+from ultralytics.utils import torch_utils
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.yolo_integration import (
@@ -212,14 +213,16 @@ def test_flops_are_those_of_the_products() -> None:
     attention.total_ops = 0
     x = torch.randn(5, 4, 5, 8)  # padded to 4 x 6: 4 regions of 6 tokens
     flops.count_attention(attention, (x,), x)
-    routing, logits, values, lepe = 4 * 4 * 4, 24 * 3 * 6 * 4, 24 * 3 * 6 * 8, 24 * 9 * 8
-    assert attention.total_ops == 5 * (routing + logits + values + lepe)
+    routing, logits, values = 4 * 4 * 4, 24 * 3 * 6 * 4, 24 * 3 * 6 * 8
+    assert attention.total_ops == 5 * (routing + logits + values)
 
 
-def test_flops_of_a_map_that_is_mostly_padding_are_refused() -> None:
-    attention = BiLevelRoutingAttention(8, n_win=7, auto_pad=True)
-    with pytest.raises(ValueError, match="n_win=7"):
-        flops.count_attention(attention, (torch.randn(1, 1, 2, 8),), torch.randn(1, 1, 2, 8))
+def test_flops_of_fewer_keys() -> None:
+    attention = BiLevelRoutingAttention(8, 2, 2, topk=3, kv_downsample_mode="ada_avgpool", kv_per_win=1)
+    attention.total_ops = 0
+    x = torch.randn(1, 4, 6, 8)
+    flops.count_attention(attention, (x,), x)
+    assert attention.total_ops == 4 * 4 * 8 + 24 * 3 * 1 * 16
 
 
 def test_flops_of_the_nchw_form_are_those_of_the_products() -> None:
@@ -227,10 +230,26 @@ def test_flops_of_the_nchw_form_are_those_of_the_products() -> None:
     attention.total_ops = 0
     x = torch.randn(5, 8, 4, 5)  # regions of 2 x 2, padded to 4 x 6: 6 regions of 4 tokens
     flops.count_nchw_attention(attention, (x,), x)
-    routing, logits, values, lepe = 6 * 6 * 8, 24 * 3 * 4 * 8, 24 * 3 * 4 * 8, 24 * 9 * 8
-    assert attention.total_ops == 5 * (routing + logits + values + lepe)
-    with pytest.raises(ValueError, match="1 x 5, smaller than n_win=2"):
-        flops.count_nchw_attention(attention, (x[:, :, :1],), x)
+    routing, logits, values = 6 * 6 * 8, 24 * 3 * 4 * 8, 24 * 3 * 4 * 8
+    assert attention.total_ops == 5 * (routing + logits + values)
+
+
+def test_the_summary_counts_every_size() -> None:
+    """At 192 pixels and below P5 has fewer than 7 tokens a side, and there it once said 0.0."""
+    pytest.importorskip("thop")
+    model = nn.Sequential(nn.Conv2d(3, 32, 32, stride=32), BLOCKS["attention"]())
+    model[1].attn = BiLevelRoutingAttention(32, auto_pad=True)
+    counts = {}
+    for size in (32, 64, (224, 448)):
+        height, width = size if isinstance(size, tuple) else (size, size)
+        tokens, padded = height * width // 32**2, 7 * 7 * -(-height // 224) * -(-width // 224)
+        convolution, lepe = 3 * 32 * 32**2 * tokens, 9 * 32 * padded
+        # Of a zero, too, where the map is padded: that is what padding holds.
+        projections = 4 * 32**2 * tokens + 3 * 32**2 * (padded > tokens)
+        attention = 49**2 * 32 + padded * 4 * (padded // 49) * 64
+        counts[size] = convolution + projections + lepe + attention
+        assert torch_utils.get_flops(model, size) == pytest.approx(2e-9 * counts[size], rel=1e-9)
+    assert torch_utils.get_flops(nn.Sequential(model[0]), 64) == pytest.approx(2e-9 * 3 * 32 * 32**2 * 4)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

@@ -1,0 +1,64 @@
+"""The layers inside the drop-in modules, and whether one may be bypassed: computed with, but not called."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..arguments import is_whole
+
+
+def depthwise_convolution(dim: int, side: int) -> nn.Conv2d | None:
+    """LePE's layer, with a kernel of `side` x `side`; None for a side of 0.
+
+    Raises:
+        ValueError: if the side is no int, even or negative.
+    """
+    if not is_whole(side, 0) or (side % 2 == 0 and side != 0):
+        raise ValueError(f"side_dwconv must be 0 or an odd kernel size, got {side}")
+    return nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim) if side else None
+
+
+def is_plain(layer: Any, kind: type[nn.Module]) -> bool:
+    """Whether a layer is of this very class, and nothing expects it to be called.
+
+    Then it may be bypassed. An adapter, a quantised or parametrised layer is of another class; pruning and
+    weight normalisation have hooks that make the weight anew in every call.
+    """
+    if type(layer) is not kind:
+        return False
+    state = layer.__dict__  # in which a name costs a quarter of what an attribute of a module does
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
+def is_plain_convolution(layer: Any, groups: int) -> bool:
+    """`is_plain` for a convolution of an odd side that keeps the size of a map, which it pads with zeros."""
+    if not is_plain(layer, nn.Conv2d):
+        return False
+    state = layer.__dict__
+    height, width = state["kernel_size"]
+    return (
+        height == width
+        and height % 2 == 1
+        and state["padding"] == (height // 2, height // 2)
+        and state["groups"] == groups
+        and state["stride"] == (1, 1)
+        and state["dilation"] == (1, 1)
+        and state["padding_mode"] == "zeros"
+    )
+
+
+def plain_parameters(layer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a plain layer."""
+    parameters = layer._parameters
+    return parameters["weight"], parameters["bias"]
+
+
+def lepe_parameters(lepe: Any, dim: int) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of LePE's layer; None twice where there is none or where it must be called."""
+    return plain_parameters(lepe) if is_plain_convolution(lepe, dim) else (None, None)

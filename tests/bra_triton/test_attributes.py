@@ -1,0 +1,142 @@
+"""The original's attributes: readable, and either set with effect or refused."""
+
+import pickle
+
+import pytest
+import seed_module
+import torch
+from problems import relative_error
+from torch import nn
+
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+
+SIZE = {"dim": 12, "num_heads": 2, "n_win": 2, "topk": 2}
+# Modules of the original that only its gathering needs, and its test for a mode that it leaves unimplemented.
+NOT_HERE = {"kv_gather", "attn_act", "lepe"}
+# What is set, beside the arguments that make it matter.
+SETTINGS = {
+    "n_win": (4, {}),
+    "num_heads": (3, {}),
+    "topk": (4, {}),
+    "scale": (2.5, {}),
+    "soft_routing": (True, {}),
+    "auto_pad": (True, {}),
+}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"qk_dim": 8, "qk_scale": 0.3, "param_attention": "qkv"},
+        {"soft_routing": True, "diff_routing": True, "param_routing": True, "auto_pad": True},
+        {"kv_downsample_mode": "ada_avgpool", "kv_per_win": 2},
+    ],
+)
+def test_are_those_of_the_original(arguments):
+    original = seed_module.BiLevelRoutingAttention(**SIZE, **arguments)
+    ours = BiLevelRoutingAttention(**SIZE, **arguments)
+    for theirs, mine in ((original, ours), (original.router, ours.router)):
+        names = {name for name in vars(theirs) if not name.startswith("_")} - NOT_HERE
+        assert {name: getattr(mine, name) for name in names} == {
+            name: getattr(theirs, name) for name in names
+        }
+    for name, _ in original.named_children():
+        assert name in NOT_HERE or name in dict(ours.named_children())
+
+
+def test_are_those_of_the_authors_nchw_form():
+    module = NCHWBiLevelRoutingAttention(24, 3, 5, topk=2)
+    names = ("dim", "num_heads", "head_dim", "scale", "topk", "n_win")
+    assert [getattr(module, name) for name in names] == [24, 3, 8, 24**-0.5, 2, 5]
+
+
+@pytest.mark.parametrize("kind", [BiLevelRoutingAttention, NCHWBiLevelRoutingAttention])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_setting_has_the_effect_of_the_constructors_argument(name, kind):
+    if kind is NCHWBiLevelRoutingAttention and name == "soft_routing":
+        pytest.skip("it has no routing weights")
+    (value, others), argument = SETTINGS[name], "qk_scale" if name == "scale" else name
+    set_later = kind(**SIZE, **others, backend="torch")
+    built = kind(**{**SIZE, **others, argument: value}, backend="torch")
+    built.load_state_dict(set_later.state_dict())
+    x = torch.randn(1, 8, 8, 12)
+    x = x if kind is BiLevelRoutingAttention else x.permute(0, 3, 1, 2)
+    before = set_later(x)
+    setattr(set_later, name, value)
+    assert getattr(set_later, name) == getattr(built, name) == value
+    assert torch.equal(set_later(x), built(x))
+    if name != "auto_pad":
+        assert not torch.equal(set_later(x), before)
+
+
+def test_the_scale_of_the_tokens_alone_is_set_as_in_the_original():
+    original, ours = (
+        kind(**SIZE, soft_routing=True).double()
+        for kind in (seed_module.BiLevelRoutingAttention, BiLevelRoutingAttention)
+    )
+    ours.load_state_dict(original.state_dict())
+    original.scale = ours.scale = 2.5
+    assert ours.router.scale == original.router.scale == 12**-0.5
+    x = torch.randn(1, 8, 8, 12, dtype=torch.float64)
+    assert relative_error(ours(x), original(x)) < 1e-12
+
+
+def test_the_router_follows_the_attention():
+    module = BiLevelRoutingAttention(**SIZE)
+    module.topk = 3
+    module.diff_routing = True
+    assert (module.router.topk, module.router.diff_routing) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("dim", "dim cannot be set, got 7: it shapes the parameters"),
+        ("qk_dim", "qk_dim cannot be set"),
+        ("param_attention", "param_attention cannot be set"),
+        ("param_routing", "param_routing cannot be set"),
+        (
+            "kv_downsample_mode",
+            "kv_downsample_mode cannot be set, got 7: it is that of kv_down; replace kv_down",
+        ),
+        ("kv_per_win", "kv_per_win cannot be set"),
+        ("kv_gather", "kv_gather cannot be set, got 7: no backend would call it"),
+        ("attn_act", "attn_act cannot be set"),
+        ("router.topk", "topk cannot be set, got 7: set it on the attention"),
+        ("router.scale", "scale cannot be set"),
+        ("router.routing_act", "routing_act cannot be set"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(path, message):
+    module = BiLevelRoutingAttention(**SIZE)
+    parent, _, name = path.rpartition(".")
+    with pytest.raises(AttributeError, match=message):
+        setattr(module.get_submodule(parent), name, 7)
+    with pytest.raises(AttributeError, match=message.partition(",")[0]):  # nn.Module would register it
+        setattr(module.get_submodule(parent), name, nn.Parameter(torch.ones(1)))
+
+
+@pytest.mark.parametrize("name", ["head_dim", "attn_fn", "soft_routing", "diff_routing"])
+def test_what_would_have_no_effect_on_the_nchw_form_is_refused(name):
+    with pytest.raises(AttributeError, match=f"{name} cannot be set"):
+        setattr(NCHWBiLevelRoutingAttention(12, 2), name, True)
+
+
+def test_a_routers_layer_needs_gradients_through_the_routing():
+    module = BiLevelRoutingAttention(**SIZE, param_routing=True, diff_routing=True)
+    with pytest.raises(ValueError, match="param_routing=True needs diff_routing=True"):
+        module.diff_routing = False
+    assert module.diff_routing
+
+
+def test_a_pickle_of_version_0_1_0_is_read():
+    """It lacks the attributes that have come since."""
+    module = BiLevelRoutingAttention(**SIZE, backend="torch")
+    for name in [name for name in vars(module) if name.startswith(("kv_", "param_"))]:
+        if name != "kv_downsample_mode":
+            del vars(module)[name]
+    copied, x = pickle.loads(pickle.dumps(module)), torch.randn(1, 8, 8, 12)
+    assert torch.equal(copied(x), module(x))
+    copied.topk = 3
+    assert copied.router.topk == 3

@@ -1,0 +1,313 @@
+"""Layers inside the modules that are replaced, wrapped or hooked: called as the original calls them."""
+
+import copy
+import warnings
+
+import pytest
+import seed_module
+import torch
+from modules import run
+from other_implementations import AuthorsNCHW
+from problems import relative_error, worst
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bra_triton.modules import downsampling
+
+SIZE = {"dim": 12, "num_heads": 2, "n_win": 2, "topk": 3}
+SOFT = {"soft_routing": True, "diff_routing": True, "param_routing": True}
+AVERAGED = {"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 2}
+# Float64 on both sides: some 1e-16 of rounding.
+TOLERANCE = 1e-12
+
+
+class Adapter(nn.Module):
+    """As PEFT wraps a layer: it shows the layer's weight, and adds to what the layer computes."""
+
+    def __init__(self, base, extra):
+        super().__init__()
+        self.base_layer, self.extra = base, extra
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x):
+        return self.base_layer(x) + self.extra(x)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def _double(layer):
+    return layer.register_forward_hook(lambda layer, inputs, out: 2 * out)
+
+
+def _weight_norm(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still in many a model
+        nn.utils.weight_norm(layer).weight_g.data *= 2
+
+
+def _patch_forward(layer):
+    """As accelerate does."""
+    forward = layer.forward
+    layer.forward = lambda x: 3 * forward(x)
+
+
+def _route_backwards(module):
+    def turned(router, inputs, out):
+        return out[0], 3 - out[1]
+
+    module.router.register_forward_hook(turned)
+
+
+# What is done to the layers, and the arguments that make it matter.
+CHANGES = {
+    "lepe: hook": (lambda m: _double(m.lepe), {}),
+    "lepe: pre-hook": (lambda m: m.lepe.register_forward_pre_hook(lambda layer, x: (2 * x[0],)), {}),
+    "lepe: adapter": (lambda m: setattr(m, "lepe", Adapter(m.lepe, nn.Conv2d(12, 12, 1))), {}),
+    "lepe: two layers": (lambda m: setattr(m, "lepe", nn.Sequential(m.lepe, nn.Tanh())), {}),
+    "lepe: dense": (lambda m: setattr(m, "lepe", nn.Conv2d(12, 12, 3, padding=1)), {}),
+    "lepe: dilated in place": (lambda m: vars(m.lepe).update(dilation=(2, 2), padding=(2, 2)), {}),
+    "lepe: parametrized": (
+        lambda m: parametrize.register_parametrization(m.lepe, "weight", Doubled()),
+        {},
+    ),
+    "lepe: pruned": (lambda m: prune.l1_unstructured(m.lepe, "weight", 0.5), {}),
+    "lepe: weight_norm": (lambda m: _weight_norm(m.lepe), {}),
+    "lepe: patched forward": (lambda m: _patch_forward(m.lepe), {}),
+    "lepe: where there was none": (
+        lambda m: (
+            vars(m).pop("lepe"),
+            setattr(m, "lepe", nn.Conv2d(12, 12, 3, padding=1, groups=12)),
+        ),
+        {"side_dwconv": 0},
+    ),
+    "emb: hook": (lambda m: _double(m.router.emb), SOFT),
+    "emb: hook on the identity": (lambda m: _double(m.router.emb), {"soft_routing": True}),
+    "emb: adapter": (
+        lambda m: setattr(m.router, "emb", Adapter(m.router.emb, nn.Linear(12, 12))),
+        SOFT,
+    ),
+    "emb: pruned": (lambda m: prune.l1_unstructured(m.router.emb, "weight", 0.5), SOFT),
+    "router: hook": (_route_backwards, {}),
+    "router: hook, soft": (_route_backwards, SOFT),
+    "router: replaced": (lambda m: setattr(m, "router", seed_module.TopkRouting(12, 2)), {}),
+    "kv_down: hook": (lambda m: _double(m.kv_down), AVERAGED),
+    "kv_down: replaced": (lambda m: setattr(m, "kv_down", nn.LPPool2d(2, 2)), AVERAGED),
+    "qkv: hook inside": (lambda m: _double(m.qkv.qkv), {}),
+    "wo: pruned": (lambda m: prune.l1_unstructured(m.wo, "weight", 0.5), {}),
+}
+
+
+def _change(name, *modules):
+    for module in modules:
+        torch.manual_seed(1)
+        CHANGES[name][0](module)
+        module.double()
+
+
+def _assert_same(actual, expected):
+    names = [name for name, value in expected.items() if value is not None]
+    errors = {name: relative_error(actual[name], expected[name]) for name in names}
+    assert worst(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_is_called_as_by_the_original(name):
+    """Output and all gradients, on a map that needs padding, which reaches the layers."""
+    arguments = {**SIZE, "auto_pad": True, **CHANGES[name][1]}
+    original, ours = seed_module.BiLevelRoutingAttention(**arguments), BiLevelRoutingAttention(**arguments)
+    ours.load_state_dict(original.state_dict())
+    before = copy.deepcopy(ours).double()
+    _change(name, original, ours)
+    x, grad_out = torch.randn(2, 2, 7, 8, 12, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("TRITON_INTERPRET", raising=False)
+        expected, actual = run(original, x, grad_out), run(ours, x, grad_out)
+        _assert_same(actual, expected)
+        assert relative_error(before(x), expected["out"]) > 1e-3, "the change changes nothing"
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGES if name.startswith("lepe") and "none" not in name])
+def test_lepe_is_called_as_by_the_authors_nchw_form(name):
+    lepe = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+    original, ours = AuthorsNCHW(12, 2, 2, 3, lepe), NCHWBiLevelRoutingAttention(12, 2, 2, topk=3)
+    ours.load_state_dict(original.state_dict())
+    _change(name, original, ours)
+    x, grad_out = torch.randn(2, 2, 12, 5, 6, dtype=torch.float64)
+    ours.backend = "torch"
+    _assert_same(run(ours, x, grad_out), run(original, x, grad_out))
+
+
+@pytest.mark.parametrize("layer", ["qkv_linear", "output_linear"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_the_nchw_forms_projections_fire(layer, kind):
+    module, fired = NCHWBiLevelRoutingAttention(12, 2, 2, topk=3, backend="torch"), []
+    getattr(getattr(module, layer), f"register_{kind}_hook")(lambda *_: fired.append(kind))
+    module(torch.randn(1, 12, 4, 4)).sum().backward()
+    assert fired == [kind]
+
+
+def _records(module, x):
+    """What hooks on `router` and `lepe` see, in order."""
+    seen = []
+    for name in ("lepe", "router"):
+        layer = getattr(module, name)
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: seen.append((name, *inputs)))
+        layer.register_forward_hook(
+            lambda layer, inputs, out, name=name: seen.append(
+                (name, *(out if isinstance(out, tuple) else [out]))
+            )
+        )
+        layer.register_full_backward_hook(
+            lambda layer, grad_in, grad_out, name=name: seen.append((name, *grad_in, *grad_out))
+        )
+    module(x).square().sum().backward()
+    return sorted(seen, key=lambda record: record[0])
+
+
+def test_hooks_see_what_they_see_in_the_original(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    arguments = {**SIZE, "auto_pad": True, **SOFT}
+    original, ours = (
+        kind(**arguments).double() for kind in (seed_module.BiLevelRoutingAttention, BiLevelRoutingAttention)
+    )
+    ours.load_state_dict(original.state_dict())
+    x = torch.randn(2, 7, 8, 12, dtype=torch.float64, requires_grad=True)
+    expected, actual = _records(original, x), _records(ours, x)
+    assert [record[0] for record in expected] == 3 * ["lepe"] + 3 * ["router"]
+    for theirs, mine in zip(expected, actual, strict=True):
+        assert theirs[0] == mine[0]
+        for a, b in zip(theirs[1:], mine[1:], strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert a.dtype == b.dtype
+                assert relative_error(b.double(), a.double()) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: prune.random_unstructured(m.lepe, "weight", 0.5), lambda m: _weight_norm(m.lepe)]
+)
+@pytest.mark.parametrize("kind", [BiLevelRoutingAttention, NCHWBiLevelRoutingAttention])
+def test_a_weight_that_is_made_anew_trains_for_two_steps(kind, change):
+    """A weight that hooks had made in the first step has no graph in the second."""
+    module = kind(12, 2, 2, topk=3, backend="torch")
+    change(module)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    x = torch.randn(1, 12, 12, 12)
+    for _ in range(2):
+        optimizer.zero_grad()
+        module(x).square().sum().backward()
+        optimizer.step()
+    made_of = next(p for name, p in module.named_parameters() if name.startswith("lepe.weight_"))
+    assert made_of.grad.any()
+
+
+def test_dynamic_quantisation_of_every_linear_layer(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.randn(1, 4, 4, 12)
+    arguments = {**SIZE, **SOFT}
+    original, ours = seed_module.BiLevelRoutingAttention(**arguments), BiLevelRoutingAttention(**arguments)
+    ours.load_state_dict(original.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated
+        outs = [
+            torch.ao.quantization.quantize_dynamic(module.eval(), {nn.Linear})(x)
+            for module in (original, ours)
+        ]
+    assert relative_error(outs[1], outs[0].double()) < 1e-5  # the rest is float32
+    assert relative_error(ours(x), outs[0].double()) > 1e-4
+
+
+def test_a_layer_of_the_pooling_convolution_is_called():
+    """Its weight would be read past the hooks that make it; the reference calls the layer."""
+    module = BiLevelRoutingAttention(**SIZE, kv_downsample_mode="conv", kv_downsample_ratio=2).double()
+    x, called = torch.randn(1, 4, 4, 12, dtype=torch.float64), []
+    expected = module(x)
+    module.kv_down.value.register_forward_hook(lambda *_: called.append(1))
+    assert relative_error(module(x), expected) < TOLERANCE
+    assert called == [1]
+
+
+@pytest.mark.parametrize(("layer", "arguments"), [("router", {}), ("kv_down", AVERAGED)])
+def test_a_backend_by_name_says_that_it_cannot_call(layer, arguments):
+    module = BiLevelRoutingAttention(**SIZE, **arguments, backend="torch")
+    handle = getattr(module, layer).register_forward_hook(lambda *_: None)
+    x = torch.randn(1, 4, 4, 12)
+    with pytest.raises(RuntimeError, match=f"backend='torch' cannot serve: only .*'reference' calls {layer}"):
+        module(x)
+    module.backend = "auto"
+    module(x)
+    handle.remove()
+    module.backend = "torch"
+    module(x)
+
+
+def test_both_are_named():
+    module = BiLevelRoutingAttention(**SIZE, **AVERAGED, backend="torch")
+    module.router.register_forward_hook(lambda *_: None)
+    module.kv_down.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="calls router and kv_down, which"):
+        module(torch.randn(1, 4, 4, 12))
+
+
+def test_nothing_is_called_without_need(monkeypatch):
+    """The kernels compute LePE and routing themselves, as they do where another layer is hooked."""
+    module = BiLevelRoutingAttention(**SIZE, backend="torch")
+    module.wo.register_forward_hook(lambda *_: None)
+    for layer in (module.lepe, module.router, module.router.emb, module.kv_down):
+        monkeypatch.setattr(type(layer), "forward", lambda *_: pytest.fail("called"))
+    module(torch.randn(1, 4, 4, 12))
+
+
+def test_a_hooked_router_chooses_as_an_unhooked_one_in_half_precision():
+    """In float32: means in half precision would choose other regions."""
+    module = BiLevelRoutingAttention(16, 1, 7, topk=3, **SOFT).bfloat16()
+    x = torch.randn(1, 14, 14, 16).bfloat16()
+    expected, seen = module(x, ret_attn_mask=True)[2], []
+    module.router.register_forward_hook(lambda router, inputs, out: seen.append(out[1]))
+    module(x)
+    assert torch.equal(seen[0], expected)
+
+
+def test_a_projection_of_another_width_is_refused():
+    module = BiLevelRoutingAttention(**SIZE, backend="torch")
+    module.qkv = nn.Linear(12, 48)
+    with pytest.raises(ValueError, match=r"qkv must have 2\*qk_dim \+ dim = 36 channels, got 48"):
+        module(torch.randn(1, 4, 4, 12))
+
+
+def test_the_originals_projection_in_ours():
+    """It returns queries, and keys with values."""
+    module = BiLevelRoutingAttention(**SIZE, auto_pad=True, backend="torch")
+    x = torch.randn(1, 5, 4, 12)
+    expected = module(x)
+    theirs = seed_module.QKVLinear(12, 12)
+    theirs.load_state_dict(module.qkv.state_dict())
+    module.qkv = theirs
+    assert torch.equal(module(x), expected)
+
+
+def test_a_hooked_lepe_in_a_trace():
+    module = BiLevelRoutingAttention(**SIZE, auto_pad=True, backend="torch")
+    _double(module.lepe)
+    x = torch.randn(1, 5, 4, 12)
+    assert relative_error(torch.jit.trace(module, x, check_trace=False)(x), module(x).double()) < 1e-5
+
+
+def test_what_a_lepe_layer_must_return():
+    module = BiLevelRoutingAttention(**SIZE, backend="torch")
+    module.lepe = nn.Conv2d(12, 12, 3)
+    with pytest.raises(ValueError, match=r"lepe must return \(1, 12, 4, 4\), got \(1, 12, 2, 2\)"):
+        module(torch.randn(1, 4, 4, 12))
+
+
+def test_a_replaced_module_may_come_from_the_builder():
+    module = BiLevelRoutingAttention(**SIZE, backend="torch")
+    module.kv_down = downsampling.build("avgpool", 12, 12, ratio=2)
+    other = BiLevelRoutingAttention(**SIZE, **AVERAGED, backend="torch")
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(1, 4, 4, 12)
+    assert torch.equal(module(x), other(x))
