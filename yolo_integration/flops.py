@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
-from bra_triton.kernels.grid import RegionGrid
 from bra_triton.modules.downsampling import KVDownsampling
 
 
@@ -18,7 +17,7 @@ def register_rule() -> None:
         from thop.profile import register_hooks
 
         register_hooks[BiLevelRoutingAttention] = count_attention
-        register_hooks[NCHWBiLevelRoutingAttention] = count_nchw_attention
+        register_hooks[NCHWBiLevelRoutingAttention] = count_attention
 
 
 def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -26,31 +25,15 @@ def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> 
 
     Args:
         module: the attention.
-        inputs: its input, `(N, H, W, dim)`.
-        output: its output, of the same shape.
+        inputs: its input.
+        output: its output.
     """
-    batch, height, width, _ = inputs[0].shape
-    grid = RegionGrid.of_windows(height, width, module.spec.n_win)
-    keys = module.kv_down.kv_grid(grid) if isinstance(module.kv_down, KVDownsampling) else grid
-    module.total_ops += batch * _products(module, grid, keys.region_tokens)
-
-
-def count_nchw_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """Like `count_attention`, for the NCHW form.
-
-    Args:
-        module: the attention.
-        inputs: its input, `(N, dim, H, W)`.
-        output: its output, of the same shape.
-    """
-    grid = module.grid(inputs[0])
-    module.total_ops += inputs[0].shape[0] * _products(module, grid, grid.region_tokens)
-
-
-def _products(module: Any, grid: RegionGrid, region_keys: int) -> int:
-    """Multiply-adds of routing and attention for one image, padding included."""
-    spec, settings = module.spec, module.spec.settings(grid)
-    return settings.region_pairs * spec.qk_dim + settings.token_pairs(region_keys) * (spec.qk_dim + spec.dim)
+    spec, grid, kv_down = module.spec, module.grid(inputs[0]), module._modules.get("kv_down")
+    keys = kv_down.kv_grid(grid) if isinstance(kv_down, KVDownsampling) else grid
+    settings = spec.settings(grid)
+    routing = settings.region_pairs * spec.qk_dim
+    attention = settings.token_pairs(keys.region_tokens) * (spec.qk_dim + spec.dim)
+    module.total_ops += len(inputs[0]) * (routing + attention)
 
 
 def at_real_size(original: Callable[..., float], model: nn.Module, imgsz: Any = 640) -> float:

@@ -94,8 +94,12 @@ class Attention(Specified):
             raise TypeError(f"{name} must be an nn.Module, got {value!r}")
         super().__setattr__(name, value)
 
-    def _leaf(self, x: Any, ret_attn_mask: bool) -> Any:
+    def _leaf(self, x: Any, *others: Any) -> Any:
         """The module as a leaf of the graph that `torch.fx` traces, of which `x` is a node.
+
+        Args:
+            x: the forward's first argument, no tensor.
+            others: what follows it.
 
         Raises:
             TypeError: where `x` is anything else, or the module is all that is traced.
@@ -109,7 +113,7 @@ class Attention(Specified):
                 "torch.fx cannot trace the attention itself, only a model that has it as a leaf: "
                 "torch.fx.symbolic_trace(nn.Sequential(attention))"
             )
-        return tracer.create_proxy("call_module", path, (x, ret_attn_mask), {})
+        return tracer.create_proxy("call_module", path, (x, *others), {})
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuses: `torch.jit.script`, which asks for this, would fail somewhere inside."""

@@ -222,6 +222,10 @@ class BiLevelRoutingAttention(Attention):
             return self._out(scored.out, call), *scored[1:]
         return self._out(attend(call, self._backend), call)
 
+    def grid(self, x: Tensor) -> RegionGrid:
+        """The regions of a map as the forward takes it; raises ValueError where it has none."""
+        return RegionGrid.of_windows(x.shape[1], x.shape[2], self.spec.n_win, self.auto_pad)
+
     def _project(self, x: Tensor) -> Tensor:
         qkv = project(self._modules["qkv"], x)  # as an attribute a module costs a microsecond
         # The original's projection returns queries, and keys with values.
@@ -283,7 +287,7 @@ class BiLevelRoutingAttention(Attention):
 
         The graph serves other sizes too, so that it pads even where this size needs none.
         """
-        grid = RegionGrid.of_windows(x.shape[1], x.shape[2], self.spec.n_win, self.auto_pad)
+        grid = self.grid(x)
         padded = x
         if self.auto_pad:
             bottom, right = grid.padding

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..kernels.grid import RegionGrid
 from .nhwc import BiLevelRoutingAttention
 
 
@@ -21,7 +22,13 @@ class PermutedBiLevelRoutingAttention(BiLevelRoutingAttention):
         self, x: Tensor, ret_attn_mask: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
         """`BiLevelRoutingAttention.forward` for `x` `(N, dim, H, W)`; the output has that shape, too."""
+        if not isinstance(x, Tensor):
+            return self._leaf(x, ret_attn_mask)
         result = super().forward(x.permute(0, 2, 3, 1), ret_attn_mask)
         if isinstance(result, Tensor):
             return result.permute(0, 3, 1, 2)
         return result[0].permute(0, 3, 1, 2), *result[1:]
+
+    def grid(self, x: Tensor) -> RegionGrid:
+        """See `BiLevelRoutingAttention.grid`."""
+        return super().grid(x.permute(0, 2, 3, 1))

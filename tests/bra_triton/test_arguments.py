@@ -17,10 +17,12 @@ import bra_triton
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, functional
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.modules import downsampling
+from bra_triton.modules.tokens import TokenBiLevelRoutingAttention
 
 ERRORS = (ValueError, TypeError, RuntimeError, AttributeError)
 MAP = torch.randn(1, 4, 4, 16)
 NCHW_MAP = MAP.permute(0, 3, 1, 2)
+TOKENS = MAP.flatten(1, 2)
 PACKED = {"qkv": torch.randn(1, 4, 4, 48), "n_win": 2, "topk": 2, "backend": "torch"}
 CONV = {"kv_downsample_mode": "conv", "kv_downsample_ratio": 2}
 
@@ -35,6 +37,10 @@ def _nhwc(x=MAP, **arguments):
 def _nchw(x=NCHW_MAP, **arguments):
     chosen = {} if "attn_backend" in arguments else {"backend": "torch"}
     return NCHWBiLevelRoutingAttention(**{**NUMBERS, **chosen, **arguments})(x)
+
+
+def _tokens(x=TOKENS, size=None, **arguments):
+    return TokenBiLevelRoutingAttention(**NUMBERS, backend="torch", size=size)(x, **arguments)
 
 
 def _attend(**arguments):
@@ -153,6 +159,10 @@ TABLE = [
     (_nchw, "attn_backend", ("triton",), {"backend": "torch"}),
     (_nchw, "backend", NOT_NAMES, {}),
     (_nchw, "x", (*_not_tensors(1, 16, 4, 4), torch.ones(1, 16, 4, 4).half()), {}),
+    (_tokens, "x", (*_not_tensors(1, 16, 16), torch.ones(1, 17, 16)), {}),
+    (_tokens, "size", NOT_SIZES, {}),
+    (_tokens, "attn_mask", (torch.ones(16, 16), False), {}),
+    (_tokens, "is_causal", (True,), {}),
     (_attend, "num_heads", NOT_WHOLE, {}),
     *((call, name, NOT_WHOLE, {}) for call in (_attend, _route) for name in ("n_win", "topk")),
     *((call, "qk_dim", (*_without(NOT_WHOLE, None), 24), {}) for call in (_attend, _route)),

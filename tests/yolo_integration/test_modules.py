@@ -1,5 +1,7 @@
 """The blocks as modules: shapes, layouts, what they compute, and that they train."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from ultralytics.nn.modules import C2PSA, C3k2
 from ultralytics.utils import torch_utils
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bra_triton.modules.permuted import PermutedBiLevelRoutingAttention
+from bra_triton.modules.tokens import TokenBiLevelRoutingAttention
 from bra_triton.yolo_integration import (
     C2BRA,
     BiFormerBlock,
@@ -217,6 +221,18 @@ def test_flops_are_those_of_the_products() -> None:
     assert attention.total_ops == 5 * (routing + logits + values)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(PermutedBiLevelRoutingAttention, (1, 8, 6, 4)), (TokenBiLevelRoutingAttention, (1, 36, 8))],
+)
+def test_flops_of_other_layouts(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+    attention = kind(8, 2, 2, topk=3)
+    attention.total_ops = 0
+    flops.count_attention(attention, (torch.empty(shape),), torch.empty(shape))
+    tokens = math.prod(shape) // 8
+    assert attention.total_ops == 4 * 4 * 8 + tokens * 3 * (tokens // 4) * 16
+
+
 def test_flops_of_fewer_keys() -> None:
     attention = BiLevelRoutingAttention(8, 2, 2, topk=3, kv_downsample_mode="ada_avgpool", kv_per_win=1)
     attention.total_ops = 0
@@ -229,7 +245,7 @@ def test_flops_of_the_nchw_form_are_those_of_the_products() -> None:
     attention = NCHWBiLevelRoutingAttention(8, num_heads=2, n_win=2, topk=3)
     attention.total_ops = 0
     x = torch.randn(5, 8, 4, 5)  # regions of 2 x 2, padded to 4 x 6: 6 regions of 4 tokens
-    flops.count_nchw_attention(attention, (x,), x)
+    flops.count_attention(attention, (x,), x)
     routing, logits, values = 6 * 6 * 8, 24 * 3 * 4 * 8, 24 * 3 * 4 * 8
     assert attention.total_ops == 5 * (routing + logits + values)
 

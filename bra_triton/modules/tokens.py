@@ -1,0 +1,78 @@
+"""The drop-in for models of tokens, such as timm's vision transformers."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ..arguments import dense_floats, flag, whole_pair
+from ..kernels.grid import RegionGrid
+from .nhwc import BiLevelRoutingAttention
+
+
+class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
+    """`BiLevelRoutingAttention` that takes and returns the tokens of a map in a row.
+
+    It stands where timm's blocks have their `attn`. Tokens that are not on the map, such as a class token,
+    have no region; models need average pooling instead (`class_token=False, global_pool="avg"` in timm).
+
+    Args:
+        arguments: those of `BiLevelRoutingAttention`, by position.
+        size: height and width of the map; a square one by default.
+        named: those of `BiLevelRoutingAttention`, by name.
+
+    Example:
+        >>> TokenBiLevelRoutingAttention(64, 2, n_win=7)(torch.randn(2, 14 * 14, 64)).shape
+        torch.Size([2, 196, 64])
+    """
+
+    def __init__(self, *arguments: Any, size: tuple[int, int] | None = None, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.size = size
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "size" and value is not None:
+            value = whole_pair("size", value)
+        super().__setattr__(name, value)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, attn_mask: Any = None, is_causal: bool = False, *, ret_attn_mask: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`BiLevelRoutingAttention.forward` for `x` `(N, H * W, dim)`; the output has that shape, too.
+
+        Args:
+            x: the tokens, row by row.
+            attn_mask: None, for callers that pass it on.
+            is_causal: False, likewise.
+            ret_attn_mask: as in the base class.
+
+        Raises:
+            ValueError: for a mask, or where the tokens are not those of a map; and as the base class.
+        """
+        if not isinstance(x, Tensor):
+            return self._leaf(x)
+        if attn_mask is not None or flag("is_causal", is_causal):
+            raise ValueError(
+                "attn_mask must be None and is_causal False, as the routing chooses what is attended to, got "
+                f"attn_mask={attn_mask!r} and is_causal={is_causal!r}"
+            )
+        result = super().forward(x.unflatten(1, self._size_of(x)), ret_attn_mask)
+        if isinstance(result, Tensor):
+            return result.flatten(1, 2)
+        return result[0].flatten(1, 2), *result[1:]
+
+    def grid(self, x: Tensor) -> RegionGrid:
+        """See `BiLevelRoutingAttention.grid`."""
+        return super().grid(x.unflatten(1, self._size_of(x)))
+
+    def _size_of(self, x: Tensor) -> tuple[int, int]:
+        if dense_floats("x", x).dim() != 3:
+            raise ValueError(f"x must be (N, H * W, dim), got shape {tuple(x.shape)}")
+        side = math.isqrt(x.shape[1]) if self.size is None else 0
+        height, width = self.size or (side, side)
+        if x.shape[1] != height * width:
+            raise ValueError(
+                f"x must have the {height} x {width} tokens of the map, got {x.shape[1]}; `size` gives "
+                "another map's height and width, and a class token has no place on it"
+            )
+        return height, width
