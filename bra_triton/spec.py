@@ -60,7 +60,7 @@ class AttentionSpec:
         rows, columns = self.windows
         if self.topk > rows * columns:
             raise ValueError(
-                f"topk must be at most the number of regions, {rows} * {columns} = {rows * columns}, "
+                f"topk must be at most the number of regions, {rows * columns} for n_win={self.n_win}, "
                 f"got {self.topk}"
             )
 

@@ -21,10 +21,6 @@ class FusedBackend:
 
     def why_not(self, request: Request) -> str | None:
         """See `Backend`."""
-        if request.calls:
-            return (
-                f"only backend='reference' calls {request.calls}, which is hooked or no layer of this package"
-            )
         return why_not_triton(request) if self.name == "triton" else None
 
     def attend(self, call: Call) -> Tensor:

@@ -1,7 +1,9 @@
 """The backends, in order of preference, and the one rule that picks among them.
 
 `"auto"` takes the first that can serve and logs why those before it could not; a backend asked for by name
-that cannot serve raises and says why. While a graph is exported, the form for exports stands in for the fused
+that cannot serve raises and says why. Only the reference calls a router or a pooling layer: where one must be
+called, because it has a hook or was replaced, the reference serves whatever was asked for, and a warning is
+logged. While a graph is exported, the form for exports stands in for the fused
 backends, whose operators no exported graph can hold.
 """
 
@@ -44,7 +46,14 @@ def select(name: str, request: Request) -> Backend:
         RuntimeError: if the named backend cannot serve; says why.
     """
     check_name(name)
-    if being_exported() and name != ReferenceBackend.name and not request.calls:
+    if request.calls:  # also where a backend is named: profilers put hooks on every layer
+        _log_once(
+            f"calling {request.calls}, which is hooked or was replaced, takes backend 'reference', which "
+            "gathers keys and values",
+            logging.WARNING,
+        )
+        return BACKENDS[ReferenceBackend.name]
+    if being_exported() and name != ReferenceBackend.name:
         return _EXPORTED
     if name != AUTO:
         reason = BACKENDS[name].why_not(request)
@@ -55,12 +64,12 @@ def select(name: str, request: Request) -> Backend:
         reason = backend.why_not(request)
         if reason is None:
             return backend
-        _log_once(f"backend {backend.name!r} is passed over: {reason}")
-    raise AssertionError("the reference serves everything")
+        _log_once(f"backend {backend.name!r} is passed over: {reason}", logging.INFO)
+    raise AssertionError("the torch backend serves everything")
 
 
-def _log_once(message: str) -> None:
+def _log_once(message: str, level: int) -> None:
     # torch.compile cannot trace a logger; the choice itself it can.
     if not torch.compiler.is_compiling() and message not in _logged:
         _logged.add(message)
-        logger.info(message)
+        logger.log(level, message)

@@ -36,8 +36,8 @@ class QKVLinear(nn.Module):
 class TopkRouting(Specified):
     """The original's router: its parameters under the original's names, and its numbers.
 
-    The fused backends choose regions themselves and do not call it. If it has a hook, `backend="auto"` takes
-    the reference, which does.
+    The fused backends choose regions themselves and do not call it. If it has a hook, the reference serves,
+    which does.
 
     Args:
         spec: what is computed.
@@ -105,7 +105,7 @@ class BiLevelRoutingAttention(Attention):
 
     Attributes are the original's; see `base.Attention` for what may be set. A layer may be replaced, wrapped
     or hooked: then `qkv`, `wo`, `lepe` and `router.emb` are called by every backend, `router` and `kv_down`
-    by the reference alone, which `backend="auto"` takes for that.
+    by the reference alone, which then serves whatever `backend` says.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.

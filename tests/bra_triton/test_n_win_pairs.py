@@ -97,7 +97,7 @@ def test_functions_take_pairs():
 
 
 def test_errors_name_both_numbers():
-    with pytest.raises(ValueError, match=r"topk must be at most the number of regions, 2 \* 3 = 6, got 7"):
+    with pytest.raises(ValueError, match=r"topk must be at most .* regions, 6 for n_win=\(2, 3\), got 7"):
         BiLevelRoutingAttention(16, 2, (2, 3), topk=7)
     with pytest.raises(ValueError, match=r"n_win must be two ints of at least 1, got \(2, 0\)"):
         BiLevelRoutingAttention(16, 2, (2, 0))

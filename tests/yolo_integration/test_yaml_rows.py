@@ -336,7 +336,7 @@ def test_rows_of_the_migration_page_build() -> None:
         ([-1, 1, "nchwBRA", ["topk"]], "num_heads must be an int of at least 1, got 'topk'"),
         ([-1, 1, "nchwBRA", [0.5]], "num_heads must be an int of at least 1, got 0.5"),
         ([-1, 1, "nchwBRA", [{"topk": None}]], "topk must be an int of at least 1, got None"),
-        ([-1, 1, "BiFormerBlock", [{"topk": 50}]], "topk must be at most .* 49, got 50"),
+        ([-1, 1, "BiFormerBlock", [{"topk": 50}]], "topk must be at most .* 49 for n_win=7, got 50"),
         ([-1, 1, "BiFormerBlock", [{"qk_dim": 2.5}]], "qk_dim must be an int of at least 1, got 2.5"),
         ([-1, 1, "BiFormerBlock", [{"mlp_ratio": -4}]], "mlp_ratio must be a number .* got -4"),
         ([-1, 1, "BiFormerBlock", [{"mlp_ratio": "n"}]], "mlp_ratio must be a number, got 'n'"),
