@@ -65,3 +65,21 @@ class Block(nn.Module):
 
     def forward(self, x):
         return x + self.attn(self.norm(x))
+
+
+class AuthorsBlock(nn.Module):
+    """The authors' block of BiFormer, with an empty layer in its MLP."""
+
+    def __init__(self, dim, attn):
+        super().__init__()
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(dim, 3 * dim), nn.Identity(), nn.GELU(), nn.Linear(3 * dim, dim))
+        self.drop_path = nn.Identity()
+
+    def forward(self, x):
+        x = (x + self.pos_embed(x)).permute(0, 2, 3, 1)
+        x = x + self.attn(self.norm1(x))
+        return (x + self.mlp(self.norm2(x))).permute(0, 3, 1, 2)

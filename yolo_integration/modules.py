@@ -16,6 +16,7 @@ from ultralytics.nn.modules.conv import Conv
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.backend import select
+from bra_triton.checkpoint_keys import TakesNames
 
 HEAD_DIM = 32
 ATTENTIONS = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
@@ -95,7 +96,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
             module.backend = backend
 
 
-class BiLevelRoutingAttention2d(nn.Module):
+class BiLevelRoutingAttention2d(TakesNames):
     """The drop-in attention over an NCHW map: the class of yaml rows named `BiLevelRoutingAttention`.
 
     It permutes the map to NHWC and back, which changes strides only: a map in channels-last memory is never
@@ -115,7 +116,7 @@ class BiLevelRoutingAttention2d(nn.Module):
         return self.attn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class NCHWBiLevelRoutingAttention2d(nn.Module):
+class NCHWBiLevelRoutingAttention2d(TakesNames):
     """The NCHW drop-in: the class of yaml rows named `nchwBRA` or `NCHWBiLevelRoutingAttention`.
 
     A map in channels-last memory is not copied; the output is in channels-last memory.
@@ -134,7 +135,7 @@ class NCHWBiLevelRoutingAttention2d(nn.Module):
         return self.attn(x)
 
 
-class BiFormerBlock(nn.Module):
+class BiFormerBlock(TakesNames):
     """A block of BiFormer: a position convolution, then attention, then an MLP, each added to its input.
 
     Attention and MLP have a LayerNorm before them. After Zhu et al. (CVPR 2023), figure 3, without stochastic

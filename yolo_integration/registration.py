@@ -20,6 +20,8 @@ from ultralytics import nn as ultralytics_nn
 from ultralytics.nn import tasks
 from ultralytics.utils import callbacks, torch_utils
 
+from bra_triton.checkpoint_keys import take_names
+
 from . import flops
 from .yaml_rows import YAML_MODULES, blocks_parsed_as_csp, errors_name_the_row, expand_rows
 
@@ -46,6 +48,7 @@ def register() -> None:
     if register_in_child_process not in trainer_callbacks:
         trainer_callbacks.append(register_in_child_process)
     flops.register_rule()
+    _wrap_once(tasks, "intersect_dicts", _by_our_names)
     _wrap_once(torch_utils, "get_flops", flops.at_real_size)
 
 
@@ -79,6 +82,15 @@ def _find_packaged_yaml(original: Callable[..., Any], file: str | Path, *args: A
     if name == Path(name).name and not os.path.exists(name) and (PACKAGED_YAMLS / name).is_file():
         return str(PACKAGED_YAMLS / name)
     return original(file, *args, **kwargs)
+
+
+def _by_our_names(
+    original: Callable[..., Any], given: dict[str, Any], own: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """What a model's `load` takes of a checkpoint, whose names may be those of another implementation."""
+    renamed = dict(given)
+    take_names(renamed, own)
+    return original(renamed, own, *args, **kwargs)
 
 
 def _package_classes() -> list[type]:

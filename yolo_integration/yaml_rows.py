@@ -50,7 +50,7 @@ YAML_MODULES: dict[str, type[nn.Module]] = {
 # holds nothing but the name in the row; this one says what to import.
 IMPORT_PATH = "bra_triton.yolo_integration."
 
-_ATTENTIONS = {
+_ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
     BiLevelRoutingAttention2d: BiLevelRoutingAttention,
     NCHWBiLevelRoutingAttention2d: NCHWBiLevelRoutingAttention,
 }

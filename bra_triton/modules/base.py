@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..arguments import factor, flag
 from ..backend.select import check_name
 from ..call import Call
+from ..checkpoint_keys import TakesNames
 from ..reference import padded
 from ..spec import AttentionSpec
 
@@ -51,7 +52,7 @@ class Specified(nn.Module):
             super().__setattr__(name, value)
 
 
-class Attention(Specified):
+class Attention(Specified, TakesNames):
     """The base of the drop-in modules.
 
     `n_win`, `num_heads`, `topk`, `scale`, `soft_routing`, `diff_routing`, `auto_pad` and `backend` may be set
