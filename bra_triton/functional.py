@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .arguments import factor, whole
+from . import reference
+from .arguments import factor, flag, whole
 from .backend.protocol import Backend
 from .backend.select import check_name, select
 from .call import Call, Known, regional_call
@@ -127,12 +128,14 @@ def regional_routing_attention(
     kv_region_size: tuple[int, int] | None = None,
     auto_pad: bool = True,
     *,
+    ret_attn_mask: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Attention from every query region to the tokens of the key regions that a graph names, per head.
 
-    The signature of `regional_routing_attention_torch` in rayleizhu/BiFormer `ops/torch/rrsda.py`, without
-    the attention matrix among the results: none is ever held. `reference.attend_regional` returns it.
+    The signature and the two results of `regional_routing_attention_torch` in rayleizhu/BiFormer
+    `ops/torch/rrsda.py`. The second is None unless asked for, as in `nn.MultiheadAttention`: no attention
+    matrix is held.
 
     Args:
         query: `(N, C, H, W)`, float32, float16, bfloat16 or float64. Channels-last maps, and channel slices
@@ -150,17 +153,28 @@ def regional_routing_attention(
         kv_region_size: the same of a key region; `region_size` by default.
         auto_pad: zero-pad maps at the bottom and right to multiples of the region sizes; padded keys take
             part, with logit 0 and value 0. Nothing is copied for it.
+        ret_attn_mask: return the attention matrix; for looking, runs the reference.
         backend: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
 
     Returns:
-        `(N, C_v, H, W)` in channels-last memory, of `query`'s dtype.
+        `(N, C_v, H, W)` in channels-last memory, of `query`'s dtype; and None, or with `ret_attn_mask` the
+        attention matrix `(N, num_heads, P, S, topk*S_kv)`.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
         RuntimeError: if the backend asked for by name cannot serve; says why.
+
+    Example:
+        >>> maps, graph = torch.randn(3, 2, 64, 8, 8), torch.zeros(2, 4, 16, 3, dtype=torch.int64)
+        >>> out, _ = regional_routing_attention(*maps, 0.125, graph, region_size=(2, 2))
+        >>> out.shape
+        torch.Size([2, 64, 8, 8])
     """
     call = regional_call(query, key, value, scale, region_graph, region_size, kv_region_size, auto_pad)
-    return select(backend, call).attend_regional(call)
+    served_by = select(backend, call)
+    if flag("ret_attn_mask", ret_attn_mask):
+        return reference.attend_regional(call)
+    return served_by.attend_regional(call), None
 
 
 def attend(call: Call, backend: str = "auto") -> Tensor:

@@ -88,7 +88,7 @@ def attend_regional(backend: str, batch: int, device: torch.device) -> None:
         graph = torch.zeros(
             batch, heads, -(-size[0] // 2) * -(-size[1] // 2), 2, dtype=torch.int32, device=device
         )
-        out = functional.regional_routing_attention(query, key, value, 0.5, graph, (2, 2), backend=backend)
+        out, _ = functional.regional_routing_attention(query, key, value, 0.5, graph, (2, 2), backend=backend)
         out.sum().backward()
 
 

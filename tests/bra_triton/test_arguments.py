@@ -55,7 +55,7 @@ def _regional(**arguments):
     maps = dict(zip(("query", "key", "value"), torch.randn(3, 1, 8, 4, 4), strict=True))
     graph = torch.zeros(1, 2, 4, 1, dtype=torch.int64)
     numbers = {"scale": 0.3, "region_graph": graph, "region_size": (2, 2)}
-    return functional.regional_routing_attention(**{**maps, **numbers, **arguments})
+    return functional.regional_routing_attention(**{**maps, **numbers, **arguments})[0]
 
 
 def _build(pool_on=None, **arguments):
@@ -202,7 +202,7 @@ TABLE = [
     (_regional, "scale", NOT_SCALES, {}),
     *((_regional, name, NOT_SIZES, {}) for name in ("region_size", "kv_region_size")),
     (_regional, "region_size", ((3, 3),), {"auto_pad": False}),
-    (_regional, "auto_pad", NOT_FLAGS, {}),
+    *((_regional, name, NOT_FLAGS, {}) for name in ("auto_pad", "ret_attn_mask")),
     (
         _regional,
         "region_graph",

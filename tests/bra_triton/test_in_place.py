@@ -18,7 +18,7 @@ def _packed(x, backend, **arguments):
 
 def _regional(x, backend, heads=2):
     maps, graph = x.permute(0, 3, 1, 2).chunk(3, 1), GRAPH[:, :heads].to(x.device)
-    return functional.regional_routing_attention(*maps, 0.3, graph, (2, 3), backend=backend)
+    return functional.regional_routing_attention(*maps, 0.3, graph, (2, 3), backend=backend)[0]
 
 
 def _module(kind, x, backend, **arguments):

@@ -131,7 +131,7 @@ def _call_errors(drawn, backend):
             for name, x in drawn.tensors().items()
         }
         maps = {name: laid_out[name].requires_grad_() for name in ("query", "key", "value")}
-        out = regional_routing_attention(
+        out, _ = regional_routing_attention(
             *maps.values(),
             drawn.scale,
             laid_out["graph"],

@@ -23,7 +23,7 @@ def _graph(device, entry=0, dtype=torch.int64):
 
 
 def _attend(maps, graph, backend):
-    return regional_routing_attention(*maps, 0.3, graph, (2, 2), backend=backend)
+    return regional_routing_attention(*maps, 0.3, graph, (2, 2), backend=backend)[0]
 
 
 def _results(maps, graph, backend):

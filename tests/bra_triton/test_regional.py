@@ -29,10 +29,10 @@ def test_float32_matches_the_float64_oracle(case, backend, device):
     grad_out = torch.randn(case.batch, maps[2].shape[1], *case.size, device=device)
 
     def oracle(*maps):
-        return regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend="reference")
+        return regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend="reference")[0]
 
     def fused(*maps):
-        return regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)
+        return regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)[0]
 
     expected = _attend_and_derive(oracle, maps, grad_out.double())
     actual = _attend_and_derive(fused, [x.float() for x in maps], grad_out)
@@ -68,7 +68,7 @@ def test_memory_layout_does_not_change_the_result(layout, backend, device):
     grad_out = torch.randn(case.batch, maps[2].shape[1], *case.size, device=device)
 
     def attend(*maps):
-        return regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)
+        return regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)[0]
 
     expected = _attend_and_derive(attend, maps, grad_out)
     strided = [LAYOUTS[layout](x) for x in maps]
@@ -112,7 +112,7 @@ def test_a_graph_expanded_over_the_heads_is_one_graph(monkeypatch):
     maps, graph = case.maps(), case.graph()
     shared = graph[:, :1].expand(-1, case.num_heads, -1, -1)
     outs = [
-        regional_routing_attention(*maps, case.scale, g, **case.numbers, backend="torch")
+        regional_routing_attention(*maps, case.scale, g, **case.numbers, backend="torch")[0]
         for g in (graph, shared, shared.contiguous())
     ]
     assert [problem.n_graphs for problem in problems] == [2, 1, 2]
@@ -125,7 +125,7 @@ def test_a_graph_of_int32_serves_too(backend, device):
     case = REGIONAL_CASES_BY_NAME["padded"]
     maps, graph = [x.float().to(device) for x in case.maps()], case.graph().to(device)
     outs = [
-        regional_routing_attention(*maps, case.scale, g, **case.numbers, backend=backend)
+        regional_routing_attention(*maps, case.scale, g, **case.numbers, backend=backend)[0]
         for g in (graph, graph.int())
     ]
     assert torch.equal(*outs)
@@ -212,7 +212,20 @@ def test_an_unknown_backend_is_refused():
 def test_autocast_does_not_reach_inside(backend, device):
     case = REGIONAL_CASES_BY_NAME["padded"]
     maps, graph = [x.float().to(device) for x in case.maps()], case.graph().to(device)
-    expected = regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)
+    expected = regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)[0]
     with torch.autocast(device.type, torch.bfloat16):
-        actual = regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)
+        actual = regional_routing_attention(*maps, case.scale, graph, **case.numbers, backend=backend)[0]
     assert torch.equal(actual, expected)
+
+
+def test_results_are_unpacked_as_upstream(device):
+    """`out, attn = ...` is what the authors' callers write; of one tensor it would split a batch of two."""
+    case = next(case for case in REGIONAL_CASES if case.batch == 2)
+    maps, graph = [x.float().to(device) for x in case.maps()], case.graph().to(device)
+    numbers = {**case.numbers, "backend": "torch"}
+    out, attn = regional_routing_attention(*maps, case.scale, graph, **numbers)
+    assert attn is None
+    same, attn = regional_routing_attention(*maps, case.scale, graph, **numbers, ret_attn_mask=True)
+    assert relative_error(out, same.double()) < FLOAT32_TOLERANCE
+    assert attn.shape[:3] == graph.shape[:3]
+    assert torch.allclose(attn.sum(-1), torch.ones((), device=device))

@@ -21,7 +21,7 @@ def _route(qkv):
 def _regional(maps):
     graph = torch.tensor([[[[0, 1], [1, 2], [2, 3], [3, 0]]]])
     maps, graph = (*maps.chunk(3, 1),), graph.expand(len(maps), -1, -1, -1)
-    return functional.regional_routing_attention(*maps, 0.3, graph, (2, 2), backend="torch")
+    return functional.regional_routing_attention(*maps, 0.3, graph, (2, 2), backend="torch")[0]
 
 
 FUNCTIONS = {
