@@ -102,6 +102,10 @@ PARTS = {
     "whole_kv_grid": Part(
         "dense attention to pooled keys", windows(7, 7, 3), windows(6, 6, 3), num_heads=1, whole=True
     ),
+    "packed_16": Part("regions of a step's keys", windows(8, 8, 2), num_heads=1),
+    "whole_16": Part(
+        "the same, of which every region attends to all", windows(8, 8, 2), num_heads=1, whole=True
+    ),
     "unequal_heads": Part(
         "heads of 5 and 20: tiles of 16 and 32 channels", windows(4, 6, 2), head_dims=(5, 20)
     ),

@@ -4,10 +4,14 @@ One program computes BLOCK_M queries of one region and head against the listed k
 of FlashAttention-2. LePE, if there is any, is added to the tile before it is stored, which saves writing the
 attention's output and reading it again in another kernel.
 
+The maximum of a row starts at the lowest finite number, not at minus infinity: so a step whose keys all have
+logits of minus infinity (keys that somebody masks through a channel) sums up 0 and needs no guard. A row
+without any other key is NaN, as a softmax is.
+
 With marks, small regions share programs: one list holds the queries of all regions, as if the map were one
 region, and one list of shape (list_length,) holds all keys. A product of marks masks what was not chosen. It
-adds -2**30, not minus infinity, so that a step without a chosen key needs no guard: what such steps summed up
-is multiplied by exp2(-2**30 * logit_scale) = 0 at the first chosen key.
+adds -2**126, not minus infinity: what steps without a chosen key summed up is multiplied by
+exp2(-2**126 * logit_scale) = 0 at the first chosen key.
 
 | array | shape | meaning |
 |---|---|---|
@@ -24,8 +28,12 @@ import triton.language as tl
 
 from ..lepe.convolution import convolve_tile
 from ..lib.addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
-from ..lib.exponential import exp2
+from ..lib.exponential import LOWEST, exp2, larger_or_nan
 from ..lib.matrix import add_matmul, matmul
+from ..routing.arguments import MARK
+
+# What the product of marks adds to the score of a key that was not chosen.
+_NOT_CHOSEN = tl.constexpr(-(MARK**2))
 
 
 @triton.jit
@@ -54,7 +62,11 @@ def _attend_tile(
         scores = tl.where(live[None, :], scores, float("-inf"))
     # The scale is positive, so it may be applied to the maximum and inside the exponent: one
     # multiply-add a score instead of a multiplication and a subtraction.
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * logit_scale)
+    if CONFIG.EXP_SHARE > 0 and live is None:
+        # The exponential that makes no number of NaN is told of it by the maximum, at no instruction a score.
+        new_max = larger_or_nan(row_max, tl.reduce(scores, 1, larger_or_nan) * logit_scale)
+    else:
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * logit_scale)
     probs = exp2(scores * logit_scale - new_max[:, None], CONFIG.EXP_SHARE if live is None else 0)
     rescale = tl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(probs, axis=1)
@@ -146,7 +158,7 @@ def attention_forward_kernel(
     else:
         row = first_row + tl.load(marks.query_regions + index, mask=exists, other=0)
         own_marks = load_rows(marks.query_marks, None, row, mark, exists, BLOCK_MARKS, BLOCK_MARKS)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
@@ -186,6 +198,9 @@ def attention_forward_kernel(
             acc, row_max, row_sum, q, k, v, factor, own_marks, other_marks, live, logit_scale, CONFIG
         )
 
+    # Not left to a sum of 0: by multiply-adds exp2(-inf) is no 0, and marks are finite.
+    nothing = LOWEST if marks is None else _NOT_CHOSEN * logit_scale / 2
+    row_sum = tl.where(row_max > nothing, row_sum, float("nan"))
     # One division a row: for each number the compiler would guard against quotients out of range.
     acc *= (1 / row_sum)[:, None]
     head_start = image * map_tokens * DIM + head * V_HEAD_DIM

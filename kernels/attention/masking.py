@@ -7,6 +7,8 @@ from ..problem import RoutedAttention
 MOST_KEY_REGIONS = 64
 # Larger regions fill the routed kernels' tiles.
 MOST_REGION_TOKENS = 16
+# With a smaller scale what marks add to a score might leave a weight to keys that were not chosen.
+LEAST_SCALE = 2.0**-100
 # Rows of the largest tile that owns queries or keys.
 ROUNDED_TO = 128
 
@@ -31,6 +33,7 @@ def is_cheaper(problem: RoutedAttention) -> bool:
     fits = (
         problem.distinct
         and problem.factor is None
+        and problem.scale >= LEAST_SCALE
         and problem.query.dtype.itemsize == 2
         and max(problem.qk_head_dim, problem.v_head_dim) <= 32
         and kv_grid.n_regions <= MOST_KEY_REGIONS

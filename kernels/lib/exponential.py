@@ -13,6 +13,8 @@ import triton.language as tl
 _TO_INTEGER = tl.constexpr(12582912.0)
 # SHARE is at most 2 to the power of this number.
 _MOST_HALVINGS = tl.constexpr(8)
+# The lowest finite number of float32.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -21,6 +23,10 @@ def exp2(x, SHARE: tl.constexpr):
 
     One in SHARE columns is evaluated by multiply-adds, with a relative error of 7.5e-5: a seventh of the
     error of rounding to float16. SHARE is a power of two; 0 means none.
+
+    By multiply-adds -inf gives 2**-126, and the NaN that NVIDIA's units make, 0x7FFFFFFF, the largest finite
+    number. Whoever must tell NaN takes maxima by `larger_or_nan`, which costs no instruction more than one
+    that drops it; a guard here would cost one a number.
     """
     if SHARE == 0:
         return tl.exp2(x)
@@ -35,6 +41,12 @@ def exp2(x, SHARE: tl.constexpr):
                 left, _ = _last_halves(x, SHARE >> (level + 1))
                 powers = _side_by_side(tl.exp2(left), powers)
         return powers
+
+
+@triton.jit
+def larger_or_nan(a, b):
+    """The larger of two numbers, NaN if one of them is NaN; `tl.max` and `tl.maximum` drop NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -4,16 +4,20 @@ from typing import NamedTuple
 
 from ..arrays import Buffer
 
+# What marks hold. The square is next to the highest float32, far above any product of a query and a key.
+MARK = 2.0**63
+
 
 class Marks(NamedTuple):
-    """The routing graph as a mask: the product of a query's and a key's marks is 0 or -2**30.
+    """The routing graph as a mask: the product of a query's and a key's marks is 0 or -MARK**2.
 
-    On the host the tables are buffers, in a kernel pointers.
+    On the host the tables are buffers, in a kernel pointers. They hold bfloat16 whatever the maps hold:
+    float16 ends at 2**16, and scores of bfloat16 maps may differ by more than its square.
 
     Attributes:
         query_regions: `(P * S,)` int32, the region of every query, in the order of the regions.
-        query_marks: `(N, G, P, BLOCK_MARKS)` float16, 0 at the key regions that a region chose, else -2**15.
-        key_marks: `(P_kv * S_kv, BLOCK_MARKS)` float16, 2**15 at the region of every key, else 0.
+        query_marks: `(N, G, P, BLOCK_MARKS)` bfloat16, 0 at the key regions that a region chose, else -MARK.
+        key_marks: `(P_kv * S_kv, BLOCK_MARKS)` bfloat16, MARK at the region of every key, else 0.
     """
 
     query_regions: Buffer

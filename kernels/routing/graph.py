@@ -20,6 +20,9 @@ import triton
 import triton.language as tl
 
 from ..lib.addressing import token_of
+from .arguments import MARK
+
+_MARK = tl.constexpr(MARK)
 
 
 @triton.jit
@@ -101,21 +104,21 @@ def mark_choices_kernel(
 ):
     """Tables for masked attention; each program writes BLOCK_ROWS rows of all three.
 
-    The product of a query's and a key's marks is 0 where the query's region chose the key's, else -2**30,
-    exact in half precision: a mask that the matrix unit adds to the scores, at no instruction a score.
+    The product of a query's and a key's marks is 0 where the query's region chose the key's, else -MARK**2,
+    exact in bfloat16: a mask that the matrix unit adds to the scores, at no instruction a score.
     """
     BLOCK_ROWS: tl.constexpr = CONFIG.BLOCK_ROWS
     BLOCK_MARKS: tl.constexpr = CONFIG.BLOCK_MARKS
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     region = tl.arange(0, BLOCK_MARKS)[None, :]
-    own_marks = tl.full([BLOCK_ROWS, BLOCK_MARKS], -32768.0, tl.float16)
+    own_marks = tl.full([BLOCK_ROWS, BLOCK_MARKS], -_MARK, tl.float32)
     for slot in tl.range(0, topk):
         choice = tl.load(r_idx + row.to(tl.int64) * topk + slot, mask=row < n_rows, other=-1)
-        own_marks = tl.where(choice[:, None] == region, 0.0, own_marks).to(tl.float16)
+        own_marks = tl.where(choice[:, None] == region, 0.0, own_marks)
     at = row.to(tl.int64)[:, None] * BLOCK_MARKS + region
-    tl.store(marks.query_marks + at, own_marks, mask=(row < n_rows)[:, None])
+    tl.store(marks.query_marks + at, own_marks.to(tl.bfloat16), mask=(row < n_rows)[:, None])
     tl.store(marks.query_regions + row, row // region_tokens, mask=row < n_queries)
-    own = tl.where((row // kv_region_tokens)[:, None] == region, 32768.0, 0.0).to(tl.float16)
+    own = tl.where((row // kv_region_tokens)[:, None] == region, _MARK, 0.0).to(tl.bfloat16)
     tl.store(marks.key_marks + at, own, mask=(row < n_keys)[:, None])
 
 

@@ -109,8 +109,8 @@ def take_key_lists(problem: RoutedAttention[Buffer], form: str, take: Take) -> K
         block = max(16, next_power_of_2(kv_grid.n_regions))
         marks = Marks(
             take((grid.n_regions * grid.region_tokens,), torch.int32),
-            take((problem.batch, problem.n_graphs, grid.n_regions, block), torch.float16),
-            take((kv_grid.n_regions * kv_grid.region_tokens, block), torch.float16),
+            take((problem.batch, problem.n_graphs, grid.n_regions, block), torch.bfloat16),
+            take((kv_grid.n_regions * kv_grid.region_tokens, block), torch.bfloat16),
         )
     return KeyLists(query_regions, key_regions, key_list, factors, marks)
 

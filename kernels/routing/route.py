@@ -15,7 +15,10 @@ import triton
 import triton.language as tl
 
 from ..lib.addressing import token_of
+from ..lib.exponential import LOWEST
 from .graph import list_regions
+
+_HIGHEST = tl.constexpr(-LOWEST.value)
 
 
 @triton.jit(do_not_specialize=["region_height", "region_width", "columns", "height", "width", "n_regions"])
@@ -58,6 +61,16 @@ def region_means_kernel(
         n_counted += counted.to(tl.int32)
     mean = tl.sum(total, axis=0) / tl.sum(n_counted, axis=0)
     tl.store(means + (image * n_regions + region) * MEAN_DIM + channel, mean, mask=channel_live)
+
+
+@triton.jit
+def ranked(logits):
+    """Numbers to compare logits by: NaN comes before +inf, as torch.sort has it, and that before all others.
+
+    Above all NaN must not yield an index out of range: a model whose training diverges should report a NaN
+    loss, not an illegal memory access. So NaN becomes +inf, and +inf the highest finite number.
+    """
+    return tl.where(logits == logits, tl.minimum(logits, _HIGHEST), float("inf"))
 
 
 @triton.jit(
@@ -109,10 +122,7 @@ def route_kernel(
             logits += tl.sum(of_keys * of_queries, axis=1)[None, :]
         else:
             logits = tl.dot(of_queries, tl.trans(of_keys), logits, input_precision=CONFIG.PRECISION)
-    # NaN first, as torch.sort has it. Above all it must not yield an index out of range: a model whose
-    # training diverges should report a NaN loss, not an illegal memory access.
-    logits = tl.where(logits == logits, logits, float("inf"))
-
+    logits = ranked(logits)
     free = key_region < n_regions
     slot = tl.arange(0, BLOCK_K)[None, :]
     top_logits = tl.full([BLOCK_Q, BLOCK_K], float("-inf"), tl.float32)
@@ -124,6 +134,8 @@ def route_kernel(
         top_logits = tl.where(slot == taken, largest, top_logits)
         top_regions = tl.where(slot == taken, winner, top_regions)
 
+    # What was infinite or NaN makes all weights of its row NaN, as a softmax does.
+    top_logits = tl.where(top_logits == _HIGHEST, float("inf"), top_logits)
     weight = tl.exp(top_logits - tl.max(top_logits, axis=1)[:, None])
     weight = weight / tl.sum(weight, axis=1)[:, None]
     place = (image * n_regions + query_region[:, None]) * topk + slot

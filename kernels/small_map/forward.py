@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 from ..lepe.convolution import convolve_tile
+from ..lib.exponential import LOWEST
 from ..lib.matrix import add_matmul, matmul
+from ..routing.route import ranked
 from .tokens import (
     chosen,
     listed_tokens,
@@ -49,12 +51,11 @@ def _choose(rows, choices, image, region, stores, topk, n_regions, scale, CONFIG
         key_mask = exists[:, None] & live[None, :]
         products += tl.load(key_rows + start + channel[None, :], mask=key_mask, other=0.0) * of_query[None, :]
     logits = tl.sum(products, axis=1)
-    # NaN first, as in `route_kernel`.
-    logits = tl.where(logits == logits, logits, float("inf"))
     logits = tl.where(exists, logits, float("-inf"))
-    others = tl.reshape(logits, [BLOCK_P, 1])
-    ahead = (others > logits[None, :]) | (
-        (others == logits[None, :]) & (key_region[:, None] < key_region[None, :])
+    rank = ranked(logits)
+    others = tl.reshape(rank, [BLOCK_P, 1])
+    ahead = (others > rank[None, :]) | (
+        (others == rank[None, :]) & (key_region[:, None] < key_region[None, :])
     )
     place = tl.sum(ahead.to(tl.int32), axis=0)
 
@@ -135,7 +136,8 @@ def small_map_forward_kernel(
             rows, choices, image, region, first_head == 0, topk, n_regions, routing_scale, CONFIG
         )
 
-    row_max = tl.full([HEADS, BLOCK_OWN], float("-inf"), tl.float32)
+    # Not minus infinity: see `attention.forward`.
+    row_max = tl.full([HEADS, BLOCK_OWN], LOWEST, tl.float32)
     row_sum = tl.zeros([HEADS, BLOCK_OWN], tl.float32)
     acc = tl.zeros([HEADS, BLOCK_OWN, BLOCK_V], tl.float32)
     for start in tl.range(0, topk * kv_region_height * kv_region_width, CONFIG.BLOCK_STEP):
