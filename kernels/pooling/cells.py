@@ -136,7 +136,7 @@ def pool_kernel(
     if MODE == "weighted":
         total += tl.load(taps.bias + channel, mask=channel < CHANNELS, other=0.0)[None, :]
 
-    element = image * pooled_tokens * CHANNELS + cell[:, None] * CHANNELS + channel[None, :]
+    element = (image * pooled_tokens + cell)[:, None] * CHANNELS + channel[None, :]
     stored = live[:, None] & (channel < CHANNELS)[None, :]
     tl.store(pooled + element, total.to(pooled.dtype.element_ty), mask=stored)
     if MODE == "max":
@@ -223,7 +223,7 @@ def pool_backward_kernel(
                 inside = row_inside & (first_column + j < stop_column)
                 column_start, column_end = _span(cells.columns, first_column + j, inside)
                 cell = (pooled_top + first_row + i) * pooled_width + pooled_left + first_column + j
-                element = cell[:, None] * CHANNELS + channel[None, :]
+                element = cell.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
                 loaded = inside[:, None] & channel_live
                 grad = tl.load(grad_pooled + element, mask=loaded, other=0.0).to(tl.float32)
                 if MODE == "max":
@@ -302,8 +302,9 @@ def pool_weight_gradient_kernel(
             width,
             CONFIG,
         )
-        element = image * pooled_tokens * CHANNELS + cell[:, None] * CHANNELS + channel[None, :]
+        element = (image * pooled_tokens + cell)[:, None] * CHANNELS + channel[None, :]
         loaded = live[:, None] & (channel < CHANNELS)[None, :]
         total += value * tl.load(grad_pooled + element, mask=loaded, other=0.0).to(tl.float32)
-    partial = weight_partials + (tl.program_id(0) * tl.num_programs(2) + tap) * CHANNELS + channel
+    share = tl.program_id(0).to(tl.int64) * tl.num_programs(2) + tap
+    partial = weight_partials + share * CHANNELS + channel
     tl.store(partial, tl.sum(total, axis=0), mask=channel < CHANNELS)

@@ -1,22 +1,32 @@
 """Maps of more than 2**31 elements: every offset past 32 bits must be computed in 64.
 
-The maps are slices of very wide packed ones, so that few tokens lie far apart: addresses are reserved for all
-of it, but only the pages of these tokens are ever touched.
+Either one map is a slice of a very wide packed one, so that its few tokens lie far apart. Or there are so
+many images that all of the last lies far from the start of its array, and its programs alone are run.
+Addresses are reserved for everything, but only the pages that are used are ever touched.
 """
 
+from dataclasses import replace
+
 import attention_oracle
+import far
 import planned
 import pytest
 import torch
+from attention_parts import PARTS, make
 from problems import relative_error, worst
+from properties import needs_interpreter
 
-from bra_triton.kernels import calls
+from bra_triton.kernels import calls, packed, routed, tiles
+from bra_triton.kernels.attention import masking
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.lepe.arguments import LepeSums
 from bra_triton.kernels.lepe.launch import launch_lepe
-from bra_triton.kernels.pooling.problem import MAX, RegionPooling
-from bra_triton.kernels.problem import Gradients, Lepe, RoutedAttention
+from bra_triton.kernels.pooling.launch import plan_pool, plan_pool_backward, pooling_inputs
+from bra_triton.kernels.pooling.problem import MAX, MEAN, WEIGHTED, RegionPooling
+from bra_triton.kernels.problem import Gradients, Lepe, Needs, PackedAttention, RoutedAttention, Settings
 from bra_triton.kernels.routing.launch import launch_spread_means
+from bra_triton.kernels.routing.lists import MASKED, ROUTED, SMALL_MAP, form_of
+from bra_triton.kernels.small_map import launch as small_map
 
 SIDE, ROW = 8, 2**25 + 2**22  # 64 tokens, the last at 2.37e9
 GRID = RegionGrid.of_windows(SIDE, SIDE, 2)
@@ -84,3 +94,110 @@ def test_means_their_gradient_lepe_and_pooling(wide, device):
     for grad, v in ((far_grad, far), (near_grad, x)):
         calls.pool_backward(pooled[1], v, None, argmax, description, None, grad)
     assert torch.equal(far_grad, near_grad)
+
+
+# What has six elements an image passes 2**31; a launch of five programs an image does not.
+IMAGES = 4 * 10**8
+TILES = dict.fromkeys(tiles.KERNELS, tiles.Tile(16, 16, 1, 1))
+
+
+def _same_last_image(outputs, expected, images):
+    """Outputs without an axis of images are sums, of which the programs that were run are a part."""
+    batched = [(x, y) for x, y in zip(outputs, expected, strict=True) if x.shape[:1] == (images,)]
+    assert batched
+    assert all(torch.equal(x[-1], y[0]) for x, y in batched)
+    assert all(y.isfinite().all() for _, y in batched)
+
+
+def _settings(grid, topk=3, **others):
+    return Settings(16, 1, grid, topk, 0.25, 0.25, **others)
+
+
+SOFT = {"routing_weight": "soft", "diff_routing": True}
+PADDED = RegionGrid.of_windows(7, 7, 2)
+# Form, settings, side of pooled regions, what the mode adds to the kernels.
+FORMS = {
+    "lists": (ROUTED, _settings(PADDED, **SOFT), None),  # padding, factors, the router's gradient
+    "masked": (MASKED, _settings(GRID), None),
+    "small map": (SMALL_MAP, _settings(PADDED, routing_weight="soft"), None),
+    "pooled": (ROUTED, _settings(GRID), 2),  # lists apart from the router
+}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", FORMS)
+def test_the_last_of_many_images(name, monkeypatch):
+    form, settings, pooled = FORMS[name]
+    monkeypatch.setattr(masking, "is_cheaper", lambda problem: form == MASKED)
+    monkeypatch.setattr(small_map, "MOST_ROUTED", 2**40)  # programs of the last image choose, too
+    if form == MASKED:
+        monkeypatch.setattr(tiles, "MASKED", dict.fromkeys(tiles.KERNELS, tiles.Tile(64, 16, 1, 1)))
+    grid, lepe = settings.grid, name != "pooled"
+    dtype = torch.float16 if form == MASKED else torch.float32
+
+    def random(*shape):
+        return torch.randn(shape, dtype=dtype)
+
+    near = PackedAttention(
+        random(1, grid.height, grid.width, 48),
+        random(1, grid.rows * pooled, grid.columns * pooled, 32) if pooled else None,
+        random(48) if grid.is_padded else None,
+        None,
+        random(16, 1, 3, 3) if lepe else None,
+        random(16) if lepe else None,
+        settings,
+    )
+    grad_out = random(1, grid.height, grid.width, 16)
+    images = IMAGES // 2 if form == SMALL_MAP else IMAGES  # whose backward has eight programs an image
+    distant = replace(near, qkv=far.far(near.qkv, images), kv=far.far(near.kv, images))
+    needs = Needs(*(x is not None for x in near.tensors))
+    results = []
+    with tiles.use_tiles(TILES), tiles.use_form(None if form == MASKED else form):
+        for problem, run in ((near, lambda plan, inputs: plan.run(*inputs)), (distant, far.run)):
+            out, kept = run(packed.plan_attend(problem, True), problem.tensors)
+            grad = grad_out if problem is near else far.far(grad_out, images)
+            saved = (grad, out, kept)
+            plan = packed.plan_attend_backward(problem, saved, needs)
+            results.append([out, *run(plan, (*problem.tensors, *saved))])
+    _same_last_image(results[1], results[0], images)
+
+
+@needs_interpreter
+def test_the_last_image_of_a_graph_for_every_head():
+    """And a row of the inverse graph that is cut."""
+    near = make(replace(PARTS["head_graphs"], factor=False, topk=3), "cpu")
+    near.r_idx[..., 0] = 3
+    images = IMAGES // 2  # twice the programs
+    grad_out = torch.randn_like(near.value)
+    results = []
+    with tiles.use_tiles(TILES):
+        for run in (lambda plan, inputs: plan.run(*inputs), far.run):
+            problem, grad = near, grad_out
+            if run is far.run:
+                maps = {n: far.far(getattr(near, n), images) for n in ("query", "key", "value", "r_idx")}
+                problem, grad = replace(near, **maps), far.far(grad_out, images)
+            out, lse = run(routed.plan_attend_routed(problem), problem.tensors)
+            saved = (grad, out, lse)
+            plan = routed.plan_attend_routed_backward(problem, saved)
+            results.append([out, lse, *run(plan, (*problem.tensors, *saved))])
+    assert form_of(near) == ROUTED
+    _same_last_image(results[1], results[0], images)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("mode", [MAX, MEAN, WEIGHTED])
+def test_pooling_the_last_of_many_images(mode):
+    x, fill = torch.randn(1, 7, 7, 16), torch.randn(16)
+    weight, bias = (torch.randn(16, 2, 2), torch.randn(16)) if mode == WEIGHTED else (None, None)
+    cells = torch.tensor([[0, 2], [2, 4]], dtype=torch.int32)
+    pooling = RegionPooling(cells, cells, mode, PADDED)
+    results = []
+    for run in (lambda plan, inputs: plan.run(*inputs), far.run):
+        x_run = x if run is not far.run else far.far(x, IMAGES)
+        inputs = pooling_inputs(x_run, fill, pooling, weight, bias)
+        pooled, *argmax = run(plan_pool(inputs, pooling), inputs)
+        grad_x = torch.zeros_like(x) if run is not far.run else far.far(torch.zeros_like(x), IMAGES)
+        inputs = (*inputs, pooled, *(argmax or [None]), grad_x)
+        run(plan_pool_backward(inputs, pooling), inputs)
+        results.append([pooled, *argmax, grad_x])
+    _same_last_image(results[1], results[0], IMAGES)

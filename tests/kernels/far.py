@@ -1,0 +1,74 @@
+"""Runs a plan for so many images that arrays pass 2**31 elements: programs of the first and last image.
+
+Addresses are reserved for all of an array, but only the pages that are touched take memory.
+"""
+
+import mmap
+from contextlib import contextmanager
+from math import prod
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from bra_triton.kernels.plan import _materialise
+
+# Around every array: an offset that is cut off to 32 bits stays inside, and shows by what it finds there.
+_MARGIN = 2**34
+# As many programs as the first or last image has in any launch.
+PROGRAMS = 10
+MAP_NORESERVE = 0x4000
+
+
+def reserve(shape, dtype):
+    """An array of zeros of which nothing is in memory yet; skips the test where it cannot be had."""
+    n_bytes = prod(shape) * dtype.itemsize
+    try:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        memory = mmap.mmap(-1, n_bytes + 2 * _MARGIN, flags=flags)
+    except OSError:
+        pytest.skip(f"no {n_bytes / 2**40:.1f} TiB of addresses")
+    return torch.frombuffer(memory, dtype=dtype, count=prod(shape), offset=_MARGIN).view(shape)
+
+
+def far(x, images):
+    """A reserved batch whose last image is that of `x`; None for None."""
+    if x is None:
+        return None
+    batch = reserve((images, *x.shape[1:]), x.dtype)
+    batch[-1] = x[0]
+    return batch
+
+
+def run(plan, inputs):
+    """`Plan.run`, of the first and last `PROGRAMS` programs of every launch."""
+    outputs = [reserve(shape, dtype) for shape, dtype, _ in plan._outputs]
+    sizes = (plan.kept_bytes, plan.workspace_bytes)
+    tensors = [*inputs, *outputs, *(reserve((size + 1,), torch.uint8) for size in sizes)]
+    for launch in plan.launches:
+        if launch.name == "pool_weight_gradient_kernel":
+            continue  # each of its programs sums over very many images
+        arguments = (*(_materialise(pointers, tensors) for pointers in launch.pointers), *launch.numbers)
+        first, *rest = launch.grid
+        starts = {0, max(0, first - PROGRAMS)}
+        if launch.name == "finish_gradients_kernel":
+            # Its first programs sum over all images.
+            n_sums = launch.numbers[launch.kernel.arg_names.index("n_sums") - len(launch.pointers)]
+            starts = {max(n_sums, first - PROGRAMS)}
+        for start in starts:
+            n_programs = min(PROGRAMS, first - start)
+            with _programs_from(start):
+                launch.kernel[(n_programs, *rest)](*arguments, **launch.options)
+    return outputs + ([tensors[-2]] if plan.kept_bytes else [])
+
+
+@contextmanager
+def _programs_from(start):
+    """Within, the interpreter's first program has the number `start`, and tensors are not copied back."""
+    with pytest.MonkeyPatch.context() as patch:
+        builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
+        patch.setattr(
+            builder, "set_grid_idx", lambda x, y, z: setattr(builder, "grid_idx", (start + x, y, z))
+        )
+        patch.setattr(executor, "_restore_args_dev", lambda *_: None)  # a copy of everything
+        yield
