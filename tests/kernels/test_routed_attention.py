@@ -12,20 +12,23 @@ from hypothesis import strategies as st
 from problems import relative_error, worst
 
 from bra_triton.backend.kernels import fused_kernels
+from bra_triton.backend.torch import attention as torch_attention
 from bra_triton.backend.torch.lepe import lepe_forward
 from bra_triton.kernels import tiles
 from bra_triton.kernels.attention import masking
 from bra_triton.kernels.attention.arguments import ForwardResults
 from bra_triton.kernels.attention.launch import Attention, launch_attention
 from bra_triton.kernels.grid import RegionGrid
-from bra_triton.kernels.problem import Lepe
+from bra_triton.kernels.problem import Lepe, RoutedAttention
 from bra_triton.kernels.routing import lists
+from bra_triton.kernels.small_map import choice as small_map
 
 BACKENDS = ("torch", "triton")
 # Rounding of float32 gives 1 to 4e-7 at these sizes; a wrong tail, mask or scale gives 1e-3 and more.
 FLOAT32_TOLERANCE = 5e-6
 
 
+@pytest.mark.usefixtures("in_bounds")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", PARTS)
 def test_output_and_all_gradients(name, backend, device, monkeypatch):
@@ -33,6 +36,32 @@ def test_output_and_all_gradients(name, backend, device, monkeypatch):
     monkeypatch.setattr(masking, "is_cheaper", lambda problem: part.masked)
     errors = compare(backend, make(part, device), part.needs_factor)
     assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
+
+
+@pytest.mark.parametrize("name", ["soft", "head_graphs", "frozen_soft"])
+def test_routing_weights_of_several_chunks_of_the_torch_backend(name, monkeypatch):
+    """A chunk of a region or less: each has routing weights of its own, whose gradients add up."""
+    monkeypatch.setattr(torch_attention, "CHUNK_ELEMENTS", 1)
+    errors = compare("torch", make(PARTS[name], "cpu"), PARTS[name].needs_factor)
+    assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
+
+
+@pytest.mark.parametrize("widths", [(32, 64), (64, 32)])
+def test_forms_for_narrow_heads_do_not_take_wide_values_or_keys(widths):
+    """BiFormer's third stage in float16: masked with heads of 32, with wider ones a small map."""
+    grid = windows(14, 14, 7)
+    r_idx = torch.empty(1, 1, 49, 16, dtype=torch.int32)
+
+    def problem(qk, v):
+        maps = (torch.empty(1, 14, 14, c, dtype=torch.float16, device="meta") for c in (qk, qk, v))
+        return RoutedAttention(*maps, r_idx, grid, grid, 1, 0.25, distinct=True)
+
+    narrow, wide = problem(32, 32), problem(*widths)
+    assert masking.is_cheaper(narrow)
+    assert not masking.is_cheaper(wide)
+    assert small_map.serves(narrow)
+    assert small_map.serves(wide)
+    assert not small_map.serves(problem(*(4 * width for width in widths)))
 
 
 def test_long_rows_are_cut_and_the_others_are_not(device):

@@ -21,6 +21,7 @@ from bra_triton.operators import routing as operators
 BACKENDS = ("torch", "triton")
 
 
+@pytest.mark.usefixtures("in_bounds")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_indices_and_weights_equal_the_reference(case, backend, device):
@@ -263,3 +264,15 @@ def test_nan_input_gives_nan_output(backend, device):
     qkv = torch.full((1, 4, 4, 24), float("nan"), device=device)
     out = functional.bi_level_routing_attention(qkv, num_heads=1, n_win=2, topk=2, backend=backend)
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_padding_of_another_dtype_counts_in_the_maps(dtype, backend, device):
+    """As a module's bias does under autocast: rounded to the projection's dtype, not read as its bits."""
+    qkv, padding = torch.randn(1, 3, 3, 24, device=device).to(dtype), 4 * torch.randn(24, device=device)
+    numbers = {"n_win": 2, "topk": 2, "backend": backend}
+    weights, regions = functional.region_routing(qkv, padding=padding, **numbers)
+    expected_weights, expected = functional.region_routing(qkv, padding=padding.to(dtype), **numbers)
+    assert torch.equal(regions, expected)
+    assert torch.equal(weights, expected_weights)
