@@ -18,6 +18,8 @@ import importlib
 import json
 import os
 import random
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -159,8 +161,9 @@ def tests_of(file: str) -> list[str]:
     ]
 
 
-def _run_tests(tree: Path, tests: list[str], log: Path) -> None:
+def _run_tests(tree: Path, tests: list[str], log: Path, timeout: int) -> None:
     """Runs tests of the tree in this process, a child in which nothing of the package is imported yet."""
+    resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout))
     os.chdir(tree)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -170,7 +173,7 @@ def _run_tests(tree: Path, tests: list[str], log: Path) -> None:
     sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
 
 
-def verdict(tree: Path, mutant: Mutant, rest: bool, timeout: float) -> str:
+def verdict(tree: Path, mutant: Mutant, rest: bool, timeout: int) -> str:
     """What killed the mutant, or "lives"."""
     path, log = tree / mutant.file, tree / "mutant.log"
     source, named = path.read_text(), tests_of(mutant.file)
@@ -179,12 +182,11 @@ def verdict(tree: Path, mutant: Mutant, rest: bool, timeout: float) -> str:
         path.write_text(mutant.of(source))
         for tests in runs:
             # Forked from a process that has imported PyTorch and Triton, which takes longer than many tests.
-            child = get_context("fork").Process(target=_run_tests, args=(tree, tests, log))
+            arguments = (tree, tests, log, timeout)
+            child = get_context("fork").Process(target=_run_tests, args=arguments)
             child.start()
-            child.join(timeout)
-            if child.exitcode is None:
-                child.kill()
-                child.join()
+            child.join()
+            if child.exitcode == -signal.SIGKILL:
                 return "killed: took too long"
             if child.exitcode:
                 failed = [x for x in log.read_text().splitlines() if x.startswith(("FAILED", "ERROR"))]
@@ -201,7 +203,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rest", action="store_true", help="then all other tests, for what lives")
-    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="of a run of tests")
+    parser.add_argument(
+        "--timeout", type=int, default=600, metavar="SECONDS", help="CPU time of a run of tests"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="a line a mutant is added there")
     options = parser.parse_args()
     survivors, drawn = [], draw(options.only, options.count, options.seed)

@@ -132,11 +132,11 @@ def assume_equal_routes(actual, expected, query, key):
     assume(torch.equal(actual.sort(-1).values, expected.sort(-1).values))
 
 
-def run(module, x, grad_out, seed):
-    """Output, input gradient and parameter gradients, by name."""
+def run(module, x, grad_out, seed, call=nn.Module.__call__):
+    """Output, input gradient and parameter gradients, by name; `call(module, x)` calls the module."""
     torch.manual_seed(seed)  # of fractional pooling's samples
     x = x.detach().requires_grad_()
-    out = module(x)
+    out = call(module, x)
     names, parameters = zip(*module.named_parameters(), strict=True)
     grads = torch.autograd.grad(out, (x, *parameters), grad_out, allow_unused=True)
     return {"out": out.detach(), **dict(zip(("x", *names), grads, strict=True))}

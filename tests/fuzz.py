@@ -1,0 +1,153 @@
+"""Draws whole configurations, and calls in many ways, for as long as it is told; compares with float64.
+
+    python -m tests.fuzz --minutes 60
+
+What is drawn and compared is that of the tests `test_properties` and `test_nchw_properties`: arguments,
+sizes, strides, dtypes, backend. A module is also called in one of `WAYS`. Errors past the tolerance are
+printed with the configuration and the seed; the exit status is 1 if there was one.
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+import traceback
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+os.environ |= {"TRITON_INTERPRET": "1"}  # read by what is imported next
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "bra_triton"))
+
+import properties
+import test_nchw_properties as of_nchw
+import test_properties as of_nhwc
+import torch
+from hypothesis import HealthCheck, Phase, assume, given, seed, settings
+from hypothesis.errors import UnsatisfiedAssumption
+from problems import relative_error
+from torch.utils.checkpoint import checkpoint
+
+# Of a round, after which the time is looked at.
+EXAMPLES = 5
+# The interpreter takes a hundred times as long as the torch backend.
+BACKENDS = ("torch", "torch", "torch", "triton")
+
+
+def _compiled(module, x):
+    torch.compiler.reset()
+    return torch.compile(module, backend="aot_eager")(x)
+
+
+def _in_threads(module, x):
+    """Three other threads call the module and its backward at the same time, and find the same bits."""
+
+    def step(_):
+        own = x.detach().requires_grad_()
+        out = module(own)
+        return out.detach(), torch.autograd.grad(out.sum(), own)[0]
+
+    assume(not (module.training and getattr(module, "kv_down", None)))  # may draw samples, of one generator
+    out = module(x)
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(step, range(3)))
+    assert all(torch.equal(out, other) for other, _ in results)
+    assert all(torch.equal(results[0][1], gradient) for _, gradient in results)
+    return out
+
+
+def _without_gradient_first(module, x):
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        alone = module(x)
+    torch.set_rng_state(state)
+    out = module(x)
+    # Another path for the attention's output, which is rounded once more or less where LePE follows.
+    assert relative_error(alone, out.double()) < properties.TOLERANCES[out.dtype]
+    return out
+
+
+WAYS = {
+    "eager": torch.nn.Module.__call__,
+    "checkpointed": partial(checkpoint, use_reentrant=False),
+    "compiled": _compiled,
+    "in threads": _in_threads,
+    "without a gradient first": _without_gradient_first,
+}
+KINDS = {
+    "module": (of_nhwc.drawn, of_nhwc._module_errors),
+    "call": (of_nhwc.drawn_calls, of_nhwc._call_errors),
+    "NCHW module": (of_nchw.drawn_modules, of_nchw._module_errors),
+    "regional call": (of_nchw.drawn_calls, of_nchw._call_errors),
+}
+
+
+def fuzz(seconds, first_seed):
+    """Counts of what was tried, by kind, backend, way and dtype, and what failed, in words."""
+    tried, failed, number = Counter(), [], first_seed
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        _round(number, tried, failed)
+        number += 1
+    return tried, failed
+
+
+def _round(number, tried, failed):
+    """A few configurations of a kind, backend and way."""
+    chance = random.Random(number)
+    kind, backend = chance.choice(list(KINDS)), chance.choice(BACKENDS)
+    way = chance.choice(list(WAYS)) if "module" in kind else "eager"
+    draw, errors_of = KINDS[kind]
+    for file in (of_nhwc, of_nchw):
+        file.run = partial(_run, WAYS[way])
+
+    @seed(number)
+    @settings(
+        max_examples=EXAMPLES if backend == "torch" else 1,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(draw(backend))
+    def check(drawn):
+        try:
+            properties.judge(errors_of(drawn, backend), drawn)
+        except UnsatisfiedAssumption:
+            raise
+        except Exception:
+            failed.append(
+                f"seed {number}, {kind}, {backend}, {way}: {drawn}\n{traceback.format_exc(limit=-3)}"
+            )
+        tried[kind, backend, way, str(drawn.dtype).removeprefix("torch.")] += 1
+
+    check()
+
+
+def _run(way, module, x, grad_out, seed):
+    """`properties.run`, of the reference by a plain call."""
+    is_reference = module.backend == "reference"
+    return properties.run(module, x, grad_out, seed, torch.nn.Module.__call__ if is_reference else way)
+
+
+def main():
+    """Prints counts and failures; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=2)
+    parser.add_argument("--seed", type=int, help="of the first round; by default the time")
+    options = parser.parse_args()
+    first = options.seed if options.seed is not None else int(time.time())
+    print(f"first seed {first}", flush=True)
+    tried, failed = fuzz(60 * options.minutes, first)
+    for key, count in sorted(tried.items()):
+        print(f"{count:6}  {', '.join(key)}")
+    print(*failed, sep="\n")
+    print(f"{tried.total()} configurations, {len(failed)} failed")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
