@@ -1,0 +1,301 @@
+"""BiFormer with the structure and the `state_dict` of rayleizhu/BiFormer `models/biformer.py`."""
+
+import math
+import numbers
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..arguments import whole
+from ..modules.block import Block
+from ..modules.nhwc import BiLevelRoutingAttention, depthwise_convolution
+
+# What `topks` may hold besides a number of regions.
+DENSE, DENSE_WITH_LEPE = -1, -2
+DENSE_HEADS = 8  # fixed in the authors' dense attention, whatever `head_dim` is
+
+# The released models, as arguments of `BiFormer` and `BiFormerBackbone`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "biformer_tiny": {"depth": (2, 2, 8, 2), "embed_dim": (64, 128, 256, 512)},
+    "biformer_small": {"depth": (4, 4, 18, 4), "embed_dim": (64, 128, 256, 512)},
+    "biformer_base": {"depth": (4, 4, 18, 4), "embed_dim": (96, 192, 384, 768)},
+}
+
+
+class DenseAttention(nn.Module):
+    """Attention of every token to every other: the authors' `AttentionLePE`, in BiFormer's last stage.
+
+    It is not bi-level routing attention with every region chosen: logits are scaled by the width of a head,
+    the projection has no bias, and the positional convolution, LePE, is one of the input, not of the values.
+    On a GPU the backward of PyTorch's `scaled_dot_product_attention`, which computes it, has the same bits in
+    every run only under `torch.use_deterministic_algorithms(True)`.
+
+    Args:
+        dim: channels of the map, a multiple of 8: there are 8 heads.
+        side_dwconv: kernel size (odd) of LePE; 0 for none.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+
+    Example:
+        >>> DenseAttention(64)(torch.randn(2, 7, 7, 64)).shape
+        torch.Size([2, 7, 7, 64])
+    """
+
+    def __init__(self, dim: int, side_dwconv: int = 5) -> None:
+        super().__init__()
+        if whole("dim", dim) % DENSE_HEADS:
+            raise ValueError(f"dim must be a multiple of the {DENSE_HEADS} heads, got {dim}")
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.lepe = depthwise_convolution(dim, side_dwconv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attends over a map `(N, H, W, dim)`; returns the same shape."""
+        qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, DENSE_HEADS, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
+        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
+        if self.lepe is not None:
+            out = out + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(out)
+
+
+class BiFormer(nn.Module):
+    """The classifier: stages of blocks. A stage has half the map of the one before, the first a quarter.
+
+    The defaults are those of the released BiFormer-T; `VARIANTS` has what S and B change. The checkpoints
+    that the authors released load with `strict=True`: `model.load_state_dict(torch.load(path)["model"])`.
+
+    Of the authors' arguments those are left out that every released model has at the same value: `pre_norm`
+    (True), `before_attn_dwconv` (3), `mlp_dwconv` (False), `pe`, `representation_size` and
+    `use_checkpoint_stages` (none). `qk_dims` is `embed_dim`.
+
+    Args:
+        depth: blocks of each stage.
+        embed_dim: channels of each stage.
+        in_chans: channels of the image.
+        num_classes: outputs of the classifier; 0 for none, and the forward returns the pooled features.
+        head_dim: width of a head of the routed attentions; divides their stages' channels.
+        mlp_ratio: width of an MLP's hidden layer, divided by the channels.
+        n_win: regions a side.
+        topks: for each stage the regions that every region attends to; -1 for dense attention, -2 for dense
+            attention with LePE.
+        side_dwconv: kernel size (odd) of LePE; 0 for none.
+        drop_path_rate: probability that a sample skips the last block's attention or MLP in training. It
+            grows linearly from 0 at the first block. Needs torchvision where it is not 0.
+        layer_scale_init_value: at what the learned factors of attention and MLP, one for each channel, start;
+            none where it is not positive, as in the released models.
+        **attention: further arguments of `bra_triton.BiLevelRoutingAttention`, for all routed stages:
+            `auto_pad`, `kv_downsample_mode`, `diff_routing`, `backend`, ...
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+        TypeError: if the attention has no such argument.
+
+    Example:
+        >>> model = BiFormer(depth=(1, 1, 1, 1), num_classes=10)
+        >>> model(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        depth: Sequence[int] = VARIANTS["biformer_tiny"]["depth"],
+        embed_dim: Sequence[int] = VARIANTS["biformer_tiny"]["embed_dim"],
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        head_dim: int = 32,
+        mlp_ratio: float = 3.0,
+        n_win: int = 7,
+        topks: Sequence[int] = (1, 4, 16, DENSE_WITH_LEPE),
+        side_dwconv: int = 5,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 0.0,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        _check_stages(depth, embed_dim, topks, head_dim)
+        if attention and max(topks) < 1:
+            raise ValueError(f"topks={topks} routes no stage, so these have no effect: {[*attention]}")
+        _check_number("drop_path_rate", drop_path_rate, 0, 1)
+        _check_number("layer_scale_init_value", layer_scale_init_value, -math.inf, math.inf)
+        _check_number("mlp_ratio", mlp_ratio, 1 / min(embed_dim), math.inf)
+        self.num_classes = whole("num_classes", num_classes, 0)
+        self.embed_dim = list(embed_dim)
+        self.downsample_layers = nn.ModuleList(_downsampling_layers(whole("in_chans", in_chans), embed_dim))
+        last = max(sum(depth) - 1, 1)
+        drop_paths = (drop_path_rate * block / last for block in range(sum(depth)))
+        self.stages = nn.ModuleList()
+        attention["n_win"] = n_win
+        for blocks, dim, topk in zip(depth, embed_dim, topks, strict=True):
+            hidden = int(mlp_ratio * dim)
+            stage = [
+                Block(
+                    dim,
+                    _build_attention(dim, topk, head_dim, side_dwconv, attention),
+                    hidden,
+                    next(drop_paths),
+                    layer_scale_init_value,
+                )
+                for _ in range(blocks)
+            ]
+            self.stages.append(nn.Sequential(*stage))
+        self.norm = nn.BatchNorm2d(embed_dim[-1])
+        self.reset_classifier(num_classes)
+        self.apply(_initialise)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer: linear, or the identity where there are no classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the last layer by a new one of `num_classes` outputs, or by the identity for 0."""
+        self.num_classes = whole("num_classes", num_classes, 0)
+        dim = self.embed_dim[-1]
+        self.head: nn.Module = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.head.apply(_initialise)
+
+    def stage_maps(self, x: Tensor) -> list[Tensor]:
+        """The output of every stage, `(N, embed_dim[i], H / (4 * 2**i), W / (4 * 2**i))`, of an image."""
+        maps = []
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(downsample(x))
+            maps.append(x)
+        return maps
+
+    def forward_features(self, x: Tensor) -> Any:
+        """The last stage's output, normalised: `(N, embed_dim[-1], H / 32, W / 32)` for four stages."""
+        return self.norm(self.stage_maps(x)[-1])
+
+    def forward(self, x: Tensor) -> Any:
+        """Maps images `(N, in_chans, H, W)` to logits `(N, num_classes)`.
+
+        Without `auto_pad=True` the sides of every routed stage's map must be multiples of `n_win`. In the
+        released models those of the image are then multiples of 112.
+        """
+        return self.head(self.forward_features(x).mean((2, 3)))
+
+
+class BiFormerBackbone(BiFormer):
+    """BiFormer without its classifier, for detection and segmentation: one map of each stage.
+
+    Like the authors' `BiFormer_mm` it normalises each map by a LayerNorm of its own (`extra_norms`). Weights
+    of a classifier load with `strict=False`: they lack `extra_norms` and have `head` and `norm` to spare. The
+    authors detect with `n_win=16`, and segment with 8.
+
+    Args:
+        auto_pad: pad maps to multiples of `n_win`; by default True, as images of detectors have any size.
+        **arguments: those of `BiFormer`, except `num_classes`.
+
+    Example:
+        >>> backbone = BiFormerBackbone(depth=(1, 1, 1, 1), n_win=8)
+        >>> [tuple(map.shape) for map in backbone(torch.randn(1, 3, 96, 128))]
+        [(1, 64, 24, 32), (1, 128, 12, 16), (1, 256, 6, 8), (1, 512, 3, 4)]
+    """
+
+    def __init__(self, *, auto_pad: bool = True, **arguments: Any) -> None:
+        super().__init__(num_classes=0, auto_pad=auto_pad, **arguments)
+        del self.norm, self.head
+        self.extra_norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in self.embed_dim)
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The maps of all stages, the largest first, in channels-last memory."""
+        return tuple(
+            norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            for norm, x in zip(self.extra_norms, self.stage_maps(x), strict=True)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The maps of all stages of images `(N, in_chans, H, W)`, as `forward_features`."""
+        return self.forward_features(x)
+
+
+def biformer_tiny(**arguments: Any) -> BiFormer:
+    """BiFormer-T, 13.1 million parameters; takes the arguments of `BiFormer`.
+
+    Example:
+        >>> with torch.device("meta"):  # no memory for weights
+        ...     model = biformer_tiny()
+        >>> sum(parameter.numel() for parameter in model.parameters())
+        13142760
+    """
+    return BiFormer(**{**VARIANTS["biformer_tiny"], **arguments})
+
+
+def biformer_small(**arguments: Any) -> BiFormer:
+    """BiFormer-S, 25.5 million parameters; takes the arguments of `BiFormer`.
+
+    Example:
+        >>> with torch.device("meta"):  # no memory for weights
+        ...     model = biformer_small(num_classes=10)
+        >>> model.get_classifier()
+        Linear(in_features=512, out_features=10, bias=True)
+    """
+    return BiFormer(**{**VARIANTS["biformer_small"], **arguments})
+
+
+def biformer_base(**arguments: Any) -> BiFormer:
+    """BiFormer-B, 56.8 million parameters; takes the arguments of `BiFormer`.
+
+    Example:
+        >>> with torch.device("meta"):  # no memory for weights
+        ...     model = biformer_base()
+        >>> model.embed_dim
+        [96, 192, 384, 768]
+    """
+    return BiFormer(**{**VARIANTS["biformer_base"], **arguments})
+
+
+def _downsampling_layers(in_chans: int, embed_dim: Sequence[int]) -> list[nn.Sequential]:
+    """For each stage what makes its map: two convolutions with stride 2 for the first, one for the others."""
+
+    def halve(c1: int, c2: int) -> list[nn.Module]:
+        return [nn.Conv2d(c1, c2, 3, stride=2, padding=1), nn.BatchNorm2d(c2)]
+
+    first = embed_dim[0]
+    stem = nn.Sequential(*halve(in_chans, first // 2), nn.GELU(), *halve(first // 2, first))
+    return [stem, *(nn.Sequential(*halve(*widths)) for widths in pairwise(embed_dim))]
+
+
+def _build_attention(
+    dim: int, topk: int, head_dim: int, side_dwconv: int, attention: dict[str, Any]
+) -> BiLevelRoutingAttention | DenseAttention:
+    if topk in (DENSE, DENSE_WITH_LEPE):
+        return DenseAttention(dim, side_dwconv if topk == DENSE_WITH_LEPE else 0)
+    return BiLevelRoutingAttention(dim, dim // head_dim, topk=topk, side_dwconv=side_dwconv, **attention)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _check_stages(
+    depth: Sequence[int], embed_dim: Sequence[int], topks: Sequence[int], head_dim: int
+) -> None:
+    """Raises ValueError where stages are described wrongly."""
+    if not len(depth) == len(embed_dim) == len(topks) >= 1:
+        raise ValueError(
+            "depth, embed_dim and topks must have one entry for each stage, "
+            f"got {depth}, {embed_dim} and {topks}"
+        )
+    whole("head_dim", head_dim)
+    for stage, (blocks, dim, topk) in enumerate(zip(depth, embed_dim, topks, strict=True)):
+        whole(f"depth[{stage}]", blocks)
+        whole(f"embed_dim[{stage}]", dim, 2)
+        if topk not in (DENSE, DENSE_WITH_LEPE):
+            if not isinstance(topk, numbers.Integral) or topk < 1:
+                raise ValueError(f"topks[{stage}] must be an int of at least 1, or -1 or -2, got {topk!r}")
+            if dim % head_dim:
+                raise ValueError(f"embed_dim[{stage}] must be a multiple of head_dim={head_dim}, got {dim}")
+
+
+def _check_number(name: str, value: Any, least: float, under: float) -> None:
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_real or not least <= value < under:
+        raise ValueError(f"{name} must be a number from {least} to under {under}, got {value!r}")

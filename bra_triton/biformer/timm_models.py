@@ -1,0 +1,99 @@
+"""The models in timm's registry, with what timm asks of a model whose maps it hands out."""
+
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor
+
+from .model import VARIANTS, BiFormer
+
+# The authors release weights on a file host without stable addresses, so timm is told of none.
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "input_size": (3, 224, 224),
+            "num_classes": 1000,
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "interpolation": "bicubic",
+            "crop_pct": 224 / 256,
+            "first_conv": "downsample_layers.0.0",
+            "classifier": "head",
+        }
+        for name in VARIANTS
+    }
+)
+
+
+class TimmBiFormer(BiFormer):
+    """`BiFormer` with the attributes by which timm extracts features; the same parameters."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.num_features = self.embed_dim[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"stages.{stage}"}
+            for stage, dim in enumerate(self.embed_dim)
+        ]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The maps of the stages named by `indices`, and the final features unless they are not wanted.
+
+        Args:
+            x: images, `(N, in_chans, H, W)`.
+            indices: stages; the last `indices` of them for an int, all for None.
+            norm: must be False, as the classifier's norm fits the last stage alone.
+            output_fmt: must be `"NCHW"`.
+            intermediates_only: return only the list of maps.
+
+        Returns:
+            The list of maps, or the pair of the final features and that list.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        if norm or output_fmt != "NCHW":
+            raise ValueError(f"norm must be False and output_fmt 'NCHW', got {norm!r} and {output_fmt!r}")
+        maps = self.stage_maps(x)
+        if indices is None or isinstance(indices, int):
+            intermediates = maps[-(indices or len(maps)) :]
+        else:
+            intermediates = [maps[stage] for stage in indices]
+        return intermediates if intermediates_only else (self.norm(maps[-1]), intermediates)
+
+
+def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
+    stages = tuple(range(len(VARIANTS[name]["depth"])))
+    return build_model_with_cfg(
+        TimmBiFormer,
+        name,
+        pretrained,
+        feature_cfg={"out_indices": stages, "feature_cls": "getter"},
+        **{**VARIANTS[name], **arguments},
+    )
+
+
+@register_model
+def biformer_tiny(pretrained: bool = False, **arguments: Any) -> Any:
+    """BiFormer-T, as timm builds it."""
+    return _build("biformer_tiny", pretrained, arguments)
+
+
+@register_model
+def biformer_small(pretrained: bool = False, **arguments: Any) -> Any:
+    """BiFormer-S, as timm builds it."""
+    return _build("biformer_small", pretrained, arguments)
+
+
+@register_model
+def biformer_base(pretrained: bool = False, **arguments: Any) -> Any:
+    """BiFormer-B, as timm builds it."""
+    return _build("biformer_base", pretrained, arguments)

@@ -1,0 +1,352 @@
+"""BiFormer: the authors' keys and numbers, its use under heads of torchvision, its registration with timm."""
+
+import importlib
+import logging
+import sys
+from collections import OrderedDict
+
+import pytest
+import seed_module
+import timm
+import torch
+import torch.nn.functional as F
+from problems import relative_error, worst
+from torch import nn
+from torch.func import functional_call
+from torchvision.models.detection.retinanet import AnchorGenerator, RetinaNet
+from torchvision.models.segmentation.fcn import FCNHead
+from torchvision.ops import FeaturePyramidNetwork, StochasticDepth
+
+import bra_triton
+from bra_triton import BiLevelRoutingAttention, biformer
+from bra_triton.biformer import BiFormer, BiFormerBackbone, DenseAttention
+
+# Three routed stages and a dense one, as in the released models. An image of 64 x 96 gives maps of 16 x 24,
+# 8 x 12, 4 x 6 and 2 x 3 tokens. The second stage has two blocks, so that a block's place in it counts.
+TINY = {
+    "depth": (1, 2, 1, 1),
+    "embed_dim": (16, 16, 32, 24),
+    "head_dim": 8,
+    "topks": (1, 2, 4, -2),
+    "n_win": 2,
+    "num_classes": 5,
+}
+SIZE = (64, 96)
+
+
+@pytest.fixture(autouse=True)
+def _without_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # a model would take minutes
+
+
+def with_random_weights(model: nn.Module) -> nn.Module:
+    """In float64, with statistics of the batch norms and weights that no layer starts with."""
+    for value in model.double().state_dict().values():
+        if value.dtype == torch.float64:
+            value.copy_(0.3 * torch.rand_like(value) + (0.7 if value.ndim == 1 else -0.15))
+    return model.eval()
+
+
+def shapes_of_the_authors(depth, embed_dim):
+    """Names and shapes in the `state_dict` of the authors' models with `topks=[1, 4, 16, -2]`."""
+
+    def norm(dim):
+        return {"weight": (dim,), "bias": (dim,)}
+
+    def batch_norm(dim):
+        return {**norm(dim), "running_mean": (dim,), "running_var": (dim,), "num_batches_tracked": ()}
+
+    def linear(c1, c2, *kernel):
+        return {"weight": (c2, c1, *kernel), "bias": (c2,)}
+
+    def block(dim, is_dense):
+        routed = {"lepe": linear(1, dim, 5, 5), "qkv.qkv": linear(dim, 3 * dim), "wo": linear(dim, dim)}
+        dense = {"qkv": {"weight": (3 * dim, dim)}, "proj": linear(dim, dim), "lepe": linear(1, dim, 5, 5)}
+        return {
+            "pos_embed": linear(1, dim, 3, 3),
+            "norm1": norm(dim),
+            **{f"attn.{name}": layer for name, layer in (dense if is_dense else routed).items()},
+            "norm2": norm(dim),
+            "mlp.0": linear(dim, 3 * dim),
+            "mlp.3": linear(3 * dim, dim),
+        }
+
+    half = embed_dim[0] // 2
+    layers = {
+        "downsample_layers.0.0": linear(3, half, 3, 3),
+        "downsample_layers.0.1": batch_norm(half),
+        "downsample_layers.0.3": linear(half, embed_dim[0], 3, 3),
+        "downsample_layers.0.4": batch_norm(embed_dim[0]),
+    }
+    for i in (1, 2, 3):
+        layers[f"downsample_layers.{i}.0"] = linear(embed_dim[i - 1], embed_dim[i], 3, 3)
+        layers[f"downsample_layers.{i}.1"] = batch_norm(embed_dim[i])
+    for i in range(4):
+        for j in range(depth[i]):
+            layers |= {f"stages.{i}.{j}.{name}": s for name, s in block(embed_dim[i], i == 3).items()}
+    layers |= {"norm": batch_norm(embed_dim[3]), "head": linear(embed_dim[3], 1000)}
+    return {f"{layer}.{name}": shape for layer, all_ in layers.items() for name, shape in all_.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "embed_dim", "parameters"),
+    [
+        # The authors' README states 13.1, 25.5 and 56.8 million.
+        ("biformer_tiny", (2, 2, 8, 2), (64, 128, 256, 512), 13_142_760),
+        ("biformer_small", (4, 4, 18, 4), (64, 128, 256, 512), 25_536_232),
+        ("biformer_base", (4, 4, 18, 4), (96, 192, 384, 768), 56_804_968),
+    ],
+)
+def test_released_checkpoints_have_the_names_and_shapes_of_our_state_dict(name, depth, embed_dim, parameters):
+    with torch.device("meta"):
+        model = getattr(biformer, name)()
+    actual = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert actual == shapes_of_the_authors(depth, embed_dim)
+    assert sum(value.numel() for value in model.parameters()) == parameters
+
+
+class AuthorsBiFormer:
+    """The authors' forward in eval mode, as functions of a `state_dict`."""
+
+    def __init__(self, state, **arguments):
+        self.state, self.arguments = state, arguments
+
+    def conv(self, name, x, **options):
+        weight = self.state[f"{name}.weight"]
+        options = {"groups": x.shape[1] // weight.shape[1], "padding": weight.shape[-1] // 2, **options}
+        return F.conv2d(x, weight, self.state[f"{name}.bias"], **options)
+
+    def batch_norm(self, name, x):
+        values = (
+            self.state[f"{name}.{value}"] for value in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(x, *values)
+
+    def layer_norm(self, name, x):
+        return F.layer_norm(x, x.shape[-1:], self.state[f"{name}.weight"], self.state[f"{name}.bias"], 1e-6)
+
+    def linear(self, name, x):
+        return F.linear(x, self.state[f"{name}.weight"], self.state.get(f"{name}.bias"))
+
+    def dense(self, name, x, has_lepe):
+        qkv = self.linear(f"{name}.qkv", x)
+        q, k, v = (t.flatten(1, 2).unflatten(-1, (8, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
+        scores = (q @ k.mT) * (x.shape[-1] // 8) ** -0.5
+        out = (scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape)
+        if has_lepe:
+            out = out + self.conv(f"{name}.lepe", x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.linear(f"{name}.proj", out)
+
+    def routed(self, name, x, topk):
+        dim, own = x.shape[-1], f"{name}."
+        seed = seed_module.BiLevelRoutingAttention(
+            dim, dim // TINY["head_dim"], TINY["n_win"], topk=topk, side_dwconv=5, **self.arguments
+        )
+        state = {key.removeprefix(own): value for key, value in self.state.items() if key.startswith(own)}
+        return functional_call(seed.double(), state, x, strict=True)
+
+    def block(self, name, x, topk):
+        x = (x + self.conv(f"{name}.pos_embed", x)).permute(0, 2, 3, 1)
+        y = self.layer_norm(f"{name}.norm1", x)
+        y = self.dense(f"{name}.attn", y, topk == -2) if topk < 0 else self.routed(f"{name}.attn", y, topk)
+        x = x + self.state.get(f"{name}.gamma1", 1) * y
+        y = self.linear(
+            f"{name}.mlp.3", F.gelu(self.linear(f"{name}.mlp.0", self.layer_norm(f"{name}.norm2", x)))
+        )
+        return (x + self.state.get(f"{name}.gamma2", 1) * y).permute(0, 3, 1, 2)
+
+    def __call__(self, x, topks):
+        for i, (blocks, topk) in enumerate(zip(TINY["depth"], topks, strict=True)):
+            name = f"downsample_layers.{i}"
+            x = self.batch_norm(f"{name}.1", self.conv(f"{name}.0", x, stride=2))
+            if i == 0:
+                x = self.batch_norm(f"{name}.4", self.conv(f"{name}.3", F.gelu(x), stride=2))
+            for j in range(blocks):
+                x = self.block(f"stages.{i}.{j}", x, topk)
+        return self.linear("head", self.batch_norm("norm", x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("topks", "size", "arguments", "scale"),
+    [
+        ((1, 2, 4, -2), SIZE, {}, 0.0),
+        # Dense without LePE, learned factors, and a map of 8 x 12 after one of 15 x 23.
+        ((-1, 2, -2, -1), (60, 90), {"auto_pad": True}, 0.1),
+        ((3, 2, 4, -2), SIZE, {"diff_routing": True, "soft_routing": True}, 0.0),
+    ],
+    ids=["released", "others, padded", "soft routing"],
+)
+def test_outputs_and_gradients_are_those_of_the_authors_network(topks, size, arguments, scale):
+    settings = {**TINY, "topks": topks, "layer_scale_init_value": scale, **arguments}
+    model = with_random_weights(BiFormer(**settings, backend="torch"))
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    for name, _ in model.named_parameters():
+        state[name].requires_grad_()
+    out, expected = model(image), AuthorsBiFormer(state, **arguments)(image, topks)
+    grad_out = torch.randn_like(out)
+    out.backward(grad_out)
+    expected.backward(grad_out)
+    errors = {name: relative_error(p.grad, state[name].grad) for name, p in model.named_parameters()}
+    errors["out"] = relative_error(out, expected)
+    assert worst(errors.values()) < 1e-11, errors  # rounding of float64, 1e-16, through five blocks and back
+
+
+def test_backbone_takes_a_classifiers_weights_and_normalises_its_maps():
+    classifier = with_random_weights(BiFormer(**TINY, auto_pad=True))
+    arguments = {name: value for name, value in TINY.items() if name != "num_classes"}
+    backbone = BiFormerBackbone(**arguments).double().eval()
+    missing, unexpected = backbone.load_state_dict(classifier.state_dict(), strict=False)
+    assert {key.split(".")[0] for key in missing} == {"extra_norms"}
+    assert {key.split(".")[0] for key in unexpected} == {"head", "norm"}
+    image = torch.randn(2, 3, 60, 90, dtype=torch.float64)  # no map but the last is a multiple of n_win
+    for actual, stage_map in zip(backbone(image), classifier.stage_maps(image), strict=True):
+        # The norms' weights are still 1 and 0.
+        expected = (stage_map - stage_map.mean(1, True)) / (stage_map.var(1, False, True) + 1e-6).sqrt()
+        torch.testing.assert_close(actual, expected)
+
+
+class Pyramid(nn.Module):
+    """A detector's backbone, as torchvision takes it: a dictionary of maps that all have `out_channels`."""
+
+    out_channels = 16
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.pyramid = FeaturePyramidNetwork(backbone.embed_dim, self.out_channels)
+
+    def forward(self, x):
+        return self.pyramid(OrderedDict(zip("0123", self.backbone(x), strict=True)))
+
+
+def learns(loss, model):
+    loss.backward()
+    assert torch.isfinite(loss)
+    return [
+        name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()
+    ]
+
+
+def test_backbone_serves_a_detector_of_torchvision():
+    arguments = {name: value for name, value in TINY.items() if name != "num_classes"}
+    anchors = AnchorGenerator(((16,), (32,), (64,), (64,)), ((1.0,),) * 4)
+    sizes = {"min_size": 64, "max_size": 96}
+    detector = RetinaNet(Pyramid(BiFormerBackbone(**arguments)), 2, anchor_generator=anchors, **sizes)
+    target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    losses = detector([torch.rand(3, 60, 90)], [target])
+    assert learns(sum(losses.values()), detector) == []
+    assert detector.eval()([torch.rand(3, 50, 70)])[0].keys() == {"boxes", "scores", "labels"}
+
+
+def test_backbone_serves_a_segmentation_head_of_torchvision():
+    arguments = {name: value for name, value in TINY.items() if name != "num_classes"}
+    backbone, head = BiFormerBackbone(**arguments, drop_path_rate=0.5), FCNHead(24, 3)
+    logits = F.interpolate(head(backbone(torch.rand(2, 3, 60, 90))[-1]), (60, 90), mode="bilinear")
+    loss = F.cross_entropy(logits, torch.randint(3, (2, 60, 90)))
+    # The last map alone reaches this head, so the other maps' norms get no gradient.
+    unused = {f"backbone.extra_norms.{i}.{name}" for i in range(3) for name in ("weight", "bias")}
+    assert set(learns(loss, nn.ModuleDict({"backbone": backbone, "head": head}))) == unused
+
+
+def test_probability_to_skip_a_block_grows_with_the_depth():
+    model = BiFormer(**TINY, drop_path_rate=0.4)
+    drops = [block.drop_path for stage in model.stages for block in stage]
+    assert type(drops[0]) is nn.Identity
+    assert [type(drop) for drop in drops[1:]] == [StochasticDepth] * 4
+    assert [drop.p for drop in drops[1:]] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert {drop.mode for drop in drops[1:]} == {"row"}
+
+
+def test_stochastic_depth_without_torchvision_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.ops", None)
+    with pytest.raises(ModuleNotFoundError, match=r"drop_path=0\.1.* needs torchvision"):
+        BiFormer(**{**TINY, "depth": (1, 1, 1, 2)}, drop_path_rate=0.4)
+
+
+def test_classifier_can_be_replaced_or_left_out():
+    model = BiFormer(**TINY)
+    image = torch.rand(1, 3, *SIZE)
+    model.reset_classifier(3)
+    assert model(image).shape == (1, 3)
+    assert model.get_classifier().bias.eq(0).all()
+    model.reset_classifier(0)
+    assert model(image).shape == (1, 24)
+
+
+def test_arguments_of_the_attention_reach_every_routed_stage():
+    model = BiFormer(**TINY, kv_downsample_mode="avgpool", kv_downsample_ratio=2, backend="torch")
+    attentions = [block.attn for stage in model.stages for block in stage]
+    assert [type(a) for a in attentions] == [BiLevelRoutingAttention] * 4 + [DenseAttention]
+    assert {(a.kv_downsample_mode, a.backend, a.spec.n_win) for a in attentions[:4]} == {
+        ("avgpool", "torch", 2)
+    }
+    assert [a.spec.num_heads for a in attentions[:4]] == [2, 2, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": (1, 1, 1)}, r"one entry for each stage, got \(1, 1, 1\)"),
+        ({"depth": (1, 0, 1, 1)}, r"depth\[1\] must be an int of at least 1, got 0"),
+        ({"embed_dim": (16, 12, 32, 24)}, r"embed_dim\[1\] must be a multiple of head_dim=8, got 12"),
+        ({"embed_dim": (16, 16, 32, 20)}, "dim must be a multiple of the 8 heads, got 20"),
+        ({"topks": (1, 0, 4, -2)}, r"topks\[1\] must be an int of at least 1, or -1 or -2, got 0"),
+        ({"topks": (1, 5, 4, -2)}, "topk"),
+        ({"head_dim": 0}, "head_dim must be an int of at least 1, got 0"),
+        ({"in_chans": 0}, "in_chans must be an int of at least 1, got 0"),
+        ({"num_classes": -1}, "num_classes must be an int of at least 0, got -1"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be a number from 0 to under 1, got 1.0"),
+        ({"mlp_ratio": 0.01}, "mlp_ratio must be a number from 0.0625 to under inf, got 0.01"),
+        ({"layer_scale_init_value": float("nan")}, "layer_scale_init_value must be .* got nan"),
+        ({"side_dwconv": 2}, "side_dwconv must be 0 or an odd kernel size, got 2"),
+        ({"topks": (-1, -1, -2, -2), "soft_routing": True}, r"routes no stage.*\['soft_routing'\]"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        BiFormer(**{**TINY, **change})
+
+
+@pytest.mark.parametrize("name", ["nonesuch", "topk", "num_heads"])
+def test_an_argument_that_the_attention_does_not_take_here_is_refused(name):
+    with pytest.raises(TypeError, match=name):
+        BiFormer(**TINY, **{name: 1})
+
+
+class TestTimm:
+    """timm is a development dependency; users need not have it."""
+
+    def test_creates_the_models_and_hands_out_their_maps(self):
+        assert timm.list_models("biformer*") == ["biformer_base", "biformer_small", "biformer_tiny"]
+        assert timm.list_pretrained("biformer*") == []
+        model = timm.create_model("biformer_tiny", **TINY).eval()
+        features = timm.create_model("biformer_tiny", features_only=True, out_indices=(1, 3), **TINY).eval()
+        features.model.load_state_dict(model.state_dict())
+        ours = BiFormer(**TINY).eval()
+        ours.load_state_dict(model.state_dict(), strict=True)
+        image = torch.rand(1, 3, *SIZE)
+        torch.testing.assert_close(model(image), ours(image))
+        maps = ours.stage_maps(image)
+        torch.testing.assert_close(features(image), [maps[1], maps[3]])
+        assert features.feature_info.channels() == [16, 24]
+        assert features.feature_info.reduction() == [8, 32]
+        final, (last,) = model.forward_intermediates(image, 1)
+        torch.testing.assert_close((final, last), (ours.forward_features(image), maps[3]))
+        assert model.pretrained_cfg["classifier"] == "head"
+        with pytest.raises(ValueError, match="norm must be False and output_fmt 'NCHW', got True"):
+            model.forward_intermediates(image, norm=True)
+
+    def test_does_not_promise_weights_that_it_cannot_load(self):
+        with pytest.raises(RuntimeError, match="No pretrained weights exist for biformer_tiny"):
+            timm.create_model("biformer_tiny", pretrained=True, **TINY)
+
+    def test_is_not_needed(self, monkeypatch, caplog):
+        for name in [name for name in sys.modules if name.startswith("bra_triton.biformer")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(bra_triton, "biformer", biformer)  # which the import below replaces
+        monkeypatch.setitem(sys.modules, "timm.data", None)
+        with caplog.at_level(logging.INFO, logger="bra_triton"):
+            assert importlib.import_module("bra_triton.biformer").BiFormer is not BiFormer
+        assert "BiFormer is not registered with timm" in caplog.text
+        assert "bra_triton.biformer.timm_models" not in sys.modules
