@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from tiny_data import write_data
 
 # Read by Ultralytics when it is imported, hence here and not in a fixture.
 _config_dir = tempfile.TemporaryDirectory(prefix="bra_triton_ultralytics_")
@@ -38,19 +38,8 @@ def _quick_on_the_cpu() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_yaml(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Four images, 64 pixels high and 48 or 64 wide, with one box each."""
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for folder in ("images", "labels"):
-        (root / folder).mkdir()
-    for index in range(4):
-        pixels = rng.integers(0, 255, (64, 48 + 16 * (index % 2), 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "images" / f"{index}.png")
-        (root / "labels" / f"{index}.txt").write_text("0 0.5 0.5 0.4 0.4\n")
-    (root / "data.yaml").write_text(f"path: {root}\ntrain: images\nval: images\nnames: [thing]\n")
-    return str(root / "data.yaml")
+    """Four images with one box each."""
+    return write_data(tmp_path_factory.mktemp("data"), "detect", images=4)
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +72,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory, train_arguments: dict[str,
         model = YOLO("yolo26n-bra.yaml")
         model.train(**train_arguments, epochs=2, save_period=1, project=str(project), name="train")
     return project / "train" / "weights"
+
+
+@pytest.fixture
+def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out of a training what takes longest and is the same for all models; `trained` has it.
+
+    That is the FLOP counts, and loading, stripping and validating the checkpoint after the last epoch.
+    """
+    from ultralytics.engine.trainer import BaseTrainer
+    from ultralytics.utils import torch_utils
+
+    monkeypatch.setattr(BaseTrainer, "final_eval", lambda self: None)
+    monkeypatch.setattr(torch_utils, "get_flops", lambda *args: 0.0)
 
 
 @pytest.fixture

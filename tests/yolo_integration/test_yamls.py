@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+import ultralytics
+from tiny_data import write_data
 from ultralytics import YOLO
 from ultralytics.nn import tasks
+from ultralytics.utils import YAML
 from ultralytics.utils.torch_utils import get_flops
 
 from bra_triton.yolo_integration import (
@@ -17,6 +21,16 @@ from bra_triton.yolo_integration import (
 )
 
 STEMS = ("bra", "biformer")
+STOCK_YAMLS = Path(ultralytics.__file__).parent / "cfg" / "models" / "26"
+TASKS = {
+    "": "detect",
+    "-cls": "classify",
+    "-depth": "depth",
+    "-obb": "obb",
+    "-pose": "pose",
+    "-seg": "segment",
+    "-sem": "semantic",
+}
 
 
 @pytest.mark.parametrize("scale", "nsmlx")
@@ -64,6 +78,57 @@ def test_packaged_yamls_hold_the_blocks_they_are_named_after() -> None:
     specs = [stage[0].attn.spec for stage in stages]
     assert [spec.topk for spec in specs] == [1, 4, 16, 16]
     assert specs[-1].topk == specs[-1].n_win ** 2
+
+
+def test_there_is_a_yaml_for_every_task_that_ultralytics_has() -> None:
+    assert set(TASKS.values()) == set(ultralytics.cfg.TASKS)
+    stems = {file.stem for file in registration.PACKAGED_YAMLS.iterdir()}
+    assert stems == {"yolo26-biformer", *(f"yolo26-bra{suffix}" for suffix in TASKS)}
+
+
+@pytest.mark.parametrize("suffix", TASKS)
+def test_bra_yaml_is_the_stock_one_apart_from_the_last_two_rows_of_its_backbone(suffix: str) -> None:
+    stock = YAML.load(STOCK_YAMLS / f"yolo26{suffix}.yaml")
+    ours = YAML.load(registration.PACKAGED_YAMLS / f"yolo26-bra{suffix}.yaml")
+    *rows, replaced = stock.pop("backbone")
+    assert replaced[2] == "C2PSA"
+    *kept, stage, attention = ours.pop("backbone")
+    assert kept == rows
+    arguments = [{"topk": 16}] if suffix == "-cls" else []  # the reason is in the file
+    assert stage == [-1, 2, "bra_triton.yolo_integration.C2BRA", [1024, *arguments]]
+    assert attention == [-1, 1, "bra_triton.yolo_integration.BiLevelRoutingAttention", arguments]
+
+    def moved(row: int) -> int:  # the row added to the backbone moves all rows from C2PSA on
+        return row + 1 if row >= len(rows) else row
+
+    assert ours.pop("head") == [
+        [[moved(i) for i in source] if isinstance(source, list) else moved(source), *row]
+        for source, *row in stock.pop("head")
+    ]
+    assert ours == stock  # nc, scales, kpt_shape, ...
+
+
+def first_tensor(outputs: object) -> torch.Tensor:
+    while not isinstance(outputs, torch.Tensor):
+        outputs = outputs[0]  # type: ignore[index]
+    return outputs
+
+
+@pytest.mark.usefixtures("short_training")
+@pytest.mark.parametrize("suffix", [suffix for suffix in TASKS if suffix])  # detection: `trained`
+def test_every_task_trains_and_is_exported(suffix: str, tmp_path: Path, train_arguments: dict) -> None:
+    task = TASKS[suffix]
+    data = write_data(tmp_path / "data", task, images=2)
+    model = YOLO(f"yolo26n-bra{suffix}.yaml")
+    assert model.task == task
+    model.train(**{**train_arguments, "data": data}, epochs=1, project=str(tmp_path), name="train")
+    exported = torch.jit.load(model.export(format="torchscript", imgsz=64))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        actual, expected = first_tensor(exported(x)), first_tensor(model.model.eval()(x))
+    if task in ("semantic", "depth"):  # Ultralytics enlarges these maps in exports, and otherwise later
+        expected = F.interpolate(expected, (64, 64), mode="bilinear", align_corners=task == "depth")
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_a_users_own_yaml_of_the_same_name_comes_first(
