@@ -12,6 +12,7 @@ COMMANDS = {
     "report": ("kernel_report", "registers, spills, issue slots and bounds of every kernel; needs no GPU"),
     "kernel-times": ("kernel_times", "on a GPU: what every kernel takes, beside its bound"),
     "large-map": ("large_map", "1 x 20 x 600 x 500 on the CPU: time and peak memory"),
+    "yolo-costs": ("yolo_costs", "operations of the attention and of the packaged models; needs no GPU"),
     "demo": ("demo", "train YOLO26 with the attention on eight photographs, compare with the reference"),
     "check": ("check", "on a GPU: every mode against float64, then times beside the peers, in 9 minutes"),
 }

@@ -1,0 +1,84 @@
+"""What the attention costs in YOLO26, counted and not measured: the tables of docs/yolo_guide.md.
+
+First the attention alone, for maps of the backbone: multiply-adds of routing and attention, beside those of
+dense attention over the same map. Then the packaged models beside the stock ones.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from bra_triton import BiLevelRoutingAttention
+from bra_triton.kernels.grid import RegionGrid
+
+STRIDES = {"P3": 8, "P4": 16, "P5": 32}
+CHANNELS = {"P3": 128, "P4": 128, "P5": 256}  # of the backbone of yolo26n, rows 4, 6 and 8
+CHOICES = ((4, 4), (7, 4), (8, 4), (8, 16), (16, 8))
+SUFFIXES = ("", "-seg", "-pose", "-obb", "-depth", "-sem", "-cls")
+CLASSIFIER_SIZE = 224
+
+
+def attention_rows(imgsz: int, choices: Sequence[tuple[int, int]] = CHOICES) -> Iterator[str]:
+    """A row of the first table for every level and choice of `(n_win, topk)` that makes sense there.
+
+    Args:
+        imgsz: side of the image in pixels, a multiple of 32.
+        choices: what to list; left out where regions would have fewer than 2 tokens a side.
+    """
+    from bra_triton.yolo_integration.flops import count_attention
+
+    yield "| level | map | n_win, topk | region | keys of a query | padding | MMACs | dense |"
+    yield "|---|---|---|---|--:|--:|--:|--:|"
+    for level, stride in STRIDES.items():
+        side, dim = imgsz // stride, CHANNELS[level]
+        for n_win, topk in choices:
+            if side < 2 * n_win:
+                continue
+            grid = RegionGrid.of_windows(side, side, n_win)
+            module = BiLevelRoutingAttention(dim, dim // 32, n_win, topk=topk, side_dwconv=0, auto_pad=True)
+            x = torch.empty(1, side, side, dim, device="meta")
+            module.total_ops = 0
+            count_attention(module, (x,), x)
+            dense = side**4 * 2 * dim
+            keys = topk * grid.region_tokens
+            padding = grid.n_regions * grid.region_tokens / side**2 - 1
+            yield (
+                f"| {level} | {side} x {side} x {dim} | {n_win}, {topk} "
+                f"| {grid.region_height} x {grid.region_width} | {keys} of {side**2} | {padding:.0%} "
+                f"| {module.total_ops / 1e6:,.1f} | {dense / 1e6:,.1f} |"
+            )
+
+
+def model_rows(names: Sequence[str], imgsz: int) -> Iterator[str]:
+    """A row of the second table for every model.
+
+    Args:
+        names: yaml files that Ultralytics finds by name.
+        imgsz: side of the image in pixels; 224 for classifiers.
+    """
+    from ultralytics import YOLO
+    from ultralytics.utils.torch_utils import get_flops, get_num_params
+
+    import bra_triton.yolo_integration  # noqa: F401, registers the yamls
+
+    yield "| model | pixels | parameters | GFLOPs |"
+    yield "|---|--:|--:|--:|"
+    for name in names:
+        size = CLASSIFIER_SIZE if name.endswith("-cls.yaml") else imgsz
+        model = YOLO(name, verbose=False).model
+        yield f"| `{name}` | {size} | {get_num_params(model):,} | {get_flops(model, size):.1f} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints both tables."""
+    parser = argparse.ArgumentParser("bra-bench yolo-costs", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--imgsz", type=int, default=640, help="pixels a side (default: 640)")
+    parser.add_argument("--scale", default="n", choices="nsmlx", help="of the models (default: n)")
+    options = parser.parse_args(arguments)
+    if options.imgsz < 64 or options.imgsz % 32:
+        parser.error(f"--imgsz must be a multiple of 32 of at least 64, got {options.imgsz}")
+    pairs = [f"yolo26{options.scale}{kind}{s}.yaml" for s in SUFFIXES for kind in ("", "-bra")]
+    names = [*pairs[:2], f"yolo26{options.scale}-biformer.yaml", *pairs[2:]]
+    print(*attention_rows(options.imgsz), "", *model_rows(names, options.imgsz), sep="\n")
+    return 0
