@@ -68,6 +68,11 @@ def bi_level_routing_attention(
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
         RuntimeError: if the backend asked for by name cannot serve; says why.
+
+    Example:
+        >>> qkv = torch.randn(2, 20, 20, 3 * 64)
+        >>> bi_level_routing_attention(qkv, num_heads=2, n_win=4, topk=4).shape
+        torch.Size([2, 20, 20, 64])
     """
     dims = _made(_dims_of, _channels_of(qkv), qk_dim)
     spec = _made(_spec_of, *dims, num_heads, n_win, topk, scale, soft_routing, diff_routing)
@@ -110,6 +115,11 @@ def region_routing(
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
         RuntimeError: if the backend asked for by name cannot serve; says why.
+
+    Example:
+        >>> r_weight, r_idx = region_routing(torch.randn(2, 20, 20, 3 * 64), n_win=4, topk=3)
+        >>> r_weight.shape, r_idx.shape
+        (torch.Size([2, 16, 3]), torch.Size([2, 16, 3]))
     """
     dim, qk_dim = _made(_dims_of, _channels_of(qkv), qk_dim)
     # Nothing here depends on the heads: the narrowest there can be suit every backend.

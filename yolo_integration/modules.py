@@ -40,6 +40,10 @@ def default_num_heads(dim: int, qk_dim: int | None = None) -> int:
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
+
+    Example:
+        >>> default_num_heads(128)
+        4
     """
     for name, value in (("dim", dim), ("qk_dim", qk_dim or dim)):
         if not is_count(value):
@@ -89,6 +93,12 @@ def set_backend(model: nn.Module, backend: str) -> None:
 
     Raises:
         ValueError: if there is no such backend.
+
+    Example:
+        >>> model = nn.Sequential(BiFormerBlock(64))
+        >>> set_backend(model, "torch")
+        >>> model[0].attn.backend
+        'torch'
     """
     select.check_name(backend)
     for module in model.modules():
@@ -105,6 +115,10 @@ class BiLevelRoutingAttention2d(TakesNames):
     Args:
         dim: channels of the map.
         attention: arguments of `bra_triton.BiLevelRoutingAttention` by name.
+
+    Example:
+        >>> BiLevelRoutingAttention2d(64, {"n_win": 8})(torch.randn(2, 64, 20, 20)).shape
+        torch.Size([2, 64, 20, 20])
     """
 
     def __init__(self, dim: int, attention: Mapping[str, Any] | None = None) -> None:
@@ -124,6 +138,10 @@ class NCHWBiLevelRoutingAttention2d(TakesNames):
     Args:
         dim: channels of the map.
         attention: arguments of `bra_triton.NCHWBiLevelRoutingAttention` by name.
+
+    Example:
+        >>> NCHWBiLevelRoutingAttention2d(64, {"n_win": 8})(torch.randn(2, 64, 20, 20)).shape
+        torch.Size([2, 64, 20, 20])
     """
 
     def __init__(self, dim: int, attention: Mapping[str, Any] | None = None) -> None:

@@ -37,6 +37,11 @@ def register() -> None:
     `BiFormerBlock`, `C2BRA` and `C3k2BRA`; Ultralytics finds the packaged yamls by name, in every scale; its
     restricted loading (`ULTRALYTICS_SAFE_LOAD`) accepts the blocks; and the child processes of multi-GPU
     training register them too. Further calls change nothing.
+
+    Example:
+        >>> register()
+        >>> tasks.C2BRA
+        <class 'bra_triton.yolo_integration.modules.C2BRA'>
     """
     for name, block in YAML_MODULES.items():
         setattr(tasks, name, block)
