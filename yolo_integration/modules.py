@@ -17,6 +17,7 @@ from ultralytics.nn.modules.conv import Conv
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.backend import select
 from bra_triton.checkpoint_keys import TakesNames
+from bra_triton.modules.block import Block
 
 HEAD_DIM = 32
 ATTENTIONS = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
@@ -153,12 +154,11 @@ class NCHWBiLevelRoutingAttention2d(TakesNames):
         return self.attn(x)
 
 
-class BiFormerBlock(TakesNames):
+class BiFormerBlock(Block, TakesNames):
     """A block of BiFormer: a position convolution, then attention, then an MLP, each added to its input.
 
-    Attention and MLP have a LayerNorm before them. After Zhu et al. (CVPR 2023), figure 3, without stochastic
-    depth. The map is brought into channels-last memory once, for the norms, the attention and the MLP
-    together; if it is already there, it is not copied.
+    After Zhu et al. (CVPR 2023), figure 3, without stochastic depth and layer scale. Strides are as in
+    `bra_triton.modules.block.Block`.
 
     Args:
         dim: channels of the map.
@@ -174,21 +174,9 @@ class BiFormerBlock(TakesNames):
     """
 
     def __init__(self, dim: int, attention: Mapping[str, Any] | None = None, mlp_ratio: float = 3.0) -> None:
-        super().__init__()
         hidden = _hidden_channels("mlp_ratio", mlp_ratio, dim)
-        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = build_attention(dim, attention)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `(N, dim, H, W)` of any strides to the same shape, in channels-last memory."""
-        x = x + self.pos_embed(x)
-        x = x.permute(0, 2, 3, 1).contiguous()
-        x = x + self.attn(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return x.permute(0, 3, 1, 2)
+        super().__init__(dim, build_attention(dim, attention), hidden)
+        del self.mlp[1]  # the place for a convolution: keys of the `state_dict` do not count it here
 
 
 class BRABlock(nn.Module):
