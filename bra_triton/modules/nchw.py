@@ -119,17 +119,21 @@ class NCHWBiLevelRoutingAttention(Attention):
         """
         if not isinstance(x, Tensor):
             return self._leaf(x, ret_attn_mask)
-        grid = self.grid(x)
-        qkv = project(self._modules["qkv_linear"], x.permute(0, 2, 3, 1), _project)
-        # Tokens past the edge are left out of the means, but are zeros to the attention, and take part.
-        padding = qkv.new_zeros(qkv.shape[-1]) if grid.is_padded else None
-        weight, bias = lepe_parameters(self._modules.get("lepe"), self.spec.dim)
-        call = Call(qkv, self.spec, weight, bias, padding, given_grid=grid)
+        call = self.call_of(x)
         if ret_attn_mask:
             out, _, _, attn_weight = reference.attend(call)
             attn_weight = rearrange(attn_weight, "(n r) m s t -> n m r s t", n=x.shape[0])
             return self._out(out, call), attn_weight
         return self._out(attend(call, self._backend), call)
+
+    def call_of(self, x: Tensor) -> Call:
+        """What `forward` has a backend compute; raises as `forward` does."""
+        grid = self.grid(x)
+        qkv = project(self._modules["qkv_linear"], x.permute(0, 2, 3, 1), _project)
+        # Tokens past the edge are left out of the means, but are zeros to the attention, and take part.
+        padding = qkv.new_zeros(qkv.shape[-1]) if grid.is_padded else None
+        weight, bias = lepe_parameters(self._modules.get("lepe"), self.spec.dim)
+        return Call(qkv, self.spec, weight, bias, padding, given_grid=grid)
 
     def grid(self, x: Tensor) -> RegionGrid:
         """The regions of a map `(N, dim, H, W)`; raises ValueError where it has none."""

@@ -237,6 +237,11 @@ class BiLevelRoutingAttention(Attention):
         project_out: Any = self._modules["wo"]
         return project_out(out)
 
+    def call_of(self, x: Tensor) -> Call:
+        """What `forward` has a backend compute, except in an export; for tools that look into it."""
+        check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
+        return self._call(self._project(x), self._padding(x), is_eager())
+
     def _call(self, qkv: Tensor, padding: Tensor | None, eager: bool) -> Call:
         """One call, with the parameters that take part in it, or what must be called instead of them."""
         modules: dict[str, Any] = self._modules

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..call import Call
 from ..kernels.grid import RegionGrid
 from .nhwc import BiLevelRoutingAttention
 
@@ -32,3 +33,7 @@ class PermutedBiLevelRoutingAttention(BiLevelRoutingAttention):
     def grid(self, x: Tensor) -> RegionGrid:
         """See `BiLevelRoutingAttention.grid`."""
         return super().grid(x.permute(0, 2, 3, 1))
+
+    def call_of(self, x: Tensor) -> Call:
+        """`BiLevelRoutingAttention.call_of` for `x` `(N, dim, H, W)`."""
+        return super().call_of(x.permute(0, 2, 3, 1))

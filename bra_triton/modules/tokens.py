@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import dense_floats, flag, whole_pair
+from ..call import Call
 from ..kernels.grid import RegionGrid
 from .nhwc import BiLevelRoutingAttention
 
@@ -64,6 +65,10 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
     def grid(self, x: Tensor) -> RegionGrid:
         """See `BiLevelRoutingAttention.grid`."""
         return super().grid(x.unflatten(1, self._size_of(x)))
+
+    def call_of(self, x: Tensor) -> Call:
+        """See `BiLevelRoutingAttention.call_of`."""
+        return super().call_of(x.unflatten(1, self._size_of(x)))
 
     def _size_of(self, x: Tensor) -> tuple[int, int]:
         if dense_floats("x", x).dim() != 3:
