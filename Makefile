@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml
 	mkdir -p $(YOLO_CONFIG_DIR)
 	touch $@
 
-demo: setup  ## train YOLO26 with BRA on the photographs, predict, compare with the reference: runs/demo
+demo: setup  ## train YOLO26 with BRA on photographs, draw where it looks, compare with the reference: runs/demo
 	$(BIN)/bra-bench demo
 
 test: test-interpreted test-compiled  ## all tests; no GPU needed

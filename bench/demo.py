@@ -1,14 +1,12 @@
-"""The main job: train YOLO26 with bi-level routing attention on the photographs, predict, and compare.
+"""The main job: `bra-yolo demo`, which learns eight photographs, and a comparison with the reference.
 
-Trains `yolo26n-bra.yaml` with the settings of the users' recipe until it knows its eight photographs, saves
-the pictures with its predictions, then trains the same model from the same seed for a few steps once on the
-fused backend and once on the einops reference, and prints their losses, times and memory side by side.
-Everything lands in one folder, the figures in `summary.json`.
+After the demo the same model is trained from the same seed for a few steps, once on the fused backend and
+once on the einops reference, and their losses, times and memory are printed side by side. Everything lands in
+one folder, the figures in `summary.json`.
 """
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,28 +16,15 @@ from typing import Any, cast
 import torch
 import ultralytics
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from ultralytics import YOLO
 
 from bra_triton import BiLevelRoutingAttention
 from bra_triton.bench import measure
-from bra_triton.yolo_integration import set_backend
+from bra_triton.yolo_integration import demo, set_backend
+from bra_triton.yolo_integration.demo import MODEL
 from bra_triton.yolo_integration.photo_dataset import write_photo_dataset
 
-MODEL = "yolo26n-bra.yaml"
 BACKENDS = ("auto", "reference")
-# The users' recipe; then what eight photographs need instead of a large data set: no augmentation, a high
-# learning rate without a long warm-up, and one validation at the end.
-RECIPE = {
-    **{"cache": False, "single_cls": False, "close_mosaic": 10, "workers": 0},
-    **{"optimizer": "MuSGD", "amp": False},
-}
-FEW_PHOTOGRAPHS = {
-    **dict.fromkeys(("mosaic", "fliplr", "scale", "translate", "hsv_h", "hsv_s", "hsv_v", "erasing"), 0.0),
-    **{"lr0": 0.03, "warmup_epochs": 5, "seed": 0, "deterministic": True},
-    **{"batch": 8, "nbs": 8},  # step the optimizer after every batch: the next one has the same eight images
-    **dict.fromkeys(("plots", "val", "verbose"), False),
-}
 # Plain SGD at a low rate, where a step amplifies rounding the least: MuSGD's orthogonalised updates made
 # 2e-7 into 2e-3 within three steps, and high rates flip the assignment of boxes to predictions.
 COMPARISON = {"optimizer": "SGD", "lr0": 1e-3, "warmup_epochs": 0}
@@ -52,40 +37,26 @@ CONTROL = "reference, weights rounded otherwise"
 ATTENTION_ROWS = (("seconds", "time", "ms", 1e3), ("peak_bytes", "peak", "MiB", 2**-20))
 
 
-class _ProductsInFloat32(TorchFunctionMode):
-    """Computes `baddbmm` of bfloat16 tensors on the CPU in float32.
-
-    MuSGD takes 240 of them a step. PyTorch's own takes 213 ms for (256, 256) @ (256, 2304) on two cores of an
-    x86 server without bfloat16 instructions, the float32 product 2 ms: a step of the optimizer took 8 s.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.baddbmm and args[0].dtype is torch.bfloat16 and args[0].device.type == "cpu":
-            return func(*(x.float() for x in args), **(kwargs or {})).bfloat16()
-        return func(*args, **(kwargs or {}))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the job; returns 0 if the model learned and the backends agree."""
-    options = _parse(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
+    parser = demo.parser("bra-bench demo", __doc__)
+    parser.add_argument("--compare-steps", type=int, default=5, help="steps on each backend")
+    options = parser.parse_args(arguments)
+    print(
+        f"{demo.INTRODUCTION}Then the fused backend is compared with the reference. Both take three to five "
+        f"minutes on two cores. Everything goes to {options.out}.\n"
+    )
     data = write_photo_dataset(options.out / "photos")
     versions = {**measure.circumstances(measure.default_device()), "ultralytics": ultralytics.__version__}
     summary: dict[str, Any] = {"versions": versions, "model": MODEL, "imgsz": options.imgsz}
 
-    summary["training"] = train(data, options)
+    summary["training"] = demo.learn(options)
     summary["steps"] = {name: compare_steps(data, name, options) for name in (*BACKENDS, CONTROL)}
     summary["attention"] = attention_costs(options)
     summary["loss_distance"] = {name: _distances(summary["steps"], name) for name in ("auto", CONTROL)}
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report(summary, options.out)
-
-    failures = find_failures(summary, options.required_map50)
-    for failure in failures:
-        print(f"FAILED: {failure}")
-    return 1 if failures else 0
+    return demo.conclude(find_failures(summary, options.required_map50))
 
 
 def find_failures(summary: dict[str, Any], required_map50: float) -> list[str]:
@@ -94,9 +65,7 @@ def find_failures(summary: dict[str, Any], required_map50: float) -> list[str]:
     Each step is held to the control's largest distance so far, lest the last step's amplification excuse a
     wrong gradient in the first. NaN fails.
     """
-    failures = []
-    if not summary["training"]["mAP50"] >= required_map50:
-        failures.append(f"mAP50 {summary['training']['mAP50']:.3f} is under {required_map50}")
+    failures = demo.find_failures(summary["training"], required_map50)
     fused, control = summary["loss_distance"]["auto"], summary["loss_distance"][CONTROL]
     for step, distance in enumerate(fused):
         # The control may agree to the last bit; another order of addition need not.
@@ -107,25 +76,6 @@ def find_failures(summary: dict[str, Any], required_map50: float) -> list[str]:
                 f"times the control's, {allowed:.1e}"
             )
     return failures
-
-
-def train(data: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains, validates and predicts on the photographs; returns the figures."""
-    model = YOLO(MODEL)
-    start = time.perf_counter()
-    _fit(model, data, options.epochs, _settings(options, "train"))
-    seconds = time.perf_counter() - start
-    trained = YOLO(options.out / "train" / "weights" / "last.pt")
-    metrics = trained.val(data=str(data), **_settings(options, "val"))
-    trained.predict(
-        data.parent / "images", save=True, conf=0.25, verbose=False, **_settings(options, "predictions")
-    )
-    return {
-        "seconds": seconds,
-        "steps": options.epochs,
-        "mAP50": float(metrics.box.map50),
-        "mAP50-95": float(metrics.box.map),
-    }
 
 
 def compare_steps(data: Path, backend: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -152,7 +102,7 @@ def compare_steps(data: Path, backend: str, options: argparse.Namespace) -> dict
     model.add_callback("on_train_batch_start", start_step)
     model.add_callback("on_train_batch_end", end_step)
     name = "compare-control" if backend == CONTROL else f"compare-{backend}"
-    _fit(model, data, options.compare_steps, {**_settings(options, name), **COMPARISON})
+    demo.fit(model, data, options.compare_steps, {**demo.settings(options, name), **COMPARISON})
     return {"loss": losses, "seconds": times}
 
 
@@ -163,13 +113,6 @@ def _move_weights_by_rounding(model: nn.Module) -> None:
         for weight in model.parameters():
             sign = torch.randn(weight.shape, generator=generator).sign().to(weight.device)
             weight.mul_(1 + half_unit * sign)
-
-
-def _fit(model: YOLO, data: Path, epochs: int, settings: dict[str, Any]) -> None:
-    # Ultralytics leaves one core of the CPU idle.
-    model.add_callback("on_train_start", lambda trainer: torch.set_num_threads(os.cpu_count() or 1))
-    with _ProductsInFloat32():
-        model.train(data=str(data), epochs=epochs, save=False, **settings)  # except for the last epoch
 
 
 def attention_costs(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
@@ -222,14 +165,9 @@ def _attention_inputs(model: nn.Module, images: Tensor) -> list[tuple[nn.Module,
 
 def report(summary: dict[str, Any], out: Path) -> None:
     """Prints the figures of `summary.json` as tables."""
-    training, steps = summary["training"], summary["steps"]
-    print(f"\n{measure.on_one_line(summary['versions'])}")
-    print(f"{MODEL} on eight photographs, {summary['imgsz']} px")
-    print(
-        f"  {training['steps']} steps in {training['seconds']:.0f} s, "
-        f"mAP50 {training['mAP50']:.3f}, mAP50-95 {training['mAP50-95']:.3f} on its own images"
-    )
-    print(f"  pictures with predictions: {out / 'predictions'}\n")
+    steps = summary["steps"]
+    demo.report(summary["training"], out)
+    print(f"\n{measure.on_one_line(summary['versions'])}\n{MODEL}, {summary['imgsz']} px\n")
     print("Training from the same seed, loss per step; in brackets the distance from the reference")
     print(f"  {'step':>4} {'fused':>24} {'reference':>14} {'control':>24}")
     for index, losses in enumerate(zip(*(run["loss"] for run in steps.values()), strict=True)):
@@ -254,23 +192,7 @@ def _print_row(label: str, values: dict[str, float], unit: str, factor: float) -
     print(f"  {label:46} {next(texts):>12} {next(texts):>12} {ratio:>6.2f}x")
 
 
-def _settings(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    folder = {"project": str(options.out.resolve()), "name": name, "exist_ok": True}
-    common = {"imgsz": options.imgsz, **folder, "device": 0 if torch.cuda.is_available() else "cpu"}
-    return {**RECIPE, **FEW_PHOTOGRAPHS, **common} if name.startswith(("train", "compare")) else common
-
-
 def _distances(steps: dict[str, dict[str, Any]], name: str) -> list[float]:
     """Relative distance of each step's loss from the reference's."""
     pairs = zip(steps[name]["loss"], steps["reference"]["loss"], strict=True)
     return [abs(loss / reference - 1) for loss, reference in pairs]
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bra-bench demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
-    parser.add_argument("--epochs", type=int, default=150, help="training steps: a batch holds all photos")
-    parser.add_argument("--imgsz", type=int, default=192, help="side of the training images in pixels")
-    parser.add_argument("--compare-steps", type=int, default=5, help="steps on each backend")
-    parser.add_argument("--required-map50", type=float, default=0.5, help="fail under this mAP50")
-    return parser.parse_args(arguments)

@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 from ultralytics import nn as ultralytics_nn
+from ultralytics.data import utils as data_utils
 from ultralytics.nn import tasks
-from ultralytics.utils import callbacks, torch_utils
+from ultralytics.utils import DATASETS_DIR, callbacks, torch_utils
 
 from bra_triton.checkpoint_keys import take_names
 
 from . import flops
+from .photo_dataset import write_photo_dataset
 from .yaml_rows import YAML_MODULES, blocks_parsed_as_csp, errors_name_the_row, expand_rows
 
 PACKAGED_YAMLS = Path(__file__).parent / "yamls"
+PHOTOS = "photos.yaml"
 
 _parse_lock = threading.RLock()
 
@@ -34,7 +37,8 @@ def register() -> None:
     """Registers blocks and yamls in Ultralytics; importing `bra_triton.yolo_integration` does it already.
 
     Afterwards yaml rows may name `BiLevelRoutingAttention`, `nchwBRA` (or `NCHWBiLevelRoutingAttention`),
-    `BiFormerBlock`, `C2BRA` and `C3k2BRA`; Ultralytics finds the packaged yamls by name, in every scale; its
+    `BiFormerBlock`, `C2BRA` and `C3k2BRA`; Ultralytics finds the packaged yamls by name, in every scale, and
+    the photographs of `photo_dataset` as `data="photos.yaml"`; its
     restricted loading (`ULTRALYTICS_SAFE_LOAD`) accepts the blocks; and the child processes of multi-GPU
     training register them too. Further calls change nothing.
 
@@ -48,6 +52,7 @@ def register() -> None:
     for module in (tasks, ultralytics_nn):
         _wrap_once(module, "parse_model", _parse_with_expanded_rows)
     _wrap_once(tasks, "check_yaml", _find_packaged_yaml)
+    _wrap_once(data_utils, "check_file", _find_photographs)
     torch.serialization.add_safe_globals([*_package_classes()])
     trainer_callbacks = callbacks.default_callbacks["on_pretrain_routine_start"]
     if register_in_child_process not in trainer_callbacks:
@@ -96,6 +101,13 @@ def _by_our_names(
     renamed = dict(given)
     take_names(renamed, own)
     return original(renamed, own, *args, **kwargs)
+
+
+def _find_photographs(original: Callable[..., Any], file: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """Writes the data set to where Ultralytics keeps those that it downloads, and returns its yaml."""
+    if str(file) == PHOTOS and not os.path.exists(PHOTOS):
+        return str(write_photo_dataset(DATASETS_DIR / "photos"))
+    return original(file, *args, **kwargs)
 
 
 def _package_classes() -> list[type]:
