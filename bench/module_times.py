@@ -90,7 +90,7 @@ def ratios(problem: Problem, repeats: int) -> dict[str, float]:
 def _pair(problem: Problem) -> tuple[dict[str, nn.Module], Tensor]:
     """The module on both backends, with the same weights, and a map."""
     torch.manual_seed(0)
-    modules = {
+    modules: dict[str, nn.Module] = {
         name: BiLevelRoutingAttention(**problem.module_arguments, backend=name) for name in (FUSED, REFERENCE)
     }
     modules[REFERENCE].load_state_dict(modules[FUSED].state_dict())
