@@ -240,7 +240,7 @@ class TestModule:
         ("arguments", "message"),
         [
             ({"num_heads": 3}, "dim must be a multiple of num_heads=3, got 16"),
-            ({"topk": 50}, "topk must be at most .* 49, got 50"),
+            ({"topk": 50}, "topk must be at most .* 49 for n_win=7, got 50"),
             ({"side_dwconv": 2}, "side_dwconv must be 0 or an odd kernel size, got 2"),
             ({"qk_scale": 3e38}, "qk_scale must be a number from -1e38 to 1e38"),
             ({"n_win": 0}, "n_win must be an int of at least 1, got 0"),
