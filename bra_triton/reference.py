@@ -18,7 +18,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .call import Call, RegionalCall, Request
-from .export import being_exported
 from .kernels.grid import RegionGrid
 from .topk import select_topk
 
@@ -177,18 +176,13 @@ def gather_regions(x: Tensor, r_idx: Tensor) -> Tensor:
 def padded(call: Call) -> Tensor:
     """The packed projection on whole regions: past the map's edge stands `padding`."""
     qkv, (bottom, right) = call.qkv, call.grid.padding
-    if not _may_be_padded(call.grid):
+    if not call.grid.is_padded:
         return qkv
     if call.padding is None:
         return F.pad(qkv, (0, 0, 0, right, 0, bottom))
     rows = call.padding.to(qkv.dtype).expand(qkv.shape[0], bottom, qkv.shape[2], -1)
     columns = call.padding.to(qkv.dtype).expand(qkv.shape[0], qkv.shape[1] + bottom, right, -1)
     return torch.cat([torch.cat([qkv, rows], dim=1), columns], dim=2)
-
-
-def _may_be_padded(grid: RegionGrid) -> bool:
-    """Whether there may be padding: an exported graph serves other sizes too, and must not skip it."""
-    return grid.is_padded or being_exported()
 
 
 def _split_regions(x: Tensor, grid: RegionGrid) -> Tensor:
@@ -203,7 +197,7 @@ def _region_means(x: Tensor, grid: RegionGrid, counts_padding: bool) -> Tensor:
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     regions = _split_regions(x, grid)
-    if counts_padding or not _may_be_padded(grid):
+    if counts_padding or not grid.is_padded:
         return regions.mean(dim=(2, 3), dtype=dtype)
     in_map = x.new_zeros(1, x.shape[1], x.shape[2], 1)
     in_map[:, : grid.height, : grid.width] = 1

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .arguments import factor, flag, whole, windows
-from .kernels.grid import RegionGrid
+from .kernels.grid import RegionGrid, smaller
 from .kernels.problem import Settings
 
 
@@ -101,7 +101,7 @@ class AttentionSpec:
             self.num_heads,
             grid,
             # A map smaller than n_win tokens a side may have fewer regions than topk.
-            min(self.topk, grid.n_regions),
+            smaller(self.topk, grid.n_regions),
             self.scale,
             self.routing_scale,
             self.routing_weight,

@@ -5,6 +5,10 @@ map's bottom and right edge; tokens there are padding: they belong to regions bu
 """
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from .lib.integers import cdiv
 
@@ -33,6 +37,8 @@ class RegionGrid:
     columns: int
 
     def __post_init__(self) -> None:
+        if any(map(is_symbol, self.numbers)):
+            return
         for name, side, region_side, count in (
             ("height", self.height, self.region_height, self.rows),
             ("width", self.width, self.region_width, self.columns),
@@ -80,7 +86,7 @@ class RegionGrid:
     def of_region_size(cls, height: int, width: int, region_size: tuple[int, int]) -> "RegionGrid":
         """As many regions of `region_size` (tokens a column, a row) as it takes to cover the map."""
         region_height, region_width = region_size
-        if min(region_size) < 1:
+        if region_height < 1 or region_width < 1:
             raise ValueError(f"region_size must be at least (1, 1), got {tuple(region_size)}")
         rows, columns = cdiv(height, region_height), cdiv(width, region_width)
         return cls(height, width, region_height, region_width, rows, columns)
@@ -115,8 +121,8 @@ class RegionGrid:
 
     @property
     def is_padded(self) -> bool:
-        """Whether some regions reach past the map."""
-        return self.padding != (0, 0)
+        """Whether some regions reach past the map; True where they may, as sizes are symbols."""
+        return any(map(is_symbol, self.padding)) or self.padding != (0, 0)
 
     @property
     def merged(self) -> "RegionGrid":
@@ -134,3 +140,25 @@ class RegionGrid:
         row = region // self.columns * self.region_height + index // self.region_width
         column = region % self.columns * self.region_width + index % self.region_width
         return row * self.width + column if row < self.height and column < self.width else None
+
+
+def is_symbol(size: Any) -> bool:
+    """Whether a size stands for several, in a graph that is being exported: a trace has tensors for sizes.
+
+    Such a size may be computed with but not compared, or the graph would serve only those that compare alike.
+    """
+    return isinstance(size, torch.SymInt | Tensor)
+
+
+def larger(a: Any, b: Any) -> Any:
+    """`max(a, b)`, also of symbols."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a + (b - a) * (b > a)  # opset 11 has no maximum of integers
+    return torch.sym_max(a, b)
+
+
+def smaller(a: Any, b: Any) -> Any:
+    """`min(a, b)`, also of symbols."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a + (b - a) * (b < a)
+    return torch.sym_min(a, b)

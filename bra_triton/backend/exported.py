@@ -1,22 +1,18 @@
 """The attention as one straight line of plain PyTorch operators, for tracing and export.
 
 An exported graph cannot hold the operators of this package, and it need not save memory for a backward: it
-gathers keys and values of all regions at once.
+gathers keys and values of all regions at once. Runtimes differ in the operators that they have, so it makes
+do with few: no tensor has more than four axes, and nothing is sorted. Sizes of the map may be symbols, which
+are not compared: maps are padded, cut and put together again by computed indices.
 """
 
-from collections.abc import Callable
-
+import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from .. import reference
 from ..call import Call, RegionalCall, Request
 from ..kernels.grid import RegionGrid
-from ..spec import AttentionSpec
-from ..topk import select_topk
-from .torch.regions import pad_map
-from .torch.routing import region_means
 
 
 class ExportedBackend:
@@ -42,55 +38,104 @@ class ExportedBackend:
 
 
 def _attend(call: Call) -> Tensor:
-    spec, qkv = call.spec, call.qkv
-    if not spec.counts_padding:  # the NCHW form, whose regions depend on the size
-        return reference.attend(call).out
-    height, width = qkv.shape[1:3]
-    if call.padding is not None:
-        qkv = pad_map(qkv, RegionGrid.of_windows(height, width, spec.n_win), call.padding)
-    # In float32 at least, as everywhere: half precision would choose other regions.
-    grid = RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win)
-    query, key = region_means(qkv, None, grid, 2 * spec.qk_dim).split(spec.qk_dim, dim=-1)
-    logits = (call.emb(query) * spec.scale) @ call.emb(key).transpose(-2, -1)
-    top_logits, r_idx = select_topk(logits, spec.topk)
-    factor = top_logits.softmax(dim=-1) if spec.soft_routing else None
-    out = _attend_to_routed(qkv, r_idx, spec, grid, call.kv_downsampling, factor)
-    if call.lepe_weight is not None:
-        value, side = rearrange(qkv[..., 2 * spec.qk_dim :], "n h w c -> n c h w"), call.lepe_weight.shape[-1]
-        lepe = F.conv2d(value, call.lepe_weight, call.lepe_bias, padding=side // 2, groups=spec.dim)
-        out = out + rearrange(lepe, "n c h w -> n h w c")
-    return out if call.padding is None else out[:, :height, :width].contiguous()
-
-
-def _attend_to_routed(
-    qkv: Tensor,
-    r_idx: Tensor,
-    spec: AttentionSpec,
-    grid: RegionGrid,
-    kv_down: Callable[[Tensor], Tensor] | None,
-    factor: Tensor | None,
-) -> Tensor:
-    sides = {"j": grid.rows, "i": grid.columns}
-    regions = rearrange(qkv, "n (j h) (i w) c -> n (j i) h w c", **sides)
+    spec, grid = call.spec, call.grid
+    qkv, padding = call.qkv, call.padding if grid.is_padded else None
+    if padding is not None:
+        qkv = _padded(qkv, padding, grid)
+    regions = qkv.flatten(1, 2)[:, _tokens(grid, qkv.device)].flatten(0, 1)
+    weight, chosen = _route(regions[..., : 2 * spec.qk_dim], call)
     query, key_value = regions.split([spec.qk_dim, spec.qk_dim + spec.dim], dim=-1)
-    if kv_down is not None:
-        reduced = kv_down(rearrange(key_value, "n p h w c -> (n p) c h w"))
-        key_value = rearrange(reduced, "(n p) c h w -> n p h w c", p=grid.n_regions)
-    key_value = key_value.flatten(2, 3)
-    index = rearrange(r_idx, "n p t -> n (p t) 1 1").expand(-1, -1, *key_value.shape[2:])
-    gathered = key_value.gather(1, index)
-    if factor is not None:
-        gathered = gathered * rearrange(factor, "n p t -> n (p t) 1 1").to(gathered.dtype)
-    key, value = gathered.split([spec.qk_dim, spec.dim], dim=-1)
-    heads = {"m": spec.num_heads}
-    if spec.scale < 0:  # ONNX takes the root of the scale
-        query = -query
-    out = F.scaled_dot_product_attention(
-        rearrange(query, "n p h w (m c) -> n p m (h w) c", **heads),
-        rearrange(key, "n (p t) s (m c) -> n p m (t s) c", t=spec.topk, **heads),
-        rearrange(value, "n (p t) s (m c) -> n p m (t s) c", t=spec.topk, **heads),
-        scale=abs(spec.scale),
+    if call.kv_downsampling is not None:
+        maps = key_value.transpose(1, 2)
+        maps = maps.reshape(*maps.shape[:2], grid.region_height, grid.region_width)
+        key_value = call.kv_downsampling(maps).flatten(2).transpose(1, 2)
+    gathered = key_value[chosen]
+    if spec.soft_routing:
+        gathered = gathered * weight[..., None, None].to(gathered.dtype)
+    key, value = gathered.flatten(1, 2).split([spec.qk_dim, spec.dim], dim=-1)
+    query, key, value = (
+        x.reshape(*x.shape[:2], spec.num_heads, -1).transpose(1, 2) for x in (query, key, value)
     )
-    return rearrange(
-        out, "n (j i) m (h w) c -> n (j h) (i w) (m c)", **sides, h=grid.region_height, w=grid.region_width
+    # Not scaled_dot_product_attention: opsets before 14 have none, and later ones none of a negative scale.
+    scores = (query * spec.scale) @ key.transpose(2, 3)
+    out = (scores.softmax(dim=-1) @ value).transpose(1, 2)
+    out = out.reshape(-1, grid.n_regions * grid.region_tokens, spec.dim)[:, _positions(grid, qkv.device)]
+    if call.lepe_weight is not None:
+        v, side = qkv[..., 2 * spec.qk_dim :].permute(0, 3, 1, 2), call.lepe_weight.shape[-1]
+        lepe = F.conv2d(v, call.lepe_weight, call.lepe_bias, padding=side // 2, groups=spec.dim)
+        if padding is not None:
+            rows, columns = (torch.arange(side, device=v.device) for side in (grid.height, grid.width))
+            lepe = lepe.index_select(2, rows).index_select(3, columns)
+        out = out + lepe.permute(0, 2, 3, 1)
+    return out
+
+
+def _route(regions: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Routing weights and chosen regions, both `(N*P, topk)`, of `(N*P, S, 2*qk_dim)`.
+
+    Regions are counted through all images. Of equal logits that with the smaller index is chosen; the chosen
+    ones are in no particular order.
+    """
+    settings, grid = call.settings, call.grid
+    n_regions = grid.n_regions
+    # In float32 at least, as everywhere: half precision would choose other regions.
+    means = regions.sum(1, dtype=torch.promote_types(regions.dtype, torch.float32))
+    means = means.reshape(-1, n_regions, 2 * settings.qk_dim)
+    means = means / (grid.region_tokens if settings.counts_padding else _tokens_inside(grid, means.device))
+    query, key = (call.emb(x) for x in means.split(settings.qk_dim, dim=-1))
+    logits = (query * settings.routing_scale) @ key.transpose(1, 2)
+    # topk may choose among equal logits as it likes, and few runtimes sort stably. So it chooses once more,
+    # where nothing is equal: what is above the least chosen logit, then what equals it, then the rest.
+    least = logits.topk(settings.topk).values[..., -1:]
+    above = (logits > least).float() + (logits >= least).float()
+    index = torch.arange(n_regions, device=logits.device)
+    chosen = (above * n_regions - index).topk(settings.topk).indices
+    weight = logits.gather(2, chosen).softmax(dim=-1)
+    first = torch.arange(regions.shape[0] // n_regions, device=logits.device) * n_regions
+    return weight.flatten(0, 1), (chosen + first[:, None, None]).flatten(0, 1)
+
+
+def _tokens_inside(grid: RegionGrid, device: torch.device) -> Tensor:
+    """How many of each region's tokens are no padding: `(P, 1)`."""
+    region_height, region_width, columns = _as_tensors(grid, device)
+    region = torch.arange(grid.n_regions, device=device)[:, None]
+    high = (grid.height - region // columns * region_height).float().clamp(max=grid.region_height)
+    wide = (grid.width - region % columns * region_width).float().clamp(max=grid.region_width)
+    return high * wide
+
+
+def _padded(x: Tensor, padding: Tensor, grid: RegionGrid) -> Tensor:
+    """The map `(N, H, W, C)` on whole regions: past its edge stands `padding`, `(C,)`."""
+    rows, columns = (
+        torch.arange(count * side, device=x.device)
+        for count, side in ((grid.rows, grid.region_height), (grid.columns, grid.region_width))
     )
+    in_rows, in_columns = rows < grid.height, columns < grid.width
+    # Past the edge stands for now the first row or column: opset 11 clamps no integers.
+    x = x.index_select(1, rows * in_rows).index_select(2, columns * in_columns)
+    return torch.where((in_rows[:, None] & in_columns)[..., None], x, padding.to(x.dtype))
+
+
+def _tokens(grid: RegionGrid, device: torch.device) -> Tensor:
+    """Where the tokens of the regions lie on the padded map: `(P, S)`; `RegionGrid.token` of all."""
+    region_height, region_width, columns = _as_tensors(grid, device)
+    region = torch.arange(grid.n_regions, device=device)[:, None]
+    token = torch.arange(grid.region_tokens, device=device)
+    row = region // columns * region_height + token // region_width
+    column = region % columns * region_width + token % region_width
+    return row * (columns * region_width) + column
+
+
+def _positions(grid: RegionGrid, device: torch.device) -> Tensor:
+    """Where the map's tokens lie among those of the regions, `(H, W)`: undoes `_tokens`, without padding."""
+    region_height, region_width, columns = _as_tensors(grid, device)
+    row = torch.arange(grid.height, device=device)[:, None]
+    column = torch.arange(grid.width, device=device)
+    region = row // region_height * columns + column // region_width
+    return (region * region_height + row % region_height) * region_width + column % region_width
+
+
+def _as_tensors(grid: RegionGrid, device: torch.device) -> list[Tensor]:
+    """Region height, region width and columns, `(1,)` each: ONNX divides by no symbol (PyTorch 2.14)."""
+    sizes = (grid.region_height, grid.region_width, grid.columns)
+    return [torch.full((1,), size, dtype=torch.int64, device=device) for size in sizes]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..arguments import at_least_one, one_of, whole
 from ..export import being_exported
-from ..kernels.grid import RegionGrid
+from ..kernels.grid import RegionGrid, is_symbol, larger
 from ..kernels.pooling.problem import MAX, MEAN, WEIGHTED
 from ..operators import pooling as operators
 from .layers import is_plain
@@ -142,7 +142,8 @@ class FixedCells(KVDownsampling):
     def cells(self, height: int, width: int, device: torch.device) -> Cells:
         """See `KVDownsampling.cells`."""
         rows = self._along(height, device)
-        return rows, rows if width == height else self._along(width, device)
+        is_square = not is_symbol(height) and width == height
+        return rows, rows if is_square else self._along(width, device)
 
     @abstractmethod
     def _along(self, side: int, device: torch.device) -> Tensor:
@@ -227,7 +228,7 @@ class FractionalMaxPooling(KVDownsampling):
 
     def count(self, side: int) -> int:
         """`max(1, floor(side / ratio))`."""
-        return max(1, side * self._ratio.denominator // self._ratio.numerator)
+        return larger(1, side * self._ratio.denominator // self._ratio.numerator)
 
     def window(self, side: int) -> int:
         """Tokens along a side of every cell; raises ValueError where cells leave a token out or coincide."""
@@ -322,7 +323,7 @@ def fractional_cells(side: int, count: int, window: int, sample: Tensor) -> Tens
         `(count, 2)` int32.
     """
     index = torch.arange(count, dtype=torch.float32, device=sample.device)
-    distance = (side - window) / max(1, count - 1)
+    distance = (side - window) / larger(1, count - 1)
     starts = ((index + sample) * distance).int() - (sample * distance).int()
     starts = torch.where(index == count - 1, side - window, starts)
     return torch.stack((starts, starts + window), dim=1)
@@ -331,8 +332,11 @@ def fractional_cells(side: int, count: int, window: int, sample: Tensor) -> Tens
 def _window_maxima(x: Tensor, dim: int, cells: Tensor, window: int) -> Tensor:
     """Maxima over the cells along a dimension, all of at most `window` tokens."""
     position = cells[:, :1] + torch.arange(window, dtype=torch.int32, device=x.device)
-    position = torch.minimum(position, cells[:, 1:] - 1)  # the last one again and again in smaller cells
-    windows = x.index_select(dim, position.flatten()).unflatten(dim, (len(cells), window))
+    last = cells[:, 1:] - 1  # taken again and again in smaller cells
+    # Neither torch.minimum nor unflatten: in opset 11 there is no minimum of integers, and no unflatten.
+    position = torch.where(position < last, position, last)
+    shape = (*x.shape[:dim], cells.shape[0], window, *x.shape[dim + 1 :])
+    windows = x.index_select(dim, position.flatten()).reshape(shape)
     return windows.max(dim + 1).values  # the gradient goes to one of equals; amax would share it out
 
 

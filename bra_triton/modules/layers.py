@@ -25,7 +25,9 @@ def is_plain(layer: Any, kind: type[nn.Module]) -> bool:
     weight normalisation have hooks that make the weight anew in every call.
     """
     if type(layer) is not kind:
-        return False
+        # torch.export wraps the modules inside that which it exports in classes of its own.
+        exported = getattr(layer, "get_base", None)
+        return exported is not None and is_plain(exported(), kind)
     state = layer.__dict__  # in which a name costs a quarter of what an attribute of a module does
     return not (
         state["_forward_hooks"]

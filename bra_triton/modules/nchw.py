@@ -14,7 +14,8 @@ from ..backend.select import AUTO
 from ..call import Call
 from ..export import is_eager
 from ..functional import attend
-from ..kernels.grid import RegionGrid
+from ..kernels.grid import RegionGrid, larger, smaller
+from ..kernels.lib.integers import cdiv
 from ..spec import AttentionSpec
 from .base import FIXED_BY_PARAMETERS, NEVER_CALLED, Attention
 from .inputs import check_shape, project
@@ -149,15 +150,16 @@ class NCHWBiLevelRoutingAttention(Attention):
 
 @lru_cache(1024)
 def _grid_of(height: int, width: int, windows: tuple[int, int], auto_pad: bool) -> RegionGrid:
-    region_size = (height // windows[0], width // windows[1])
-    if auto_pad:  # `or` keeps a side that is being traced, which max(1, side) would fix at 1
-        region_size = (region_size[0] or 1, region_size[1] or 1)
-    elif min(region_size) < 1:
+    if not auto_pad and (height < windows[0] or width < windows[1]):
         raise ValueError(
             f"the map must be at least {windows[0]} x {windows[1]} tokens (n_win), got {height} x {width}; "
             "auto_pad=True takes smaller ones"
         )
-    return RegionGrid.of_region_size(height, width, region_size)
+    region_height, region_width = larger(height // windows[0], 1), larger(width // windows[1], 1)
+    # There are never fewer than `smaller` says; it tells torch.export that there is more than one.
+    rows = larger(cdiv(height, region_height), smaller(height, windows[0]))
+    columns = larger(cdiv(width, region_width), smaller(width, windows[1]))
+    return RegionGrid(height, width, region_height, region_width, rows, columns)
 
 
 def _project(layer: Any, x: Tensor) -> Tensor:

@@ -3,15 +3,14 @@
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
 from ..arguments import flag, one_of
 from ..call import Call, in_dtype_of
-from ..export import being_exported, is_eager
+from ..export import is_eager
 from ..functional import attend
-from ..kernels.grid import RegionGrid
+from ..kernels.grid import RegionGrid, is_symbol
 from ..spec import AttentionSpec
 from . import downsampling
 from .base import FIXED_BY_PARAMETERS, NEVER_CALLED, Attention, Specified, number
@@ -213,10 +212,7 @@ class BiLevelRoutingAttention(Attention):
         if not isinstance(x, Tensor):
             return self._leaf(x, ret_attn_mask)
         check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
-        eager = is_eager()
-        if not eager and being_exported():
-            return self._export(x, ret_attn_mask)
-        call = self._call(self._project(x), self._padding(x), eager)
+        call = self._call(self._project(x), self._padding(x), is_eager())
         if ret_attn_mask:
             scored = reference.attend(call)
             return self._out(scored.out, call), *scored[1:]
@@ -277,31 +273,14 @@ class BiLevelRoutingAttention(Attention):
         _, height, width, _ = x.shape
         n_win = self.spec.n_win
         rows, columns = n_win if isinstance(n_win, tuple) else (n_win, n_win)
-        if not height % rows and not width % columns:
+        serves_several = is_symbol(height) or is_symbol(width)
+        if not serves_several and not height % rows and not width % columns:
             return None
         if not self.auto_pad:
             RegionGrid.of_windows(height, width, n_win, auto_pad=False)
+            return None
         layer: Any = self.qkv.qkv if is_plain(self.qkv, QKVLinear) else None
         if is_plain(layer, nn.Linear) and layer.bias is not None:
             return layer.bias
         # Whatever else the projection is: an adapter, a quantised layer.
         return self._project(torch.zeros(1, self.spec.dim, dtype=x.dtype, device=x.device))[0]
-
-    def _export(self, x: Tensor, ret_attn_mask: bool) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The forward in an exported graph, where padding is a tensor operation like any other.
-
-        The graph serves other sizes too, so that it pads even where this size needs none.
-        """
-        grid = self.grid(x)
-        padded = x
-        if self.auto_pad:
-            bottom, right = grid.padding
-            padded = F.pad(x, (0, 0, 0, right, 0, bottom))
-        call = self._call(self._project(padded), None, False)
-        if ret_attn_mask or self._backend == "reference":
-            scored = reference.attend(call)
-            out = scored.out
-        else:
-            out = attend(call, self._backend)
-        out = self._out(out, call)[:, : x.shape[1], : x.shape[2]].contiguous()
-        return (out, *scored[1:]) if ret_attn_mask else out

@@ -1,6 +1,5 @@
 """The NCHW drop-in on the fused backends, against the float64 reference."""
 
-import copy
 import inspect
 
 import pytest
@@ -150,49 +149,3 @@ class TestModule:
         assert x.grad.dtype == module.lepe.weight.grad.dtype == torch.float32
         # bfloat16 keeps 8 bits; three roundings on the way.
         assert relative_error(out, expected.double()) < 3e-2
-
-
-class TestExport:
-    """Exported graphs hold plain PyTorch operators alone, and serve other sizes."""
-
-    @staticmethod
-    def _pair():
-        module, _ = _pair("auto", torch.device("cpu"), topk=4, auto_pad=True)
-        twin = copy.deepcopy(module)
-        twin.backend = "reference"
-        return module.eval(), twin.eval()
-
-    # At 3 x 4, n_win's own size, and at 2 x 7, which auto_pad alone admits, regions have sides of 1.
-    @pytest.mark.parametrize("size", [(6, 9), (7, 8), (3, 4)], ids=["divisible", "padded", "smallest"])
-    def test_torchscript_trace(self, size):
-        module, twin = self._pair()
-        traced = torch.jit.trace(module, torch.randn(1, 16, *size), check_trace=False)
-        assert "bra_triton::" not in str(traced.inlined_graph)
-        for height, width in ((6, 9), (7, 8), (3, 4), (11, 13)):
-            x = torch.randn(1, 16, height, width)
-            assert relative_error(traced(x), twin(x).double()) < FLOAT32_TOLERANCE
-
-    def test_onnx(self, tmp_path):
-        onnxruntime = pytest.importorskip("onnxruntime")
-        module, twin = self._pair()
-        file = str(tmp_path / "module.onnx")
-        torch.onnx.export(
-            module,
-            (torch.randn(1, 16, 7, 8),),
-            file,
-            dynamo=False,
-            input_names=["x"],
-            dynamic_axes={"x": {2: "height", 3: "width"}},
-        )
-        session = onnxruntime.InferenceSession(file)
-        for height, width in ((6, 9), (7, 8), (3, 4), (11, 13)):
-            x = torch.randn(1, 16, height, width)
-            out = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
-            assert relative_error(out, twin(x).double()) < FLOAT32_TOLERANCE
-
-    def test_torch_export(self):
-        module, twin = self._pair()
-        x = torch.randn(1, 16, 7, 8)
-        program = torch.export.export(module, (x,))
-        assert "bra_triton::" not in str(program.graph)
-        assert relative_error(program.module()(x), twin(x).double()) < FLOAT32_TOLERANCE
