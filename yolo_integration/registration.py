@@ -23,7 +23,7 @@ from ultralytics.utils import DATASETS_DIR, callbacks, torch_utils
 
 from bra_triton.checkpoint_keys import take_names
 
-from . import flops
+from . import flops, pretrained
 from .photo_dataset import write_photo_dataset
 from .yaml_rows import YAML_MODULES, blocks_parsed_as_csp, errors_name_the_row, expand_rows
 
@@ -53,6 +53,7 @@ def register() -> None:
         _wrap_once(module, "parse_model", _parse_with_expanded_rows)
     _wrap_once(tasks, "check_yaml", _find_packaged_yaml)
     _wrap_once(data_utils, "check_file", _find_photographs)
+    _wrap_once(tasks.BaseModel, "load", _load_by_structure)
     torch.serialization.add_safe_globals([*_package_classes()])
     trainer_callbacks = callbacks.default_callbacks["on_pretrain_routine_start"]
     if register_in_child_process not in trainer_callbacks:
@@ -70,11 +71,17 @@ def register_in_child_process(trainer: Any) -> None:
     """
 
 
-def _wrap_once(module: ModuleType, name: str, wrapper: Callable[..., Any]) -> None:
+def _wrap_once(module: ModuleType | type, name: str, wrapper: Callable[..., Any]) -> None:
     original = getattr(module, name)
     if hasattr(original, "_bra_triton_wraps"):
         return
-    wrapped = functools.wraps(original)(functools.partial(wrapper, original))
+    if isinstance(module, type):
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:  # a function, which becomes a method
+            return wrapper(original, *args, **kwargs)
+    else:
+        wrapped = functools.partial(wrapper, original)
+    functools.update_wrapper(wrapped, original)
     wrapped._bra_triton_wraps = original  # type: ignore[attr-defined]
     setattr(module, name, wrapped)
 
@@ -108,6 +115,19 @@ def _find_photographs(original: Callable[..., Any], file: str | Path, *args: Any
     if str(file) == PHOTOS and not os.path.exists(PHOTOS):
         return str(write_photo_dataset(DATASETS_DIR / "photos"))
     return original(file, *args, **kwargs)
+
+
+def _load_by_structure(original: Callable[..., Any], model: Any, weights: Any, verbose: bool = True) -> Any:
+    source = (weights.get("ema") or weights["model"]) if isinstance(weights, dict) else weights
+    rows = getattr(source, "model", None)
+    has_blocks = any(isinstance(module, tuple(YAML_MODULES.values())) for module in model.modules())
+    if not has_blocks or not isinstance(rows, nn.Sequential):
+        return original(model, weights, verbose)
+    source = pretrained.with_rows_of(source, model)
+    result = original(model, source, verbose)
+    if verbose:
+        pretrained.report(source, model)
+    return result
 
 
 def _package_classes() -> list[type]:

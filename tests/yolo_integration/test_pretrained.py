@@ -1,0 +1,87 @@
+"""Weights of stock models reach every row that both models have, wherever it stands."""
+
+import logging
+
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import LOGGER
+
+from bra_triton.yolo_integration.pretrained import match_rows
+
+A, B, C = ({name: torch.Size([size])} for name, size in (("a", 1), ("b", 1), ("a", 2)))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "expected"),
+    [
+        ([A, B, C], [A, B, C], [0, 1, 2]),
+        ([A, A, B], [A, C, A, B], [0, None, 1, 2]),  # a row more
+        ([A, C, B], [A, B], [0, 2]),  # a row less
+        ([A, A | B], [A, A | B, C], [0, 1, None]),  # the fuller match counts
+        ([A, {}, A], [A, A], [0, 2]),  # rows without tensors
+        ([A, B, A], [A, C, A], [0, 1, 2]),  # by their place: another implementation's names
+        ([B], [A, C], [None, None]),
+        ([], [A], [None]),
+    ],
+)
+def test_rows_are_matched_in_order_by_the_tensors_that_agree(source, target, expected) -> None:
+    assert match_rows(source, target) == expected
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A stock checkpoint whose tensors are all 3."""
+    model = YOLO("yolo26n.yaml", verbose=False)
+    for value in model.model.state_dict().values():
+        value.fill_(3)
+    path = str(tmp_path_factory.mktemp("stock") / "yolo26n.pt")
+    model.save(path)
+    return path
+
+
+def _check_transfer(model: torch.nn.Module, log: str) -> None:
+    """Of 702 items the six layers of the two attentions stay new, a weight and a bias each."""
+    new = [name for name, value in model.state_dict().items() if not (value == 3).all()]
+    assert len(new) == 12
+    assert all(".attn." in name for name in new)
+    assert "Transferred 690/702 items" in log
+    assert "12 items have no counterpart and stay new: model.10.m.0.attn.attn.lepe, " in log
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def test_load_transfers_a_stock_checkpoint_by_structure(stock: str, log) -> None:
+    model = YOLO("yolo26n-bra.yaml", verbose=False).load(stock)
+    _check_transfer(model.model, log.text)
+    log.clear()
+    YOLO("yolo26n-bra.yaml", verbose=False).load(model.model)
+    assert "Transferred 702/702" in log.text
+    assert "stay new" not in log.text
+
+
+def test_training_starts_from_a_stock_checkpoint_by_structure(
+    stock: str, log, train_arguments, tmp_path
+) -> None:
+    overrides = {
+        **train_arguments,
+        "model": "yolo26n-bra.yaml",
+        "pretrained": stock,
+        "project": str(tmp_path),
+    }
+    trainer = DetectionTrainer(overrides={**overrides, "epochs": 1})
+    trainer.data["nc"] = 80  # as in the checkpoint, so that heads agree
+    trainer.setup_model()
+    _check_transfer(trainer.model, log.text)
+
+
+def test_a_stock_model_loads_as_before(stock: str, log) -> None:
+    YOLO("yolo26n.yaml", verbose=False).load(stock)
+    assert "Transferred 708/708" in log.text
+    assert "stay new" not in log.text

@@ -1,0 +1,88 @@
+"""Weights of a model with other rows: which row of the one belongs to which of the other.
+
+Ultralytics transfers a tensor where name and shape agree, and a name begins with the number of its row. So
+one row more in the backbone would leave all rows behind it without weights. Here rows are matched first.
+"""
+
+import copy
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from torch import Size, nn
+from ultralytics.utils import LOGGER
+
+from bra_triton.checkpoint_keys import take_names
+
+MOST_NAMES = 12
+Shapes = Mapping[str, Size]
+
+
+def with_rows_of(source: Any, target: nn.Module) -> nn.Module:
+    """The source with its rows at the places of the target's, as far as both are alike.
+
+    Args:
+        source: a model of Ultralytics; it is not changed, and shares its rows with what is returned.
+        target: the model that is to get its weights.
+
+    Returns:
+        A model with as many rows as the target. Rows without a counterpart are empty.
+    """
+    rows, places = list(source.model), match_rows(_shapes(source), _shapes(target))
+    moved = copy.copy(source)
+    sequence = nn.Sequential(*(nn.Identity() if at is None else rows[at] for at in places))
+    moved._modules = {**source._modules, "model": sequence}
+    return moved
+
+
+def match_rows(source: list[Shapes], target: list[Shapes]) -> list[int | None]:
+    """For every row of the target that of the source, so that most tensors agree in name and shape.
+
+    Args:
+        source: for each row the shapes of its tensors by name.
+        target: likewise.
+
+    Returns:
+        Rising indices of `source`; None for rows that have no counterpart.
+
+    Example:
+        >>> conv, attention = {"weight": torch.Size([8, 8])}, {"qkv": torch.Size([24, 8])}
+        >>> match_rows([conv, conv], [conv, attention, conv])
+        [0, None, 1]
+    """
+    # best[i][j]: tensors that agree at most in the rows from i and from j on.
+    best = [[0] * (len(target) + 1) for _ in range(len(source) + 1)]
+    alike = [[sum(theirs.get(k) == v for k, v in ours.items()) for ours in target] for theirs in source]
+    for i in reversed(range(len(source))):
+        for j in reversed(range(len(target))):
+            best[i][j] = max(best[i + 1][j], best[i][j + 1], best[i + 1][j + 1] + alike[i][j])
+    places: list[int | None] = []
+    i = 0
+    for j in range(len(target)):
+        while i < len(source) and best[i][j] == best[i + 1][j]:
+            i += 1
+        is_match = i < len(source) and best[i][j] > best[i][j + 1]
+        places.append(i if is_match else None)
+        i += is_match
+    # As many rows between two matches in both belong together, too: another implementation has other names.
+    matches = [(at, j) for j, at in enumerate(places) if at is not None]
+    for (i, j), (next_i, next_j) in pairwise([(-1, -1), *matches, (len(source), len(target))]):
+        if next_i - i == next_j - j:
+            places[j + 1 : next_j] = range(i + 1, next_i)
+    return places
+
+
+def report(source: nn.Module, target: nn.Module) -> None:
+    """Logs which layers of the target have no counterpart, and so keep the weights that they had."""
+    given, own = dict(source.state_dict()), target.state_dict()
+    take_names(given, own)
+    new = [name for name, value in own.items() if name not in given or given[name].shape != value.shape]
+    if not new:
+        return
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in new))
+    rest = f" and {len(layers) - MOST_NAMES} more layers" if len(layers) > MOST_NAMES else ""
+    LOGGER.info(f"{len(new)} items have no counterpart and stay new: {', '.join(layers[:MOST_NAMES])}{rest}")
+
+
+def _shapes(model: Any) -> list[Shapes]:
+    return [{name: value.shape for name, value in row.state_dict().items()} for row in model.model]
