@@ -224,6 +224,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="FlexAttention uncompiled")
     parser.add_argument("--tests", type=Path, default=ROOT / "tests" / "gpu", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if not (ROOT / "pyproject.toml").is_file():
+        parser.error(
+            f"it runs the tests of a working tree, and {ROOT} is none: run it in a clone of the repository"
+        )
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here; --device cpu rehearses without one")
     options.rows = options.rows or list(ROWS if options.device == "cuda" else ROWS_ON_CPU)

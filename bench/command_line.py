@@ -5,6 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import bra_triton
+
 # Module and purpose. A module is imported when its command is called: some need packages that others do not.
 COMMANDS = {
     "host": ("host", "what a call costs the CPU, beside plain attention; needs no GPU"),
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=f"{__doc__}\n\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"bra-triton {bra_triton.__version__}")
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = parser.parse_args(given[:1]).command

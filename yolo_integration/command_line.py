@@ -6,15 +6,21 @@ bra-yolo demo
 
 import sys
 
+import ultralytics
 from ultralytics.cfg import entrypoint
+
+import bra_triton
 
 
 def main() -> int:
-    """Runs the demo, or the arguments of the command line as `yolo` would."""
+    """Runs the demo, or the arguments of the command line as `yolo` would; `--version` has both versions."""
     if sys.argv[1:2] == ["demo"]:
         from . import demo
 
         return demo.main(sys.argv[2:])
+    if sys.argv[1:] == ["--version"]:
+        print(f"bra-triton {bra_triton.__version__}, ultralytics {ultralytics.__version__}")
+        return 0
     entrypoint()
     return 0
 

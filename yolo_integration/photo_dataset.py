@@ -17,7 +17,7 @@ from importlib import metadata, resources
 from importlib.util import find_spec
 from pathlib import Path
 
-INSTALL = "pip install 'bra-triton[demo]'"
+INSTALL = "pip install scikit-image matplotlib"
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 

@@ -24,6 +24,7 @@ from ultralytics.utils import DATASETS_DIR, callbacks, torch_utils
 from bra_triton.checkpoint_keys import take_names
 
 from . import flops, pretrained
+from .modules import ATTENTIONS
 from .photo_dataset import write_photo_dataset
 from .yaml_rows import YAML_MODULES, blocks_parsed_as_csp, errors_name_the_row, expand_rows
 
@@ -55,9 +56,12 @@ def register() -> None:
     _wrap_once(data_utils, "check_file", _find_photographs)
     _wrap_once(tasks.BaseModel, "load", _load_by_structure)
     torch.serialization.add_safe_globals([*_package_classes()])
-    trainer_callbacks = callbacks.default_callbacks["on_pretrain_routine_start"]
-    if register_in_child_process not in trainer_callbacks:
-        trainer_callbacks.append(register_in_child_process)
+    for event, callback in (
+        ("on_pretrain_routine_start", register_in_child_process),
+        ("on_export_start", refuse_export),
+    ):
+        if callback not in callbacks.default_callbacks[event]:
+            callbacks.default_callbacks[event].append(callback)
     flops.register_rule()
     _wrap_once(tasks, "intersect_dicts", _by_our_names)
     _wrap_once(torch_utils, "get_flops", flops.at_real_size)
@@ -69,6 +73,19 @@ def register_in_child_process(trainer: Any) -> None:
     The import registers the blocks. Multi-GPU training sends its child processes the trainer's class,
     arguments and callbacks; of a model that is built from a yaml it sends only the yaml's name.
     """
+
+
+def refuse_export(exporter: Any) -> None:
+    """Raises NotImplementedError where a model with this package's attention cannot be exported so."""
+    if exporter.args.format == "ncnn" and _has_attention(exporter.model):
+        raise NotImplementedError(
+            "format='ncnn' cannot hold bi-level routing attention: NCNN has no operator that chooses regions "
+            "(topk) or gathers them; use 'onnx', 'openvino', 'torchscript' or 'executorch'"
+        )
+
+
+def _has_attention(model: nn.Module) -> bool:
+    return any(isinstance(module, ATTENTIONS) for module in model.modules())
 
 
 def _wrap_once(module: ModuleType | type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -120,8 +137,7 @@ def _find_photographs(original: Callable[..., Any], file: str | Path, *args: Any
 def _load_by_structure(original: Callable[..., Any], model: Any, weights: Any, verbose: bool = True) -> Any:
     source = (weights.get("ema") or weights["model"]) if isinstance(weights, dict) else weights
     rows = getattr(source, "model", None)
-    has_blocks = any(isinstance(module, tuple(YAML_MODULES.values())) for module in model.modules())
-    if not has_blocks or not isinstance(rows, nn.Sequential):
+    if not _has_attention(model) or not isinstance(rows, nn.Sequential):
         return original(model, weights, verbose)
     source = pretrained.with_rows_of(source, model)
     result = original(model, source, verbose)

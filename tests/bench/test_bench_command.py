@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+import bra_triton
 from bra_triton.bench import command_line
 
 COMMAND = [sys.executable, "-m", "bra_triton.bench.command_line"]
@@ -42,6 +43,13 @@ def test_help_lists_the_commands_and_an_unknown_one_is_refused(capsys):
     with pytest.raises(SystemExit):
         command_line.main(["nonsense"])
     assert "'nonsense'" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"bra-triton {bra_triton.__version__}\n"
 
 
 def test_help_imports_no_bench():

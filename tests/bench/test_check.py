@@ -26,6 +26,14 @@ def bare_tree(tmp_path_factory):
     return root
 
 
+def test_an_installation_without_tests_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        check.main(["--device", "cpu"])
+    assert "it runs the tests of a working tree" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_package_of_the_tree_is_found():
     """An installation would leave out a folder that pyproject.toml does not name, as would a bare tree."""
     folders = in_tree.package_folders(ROOT)

@@ -7,7 +7,11 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+import ultralytics
 from ultralytics import YOLO
+
+import bra_triton
+from bra_triton.yolo_integration import command_line
 
 
 def as_words(arguments: dict[str, object]) -> list[str]:
@@ -32,6 +36,13 @@ def test_wrong_arguments_fail_as_in_ultralytics(fresh_python) -> None:
     process = fresh_python("-m", "bra_triton.yolo_integration.command_line", "train", "modell=x", check=False)
     assert process.returncode != 0
     assert "modell" in process.stderr
+
+
+def test_version_names_both_packages(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["bra-yolo", "--version"])
+    command_line.main()
+    expected = f"bra-triton {bra_triton.__version__}, ultralytics {ultralytics.__version__}\n"
+    assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from ultralytics.nn.modules import C2PSA, C3k2
 from ultralytics.utils import torch_utils
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bra_triton.kernels.grid import RegionGrid
 from bra_triton.modules.permuted import PermutedBiLevelRoutingAttention
 from bra_triton.modules.tokens import TokenBiLevelRoutingAttention
 from bra_triton.yolo_integration import (
@@ -19,6 +20,7 @@ from bra_triton.yolo_integration import (
     NCHWBiLevelRoutingAttention2d,
     default_num_heads,
     flops,
+    modules,
     set_backend,
 )
 
@@ -44,6 +46,30 @@ def test_heads_are_as_close_to_32_channels_as_the_divisors_allow(dim: int, heads
 def test_heads_divide_queries_and_values() -> None:
     assert default_num_heads(96, qk_dim=64) == 4  # values 24 wide, queries 16
     assert BiFormerBlock(96, {"qk_dim": 64}).attn.spec.num_heads == 4
+
+
+@pytest.mark.parametrize("build", [BiFormerBlock, BiLevelRoutingAttention2d, NCHWBiLevelRoutingAttention2d])
+def test_regions_pad_little_at_the_usual_sizes_of_images(build) -> None:
+    n_win = build(32).attn.spec.n_win
+    sides = [size // stride for size in (320, 480, 640, 736, 800, 960) for stride in (8, 16, 32)]
+    padded = [RegionGrid.of_windows(side, side, n_win) for side in sides]
+    assert max(1 - (grid.height / (grid.rows * grid.region_height)) ** 2 for grid in padded) <= 0.2
+    assert build(32, {"n_win": 7}).attn.spec.n_win == 7
+
+
+@pytest.mark.parametrize("build", [BiFormerBlock, BiLevelRoutingAttention2d])
+def test_much_padding_is_warned_of_once_in_training(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(modules.LOGGER, "warning", warnings.append)
+    modules._warn_of_padding.cache_clear()
+    block = build(8, {"n_win": 7})
+    block.eval()(torch.randn(1, 8, 8, 8))  # as Ultralytics does to find the strides
+    block.train()(torch.randn(1, 8, 20, 20))  # 9 %
+    assert warnings == []
+    for _ in range(2):
+        block(torch.randn(1, 8, 8, 8))
+    (warning,) = warnings
+    assert warning.startswith("67% of the tokens attended to are padding: 7 x 7 regions on a map of 8 x 8")
 
 
 def test_given_heads_are_kept() -> None:

@@ -1,8 +1,10 @@
 """Registration: what it changes in Ultralytics, what it leaves, and that checkpoints carry it along."""
 
+import importlib
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn import tasks
 from ultralytics.utils import callbacks, dist
 
+import bra_triton.yolo_integration
 from bra_triton import NCHWBiLevelRoutingAttention
 from bra_triton.yolo_integration import (
     BiLevelRoutingAttention2d,
@@ -113,6 +116,22 @@ def test_child_process_of_multi_gpu_training_knows_the_yaml_by_name(
     trainer.callbacks = callbacks.get_default_callbacks()  # without lambdas, which pickle refuses
     fresh_python(dist.generate_ddp_file(trainer))
     assert (tmp_path / "child" / "weights" / "best.pt").is_file()
+
+
+def test_a_format_that_cannot_hold_the_attention_is_refused_before_the_export() -> None:
+    exporter = SimpleNamespace(args=SimpleNamespace(format="ncnn"), model=BiLevelRoutingAttention2d(8))
+    assert registration.refuse_export in callbacks.default_callbacks["on_export_start"]
+    with pytest.raises(NotImplementedError, match=r"NCNN has no operator.*; use 'onnx', 'openvino'"):
+        registration.refuse_export(exporter)
+    registration.refuse_export(SimpleNamespace(args=SimpleNamespace(format="onnx"), model=exporter.model))
+    exporter.model = torch.nn.Conv2d(1, 1, 1)
+    registration.refuse_export(exporter)
+
+
+def test_without_ultralytics_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs Ultralytics: pip install 'ultralytics>="):
+        importlib.reload(bra_triton.yolo_integration)
 
 
 def test_every_class_in_a_checkpoint_is_allowed(trained: Path) -> None:

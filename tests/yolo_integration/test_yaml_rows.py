@@ -190,7 +190,7 @@ def test_arguments_override(name: str, arguments: list) -> None:
 @pytest.mark.parametrize("arguments", [None, "None", [], {}, [{}], [None], ["None"]])
 def test_no_arguments_may_be_written_in_any_way(arguments: Any) -> None:
     spec = build([-1, 1, "BiLevelRoutingAttention", arguments])[1].attn.spec
-    assert (spec.num_heads, spec.n_win, spec.topk) == (2, 7, 4)
+    assert (spec.num_heads, spec.n_win, spec.topk) == (2, 5, 4)
 
 
 def test_names_need_no_list() -> None:
@@ -336,7 +336,7 @@ def test_rows_of_the_migration_page_build() -> None:
         ([-1, 1, "nchwBRA", ["topk"]], "num_heads must be an int of at least 1, got 'topk'"),
         ([-1, 1, "nchwBRA", [0.5]], "num_heads must be an int of at least 1, got 0.5"),
         ([-1, 1, "nchwBRA", [{"topk": None}]], "topk must be an int of at least 1, got None"),
-        ([-1, 1, "BiFormerBlock", [{"topk": 50}]], "topk must be at most .* 49 for n_win=7, got 50"),
+        ([-1, 1, "BiFormerBlock", [{"topk": 50}]], "topk must be at most .* 25 for n_win=5, got 50"),
         ([-1, 1, "BiFormerBlock", [{"qk_dim": 2.5}]], "qk_dim must be an int of at least 1, got 2.5"),
         ([-1, 1, "BiFormerBlock", [{"mlp_ratio": -4}]], "mlp_ratio must be a number .* got -4"),
         ([-1, 1, "BiFormerBlock", [{"mlp_ratio": "n"}]], "mlp_ratio must be a number, got 'n'"),

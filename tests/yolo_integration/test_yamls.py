@@ -82,7 +82,7 @@ def test_packaged_yamls_hold_the_blocks_they_are_named_after() -> None:
 
 def test_there_is_a_yaml_for_every_task_that_ultralytics_has() -> None:
     assert set(TASKS.values()) == set(ultralytics.cfg.TASKS)
-    stems = {file.stem for file in registration.PACKAGED_YAMLS.iterdir()}
+    stems = {file.stem for file in registration.PACKAGED_YAMLS.glob("*.yaml")}
     assert stems == {"yolo26-biformer", *(f"yolo26-bra{suffix}" for suffix in TASKS)}
 
 
@@ -94,7 +94,7 @@ def test_bra_yaml_is_the_stock_one_apart_from_the_last_two_rows_of_its_backbone(
     assert replaced[2] == "C2PSA"
     *kept, stage, attention = ours.pop("backbone")
     assert kept == rows
-    arguments = [{"topk": 16}] if suffix == "-cls" else []  # the reason is in the file
+    arguments = [{"topk": 16, "n_win": 7}] if suffix == "-cls" else []  # the reason is in the file
     assert stage == [-1, 2, "bra_triton.yolo_integration.C2BRA", [1024, *arguments]]
     assert attention == [-1, 1, "bra_triton.yolo_integration.BiLevelRoutingAttention", arguments]
 
@@ -129,6 +129,10 @@ def test_every_task_trains_and_is_exported(suffix: str, tmp_path: Path, train_ar
     if task in ("semantic", "depth"):  # Ultralytics enlarges these maps in exports, and otherwise later
         expected = F.interpolate(expected, (64, 64), mode="bilinear", align_corners=task == "depth")
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_the_licence_of_the_yamls_lies_beside_them() -> None:
+    assert "GNU AFFERO GENERAL PUBLIC LICENSE" in (registration.PACKAGED_YAMLS / "LICENSE").read_text()
 
 
 def test_a_users_own_yaml_of_the_same_name_comes_first(
