@@ -1,0 +1,76 @@
+"""Under load: many threads, worker processes, and how much memory a call takes."""
+
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+
+import torch
+
+from bra_triton import functional
+from bra_triton.bench import measure
+
+THREADS = 8
+
+
+def step(seed):
+    """Output and gradient of one call, of a size that the seed tells, on the torch backend."""
+    generator = torch.Generator().manual_seed(seed)
+    side = 4 + seed % 5
+    qkv = torch.randn(1, side, 12, 48, generator=generator).requires_grad_()
+    padding = torch.randn(48, generator=generator)
+    out = functional.bi_level_routing_attention(
+        qkv,
+        num_heads=2,
+        n_win=4,
+        topk=3,
+        padding=padding,
+        soft_routing=True,
+        diff_routing=True,
+        backend="torch",
+    )
+    return out.detach(), torch.autograd.grad(out.square().sum(), qkv)[0]
+
+
+def _same(results, expected):
+    return all(
+        torch.equal(a, b)
+        for found, truth in zip(results, expected, strict=True)
+        for a, b in zip(found, truth, strict=True)
+    )
+
+
+def test_threads_find_the_same_bits():
+    expected = [step(seed) for seed in range(20)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        assert _same(pool.map(step, list(range(20)) * 3), expected * 3)
+
+
+def test_forked_workers_find_the_same_bits():
+    """As loaders of data start them, after this process has called the attention."""
+    expected = [step(seed) for seed in range(4)]
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+        found = [(torch.tensor(out), torch.tensor(grad)) for out, grad in pool.map(_as_lists, range(4))]
+    assert _same(found, expected)
+
+
+def _as_lists(seed):
+    # Tensors would travel through shared memory, which a container may have little of.
+    torch.set_num_threads(1)
+    return tuple(x.tolist() for x in step(seed))
+
+
+def test_peak_memory_is_linear_in_the_map_and_flat_in_topk():
+    """Of a forward and a backward, beyond what autograd holds of the call's own tensors."""
+
+    def peak(side, topk):
+        qkv = torch.randn(1, side, side, 96).requires_grad_()
+
+        def run():
+            out = functional.bi_level_routing_attention(qkv, num_heads=1, n_win=8, topk=topk, backend="torch")
+            torch.autograd.grad(out.sum(), qkv)
+
+        return measure.peak_bytes(run, qkv.device)
+
+    small, large = peak(64, 4), peak(128, 4)
+    # Four times the map; the chunks' gathered keys, of the same size in both, are the rest.
+    assert large < 4.2 * small
+    assert peak(128, 32) < 1.2 * large
