@@ -25,7 +25,6 @@ from bra_triton.checkpoint_keys import take_names
 
 from . import flops, pretrained
 from .modules import ATTENTIONS
-from .photo_dataset import write_photo_dataset
 from .yaml_rows import YAML_MODULES, blocks_parsed_as_csp, errors_name_the_row, expand_rows
 
 PACKAGED_YAMLS = Path(__file__).parent / "yamls"
@@ -130,6 +129,8 @@ def _by_our_names(
 def _find_photographs(original: Callable[..., Any], file: str | Path, *args: Any, **kwargs: Any) -> Any:
     """Writes the data set to where Ultralytics keeps those that it downloads, and returns its yaml."""
     if str(file) == PHOTOS and not os.path.exists(PHOTOS):
+        from .photo_dataset import write_photo_dataset  # not above: it is also run, by `python -m`
+
         return str(write_photo_dataset(DATASETS_DIR / "photos"))
     return original(file, *args, **kwargs)
 

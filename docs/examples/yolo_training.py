@@ -1,6 +1,6 @@
 """Trains YOLO26 with bi-level routing attention on the packaged photographs, and predicts with the result.
 
-Nothing is downloaded: installed packages have the photographs (`pip install 'bra-triton[demo]'`). On two
+Nothing is downloaded: installed packages have the photographs (`pip install -e '.[demo]'`). On two
 cores an epoch takes a few seconds; `bra-bench demo` trains until the objects are found.
 
     python docs/examples/yolo_training.py --epochs 20
