@@ -56,8 +56,11 @@ def attention_figure(
         ValueError, TypeError: naming the argument, its value and what is allowed.
 
     Example:
+        >>> from bra_triton import nchwBRA
         >>> model = nn.Sequential(nn.Conv2d(3, 32, 8, stride=8), nchwBRA(32, num_heads=2, n_win=4))
-        >>> attention_figure(model, torch.rand(3, 128, 128), point=(20, 90)).savefig("attention.png")
+        >>> shown = attention_figure(model, torch.rand(3, 128, 128), point=(20, 90))
+        >>> len(shown.axes)  # regions, weights, and the scale of the weights
+        3
     """
     recording = record(model, image, layers, **settings)
     picture = Picture.of(recording)
@@ -82,8 +85,10 @@ def attention_page(
         newer).
 
     Example:
+        >>> from bra_triton import nchwBRA
         >>> model = nn.Sequential(nn.Conv2d(3, 32, 8, stride=8), nchwBRA(32, num_heads=2, n_win=4))
-        >>> Path("attention.html").write_text(attention_page(model, torch.rand(3, 128, 128)), "utf-8")
+        >>> attention_page(model, torch.rand(3, 128, 128))[:15]
+        '<!doctype html>'
     """
     recording = record(model, image, layers, **settings)
     picture = Picture.of(recording)

@@ -17,7 +17,7 @@ from torch import nn
 from ultralytics import YOLO
 
 import bra_triton
-from bra_triton import biformer, functional, yolo_integration
+from bra_triton import biformer, functional, visualize, yolo_integration
 from bra_triton.bench import yolo_costs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +30,7 @@ PUBLIC = {
         (bra_triton, bra_triton.__all__),
         (biformer, biformer.__all__),
         (functional, ["bi_level_routing_attention", "region_routing", "regional_routing_attention"]),
+        (visualize, ["attention_figure", "attention_page", "record"]),
         (yolo_integration, yolo_integration.__all__),
     )
     for name in names
