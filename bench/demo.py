@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     summary["training"] = demo.learn(options)
     summary["steps"] = {name: compare_steps(data, name, options) for name in (*BACKENDS, CONTROL)}
-    summary["attention"] = attention_costs(options)
+    summary["attention"] = attention_costs()
     summary["loss_distance"] = {name: _distances(summary["steps"], name) for name in ("auto", CONTROL)}
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report(summary, options.out)
@@ -115,13 +115,13 @@ def _move_weights_by_rounding(model: nn.Module) -> None:
             weight.mul_(1 + half_unit * sign)
 
 
-def attention_costs(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+def attention_costs() -> dict[str, dict[str, dict[str, float]]]:
     """Forward and backward of all attention layers of a model alone, at the maps that they see.
 
-    Besides the trained model's, those of the BiFormer backbone, whose maps are large enough for the gathered
-    keys and values to show.
+    Besides the trained model's, for eight small images and for one of usual size, those of the BiFormer
+    backbone, whose maps are large enough for the gathered keys and values to show.
     """
-    models = ((MODEL, 8, options.imgsz), (MODEL, 1, 640), ("yolo26n-biformer.yaml", 1, 640))
+    models = ((MODEL, 8, 192), (MODEL, 1, 640), ("yolo26n-biformer.yaml", 1, 640))
     return {f"{Path(each[0]).stem}, {each[1]} x {each[2]} px": _attention_cost(*each) for each in models}
 
 

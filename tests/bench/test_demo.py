@@ -26,7 +26,7 @@ def test_demo_writes_pictures_and_the_figures_that_it_prints(tmp_path, capsys, m
     monkeypatch.setattr(
         demo,
         "attention_costs",
-        lambda options: {"map": {b: {"seconds": 1, "peak_bytes": 1} for b in demo.BACKENDS}},
+        lambda: {"map": {b: {"seconds": 1, "peak_bytes": 1} for b in demo.BACKENDS}},
     )
     # All photographs are drawn alike, in a second each; a thread more would wait for other tests.
     draw = yolo_demo.draw_attention
@@ -71,7 +71,7 @@ def test_demo_fails_where_the_model_did_not_learn_or_the_backends_differ(
     monkeypatch.setattr(
         demo, "compare_steps", lambda data, name, options: {"loss": losses[name], "seconds": [1, 1]}
     )
-    monkeypatch.setattr(demo, "attention_costs", lambda options: {})
+    monkeypatch.setattr(demo, "attention_costs", dict)
     assert demo.main([*ARGUMENTS, "--out", str(tmp_path)]) == 1
     assert message in capsys.readouterr().out
 

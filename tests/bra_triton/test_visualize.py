@@ -54,12 +54,13 @@ def values_of(module, image):
     [
         (attention(), (1, 12, 9, 16)),  # regions of 4 x 3
         (attention(), (1, 10, 13, 16)),  # padded: the last regions reach past the map
+        (attention(n_win=(2, 3)), (1, 12, 9, 16)),  # two rows of three regions
         (attention(soft_routing=True), (1, 12, 9, 16)),
         (attention(kv_downsample_mode="ada_avgpool", kv_per_win=2), (1, 10, 13, 16)),
         (attention(PermutedBiLevelRoutingAttention), (1, 16, 10, 13)),
         (attention(nchwBRA), (1, 16, 10, 13)),  # regions of 3 x 4, four by four of them
     ],
-    ids=["regions", "padded", "soft", "pooled", "permuted", "nchw"],
+    ids=["regions", "padded", "oblong", "soft", "pooled", "permuted", "nchw"],
 )
 def test_the_weights_on_the_map_make_the_output_of_every_token(module, shape):
     image = torch.randn(shape)
