@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare-steps", type=int, default=5, help="steps on each backend")
     options = parser.parse_args(arguments)
     print(
-        f"{demo.INTRODUCTION}Then the fused backend is compared with the reference. Both take three to five "
-        f"minutes on two cores. Everything goes to {options.out}.\n"
+        f"{demo.INTRODUCTION}Then the fused backend is compared with the reference. Both take some six "
+        f"minutes of CPU time. Everything goes to {options.out}.\n"
     )
     data = write_photo_dataset(options.out / "photos")
     versions = {**measure.circumstances(measure.default_device()), "ultralytics": ultralytics.__version__}

@@ -37,7 +37,7 @@ RECIPE = {
 }
 FEW_PHOTOGRAPHS = {
     **dict.fromkeys(("mosaic", "fliplr", "scale", "translate", "hsv_h", "hsv_s", "hsv_v", "erasing"), 0.0),
-    **{"lr0": 0.03, "warmup_epochs": 5, "deterministic": True},
+    **{"lr0": 0.02, "warmup_epochs": 5, "deterministic": True},
     **{"box": 15.0, "cls": 1.0},  # twice Ultralytics': small boxes come late
     **{"batch": 8, "nbs": 8},  # step the optimizer after every batch: the next one has the same eight images
     **dict.fromkeys(("plots", "val", "verbose"), False),
@@ -68,7 +68,7 @@ class _ProductsInFloat32(TorchFunctionMode):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns 0 if the model learned the photographs."""
     options = parser("bra-yolo demo", __doc__).parse_args(arguments)
-    print(f"{INTRODUCTION}It takes two to four minutes on two cores. Everything goes to {options.out}.\n")
+    print(f"{INTRODUCTION}It takes some five minutes of CPU time. Everything goes to {options.out}.\n")
     learned = learn(options)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "summary.json").write_text(json.dumps(learned, indent=2) + "\n")
@@ -80,8 +80,8 @@ def parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """The options of `learn`."""
     made = argparse.ArgumentParser(command, description=(description or "").split("\n\n")[0])
     made.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
-    made.add_argument("--epochs", type=int, default=110, help="training steps: a batch holds all photos")
-    made.add_argument("--imgsz", type=int, default=384, help="side of the training images in pixels")
+    made.add_argument("--epochs", type=int, default=150, help="training steps: a batch holds all photos")
+    made.add_argument("--imgsz", type=int, default=320, help="side of the training images in pixels")
     made.add_argument("--seed", type=int, default=0, help="of the weights")
     made.add_argument("--required-map50", type=float, default=0.85, help="fail under this mAP50")
     return made

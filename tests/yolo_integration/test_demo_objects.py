@@ -45,7 +45,7 @@ def test_the_command_runs_the_demo(tmp_path, monkeypatch, capsys):
     assert command_line.main() == 0
     assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == learned
     printed = capsys.readouterr().out
-    assert "minutes on two cores" in printed
+    assert "minutes of CPU time" in printed
     assert "objects found  23 of 23 (none missed)" in printed
     learned["missed"] = ["cat in chelsea.png"]
     assert command_line.main() == 1
