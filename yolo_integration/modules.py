@@ -21,7 +21,6 @@ from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.backend import select
 from bra_triton.checkpoint_keys import TakesNames
 from bra_triton.export import is_eager
-from bra_triton.kernels.grid import RegionGrid
 from bra_triton.modules.block import Block
 
 HEAD_DIM = 32
@@ -87,17 +86,18 @@ def _with_defaults(dim: int, arguments: Mapping[str, Any] | None) -> dict[str, A
 def _check_padding(attention: Any, x: Tensor) -> None:
     """Warns of much padding in training: Ultralytics builds and measures models in eval, on other sizes."""
     if attention.training and is_eager():
-        _warn_of_padding(RegionGrid.of_windows(x.shape[2], x.shape[3], attention.spec.n_win))
+        _warn_of_padding(x.shape[2], x.shape[3], *attention.spec.windows)
 
 
 @lru_cache(1024)
-def _warn_of_padding(grid: RegionGrid) -> None:
+def _warn_of_padding(height: int, width: int, rows: int, columns: int) -> None:
     """Warns once for every size; padding takes part in the softmax."""
-    share = 1 - grid.height * grid.width / (grid.n_regions * grid.region_tokens)
+    padded = -(-height // rows) * rows * (-(-width // columns) * columns)
+    share = 1 - height * width / padded
     if share > MOST_PADDING:
         LOGGER.warning(
-            f"{share:.0%} of the tokens attended to are padding: {grid.rows} x {grid.columns} regions "
-            f"on a map of {grid.height} x {grid.width}. Choose an n_win that divides it, or another imgsz"
+            f"{share:.0%} of the tokens attended to are padding: {rows} x {columns} regions "
+            f"on a map of {height} x {width}. Choose an n_win that divides it, or another imgsz"
         )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from problems import relative_error, worst
 
 from bra_triton.backend.kernels import fused_kernels
-from bra_triton.backend.torch import attention as torch_attention
+from bra_triton.backend.torch import chunks
 from bra_triton.backend.torch.lepe import lepe_forward
 from bra_triton.kernels import tiles
 from bra_triton.kernels.attention import masking
@@ -41,7 +41,7 @@ def test_output_and_all_gradients(name, backend, device, monkeypatch):
 @pytest.mark.parametrize("name", ["soft", "head_graphs", "frozen_soft"])
 def test_routing_weights_of_several_chunks_of_the_torch_backend(name, monkeypatch):
     """A chunk of a region or less: each has routing weights of its own, whose gradients add up."""
-    monkeypatch.setattr(torch_attention, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)
     errors = compare("torch", make(PARTS[name], "cpu"), PARTS[name].needs_factor)
     assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
 

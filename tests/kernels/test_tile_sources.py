@@ -23,7 +23,10 @@ def root(tmp_path):
 @pytest.mark.parametrize(
     ("kernel", "imported"),
     [
-        (tiles.FORWARD, BASE | {"lib/exponential.py", "lepe/convolution.py"}),
+        (
+            tiles.FORWARD,
+            BASE | {"lib/exponential.py", "lepe/convolution.py", "routing/arguments.py", "arrays.py"},
+        ),
         (tiles.QUERY_GRADIENT, BASE | {"lib/exponential.py"}),
         (tiles.KEY_VALUE_GRADIENT, BASE),
     ],

@@ -36,7 +36,8 @@ def test_the_original_picture_lies_where_ultralytics_letterboxed_it(image, train
         assert back[0, :2].tolist() == pytest.approx(point, abs=2.4)
     (result,) = recording.result
     assert [(each.label, each.confidence) for each in picture.predictions] == [
-        ("thing", pytest.approx(float(score))) for score in result.boxes.conf
+        (result.names[int(kind)], pytest.approx(float(score)))
+        for kind, score in zip(result.boxes.cls, result.boxes.conf, strict=True)
     ]
     assert [layer.name for layer in recording.layers] == ["model.10.m.0.attn.attn", "model.11.attn"]
 

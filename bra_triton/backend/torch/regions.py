@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ...kernels.arrays import dense
 from ...kernels.grid import RegionGrid
 from ...kernels.padding import tokens_inside
 
@@ -36,7 +37,7 @@ def empty_map(
 
 def without_padding(x: Tensor, grid: RegionGrid) -> Tensor:
     """Undoes `whole_map`: contiguous, and a tensor of its own, not a view."""
-    return x[:, : grid.height, : grid.width].clone() if grid.is_padded else x
+    return dense(x[:, : grid.height, : grid.width]).data if grid.is_padded else x
 
 
 def write_map(target: Tensor, regions: Tensor, grid: RegionGrid, n_graphs: int = 1) -> None:
