@@ -150,7 +150,7 @@ def test_missing_package(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(photo_dataset, "find_spec", lambda name: None if name == "skimage" else find(name))
     with pytest.raises(
-        ModuleNotFoundError, match="scikit-image.*pip install scikit-image matplotlib"
+        ModuleNotFoundError, match=r"scikit-image.*pip install scikit-image matplotlib"
     ) as error:
         write_photo_dataset(tmp_path)
     assert error.value.name == "skimage"
