@@ -223,11 +223,13 @@ def pool_backward_kernel(
                 inside = row_inside & (first_column + j < stop_column)
                 column_start, column_end = _span(cells.columns, first_column + j, inside)
                 cell = (pooled_top + first_row + i) * pooled_width + pooled_left + first_column + j
-                element = cell.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+                cell_start = cell.to(tl.int64) * CHANNELS
                 loaded = inside[:, None] & channel_live
-                grad = tl.load(grad_pooled + element, mask=loaded, other=0.0).to(tl.float32)
+                grads = (grad_pooled + cell_start)[:, None] + channel[None, :]
+                grad = tl.load(grads, mask=loaded, other=0.0).to(tl.float32)
                 if MODE == "max":
-                    winner = tl.load(argmax + element, mask=loaded, other=-1)
+                    winners = (argmax + cell_start)[:, None] + channel[None, :]
+                    winner = tl.load(winners, mask=loaded, other=-1)
                     total += tl.where(winner == (row * region_width + column)[:, None], grad, 0.0)
                 elif MODE == "mean":
                     size = (row_end - row_start) * (column_end - column_start)
