@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Elements of a chunk's gathered keys and values, and of its scores where they reach memory: 2 MiB of float32.
-# On two cores of an x86 server, over maps of 14 to 80 tokens a side, twice and four times as many save up to a
+# On two cores of an x86 server, maps of 14 to 80 tokens a side, twice and four times as many save up to a
 # sixth of a step's time, but twice as many already cost up to a fourth more memory.
 CHUNK_ELEMENTS = 1 << 19
 
