@@ -50,7 +50,7 @@ TESTS = {
     "bra_triton/operators": "operators transforms torch_compile",
     "bra_triton/backend/torch": "routed_attention routing pooling lepe diverged",
     "bra_triton/backend": "backends attention export",
-    "bra_triton/modules": "nhwc nchw downsampling arguments",
+    "bra_triton/modules": "nhwc nchw downsampling arguments migration",
     "bra_triton/": "arguments reference attention spec migration",
 }
 # Offsets past 32 bits are a matter of every kernel.
