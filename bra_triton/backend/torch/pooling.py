@@ -13,6 +13,7 @@ from torch import Tensor
 from ...kernels.grid import RegionGrid
 from ...kernels.pooling.problem import MAX, PoolingGradients, RegionPooling
 from .autocast import outside_autocast
+from .regions import whole_map
 
 
 @outside_autocast
@@ -74,15 +75,7 @@ def pool_backward(
 
 def _pad(x: Tensor, fill: Tensor | None, grid: RegionGrid) -> Tensor:
     """The map with `fill` past its edge, contiguous."""
-    if not grid.is_padded:
-        return x.contiguous()
-    assert fill is not None
-    padded = x.new_empty(
-        x.shape[0], grid.rows * grid.region_height, grid.columns * grid.region_width, x.shape[-1]
-    )
-    padded.copy_(fill.to(x.dtype))
-    padded[:, : grid.height, : grid.width] = x
-    return padded
+    return whole_map(x, grid, None if fill is None else fill.to(x.dtype)).contiguous()
 
 
 def _to_regions(x: Tensor, grid: RegionGrid) -> Tensor:
