@@ -14,7 +14,7 @@ from bra_triton.kernels.grid import RegionGrid
 
 STRIDES = {"P3": 8, "P4": 16, "P5": 32}
 CHANNELS = {"P3": 128, "P4": 128, "P5": 256}  # of the backbone of yolo26n, rows 4, 6 and 8
-CHOICES = ((4, 4), (7, 4), (8, 4), (8, 16), (16, 8))
+CHOICES = ((4, 4), (5, 4), (7, 4), (8, 4), (8, 16), (16, 8))
 SUFFIXES = ("", "-seg", "-pose", "-obb", "-depth", "-sem", "-cls")
 CLASSIFIER_SIZE = 224
 
