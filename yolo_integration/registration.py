@@ -38,9 +38,10 @@ def register() -> None:
 
     Afterwards yaml rows may name `BiLevelRoutingAttention`, `nchwBRA` (or `NCHWBiLevelRoutingAttention`),
     `BiFormerBlock`, `C2BRA` and `C3k2BRA`; Ultralytics finds the packaged yamls by name, in every scale, and
-    the photographs of `photo_dataset` as `data="photos.yaml"`; its
-    restricted loading (`ULTRALYTICS_SAFE_LOAD`) accepts the blocks; and the child processes of multi-GPU
-    training register them too. Further calls change nothing.
+    the photographs of `photo_dataset` as `data="photos.yaml"`; weights are transferred by structure and by
+    the names of other implementations; the summary counts the attention; an export that cannot hold it is
+    refused; restricted loading (`ULTRALYTICS_SAFE_LOAD`) accepts the blocks; and the child processes of
+    multi-GPU training register them too. Further calls change nothing.
 
     Example:
         >>> register()
@@ -75,9 +76,9 @@ def register_in_child_process(trainer: Any) -> None:
 
 
 def refuse_export(exporter: Any) -> None:
-    """Raises NotImplementedError where a model with this package's attention cannot be exported so."""
+    """Raises ValueError where a model with this package's attention cannot be exported so."""
     if exporter.args.format == "ncnn" and _has_attention(exporter.model):
-        raise NotImplementedError(
+        raise ValueError(
             "format='ncnn' cannot hold bi-level routing attention: NCNN has no operator that chooses regions "
             "(topk) or gathers them; use 'onnx', 'openvino', 'torchscript' or 'executorch'"
         )

@@ -121,7 +121,7 @@ def test_child_process_of_multi_gpu_training_knows_the_yaml_by_name(
 def test_a_format_that_cannot_hold_the_attention_is_refused_before_the_export() -> None:
     exporter = SimpleNamespace(args=SimpleNamespace(format="ncnn"), model=BiLevelRoutingAttention2d(8))
     assert registration.refuse_export in callbacks.default_callbacks["on_export_start"]
-    with pytest.raises(NotImplementedError, match=r"NCNN has no operator.*; use 'onnx', 'openvino'"):
+    with pytest.raises(ValueError, match=r"NCNN has no operator.*; use 'onnx', 'openvino'"):
         registration.refuse_export(exporter)
     registration.refuse_export(SimpleNamespace(args=SimpleNamespace(format="onnx"), model=exporter.model))
     exporter.model = torch.nn.Conv2d(1, 1, 1)
