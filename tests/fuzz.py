@@ -119,7 +119,7 @@ def _round(number, tried, failed):
             properties.judge(errors_of(drawn, backend), drawn)
         except UnsatisfiedAssumption:
             raise
-        except Exception:
+        except Exception:  # whatever went wrong is a finding, and the fuzzing goes on
             failed.append(
                 f"seed {number}, {kind}, {backend}, {way}: {drawn}\n{traceback.format_exc(limit=-3)}"
             )

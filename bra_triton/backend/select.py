@@ -3,8 +3,8 @@
 `"auto"` takes the first that can serve and logs why those before it could not; a backend asked for by name
 that cannot serve raises and says why. Only the reference calls a router or a pooling layer: where one must be
 called, because it has a hook or was replaced, the reference serves whatever was asked for, and a warning is
-logged. While a graph is exported, the form for exports stands in for the fused
-backends, whose operators no exported graph can hold.
+logged. While a graph is exported, the form for exports stands in for the fused backends, whose operators no
+exported graph can hold.
 """
 
 import logging

@@ -271,13 +271,12 @@ class BiLevelRoutingAttention(Attention):
             ValueError: if the map needs padding and may not be padded.
         """
         _, height, width, _ = x.shape
-        n_win = self.spec.n_win
-        rows, columns = n_win if isinstance(n_win, tuple) else (n_win, n_win)
+        rows, columns = self.spec.windows
         serves_several = is_symbol(height) or is_symbol(width)
         if not serves_several and not height % rows and not width % columns:
             return None
         if not self.auto_pad:
-            RegionGrid.of_windows(height, width, n_win, auto_pad=False)
+            RegionGrid.of_windows(height, width, self.spec.n_win, auto_pad=False)
             return None
         layer: Any = self.qkv.qkv if is_plain(self.qkv, QKVLinear) else None
         if is_plain(layer, nn.Linear) and layer.bias is not None:
