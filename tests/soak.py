@@ -8,21 +8,15 @@ Every size is a signature of its own, which the caches of calls and plans keep.
 import argparse
 import random
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from bra_triton import BiLevelRoutingAttention
+from bra_triton.bench import measure
 
 # Of growth that is none: the allocator's arenas, and caches that are not full yet.
 ALLOWED_MIB = 16
-
-
-def resident_mib():
-    """Memory of this process, in MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
 
 
 def soak(steps, backend="torch", most_side=24):
@@ -45,7 +39,7 @@ def soak(steps, backend="torch", most_side=24):
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % (steps // 10) == 0:
-            resident.append(resident_mib())
+            resident.append(measure.resident_bytes() / 2**20)
     return resident
 
 
