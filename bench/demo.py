@@ -118,10 +118,10 @@ def _move_weights_by_rounding(model: nn.Module) -> None:
 def attention_costs() -> dict[str, dict[str, dict[str, float]]]:
     """Forward and backward of all attention layers of a model alone, at the maps that they see.
 
-    Besides the trained model's, for eight small images and for one of usual size, those of the BiFormer
-    backbone, whose maps are large enough for the gathered keys and values to show.
+    Besides the trained model's, for eight images of the training's size and for one of usual size, those of
+    the BiFormer backbone, whose maps are large enough for the gathered keys and values to show.
     """
-    models = ((MODEL, 8, 192), (MODEL, 1, 640), ("yolo26n-biformer.yaml", 1, 640))
+    models = ((MODEL, 8, 320), (MODEL, 1, 640), ("yolo26n-biformer.yaml", 1, 640))
     return {f"{Path(each[0]).stem}, {each[1]} x {each[2]} px": _attention_cost(*each) for each in models}
 
 
