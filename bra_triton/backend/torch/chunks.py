@@ -42,7 +42,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
         is_none = ~(sums[..., 0] > 0.5)
         return out.masked_fill(is_none[..., None], math.nan), lse.masked_fill(is_none, math.nan)
     parts = [_forward(part, key, value) for part in _split(query * scale, key)]
-    out, lse = (torch.cat(each, 2) for each in zip(*parts, strict=True))
+    out, lse = (_joined(each) for each in zip(*parts, strict=True))
     return out, lse
 
 
@@ -67,7 +67,7 @@ def backward(
     parts = [_backward(key, value, *part) for part in zip(*rows, strict=True)]
     grad_query, grad_key, grad_value = zip(*parts, strict=True)
     return (
-        torch.cat(grad_query, 2) * scale,
+        _joined(grad_query) * scale,
         sum(grad_key[1:], grad_key[0]),
         sum(grad_value[1:], grad_value[0]),
     )
@@ -88,6 +88,11 @@ def _split(rows: Tensor, key: Tensor) -> tuple[Tensor, ...]:
     """The rows `(R, m, S, c)` in parts whose scores are no more than a chunk's elements."""
     n_regions, num_heads, list_length, _ = key.shape
     return rows.split(max(1, CHUNK_ELEMENTS // (n_regions * num_heads * list_length)), dim=2)
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """Undoes `_split`."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def _scores(scaled_query: Tensor, key: Tensor) -> Tensor:
