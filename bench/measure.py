@@ -60,8 +60,10 @@ def median_seconds(run: Run, device: torch.device, repeats: int = 10) -> float:
     return statistics.median(wall_seconds(run, device) for _ in range(repeats))
 
 
-def interleaved_minima(runs: Mapping[Name, Run], device: torch.device, repeats: int) -> dict[Name, float]:
-    """Smallest time in seconds that each call keeps the CPU, the runs taking turns; launches are not awaited.
+def interleaved_minima(
+    runs: Mapping[Name, Run], device: torch.device, repeats: int, *, waits: bool = False
+) -> dict[Name, float]:
+    """Smallest time in seconds that each call keeps the CPU, or with `waits` the device; runs take turns.
 
     Turns make the runs share what disturbs a machine; the minimum is what is left without disturbance. The
     order changes from turn to turn: a run is faster after one that has brought the same code to the caches.
@@ -74,7 +76,7 @@ def interleaved_minima(runs: Mapping[Name, Run], device: torch.device, repeats: 
     for _ in range(repeats):
         shuffler.shuffle(order)
         for name in order:
-            best[name] = min(best[name], wall_seconds(runs[name], device, waits=False))
+            best[name] = min(best[name], wall_seconds(runs[name], device, waits=waits))
     return best
 
 
