@@ -13,6 +13,7 @@ import planned
 import pytest
 import torch
 from attention_parts import PARTS, make
+from interpreter import INTERPRETED, watch_overflows
 from problems import relative_error, worst
 from properties import needs_interpreter
 
@@ -30,6 +31,16 @@ from bra_triton.kernels.small_map import launch as small_map
 
 SIDE, ROW = 8, 2**25 + 2**22  # 64 tokens, the last at 2.37e9
 GRID = RegionGrid.of_windows(SIDE, SIDE, 2)
+
+
+@pytest.fixture(autouse=True)
+def _no_integer_overflows():
+    if INTERPRETED:
+        watch_overflows(True)
+        yield
+        watch_overflows(False)
+    else:
+        yield
 
 
 @pytest.fixture
