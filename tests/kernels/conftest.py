@@ -10,7 +10,32 @@ from bra_triton.bench import stand_in
 
 
 @pytest.fixture
-def log(monkeypatch):
+def no_machine_code(monkeypatch, tmp_path):
+    """Kernels are compiled to Triton's own code and no further, in an eighth of the time.
+
+    That serves where a stand-in for the driver launches them, and runs none.
+    """
+    from triton import knobs
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    add_stages = CUDABackend.add_stages
+    after = dict.fromkeys(("shared", "tmem_size", "global_scratch_size", "profile_scratch_size"), 0)
+    after |= dict.fromkeys(("global_scratch_align", "profile_scratch_align"), 1)
+
+    def add_the_first(self, stages, *arguments):
+        add_stages(self, stages, *arguments)
+        for name in ("ttgir", "llir", "ptx"):
+            del stages[name]
+        stages["cubin"] = lambda source, metadata: metadata.update(after, name="kernel") or b""
+
+    monkeypatch.setattr(CUDABackend, "add_stages", add_the_first)
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)  # where no other test finds such a kernel
+        yield
+
+
+@pytest.fixture
+def log(monkeypatch, no_machine_code):
     """What is launched from now on, on a stand-in for the driver."""
     noted = Log()
     monkeypatch.setattr(

@@ -216,7 +216,8 @@ def test_many_threads_at_once(log, monkeypatch):
 
 def test_launches_go_to_the_stream_that_is_current_in_the_thread(log, streams):
     problem = FORMS["plain"]()
-    step(problem)
+    # Compiled before the threads begin: Python 3.11 fails now and then where several parse source at once.
+    calls.attend(problem, trains=False)
     log.take()
 
     def work(index):
