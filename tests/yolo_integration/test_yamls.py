@@ -83,7 +83,19 @@ def test_packaged_yamls_hold_the_blocks_they_are_named_after() -> None:
 def test_there_is_a_yaml_for_every_task_that_ultralytics_has() -> None:
     assert set(TASKS.values()) == set(ultralytics.cfg.TASKS)
     stems = {file.stem for file in registration.PACKAGED_YAMLS.glob("*.yaml")}
-    assert stems == {"yolo26-biformer", *(f"yolo26-bra{suffix}" for suffix in TASKS)}
+    assert stems == {
+        *("yolo26-biformer", "yolo26-biformer-seg"),
+        *(f"yolo26-bra{suffix}" for suffix in TASKS),
+    }
+
+
+def test_the_biformer_that_segments_is_the_detector_with_the_stock_head() -> None:
+    folder = registration.PACKAGED_YAMLS
+    ours, detector = (YAML.load(folder / f"yolo26-biformer{suffix}.yaml") for suffix in ("-seg", ""))
+    stock = YAML.load(STOCK_YAMLS / "yolo26-seg.yaml")
+    *rows, (_, *last) = ours["head"]
+    assert last == stock["head"][-1][1:]
+    assert {**ours, "head": [*rows, detector["head"][-1]]} == detector
 
 
 @pytest.mark.parametrize("suffix", TASKS)
@@ -115,11 +127,18 @@ def first_tensor(outputs: object) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("short_training")
-@pytest.mark.parametrize("suffix", [suffix for suffix in TASKS if suffix])  # detection: `trained`
-def test_every_task_trains_and_is_exported(suffix: str, tmp_path: Path, train_arguments: dict) -> None:
-    task = TASKS[suffix]
+@pytest.mark.parametrize(
+    ("stem", "task"),
+    [
+        *((f"bra{suffix}", task) for suffix, task in TASKS.items() if suffix),  # detection: `trained`
+        ("biformer-seg", "segment"),
+    ],
+)
+def test_every_task_trains_and_is_exported(
+    stem: str, task: str, tmp_path: Path, train_arguments: dict
+) -> None:
     data = write_data(tmp_path / "data", task, images=2)
-    model = YOLO(f"yolo26n-bra{suffix}.yaml")
+    model = YOLO(f"yolo26n-{stem}.yaml")
     assert model.task == task
     model.train(**{**train_arguments, "data": data}, epochs=1, project=str(tmp_path), name="train")
     exported = torch.jit.load(model.export(format="torchscript", imgsz=64))
