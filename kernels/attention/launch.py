@@ -37,7 +37,7 @@ LOG2_E = math.log2(math.e)
 # Tokens in a step at the end of a list. A step of 128 keys would waste 112 of them at the end of 400. Narrow
 # steps also take fewer registers: with them the widest tiles do not spill.
 TAIL_STEP = 32
-# Warps of a program that sums LePE's shares, where no piece of dK/dV is to be summed.
+# Warps of a program that sums LePE's shares, at least: its tile spills in one warp (heads of 20, sm_90).
 _LEPE_SUM_WARPS = 4
 
 
@@ -297,10 +297,11 @@ def launch_finish(plan: Plan, gradient: KeyValueGradient | None, lepe: LepeShare
     """Adds the sums that dK/dV and LePE's backward have left to be made, if there are any."""
     pieces, results, config = None, None, None
     sizes: tuple[int, ...] = (1,) * 6
-    n_programs, num_warps = 0, _LEPE_SUM_WARPS
+    n_programs, num_warps = 0, 1 if lepe is None else _LEPE_SUM_WARPS
     if gradient is not None and gradient.pieces is not None:
         pieces, results, config = gradient.pieces, gradient.results, gradient.config
-        sizes, n_programs, num_warps = gradient.numbers, gradient.programs, gradient.tile.num_warps
+        sizes, n_programs = gradient.numbers, gradient.programs
+        num_warps = max(num_warps, gradient.tile.num_warps)
     shares: Buffer | None = None
     sums: LepeSums | None = None
     n_sums = n_shares = 0

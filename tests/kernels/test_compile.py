@@ -13,6 +13,7 @@ from bra_triton.kernels import tiles
 from bra_triton.kernels.arrays import channels
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.routing.launch import Routing, launch_route
+from bra_triton.kernels.routing.lists import ROUTED
 
 pytestmark = pytest.mark.compiled
 
@@ -163,6 +164,21 @@ def test_kernels_of_small_maps_compile_fit_and_do_not_spill(name, arch, dtype):
 )
 def test_wide_heads_fit_and_do_not_spill(name, dtype, arch):
     _check(WIDE_HEADS[name], dtype, arch)
+
+
+@pytest.mark.parametrize(("head_dim", "arch"), [(5, "sm_80"), (5, "sm_90"), (20, "sm_90"), (200, "sm_90")])
+def test_pieces_of_other_heads_are_summed_without_spills(head_dim, arch):
+    """The tests above sum them for heads of 24, 32, 64, 128 and 256 in tiles of two warps and more.
+
+    Here narrow heads, which have tiles of one warp, and wide ones that no power of two fits.
+    """
+    problem = Problem("", 2, 20, 20, 2 * head_dim, 2, 4, 4)
+    with tiles.use_architecture(arch), tiles.use_form(ROUTED):
+        specimens = [launch.specimen for launch in record_attention(problem, torch.float16)]
+    (finish,) = (specimen for specimen in specimens if specimen.name == "finish_gradients")
+    assert finish.constexprs["SUMS"].HAS_PIECES
+    assert finish.constants["QK_HEAD_DIM"] == head_dim
+    assert _usage(finish, arch).spills == 0
 
 
 @pytest.mark.parametrize("n_regions", [1, 100, 256, 400])
