@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from bra_triton import functional
 from bra_triton.bench import kernel_report, measure, report_tables
 from bra_triton.bench.machine_code.hardware import HARDWARE
+from bra_triton.bench.machine_code.launches import plan_pass
 from bra_triton.bench.problems import Problem
 from bra_triton.kernels import tiles
 
@@ -33,34 +33,16 @@ def times_of(
     problem: Problem, dtype: torch.dtype, device: torch.device, form: str | None = None
 ) -> dict[str, list[float]]:
     """Seconds of every launch on a GPU, by the kernel's name, over `REPEATS` forward and backward passes."""
-    qkv = torch.randn(problem.batch, problem.height, problem.width, 2 * problem.qk_dim + problem.dim)
-    qkv = qkv.to(device, dtype).requires_grad_()
-    padding = torch.zeros(qkv.shape[-1], device=device, dtype=dtype) if problem.grid.is_padded else None
-    weight, bias = (
-        torch.randn(problem.dim, *rest, device=device, dtype=dtype, requires_grad=True)
-        for rest in ((1, 3, 3), ())
-    )
-    grad_out = torch.randn_like(qkv[..., : problem.dim])
+    attention = problem.attention(lambda *shape: torch.randn(shape, device=device, dtype=dtype))
+    tensors, grad_out = attention.tensors, torch.randn_like(attention.qkv[..., : problem.dim])
+    with tiles.use_architecture(tiles.architecture_of(device)), kernel_report.in_form(form):
+        forward, backward = plan_pass(attention)
 
     def run() -> None:
-        out = functional.bi_level_routing_attention(
-            qkv,
-            num_heads=problem.num_heads,
-            n_win=problem.n_win,
-            topk=problem.topk,
-            lepe_weight=weight,
-            lepe_bias=bias,
-            padding=padding,
-            soft_routing=problem.routing_weight == "soft",
-            diff_routing=problem.routing_weight != "none",
-            backend="triton",
-        )
-        torch.autograd.grad(out, (qkv, weight, bias), grad_out)
+        _, kept = forward.run(*tensors)
+        backward.run(*tensors, grad_out, None, kept)
 
-    # What chooses the tiles belongs to this thread, so the backward has to run in it.
-    single = torch.autograd.set_multithreading_enabled(False)
-    with single, tiles.use_architecture(tiles.architecture_of(device)), kernel_report.in_form(form):
-        found = measure.launch_seconds(run, device, REPEATS)
+    found = measure.launch_seconds(run, device, REPEATS)
     return {name.removesuffix("_kernel"): seconds for name, seconds in found.items()}
 
 

@@ -1,11 +1,14 @@
 """The one catalogue of shapes: what the benches, the tuner, the kernel report and tests run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.pooling.problem import MAX, MEAN, WEIGHTED
-from bra_triton.kernels.problem import Settings
+from bra_triton.kernels.problem import PackedAttention, Settings
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,25 @@ class Problem:
             "soft_routing": self.routing_weight == "soft",
             "diff_routing": self.routing_weight != "none",
         }
+
+    def attention(self, make: Callable[..., Tensor], means: Tensor | None = None) -> PackedAttention[Tensor]:
+        """The attention as the kernels take it.
+
+        Args:
+            make: makes a tensor of the sizes that it is called with.
+            means: `(N, P, 2*qk_dim)` float32, region queries and keys; by default those of the map.
+        """
+        packed_dim, side, keys = 2 * self.qk_dim + self.dim, self.side_dwconv, self.kv_grid
+        pooled = None if self.kv_per_win is None else (keys.height, keys.width, packed_dim - self.qk_dim)
+        return PackedAttention(
+            make(self.batch, self.height, self.width, packed_dim),
+            None if pooled is None else make(self.batch, *pooled),
+            make(packed_dim) if self.grid.is_padded else None,
+            means,
+            make(self.dim, 1, side, side) if side else None,
+            make(self.dim) if side else None,
+            self.settings,
+        )
 
     def merged(self) -> "Problem":
         """The problem as launches see it: one region where every region attends to all."""

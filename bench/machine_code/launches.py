@@ -79,27 +79,32 @@ def record_attention(problem: Problem, dtype: torch.dtype) -> list[Launch]:
     Raises:
         TypeError: under `TRITON_INTERPRET=1`, where kernels are not compiled.
     """
-    plans = _plans_of_graphs(problem, dtype) if problem.head_graphs else _plans(problem, dtype)
+    attention = problem.attention(lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
+    if problem.head_graphs:
+        plans = [*_plans_of_graphs(problem, attention)]
+    else:
+        pooling = () if problem.kv_pooling is None else _plans_of_pooling(problem, attention)
+        plans = [*pooling, *plan_pass(attention)]
     return [launch for plan in plans for launch in launches_of(plan)]
 
 
-def _plans(problem: Problem, dtype: torch.dtype) -> Iterator[Plan]:
-    attention = _without_data(problem, dtype)
-    if problem.kv_pooling is not None:
-        yield from _plans_of_pooling(problem, attention)
-    forward = packed.plan_attend(attention, trains=True)
-    yield forward
-    grad_out = attention.qkv[..., : problem.dim].contiguous()
-    kept = torch.empty(forward.kept_bytes, dtype=torch.uint8, device="meta")
+def plan_pass(attention: PackedAttention[Tensor]) -> tuple[Plan, Plan]:
+    """The plans of a training step's forward and backward.
+
+    The backward takes the attention's tensors, the output's gradient, the output (None with LePE) and what
+    the forward has returned last.
+    """
+    forward, qkv = packed.plan_attend(attention, trains=True), attention.qkv
+    grad_out = qkv[..., : attention.dim].contiguous()
+    kept = torch.empty(forward.kept_bytes, dtype=torch.uint8, device=qkv.device)
     # Without LePE the attention's share of the output, which the backward reads, is the output.
-    out = None if problem.side_dwconv else grad_out
+    out = grad_out if attention.lepe_weight is None else None
     needs = Needs(*(x is not None for x in attention.tensors))
-    yield packed.plan_attend_backward(attention, (grad_out, out, kept), needs)
+    return forward, packed.plan_attend_backward(attention, (grad_out, out, kept), needs)
 
 
-def _plans_of_graphs(problem: Problem, dtype: torch.dtype) -> Iterator[Plan]:
+def _plans_of_graphs(problem: Problem, attention: PackedAttention[Tensor]) -> Iterator[Plan]:
     """One graph per head, which is given."""
-    attention = _without_data(problem, dtype)
     shape = (problem.batch, problem.num_heads, problem.grid.n_regions, problem.topk)
     routed = attention.routed(torch.empty(shape, dtype=torch.int32, device="meta"))
     yield routed_plans.plan_attend_routed(routed)
@@ -127,25 +132,6 @@ def _plans_of_pooling(problem: Problem, attention: PackedAttention[Tensor]) -> I
     inputs = pooling_inputs(kv, fill, pooling, weight, bias)
     yield plan_pool(inputs, pooling)
     yield plan_pool_backward((*inputs, pooled, argmax, kv), pooling)
-
-
-def _without_data(problem: Problem, dtype: torch.dtype) -> PackedAttention[Tensor]:
-    """The attention on tensors without data."""
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    dim, kv_dim, kv_grid = problem.dim, problem.qk_dim + problem.dim, problem.kv_grid
-    kernel = problem.side_dwconv
-    return PackedAttention(
-        empty(problem.batch, problem.height, problem.width, problem.qk_dim + kv_dim),
-        None if problem.kv_per_win is None else empty(problem.batch, kv_grid.height, kv_grid.width, kv_dim),
-        empty(problem.qk_dim + kv_dim) if problem.grid.is_padded else None,
-        None,
-        empty(dim, 1, kernel, kernel) if kernel else None,
-        empty(dim) if kernel else None,
-        problem.settings,
-    )
 
 
 def _launch(launch: PlannedLaunch) -> Launch:

@@ -7,6 +7,7 @@ import torch
 
 from bra_triton.bench import kernel_report, kernel_times
 from bra_triton.bench.machine_code.hardware import HARDWARE
+from bra_triton.bench.problems import PROBLEMS
 
 
 def row(seconds, kernel="route"):
@@ -32,6 +33,30 @@ def test_the_median_launch_beside_the_bound_that_binds():
 
 def test_what_was_not_seen_is_left_empty():
     assert kernel_times.compare(row(1e-6), [])["ratio"] is None
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_padded"])
+def test_a_pass_launches_every_kernel_of_the_report(name, device, monkeypatch):
+    """On an interpreter, which has no launches to time: the names are those of the plans' launches."""
+    launched = []
+
+    def launch_seconds(run, device, repeats):
+        run()
+        return {launch: repeats * [1e-6] for launch in launched}
+
+    plan_pass = kernel_times.plan_pass
+
+    def noted(attention):
+        plans = plan_pass(attention)
+        launched.extend(launch.name for plan in plans for launch in plan.launches)
+        return plans
+
+    monkeypatch.setattr(kernel_times, "plan_pass", noted)
+    monkeypatch.setattr(kernel_times.measure, "launch_seconds", launch_seconds)
+    monkeypatch.setattr(kernel_times.tiles, "architecture_of", lambda device: "sm_90")
+    times = kernel_times.times_of(PROBLEMS[name], torch.float32, device, form="routed")
+    assert set(times) >= {"region_means", "route", "attention_forward", "key_value_gradient"}
+    assert all(len(each) == kernel_times.REPEATS for each in times.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -231,7 +231,9 @@ def test_routing_weights_are_timed_for_the_entries_that_launches_take(
         return errors[kernel][0]
 
     monkeypatch.setattr(inputs.Inputs, "error", error)
-    measure([*TINY, "--routing-weight", weight], timer, device)
+    # Of a single choice the weight is 1, and has no gradient.
+    argv = ["--shape", "1x4x4x16", "--num-heads", "1", "--n-win", "2", "--topk", "2"]
+    measure([*argv, "--routing-weight", weight], timer, device)
     kernels, forms = tiles.KERNELS, (forward_form, "weighted", forward_form)
     read = tile_cache.read(timing.card_name(device))
     assert {(key.kernel, key.form) for key in read} == set(zip(kernels, forms, strict=True))
@@ -339,6 +341,16 @@ def test_what_is_timed_launches_the_tile_in_force(kernel, device, monkeypatch):
         drawn.runner(kernel)(0)
     stages = {x.name: x.options.get("num_stages") for x in planned[0].launches}
     assert stages[f"{prediction.KERNEL_NAMES[kernel]}_kernel"] == 5
+
+
+def test_what_is_timed_adds_to_lepes_gradient_as_launches_do(device):
+    """Where regions are routed dK/dV adds to what LePE's backward has written, which takes registers."""
+    drawn = inputs.Inputs(Problem("", 1, 4, 4, 16, 1, 2, 2), torch.float16, device)
+    _, backward = drawn._plans()
+    names = [launch.name for launch in backward.launches]
+    launch = backward.launches[names.index("key_value_gradient_kernel")]
+    assert launch.numbers[-1].ADDS_TO_VALUE
+    assert names.index("lepe_backward_kernel") < names.index("key_value_gradient_kernel")
 
 
 def test_winners_weigh_problems_alike():

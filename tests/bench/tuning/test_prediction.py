@@ -79,6 +79,13 @@ class TestRanking:
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("form", tiles.FORMS)
+def test_what_is_predicted_adds_to_lepes_gradient_as_launches_do(form):
+    job = Job("sm_90", tiles.KEY_VALUE_GRADIENT, 16, 32, Tile(64, 64, 4, 3), form)
+    assert prediction.specimen(job).constants["ADDS_TO_VALUE"]
+
+
+@pytest.mark.compiled
 def test_a_prediction_writes_a_table(monkeypatch, tmp_path, capsys):
     tile = Tile(64, 32, 2, 3)
     monkeypatch.setattr(prediction, "candidates", lambda *args: [tile])
