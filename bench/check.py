@@ -15,6 +15,7 @@ the log of every process, and is complete at any moment. Exit status 1 if a chec
 
 import argparse
 import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -28,10 +29,9 @@ from typing import Any
 import torch
 
 from bra_triton.bench import jobs, measure
-from bra_triton.bench.check_report import markdown
 from bra_triton.bench.jobs import Job
 from bra_triton.bench.measure import ROOT
-from bra_triton.bench.peer_times import file_name
+from bra_triton.bench.peer_times import file_name, table
 
 # Problem, batch and dtype; the most telling first, since the time may not last for all.
 ROWS = (
@@ -45,14 +45,19 @@ ROWS = (
     "yolo_p3:1:float16",
 )
 ROWS_ON_CPU = ("tiny:1:float32", "tiny_padded:2:float32")
-PYTEST_FLAGS = ("-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}")
+IN_TREE = (sys.executable, str(ROOT / "bench" / "in_tree.py"))
+PYTEST = (*IN_TREE, "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}")
 PARTS = ("modes", "suite", "peers", "benchmark")
-DTYPES = ("fp32", "fp16", "bf16")
+NO_TESTS = 5  # how pytest ends where all tests of a file were deselected
 # The share of the time that checks may take; the benchmark's need is small once its kernels are compiled.
 CHECK_SHARE = 0.6
 # Files of tests that start before the modes: on an H200 the last three took 85 to 201 s, a mode or a peer
 # some 40 s. The first waits for PyTorch's compiler, and was not timed on a GPU.
 LONGEST_FILES = ("test_torch_compile", "test_attention", "test_routed_attention", "test_operators")
+WHAT_THE_COLUMNS_SAY = """\
+Medians, in ms. `work`: how long the GPU works, with a cold cache and launches hidden; `x`: that time
+over the fused row's; `call`: what a caller waits who waits for every call; `peak`: memory beyond the
+inputs. `dense` does not route."""
 # Less is not enough to start a process and compile what it times.
 LEAST_ROW_SECONDS = 15
 
@@ -70,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {"versions": described, "checks": [], "rows": [], "notes": []}
     print(measure.on_one_line(described), flush=True)
 
-    planned = _plan(options, out, results["notes"], check_deadline)
+    planned = _plan(options, out, results["notes"])
     environment = _environment(options.device, threads=1 if len(planned) > 1 else None)
     for outcome in jobs.run_all(planned, options.workers, check_deadline, ROOT, environment):
         results["checks"].append(vars(outcome))
@@ -85,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if bad else 0
 
 
-def _plan(options: argparse.Namespace, out: Path, notes: list[str], deadline: float) -> list[Job]:
+def _plan(options: argparse.Namespace, out: Path, notes: list[str]) -> list[Job]:
     """The checks, the longest first, so that all end at about the same time."""
     planned, files = [], {}
     if "peers" in options.parts:
@@ -98,41 +103,23 @@ def _plan(options: argparse.Namespace, out: Path, notes: list[str], deadline: fl
         for path in sorted(paths):
             if missing := missing_imports(path):
                 notes.append(f"{path.relative_to(ROOT)} was not run: no {', '.join(missing)} here")
-            else:
-                files[path.stem] = _pytest_job(f"file {path.stem}", [str(path.relative_to(ROOT))], out)
+                continue
+            # What is marked `compiled` compiles for GPUs that are not here: `make test` does that.
+            command = [*PYTEST, "-m", "not compiled", str(path.relative_to(ROOT))]
+            name = f"file {path.stem}"
+            files[path.stem] = Job(name, command, _log(out, name), passes=(0, NO_TESTS))
     planned = [files.pop(name) for name in LONGEST_FILES if name in files] + planned
     if "modes" in options.parts:
-        modes, why_none = _collect_modes(options, out, deadline)
-        if not modes:  # a check that always fails says so in its place
-            command = [sys.executable, "-c", f"raise SystemExit({why_none!r})"]
-            planned.append(Job("collecting tests/gpu", command, _log(out, "collecting")))
-        planned += [_pytest_job(f"mode {mode}", ids, out) for mode, ids in modes.items()]
+        for mode in options.modes or all_modes():
+            command = [*PYTEST, "-k", f"[{mode}-", str(options.tests)]
+            planned.append(Job(f"mode {mode}", command, _log(out, f"mode {mode}")))
     return planned + list(files.values())
 
 
-def _collect_modes(
-    options: argparse.Namespace, out: Path, deadline: float
-) -> tuple[dict[str, list[str]], str]:
-    """Ids of the tests of every mode; and why there are none."""
-    command = [*_in_tree("pytest"), *PYTEST_FLAGS, "--collect-only", str(options.tests)]
-    log = _log(out, "collecting")
-    jobs.run_one(Job("collect", command, log), deadline, ROOT, _environment(options.device))
-    text = log.read_text() if log.exists() else ""
-    modes: dict[str, list[str]] = {}
-    listed = rf"^(\S*?)::(\S+\[(\S+)-(?:{'|'.join(DTYPES)})\])$"
-    for file, test, mode in re.findall(listed, text, re.MULTILINE):
-        if options.modes is None or mode in options.modes:
-            path = options.tests / Path(file).name if options.tests.is_dir() else options.tests
-            modes.setdefault(mode, []).append(f"{path}::{test}")
-    return modes, f"no test of a mode was collected: {text[-1000:]}"
-
-
-def _pytest_job(name: str, tests: Sequence[str], out: Path) -> Job:
-    junit = out / "logs" / f"{_slug(name)}.xml"
-    # What is marked `compiled` compiles for GPUs that are not here: `make test` does that.
-    flags = [*PYTEST_FLAGS, "-m", "not compiled", f"--junitxml={junit}"]
-    known = [test.split("::")[-1] for test in tests if "::" in test]
-    return Job(name, [*_in_tree("pytest"), *flags, *tests], _log(out, name), junit, known)
+def all_modes() -> list[str]:
+    """Names of the modes of `tests/gpu/modes.py`, by which its tests are named."""
+    sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
+    return [mode.name for mode in importlib.import_module("modes").MODES]
 
 
 def missing_imports(path: Path) -> list[str]:
@@ -174,17 +161,14 @@ def _row_command(row: str, options: argparse.Namespace, *flags: str) -> list[str
     problem, batch, dtype = row.split(":")
     numbers = ["--problem", problem, "--batch", batch, "--dtype", dtype, "--repeats", str(options.repeats)]
     flags = (*flags, "--no-compile") if options.no_compile else flags
-    command = _in_tree("bra_triton.bench.command_line")
-    return [*command, "peers", *numbers, "--device", options.device, *flags]
-
-
-def _in_tree(module: str) -> list[str]:
-    return [sys.executable, str(ROOT / "bench" / "in_tree.py"), module]
+    command = (*IN_TREE, "bra_triton.bench.command_line", "peers")
+    return [*command, *numbers, "--device", options.device, *flags]
 
 
 def _environment(device: str, threads: int | None = None) -> dict[str, str]:
     # Nobody knows what plugins of pytest lie on another machine; the tests need none.
     environment = {"YOLO_OFFLINE": "true", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment["COLUMNS"] = "500"  # to which pytest cuts the lines of its summary
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     if device == "cpu":
@@ -207,6 +191,29 @@ def _say(start: float, text: str) -> None:
 def _write(results: dict[str, Any], out: Path) -> None:
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (out / "report.md").write_text(markdown(results))
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """What was run, on and with what, what failed and why, and the tables."""
+    checks = sorted(results["checks"], key=lambda check: check["name"])
+    passed = sum(check["status"] == jobs.PASSED for check in checks)
+    lines = ["# GPU check", "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in results["versions"].items() if value]
+    lines += ["", f"{passed} of {len(checks)} checks passed.", *(f"- {note}" for note in results["notes"])]
+    if checks:
+        lines += ["", "## Checks", "", "| check | | its last line | s |", "|---|---|---|--:|"]
+    for check in checks:
+        says = check["says"].replace("|", "/")
+        lines.append(f"| {check['name']} | {check['status']} | {says} | {check['seconds']:.0f} |")
+    if failures := [(check["name"], why) for check in checks for why in check["failures"]]:
+        lines += ["", "## Failures", "", *(f"- {name}: `{_on_one_line(why)}`" for name, why in failures)]
+    if results["rows"]:
+        lines += ["", "## Beside the peers", "", WHAT_THE_COLUMNS_SAY, "", table(results["rows"])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _on_one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("`", "'")[-500:]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

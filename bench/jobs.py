@@ -1,18 +1,16 @@
-"""Commands that run beside each other until a deadline, and what pytest says of its tests."""
+"""Commands that run beside each other until a deadline."""
 
 import os
 import signal
 import subprocess
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PASSED, FAILED, SKIPPED, NOT_FINISHED = "passed", "failed", "skipped", "not finished"
+PASSED, FAILED, NOT_FINISHED = "passed", "failed", "not finished"
 LOG_TAIL = 2000
-NO_TESTS = 5  # how pytest ends where all tests of a file were deselected
 
 
 @dataclass(frozen=True)
@@ -23,26 +21,32 @@ class Job:
         name: what it is reported under.
         command: program and arguments.
         log: the file that receives what it prints.
-        junit: the file that pytest writes, if it is pytest.
-        tests: ids of the tests that it runs, where they are known beforehand.
+        passes: the exit statuses that are no failure.
     """
 
     name: str
     command: Sequence[str]
     log: Path
-    junit: Path | None = None
-    tests: Sequence[str] = ()
+    passes: Sequence[int] = (0,)
 
 
 @dataclass
 class Outcome:
-    """What became of a job: `PASSED`, `FAILED` or `NOT_FINISHED`, and of each of its tests."""
+    """What became of a job.
+
+    Attributes:
+        name: the job's.
+        status: `PASSED`, `FAILED` or `NOT_FINISHED`.
+        seconds: how long it ran.
+        says: the last line that it printed; pytest's has the numbers of tests.
+        failures: the lines in which it names a failure, as pytest's summary does; else the end of its log.
+    """
 
     name: str
     status: str
     seconds: float
-    tests: dict[str, str] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)  # by test, or by the job itself: the reason
+    says: str = ""
+    failures: list[str] = field(default_factory=list)
 
 
 def run_all(
@@ -66,50 +70,31 @@ def run_all(
 def run_one(job: Job, deadline: float, cwd: Path, environment: Mapping[str, str]) -> Outcome:
     """Runs one job; see `run_all`."""
     start = time.monotonic()
-    code: int | None = None
-    if start < deadline:
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        with job.log.open("wb") as log:
-            # A session of its own, so that what it starts can be ended with it.
-            process = subprocess.Popen(
-                job.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                cwd=cwd,
-                env={**os.environ, **environment},
-                start_new_session=True,
-            )
-            try:
-                code = process.wait(deadline - start)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    if job.junit is not None and code == NO_TESTS:
-        code = 0
-    status = {None: NOT_FINISHED, 0: PASSED}.get(code, FAILED)
-    outcome = Outcome(job.name, status, time.monotonic() - start)
-    if job.junit is not None and job.junit.exists():
-        outcome.tests, outcome.failures = read_junit(job.junit)
-    for test in job.tests:
-        outcome.tests.setdefault(test, NOT_FINISHED)
-    if status == FAILED and not outcome.failures:
-        outcome.failures[job.name] = (
-            f"exit status {code}: ...{job.log.read_text(errors='replace')[-LOG_TAIL:]}"
+    if start >= deadline:
+        return Outcome(job.name, NOT_FINISHED, 0.0)
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("wb") as log:
+        # A session of its own, so that what it starts can be ended with it.
+        process = subprocess.Popen(
+            job.command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=cwd,
+            env={**os.environ, **environment},
+            start_new_session=True,
         )
+        try:
+            code = process.wait(deadline - start)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return Outcome(job.name, NOT_FINISHED, time.monotonic() - start)
+    text = job.log.read_text(errors="replace").strip()
+    lines = text.splitlines() or [""]
+    outcome = Outcome(job.name, PASSED, time.monotonic() - start, lines[-1])
+    if code not in job.passes:
+        outcome.status = FAILED
+        named = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        outcome.failures = named or [f"exit status {code}: ...{text[-LOG_TAIL:]}"]
     return outcome
-
-
-def read_junit(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Status of every test in a report of pytest, and the first line of why the failed ones failed."""
-    statuses: dict[str, str] = {}
-    failures: dict[str, str] = {}
-    for case in ElementTree.parse(path).iter("testcase"):
-        name = case.get("name", "")
-        problem = next((x for x in (case.find("failure"), case.find("error")) if x is not None), None)
-        if problem is not None:
-            statuses[name] = FAILED
-            failures[name] = (problem.get("message") or problem.text or "").strip().split("\n")[0][:500]
-        else:
-            statuses.setdefault(name, PASSED if case.find("skipped") is None else SKIPPED)
-    return statuses, failures

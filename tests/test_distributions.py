@@ -7,8 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-from bra_triton.bench.in_tree import package_folders
+from typecheck import package_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 # Beside the package's files.

@@ -9,7 +9,6 @@ report each of these calls; a call that it does not report is an error, like any
 """
 
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -17,9 +16,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "bra_triton"
-package_folders = runpy.run_path(str(ROOT / "bench" / "in_tree.py"))["package_folders"]
 
 # (folder that calls, folder that is called): an import and a call with an argument of a wrong type.
 WRONG_CALLS = {
@@ -37,6 +40,13 @@ WRONG_CALLS = {
 }
 _MESSAGE = re.compile(r"(?P<file>[^:\n]+):(?P<line>\d+): (?P<text>.*)")
 _CALL_LINE = 3
+
+
+def package_folders(root: Path) -> dict[str, str]:
+    """Folder of every package in the tree under `root`, relative to it, as pyproject.toml has them."""
+    settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    folders: dict[str, str] = settings["tool"]["setuptools"]["package-dir"]
+    return folders
 
 
 def lay_out(root: Path, target: Path) -> dict[Path, Path]:

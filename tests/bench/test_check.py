@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typecheck import package_folders
 
-from bra_triton.bench import check, check_report, in_tree, jobs, measure
+from bra_triton.bench import check, jobs, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,14 +37,16 @@ def test_an_installation_without_tests_is_refused(monkeypatch, tmp_path, capsys)
 
 def test_every_package_of_the_tree_is_found():
     """An installation would leave out a folder that pyproject.toml does not name, as would a bare tree."""
-    folders = in_tree.package_folders(ROOT)
+    folders = package_folders(ROOT)
     tops = {folder.split("/")[0] for folder in folders.values()}
     found = {str(p.parent.relative_to(ROOT)) for top in tops for p in (ROOT / top).rglob("__init__.py")}
     assert set(folders.values()) == found
     assert tops == {"bra_triton", "kernels", "bench", "yolo_integration"}
     settings = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
     assert set(settings["tool"]["setuptools"]["packages"]) == set(folders)
-    assert settings["tool"]["setuptools"]["package-dir"] == folders
+    for name, folder in folders.items():  # where `in_tree` finds them
+        inside = name.removeprefix("bra_triton").lstrip(".").replace(".", "/")
+        assert folder in {inside, f"bra_triton/{inside}".rstrip("/")}
 
 
 def test_a_bare_tree_is_imported_from_itself_and_needs_no_optional_package(bare_tree):
@@ -106,6 +109,13 @@ def test_the_files_that_start_first_are_there():
     assert set(check.LONGEST_FILES) <= stems
 
 
+def test_the_modes_are_those_by_which_tests_are_named(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    tests = (ROOT / "tests" / "gpu" / "test_modes.py").read_text()
+    assert {"identity", "auto_pad_soft_diff", "nchw"} <= set(check.all_modes())
+    assert 'id=f"{mode.name}-{name}"' in tests
+
+
 def test_files_are_left_out_by_what_they_import(tmp_path):
     test = tmp_path / "test_x.py"
     test.write_text(
@@ -144,7 +154,7 @@ class TestRun:
         return run
 
     def test_a_failing_mode_gives_status_1_and_the_rest_runs(self, run):
-        status, results, report = run("--parts", "modes", "--workers", "2")
+        status, results, report = run("--parts", "modes", "--modes", "good", "bad", "dead", "--workers", "2")
         assert status == 1
         checks = {one["name"]: one for one in results["checks"]}
         assert {name: one["status"] for name, one in checks.items()} == {
@@ -152,16 +162,13 @@ class TestRun:
             "mode bad": jobs.FAILED,
             "mode dead": jobs.FAILED,
         }
-        assert checks["mode good"]["tests"] == dict.fromkeys(
-            ["test_mode[good-fp32]", "test_mode[good-fp16]", "test_other[good-fp32]"], jobs.PASSED
-        )
-        assert "wrong by" in checks["mode bad"]["failures"]["test_mode[bad-bf16]"]
-        assert "exit status 3" in checks["mode dead"]["failures"]["mode dead"]
-        assert "| check | | passed | failed | skipped | not finished | s |" in report
-        assert "| mode bad | failed | 1 | 1 | 0 | 0 |" in report
-        assert "| mode good | passed | 3 | 0 | 0 | 0 |" in report
-        assert "| mode dead | failed | 0 | 0 | 0 | 1 |" in report
-        assert "- test_mode[bad-bf16]: `" in report
+        (failure,) = checks["mode bad"]["failures"]
+        assert "::test_mode[bad-bf16] - AssertionError: wrong by" in failure
+        assert "exit status 3" in checks["mode dead"]["failures"][0]
+        assert "1 of 3 checks passed." in report
+        assert "| mode bad | failed | 1 failed, 1 passed, 4 deselected in" in report
+        assert "| mode good | passed | 3 passed, 3 deselected in" in report
+        assert "- mode bad: `FAILED " in report
 
     def test_only_the_modes_asked_for(self, run):
         status, results, _ = run("--parts", "modes", "--modes", "good")
@@ -171,7 +178,7 @@ class TestRun:
     def test_no_tests_at_all_is_a_failure(self, run):
         status, _, report = run("--parts", "modes", "--modes", "misspelt")
         assert status == 1
-        assert "no test of a mode was collected" in report
+        assert "| mode misspelt | failed | 6 deselected in" in report
 
     def test_spent_budget_skips_rows_and_says_so(self, run):
         status, results, report = run(
@@ -196,16 +203,40 @@ class TestRun:
 
 def test_a_job_that_hangs_is_ended_with_what_it_started(tmp_path):
     script = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
-    job = jobs.Job("hang", [sys.executable, "-c", script], tmp_path / "log", tests=["one"])
+    job = jobs.Job("hang", [sys.executable, "-c", script], tmp_path / "log")
     start = time.monotonic()
     outcome = jobs.run_one(job, start + 1.5, tmp_path, {})
     assert time.monotonic() - start < 20
     assert outcome.status == jobs.NOT_FINISHED
-    assert outcome.tests == {"one": jobs.NOT_FINISHED}
+
+
+@pytest.mark.parametrize(("passes", "status"), [((0,), jobs.FAILED), ((0, 5), jobs.PASSED)])
+def test_a_file_of_which_no_test_runs_here_is_no_failure(passes, status, tmp_path):
+    """As pytest ends where all tests are deselected; of a mode that is a failure, see above."""
+    command = [sys.executable, "-c", "print('1 deselected'); raise SystemExit(5)"]
+    outcome = jobs.run_one(
+        jobs.Job("none", command, tmp_path / "log", passes), time.monotonic() + 60, tmp_path, {}
+    )
+    assert (outcome.status, outcome.says) == (status, "1 deselected")
+
+
+def test_the_plan_begins_with_the_longest_files_and_names_those_left_out(tmp_path, monkeypatch):
+    missing = check.missing_imports
+    monkeypatch.setattr(
+        check, "missing_imports", lambda path: ["pack"] if path.stem == "test_lepe" else missing(path)
+    )
+    options = check._parse(["--device", "cpu", "--parts", "suite", "peers"])
+    notes = []
+    planned = check._plan(options, tmp_path, notes)
+    longest = [f"file {name}" for name in check.LONGEST_FILES]
+    peers = [f"peers {row}" for row in check.ROWS_ON_CPU]
+    assert [job.name for job in planned[: len(longest) + len(peers)]] == longest + peers
+    assert {"file test_routing", "file test_nhwc"} <= {job.name for job in planned}
+    assert "tests/kernels/test_lepe.py was not run: no pack here" in notes
 
 
 def test_report_of_nothing():
     results = {"versions": {"card": None, "torch": "2"}, "checks": [], "rows": [], "notes": ["a note"]}
-    report = check_report.markdown(results)
+    report = check.markdown(results)
     assert "- a note" in report
     assert "card" not in report
