@@ -2,25 +2,26 @@
 
 import importlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from bra_triton.bench.machine_code.static_analysis import (
     KernelSpecimen,
-    LoopMix,
+    Sections,
     Usage,
     compile_for,
-    issue_slots_per_score,
     resource_usage,
     sections,
 )
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """What the machine code of one kernel says.
+class Analysis(Sections):
+    """What the machine code of one kernel says: its sections, and what they are to be multiplied by.
+
+    Only attention kernels have a `loop` and a `tail` here, and only those with a convolution `taps`.
 
     Attributes:
         block_m: BLOCK_M of an attention kernel, else 0; of a small map's kernel the rows of all its heads.
@@ -29,10 +30,6 @@ class Analysis:
         n_taps: taps of a convolution in the epilogue, 0 without one.
         num_warps: warps of a thread block.
         usage: registers, shared memory, spills.
-        loop: the loop over whole tiles of an attention kernel; None for others.
-        tail: the loop over the rest of the list, None where none was found.
-        taps: the loop over the convolution's taps, None where none was found.
-        rest: all other code.
     """
 
     block_m: int
@@ -41,17 +38,20 @@ class Analysis:
     n_taps: int
     num_warps: int
     usage: Usage
-    loop: LoopMix | None
-    tail: LoopMix | None
-    taps: LoopMix | None
-    rest: LoopMix
 
     @property
     def slots_per_score(self) -> float:
-        """Issue slots that the loop spends on one score of a whole tile; an error without such a loop."""
+        """Thread instruction slots that the loop spends on one score of a whole tile.
+
+        Each warp executes the body once for a tile, and an instruction of a warp takes 32 slots. A loop that
+        the compiler unrolled covers more than one tile; its `matrix` count shows it.
+
+        Raises:
+            ValueError: the kernel has no loop with matrix instructions.
+        """
         if self.loop is None:
             raise ValueError("slots_per_score needs a loop with matrix instructions; this kernel has none")
-        return issue_slots_per_score(self.loop, self.block_m, self.block_n, self.num_warps)
+        return self.loop.total * self.num_warps * 32 / (self.block_m * self.block_n)
 
     @property
     def serialised(self) -> bool:
@@ -61,7 +61,6 @@ class Analysis:
 
 Job: TypeAlias = tuple[KernelSpecimen, str]  # with the architecture
 Result: TypeAlias = Analysis | Exception
-_cache: dict[str, Result] = {}
 
 
 def analyse_all(jobs: Sequence[Job], workers: int = 1) -> list[Result]:
@@ -72,31 +71,27 @@ def analyse_all(jobs: Sequence[Job], workers: int = 1) -> list[Result]:
         workers: processes; 1 compiles in this one.
 
     Returns:
-        Results in the order of the jobs; a job that this process has compiled before is free.
+        Results in the order of the jobs; those that are equal are compiled once.
     """
-    keys = [repr(job) for job in jobs]
-    new = {key: job for key, job in zip(keys, jobs, strict=True) if key not in _cache}
-    for index, result in analyse_each(list(new.values()), workers):
-        _cache[list(new)[index]] = result
-    return [_cache[key] for key in keys]
+    distinct = {repr(job): job for job in jobs}
+    found = dict(zip(distinct, analyse_each(list(distinct.values()), workers), strict=True))
+    return [found[repr(job)] for job in jobs]
 
 
-def analyse_each(jobs: Sequence[Job], workers: int = 1) -> Iterator[tuple[int, Result]]:
-    """`analyse_all` without its memory: yields a job's index and result as soon as it is compiled."""
+def analyse_each(jobs: Sequence[Job], workers: int = 1) -> Iterator[Result]:
+    """`analyse_all` of jobs that differ: yields the results one by one."""
     if workers == 1 or len(jobs) <= workers:
-        yield from ((index, _try_to_analyse(*job)) for index, job in enumerate(jobs))
+        yield from (_try_to_analyse(*job) for job in jobs)
         return
+    # A kernel travels to another process by its name.
+    functions = [specimen.kernel.fn for specimen, _ in jobs]
+    named = [
+        replace(specimen, kernel=(function.__module__, function.__name__))
+        for (specimen, _), function in zip(jobs, functions, strict=True)
+    ]
     # Spawned, not forked: PyTorch's threads do not survive a fork.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        pending = {}
-        for index, (specimen, arch) in enumerate(jobs):
-            named = replace(specimen, kernel=_name(specimen.kernel))
-            pending[pool.submit(_analyse_named, named, arch)] = index
-        for future in as_completed(pending):
-            yield pending[future], future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_analyse_named, named, [arch for _, arch in jobs])
 
 
 def _try_to_analyse(specimen: KernelSpecimen, arch: str) -> Result:
@@ -112,8 +107,8 @@ def _try_to_analyse(specimen: KernelSpecimen, arch: str) -> Result:
         block_m *= _number(specimen, "HEADS")
     n_taps = max(_number(specimen, name) for name in ("LEPE_KERNEL", "KERNEL")) ** 2
     loop, tail = (parts.loop, parts.tail) if block_m and block_n else (None, None)
-    sizes = (block_m, block_n, block_tail, n_taps, specimen.num_warps)
-    return Analysis(*sizes, usage, loop, tail, parts.taps if n_taps else None, parts.rest)
+    found = (loop, tail, parts.taps if n_taps else None, parts.rest)
+    return Analysis(*found, block_m, block_n, block_tail, n_taps, specimen.num_warps, usage)
 
 
 def _number(specimen: KernelSpecimen, name: str) -> int:
@@ -127,9 +122,3 @@ def _analyse_named(specimen: KernelSpecimen, arch: str) -> Result:
     result = _try_to_analyse(replace(specimen, kernel=kernel), arch)
     # Only the text of a compiler's error is certain to travel between processes.
     return RuntimeError(f"{type(result).__name__}: {result}") if isinstance(result, Exception) else result
-
-
-def _name(kernel: Any) -> tuple[str, str]:
-    while hasattr(kernel, "fn"):
-        kernel = kernel.fn
-    return kernel.__module__, kernel.__name__

@@ -1,8 +1,7 @@
 """What a Triton kernel costs on a GPU, read from its machine code: no GPU is needed.
 
 `compile_for` compiles a `KernelSpecimen` for a named architecture, `resource_usage` tells its registers,
-shared memory and spills, `sections` and `inner_loops` count what its loops execute, `issue_slots_per_score`
-turns such a count into one number by which two attention kernels can be compared.
+shared memory and spills, `sections` counts the instructions of its loops.
 """
 
 import re
@@ -25,25 +24,17 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# Opcode patterns of the classes that LoopMix counts; an instruction belongs to the first that fits.
+# Opcode patterns of the classes that are counted; an instruction belongs to the first that fits.
 INSTRUCTION_CLASSES = {
     "exponentials": r"MUFU\.EX2",
-    "other_mufu": r"MUFU",  # reciprocal, logarithm, tanh, ...
     "matrix": r"\w+MMA",  # HMMA, HGMMA, UTCHMMA and their kin of other types
     "global_loads": r"LD|LDG|LDGSTS|UTMALDG|UBLKCP",  # asynchronous copies and TMA included
     "global_stores": r"ST|STG|RED|REDG|ATOM|ATOMG|UTMASTG|UTMAREDG|UBLKRED",
-    "shared": r"LDS|LDSM|STS|STSM|ATOMS|LDTM|STTM|UTCCP",  # shared memory and tensor memory
-    "local": r"LDL|STL",  # spills
-    "shuffles": r"SHFL|MOVM|REDUX",
-    "moves": r"MOV|IMAD\.MOV|CS2R|R2UR",
     "fp32": r"F(ADD|MUL|FMA)2?|FMNMX3?|FSETP|FSEL|FSET|FCHK|FSWZADD",
-    "half_and_conversion": r"H(ADD|MUL|FMA|SET|SETP|MNMX)2|F2F|F2FP|F2I|F2IP|FRND|I2F|I2FP|I2I|I2IP",
-    "integer": r"IMAD|IADD|IADD3|IMUL|IMNMX|ISETP|IABS|IDP|ISCADD|LEA|LOP|LOP3|PLOP3|SHF|SHL|SHR|SEL|SGXT"
-    r"|BMSK|BREV|FLO|POPC|PRMT|P2R|R2P|VIADD|VIADDMNMX|VIMNMX|VIMNMX3",
-    "uniform": r"U(?!TM|TC|BLK|CGA)\w+|LDCU",  # executed once for a whole warp
-    "other": r".*",  # barriers, branches, waits, constant loads, ...
+    "integer": r"IMAD(?!\.MOV)|IADD|IADD3|IMUL|IMNMX|ISETP|IABS|IDP|ISCADD|LEA|LOP|LOP3|PLOP3|SHF|SHL|SHR|SEL"
+    r"|SGXT|BMSK|BREV|FLO|POPC|PRMT|P2R|R2P|VIADD|VIADDMNMX|VIMNMX|VIMNMX3",
+    "other": r".*",  # shared memory, moves, conversions, barriers, branches, waits, ...
 }
-MEMORY_CLASSES = {"global_loads", "global_stores", "shared", "local"}
 
 
 @dataclass(frozen=True)
@@ -58,13 +49,12 @@ class KernelSpecimen:
     """
 
     name: str  # for reports
-    kernel: Any  # a @triton.jit function, or autotune and heuristics wrappers around one
+    kernel: Any  # a @triton.jit function
     signature: Mapping[str, Any]  # Triton type of each run-time argument: "*fp16", "i32", "fp32", ...
     constexprs: Mapping[str, object] = field(default_factory=dict)  # value of each other argument
     divisible: frozenset[str] | None = None
     num_warps: int = 4
     num_stages: int = 3
-    options: Mapping[str, object] = field(default_factory=dict)  # for the compiler: {"maxnreg": 128}
 
     @property
     def constants(self) -> dict[str, object]:
@@ -117,8 +107,6 @@ class LoopMix:
     """
 
     counts: Mapping[str, int]  # for every key of INSTRUCTION_CLASSES
-    # How often each memory instruction occurs: LDG.E.U16 loads 2 bytes per thread, LDG.E 4, LDG.E.128 16.
-    memory: Mapping[str, int]
     # Waits for matrix instructions of a warpgroup. As many as those, and ptxas has serialised them: it was
     # short of registers, and each now waits for the one before.
     matrix_waits: int = 0
@@ -153,20 +141,6 @@ def resource_usage(compiled: Compiled) -> Usage:
     opcodes = Counter(opcode.split(".")[0] for _, opcode, _ in _instructions(compiled.sass)[0])
     # The report's own SHARED leaves out Triton's memory, which is allocated at launch.
     return Usage(int(found[1]), compiled.shared_bytes, int(found[2]), opcodes["LDL"], opcodes["STL"])
-
-
-def inner_loops(compiled: Compiled) -> list[LoopMix]:
-    """The innermost loops with matrix instructions, largest first; without any, the largest loop alone.
-
-    The list is empty when the kernel has no loop, as when the compiler unrolled it. Raises `ValueError`
-    for an AMD architecture.
-    """
-    program, labels = _instructions(compiled.sass)
-    loops = _natural_loops(_successors(program, labels), _entries(labels))
-    mixes = {header: _mix_of(program, body) for header, body in loops.items()}
-    with_matrix = _innermost({header: loops[header] for header in loops if mixes[header].counts["matrix"]})
-    by_size = sorted((mixes[header] for header in with_matrix or loops), key=lambda mix: -mix.total)
-    return by_size if with_matrix else by_size[:1]
 
 
 @dataclass(frozen=True)
@@ -208,29 +182,13 @@ def sections(compiled: Compiled) -> Sections:
     return Sections(loop, tail, taps, _mix_of(program, rest))
 
 
-def issue_slots_per_score(loop: LoopMix, block_m: int, block_n: int, num_warps: int) -> float:
-    """Thread instruction slots spent on one attention score by `loop`.
-
-    Each of `num_warps` warps executes the body once for a tile of `block_m` x `block_n` scores, and an
-    instruction of a warp takes 32 slots: `total * num_warps * 32 / (block_m * block_n)`. A loop that the
-    compiler unrolled covers more than one tile; its `matrix` count shows it.
-    """
-    return loop.total * num_warps * 32 / (block_m * block_n)
-
-
-# Only the next four functions touch Triton's own interface, which changes between its versions.
-
-
-def _jit_function(kernel: Any) -> Any:
-    while not isinstance(kernel, JITFunction):
-        if not hasattr(kernel, "fn"):
-            raise TypeError(f"{kernel!r} is not a @triton.jit function (is TRITON_INTERPRET set?)")
-        kernel = kernel.fn
-    return kernel
+# Only the next three functions touch Triton's own interface, which changes between its versions.
 
 
 def _triton_compile(specimen: KernelSpecimen, target: GPUTarget) -> Any:
-    kernel = _jit_function(specimen.kernel)
+    kernel = specimen.kernel
+    if not isinstance(kernel, JITFunction):
+        raise TypeError(f"{kernel!r} is not a @triton.jit function (is TRITON_INTERPRET set?)")
     given = [*specimen.signature, *specimen.constexprs]
     if sorted(given) != sorted(kernel.arg_names):
         raise ValueError(f"{specimen.name} takes {kernel.arg_names}, but was given {given}")
@@ -248,7 +206,7 @@ def _triton_compile(specimen: KernelSpecimen, target: GPUTarget) -> Any:
             # A launch says so of tensors below 2 GiB; AMD's buffer instructions depend on it.
             attrs[path].append(["tt.pointer_range", 32])
     source = ASTSource(kernel, signature, constants, attrs)
-    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages, **specimen.options}
+    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
     return triton.compile(source, target=target, options=options)
 
 
@@ -299,14 +257,10 @@ def _instructions(sass: str) -> tuple[list[_Instruction], dict[str, int]]:
 
 def _mix_of(program: list[_Instruction], body: set[int]) -> LoopMix:
     counts = dict.fromkeys(INSTRUCTION_CLASSES, 0)
-    memory: Counter[str] = Counter()
-    opcodes = [program[index][1] for index in sorted(body)]
+    opcodes = [program[index][1] for index in body]
     for opcode in opcodes:
-        name = next(n for n, p in INSTRUCTION_CLASSES.items() if re.match(rf"(?:{p})(?:\.|$)", opcode))
-        counts[name] += 1
-        memory.update([opcode] if name in MEMORY_CLASSES else [])
-    waits = sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in opcodes)
-    return LoopMix(counts, dict(memory.most_common()), waits)
+        counts[next(n for n, p in INSTRUCTION_CLASSES.items() if re.match(rf"(?:{p})(?:\.|$)", opcode))] += 1
+    return LoopMix(counts, sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in opcodes))
 
 
 def _entries(labels: dict[str, int]) -> list[int]:

@@ -117,9 +117,9 @@ def compile_all(jobs: Sequence[Job], workers: int) -> dict[Job, Result]:
     """Compiles and counts, and says on stderr how far it is; the compiler's errors are results, too."""
     results: dict[Job, Result] = {}
     todo = [(specimen(job), job.arch) for job in jobs]
-    for done, (index, result) in enumerate(analyse_each(todo, workers), 1):
-        results[jobs[index]] = result
-        print(f"\r{done}/{len(jobs)} {jobs[index]!s:<60}", end="", file=sys.stderr, flush=True)
+    for job, result in zip(jobs, analyse_each(todo, workers), strict=True):
+        results[job] = result
+        print(f"\r{len(results)}/{len(jobs)} {job!s:<60}", end="", file=sys.stderr, flush=True)
     if jobs:
         print(file=sys.stderr)
     return results

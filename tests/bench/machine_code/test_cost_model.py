@@ -32,19 +32,25 @@ P3 = Problem("P3", 2, 80, 80, 64, 2, 8, 4)
 
 
 def mix(**counts):
-    return LoopMix({**dict.fromkeys(INSTRUCTION_CLASSES, 0), **counts}, {})
+    return LoopMix({**dict.fromkeys(INSTRUCTION_CLASSES, 0), **counts})
 
 
 def code(registers=128, shared=0, taps=None, n_taps=0):
     """128 x 128 by 8 warps: 200 instructions in the loop, 90 in the tail's (of 32 keys), 310 beside."""
     return Analysis(
-        *(128, 128, 32, n_taps, 8),
-        Usage(registers, shared, 0, 0, 0),
         mix(exponentials=64, matrix=10, fp32=126),
         mix(exponentials=16, matrix=4, fp32=70),
         taps,
         mix(exponentials=2, fp32=308),
+        *(128, 128, 32, n_taps, 8),
+        Usage(registers, shared, 0, 0, 0),
     )
+
+
+def test_issue_slots_count_every_thread():
+    assert code().slots_per_score == 200 * 8 * 32 / (128 * 128)
+    with pytest.raises(ValueError, match="this kernel has none"):
+        _ = replace(code(), loop=None).slots_per_score
 
 
 def walk(kernel, block_m, block_n, problem, block_tail=32, masked=False):

@@ -11,10 +11,7 @@ from bra_triton.bench.machine_code.static_analysis import (
     TARGETS,
     Compiled,
     KernelSpecimen,
-    LoopMix,
     compile_for,
-    inner_loops,
-    issue_slots_per_score,
     resource_usage,
     sections,
 )
@@ -103,41 +100,36 @@ def test_a_plain_function_is_no_kernel():
         compile_for(replace(ATTEND, kernel=len), "sm_80")
 
 
-def test_an_autotuned_kernel_is_looked_through():
-    tuned = triton.autotune([triton.Config({})], key=[])(attend)
-    assert compile_for(replace(ATTEND, kernel=tuned), "sm_80").symbol == "attend"
-
-
 @pytest.mark.parametrize("arch", NVIDIA)
 def test_the_inner_loop_of_attention(arch):
-    loops = inner_loops(compile_for(ATTEND, arch))
-    assert len(loops) == 1
-    loop = loops[0]
-    assert loop.counts.keys() == INSTRUCTION_CLASSES.keys()
-    assert loop.counts["exponentials"] == 128 * 64 // (4 * 32)
-    assert loop.counts["matrix"] >= 2
-    assert loop.counts["other_mufu"] == loop.counts["local"] == loop.counts["global_stores"] == 0
-    assert loop.total == sum(loop.counts.values())
-    copies = {opcode: n for opcode, n in loop.memory.items() if opcode.startswith("LDG")}
-    assert sum(copies.values()) == loop.counts["global_loads"] == 2 * 64 * 32 * 2 // (16 * 128)
-    assert all(opcode.endswith(".128") for opcode in copies)
+    compiled = compile_for(ATTEND, arch)
+    found = sections(compiled)
+    assert found.tail is None
+    assert found.loop.counts.keys() == INSTRUCTION_CLASSES.keys()
+    assert found.loop.counts["exponentials"] == 128 * 64 // (4 * 32)
+    assert found.loop.counts["matrix"] >= 2
+    assert found.loop.counts["global_stores"] == 0
+    assert found.loop.total == sum(found.loop.counts.values())
+    assert found.loop.counts["global_loads"] == 2 * 64 * 32 * 2 // (16 * 128)
+    assert "LDG.E.128" in compiled.sass
+    assert "LDG.E.U16" not in compiled.sass
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_matrix_loops_come_largest_first_and_without_the_loops_around_them(arch):
+def test_of_two_matrix_loops_the_larger_and_the_other_without_the_loop_around(arch):
     specimen = replace(ATTEND, kernel=attend_twice, signature={**ATTEND.signature, "heads": "i32"})
-    loops = inner_loops(compile_for(specimen, arch))
-    assert [loop.counts["exponentials"] for loop in loops] == [128, 64]
-    assert loops[0].total > loops[1].total
+    found = sections(compile_for(specimen, arch))
+    assert [mix.counts["exponentials"] for mix in (found.loop, found.tail)] == [128, 64]
+    assert found.loop.total > found.tail.total
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_spills_show(arch):
-    cramped = resource_usage(compile_for(replace(ATTEND, options={"maxnreg": 64}), arch))
-    assert cramped.registers <= 64
-    assert cramped.stack_bytes > 0
-    assert cramped.spill_loads > 0
-    assert cramped.spill_stores > 0
+    cramped = replace(ATTEND, num_warps=1, constexprs={"D": 64, "M": 128, "N": 64})
+    usage = resource_usage(compile_for(cramped, arch))
+    assert usage.stack_bytes > 0
+    assert usage.spill_loads > 0
+    assert usage.spill_stores > 0
 
 
 def test_spills_show_on_amd():
@@ -150,15 +142,15 @@ def test_spills_show_on_amd():
 
 @pytest.mark.parametrize(("divisible", "load"), [(None, "LDG.E.128"), (frozenset(), "LDG.E.U16")])
 def test_without_divisibility_loads_are_narrow(divisible, load):
-    loop = inner_loops(compile_for(replace(COLUMN_SUM, divisible=divisible), "sm_90"))[0]
-    assert loop.counts["matrix"] == 0
-    assert loop.counts["global_loads"] > 0
-    assert {opcode.removesuffix(".CONSTANT") for opcode in loop.memory} == {load}
+    compiled = compile_for(replace(COLUMN_SUM, divisible=divisible), "sm_90")
+    assert sections(compiled).loop is None
+    loads = {word.removesuffix(".CONSTANT") for word in compiled.sass.split() if word.startswith("LDG")}
+    assert loads == {load}
 
 
 def test_amd_has_no_sass():
     with pytest.raises(ValueError, match="gfx942 has no SASS"):
-        inner_loops(compile_for(COLUMN_SUM, "gfx942"))
+        sections(compile_for(COLUMN_SUM, "gfx942"))
 
 
 def from_listing(*lines):
@@ -171,12 +163,13 @@ def from_listing(*lines):
 
 def test_a_kernel_without_a_loop():
     compiled = from_listing("@P0 BRA `(.L_x_0)", "HMMA.16816.F32 R4, R8, R12, R4", ".L_x_0:", "EXIT")
-    assert inner_loops(compiled) == []
+    found = sections(compiled)
+    assert (found.loop, found.rest.total) == (None, 3)
 
 
 def test_a_loop_left_by_a_predicated_call():
     body = ["HMMA.16816.F32 R4, R8, R12, R4", "@P2 CALL.REL.NOINC `(.L_x_1)", "BRA `(.L_x_0)"]
-    (loop,) = inner_loops(from_listing("MOV R4, RZ", ".L_x_0:", *body, ".L_x_1:", "STG.E [R2], R4", "EXIT"))
+    loop = sections(from_listing("MOV R4, RZ", ".L_x_0:", *body, ".L_x_1:", "STG.E [R2], R4", "EXIT")).loop
     assert (loop.total, loop.counts["matrix"], loop.counts["other"]) == (3, 1, 2)
 
 
@@ -189,8 +182,8 @@ def test_a_wait_moved_out_of_line_belongs_to_its_loop_and_is_no_second_one():
         "BRA.U UP0, `(.L_x_0)",
     ]
     wait = [".L_x_2:", "SYNCS P1, [UR4]", "@!P1 BRA `(.L_x_2)", "BRA `(.L_x_1)"]
-    loops = inner_loops(from_listing(".L_x_0:", *body, "EXIT", *wait))
-    assert [loop.total for loop in loops] == [7]
+    found = sections(from_listing(".L_x_0:", *body, "EXIT", *wait))
+    assert (found.loop.total, found.tail) == (7, None)
 
 
 def test_sections_of_a_kernel():
@@ -204,7 +197,7 @@ def test_sections_of_a_kernel():
     assert (found.tail.total, found.tail.counts["matrix"]) == (5, 1)
     assert (found.taps.total, found.taps.counts["global_loads"]) == (3, 1)
     # MOV, the wait, the store and EXIT; neither the assembler's closing trap nor its padding.
-    assert (found.rest.total, found.rest.counts["matrix"], found.rest.counts["moves"]) == (5, 0, 1)
+    assert (found.rest.total, found.rest.counts["matrix"], found.rest.counts["other"]) == (5, 0, 4)
 
 
 def test_a_loop_that_waits_inside_is_still_the_innermost():
@@ -220,28 +213,23 @@ def test_without_matrix_instructions_there_are_no_walks():
 
 def test_waits_for_every_matrix_instruction_show():
     body = ["HGMMA.64x64x16.F32 R4, R8", "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
-    (loop,) = inner_loops(from_listing(".L_x_0:", *body, *body, "@P0 BRA `(.L_x_0)", "EXIT"))
+    loop = sections(from_listing(".L_x_0:", *body, *body, "@P0 BRA `(.L_x_0)", "EXIT")).loop
     assert loop.matrix_waits == loop.counts["matrix"] == 2
 
 
 def test_classes_tell_alike_opcodes_apart():
     opcodes = {
         "exponentials": ["MUFU.EX2"],
-        "other_mufu": ["MUFU.RCP"],
         "matrix": ["HMMA.16816.F32", "UTCHMMA"],
-        "half_and_conversion": ["HFMA2.MMA", "F2FP.F16.F32.PACK_AB"],
-        "moves": ["IMAD.MOV.U32"],
-        "integer": ["IMAD.WIDE"],
+        "integer": ["IMAD.WIDE", "IMAD"],
         "global_loads": ["LDGSTS.E.BYPASS.128", "UTMALDG.2D"],
-        "local": ["LDL.LU"],
-        "uniform": ["UIADD3", "UMOV"],
-        "other": ["LDGDEPBAR", "UTCBAR", "BRA"],
+        "global_stores": ["STG.E.128"],
+        "fp32": ["FFMA", "FMNMX3"],
+        "other": [
+            *("MUFU.RCP", "HFMA2.MMA", "F2FP.F16.F32.PACK_AB", "IMAD.MOV.U32", "LDL.LU", "LDS", "LDGDEPBAR"),
+            *("UIADD3", "UMOV", "UTCBAR", "BRA"),
+        ],
     }
     flat = [f"{opcode} R0" for each in opcodes.values() for opcode in each if opcode != "BRA"]
-    (loop,) = inner_loops(from_listing(".L_x_0:", *flat, "@P0 BRA `(.L_x_0)", "EXIT"))
-    assert {name: n for name, n in loop.counts.items() if n} == {k: len(v) for k, v in opcodes.items()}
-    assert loop.memory == {"LDGSTS.E.BYPASS.128": 1, "UTMALDG.2D": 1, "LDL.LU": 1}
-
-
-def test_issue_slots_count_every_thread():
-    assert issue_slots_per_score(LoopMix({"fp32": 60, "matrix": 4}, {}), 128, 64, 4) == 1.0
+    loop = sections(from_listing(".L_x_0:", *flat, "@P0 BRA `(.L_x_0)", "EXIT")).loop
+    assert loop.counts == {name: len(each) for name, each in opcodes.items()}

@@ -20,8 +20,8 @@ def code(loop, spills=0, shared=1024, rest=100, waits=0, registers=100):
     """What might have been counted."""
     mix = dict.fromkeys(INSTRUCTION_CLASSES, 0) | {"matrix": 1, "exponentials": 1}
     usage = Usage(registers, shared, 0, spills, 0)
-    loop, rest = (LoopMix(mix | {"fp32": n - 2}, {}, waits) for n in (loop, rest))
-    return Analysis(128, 64, 32, 0, 4, usage, loop, None, None, rest)
+    loop, rest = (LoopMix(mix | {"fp32": n - 2}, waits) for n in (loop, rest))
+    return Analysis(loop, None, None, rest, 128, 64, 32, 0, 4, usage)
 
 
 class TestRanking:
