@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from bra_triton.bench.machine_code.hardware import HARDWARE
+from bra_triton.bench.measure import DTYPES
 from bra_triton.bench.problems import MODELS, Problem
 from bra_triton.bench.tuning import prediction, timing
 from bra_triton.bench.tuning.search_space import EXP_SHARE
@@ -32,8 +33,6 @@ from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import cache as tile_cache
 from bra_triton.kernels.tiles import table as tile_table
 from bra_triton.kernels.tiles.table import Entry, Key, Table
-
-DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

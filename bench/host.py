@@ -93,16 +93,6 @@ def modules_of(form: str, device: torch.device) -> dict[str, nn.Module]:
     return {name: module.to(device) for name, module in modules.items()}
 
 
-def call_of(module: nn.Module, x: Tensor, phase: str) -> Callable[[], object]:
-    """A call of a module: its forward without and with gradients wanted, or forward and backward."""
-    if phase == "no grad":
-        return torch.no_grad()(lambda: module(x))
-    x = x.clone().requires_grad_()
-    if phase == "grad":
-        return lambda: module(x)
-    return lambda: module(x).sum().backward()
-
-
 def measure_phase(phase: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """One row per form: seconds by module; of the fused module launches and PyTorch's operators, too.
 
@@ -138,7 +128,7 @@ def calls_of(form: str, phase: str, compiled: bool, device: torch.device) -> dic
         if compiled:
             module.compile()
         is_nchw = form == NCHW and name != PLAIN
-        calls[name] = call_of(module, x.permute(0, 3, 1, 2).contiguous() if is_nchw else x, phase)
+        calls[name] = measure.call_of(module, x.permute(0, 3, 1, 2).contiguous() if is_nchw else x, phase)
         calls[name]()
     return calls
 
@@ -213,9 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     described = measure.circumstances(device)
     launcher = "its own driver" if device.type == "cuda" else "a stand-in for the driver"
-    launcher = "Triton's C launcher and a stub of CUDA" if options.c_launcher else launcher
     print(f"{measure.on_one_line(described)}\nlaunches by {launcher}; minima of {options.repeats} calls\n")
-    context = contextlib.nullcontext() if device.type == "cuda" else stand_in.without_gpu(options.c_launcher)
+    context = contextlib.nullcontext() if device.type == "cuda" else stand_in.without_gpu()
     rows = []
     with context, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Inductor, about the machine
@@ -240,9 +229,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", type=int, metavar="N", default=0, help="also the N costliest functions")
     parser.add_argument("--check", action="store_true", help="exit status 1 where a target is missed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    parser.add_argument(
-        "--c-launcher", action="store_true", help="without a GPU: Triton's C launcher, on a stub of CUDA"
-    )
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")

@@ -21,6 +21,7 @@ from bra_triton.bench.machine_code.analysis import Analysis, Result, analyse_all
 from bra_triton.bench.machine_code.cost_model import Cost, predict
 from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.machine_code.launches import Launch, record_attention
+from bra_triton.bench.measure import DTYPES
 from bra_triton.bench.problems import MODELS, MODES, Problem
 from bra_triton.kernels import tiles
 from bra_triton.kernels.routing.lists import ROUTED, SMALL_MAP
@@ -46,7 +47,6 @@ TARGETS = {
 TARGET_REGION_TOKENS = 100
 CHECKED_ARCHITECTURES = ("sm_80", "sm_90")
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 REPORTED = MODELS | MODES
 
 
@@ -139,7 +139,7 @@ def collect(
     Args:
         problems: what is launched.
         architectures: keys of `hardware.HARDWARE`.
-        dtype: a key of `DTYPES`.
+        dtype: a key of `measure.DTYPES`.
         workers: processes that compile.
         form: of the attention, one of `routing.lists`; by default each problem's own.
     """

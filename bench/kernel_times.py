@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints; returns 1 if a kernel of the report was not seen on the GPU."""
     parser = argparse.ArgumentParser("bra-bench kernel-times", description=__doc__.split("\n\n")[0])
     parser.add_argument("--problem", nargs="+", choices=CHOICES, default=list(CHOICES))
-    parser.add_argument("--dtype", choices=kernel_report.DTYPES, default="float16")
+    parser.add_argument("--dtype", choices=measure.DTYPES, default="float16")
     parser.add_argument("--form", **kernel_report.FORM_OPTION)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--markdown", action="store_true", help="a table in Markdown")
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = kernel_report.collect(problems, [arch], options.dtype, options.workers, options.form)
     lines = []
     for problem in problems:
-        measured = times_of(problem, kernel_report.DTYPES[options.dtype], device, options.form)
+        measured = times_of(problem, measure.DTYPES[options.dtype], device, options.form)
         lines += compare_all([row for row in rows if row.problem == problem.name], measured)
     described = measure.circumstances(device)
     if options.json:

@@ -1,8 +1,6 @@
-"""The measuring module: time in medians and minima, memory, and what a figure was taken on and with."""
+"""The measuring module: time in medians and minima, memory, whether a result is right, and circumstances."""
 
 import datetime
-import importlib.util
-import json
 import os
 import platform
 import random
@@ -11,17 +9,20 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from bra_triton.kernels.tiles import cache as tile_cache
+
+# The profiler's library tells the terminal of its own start and stop, unless this says otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 # Written between two timed calls: several times the level-2 cache of any GPU.
@@ -29,8 +30,38 @@ FLUSH_BYTES = 1 << 28
 # The GPU is kept busy while Python enqueues a timed call: this many times as long as enqueueing took before,
 # and at least this long. A millisecond is 2 million cycles at 2 GHz, and longer on a slower GPU.
 HEAD_START, LEAST_HEAD_START, CYCLES_PER_SECOND = 2.0, 1e-3, 2e9
+# Norm of the difference over the norm, for outputs and gradients whose scores and sums are kept in float32 or
+# rounded to the dtype; a region missed or mistaken gives 0.1 and more.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)
+}
 Run = Callable[[], object]
 Name = TypeVar("Name")
+
+
+class WrongResultError(RuntimeError):
+    """What is to be timed computes something else."""
+
+
+def check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Raises WrongResultError where a result, by name, differs by more than rounding to `dtype` explains."""
+    for name, actual in found.items():
+        exact = expected[name]
+        # The gradient of a weight that is always 1 is 0.
+        error = ((actual.to(exact.dtype) - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+        if not error <= TOLERANCE[dtype]:  # NaN is refused
+            raise WrongResultError(f"{name} is off by {error:.1e}, more than {TOLERANCE[dtype]:.0e}")
+
+
+def call_of(module: nn.Module, x: Tensor, phase: str) -> Run:
+    """A call of a module: its forward without ("no grad") and with gradients wanted ("grad"), or a "step"."""
+    if phase == "no grad":
+        return torch.no_grad()(lambda: module(x))
+    x = x.clone().requires_grad_()
+    if phase == "grad":
+        return lambda: module(x)
+    return lambda: module(x).sum().backward()
 
 
 def default_device() -> torch.device:
@@ -128,7 +159,7 @@ def launch_seconds(run: Run, device: torch.device, repeats: int) -> dict[str, li
 def operator_calls(run: Run) -> int:
     """PyTorch operators (`aten::`) that a call runs, those inside other operators included."""
     run()
-    with _without_stderr(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     return sum(event.name.startswith("aten::") for event in profiler.events())
 
@@ -147,13 +178,10 @@ def peak_bytes(run: Run, device: torch.device) -> int:
         run()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     held = peak = 0
     for _, change in changes:
         held += change
@@ -176,20 +204,6 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-@contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Drops what the profiler's library writes to the terminal about its own start and stop."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as null:
-        os.dup2(null.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def circumstances(device: torch.device) -> dict[str, str | None]:
     """Date, card, driver, processor, versions and commit; None for what is not there."""
     on_gpu = device.type == "cuda"
@@ -201,7 +215,7 @@ def circumstances(device: torch.device) -> dict[str, str | None]:
         "processor": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": _triton_version(),
+        "triton": tile_cache.triton_version() or None,
         "python": platform.python_version(),
         "commit": commit(),
     }
@@ -217,14 +231,6 @@ def commit() -> str | None:
     return os.environ.get("BRA_TRITON_COMMIT") or _first_line(
         "git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"
     )
-
-
-def _triton_version() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    import triton
-
-    return str(triton.__version__)
 
 
 def _first_line(*command: str) -> str | None:

@@ -10,8 +10,8 @@ import argparse
 import json
 import re
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,6 @@ from bra_triton.bench.peers import Peer, peers_for
 from bra_triton.bench.problems import PROBLEMS, Problem
 
 INPUT_SETS = 4
-# Norm of the difference over the norm, for outputs and gradients whose scores and sums are kept in float32 or
-# rounded to the dtype; a region missed or mistaken gives 0.1 and more.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-10}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
 PASSES = ("forward", "training")
 FAILURES = ("refused", "error")
 NOT_RUN = "not run"
@@ -38,16 +34,7 @@ CHOICES = [
 ]
 
 
-class WrongResultError(Exception):
-    """A peer computed something else than it is timed as."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One set of inputs: the packed projection and the output's gradient."""
-
-    qkv: Tensor
-    grad_out: Tensor
+Inputs = tuple[Tensor, Tensor]  # the packed projection and the output's gradient
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +69,7 @@ def measure_row(
     problem: Problem, options: argparse.Namespace, save: Callable[[dict[str, Any]], object]
 ) -> dict[str, Any]:
     """One row: a problem in a dtype, with all peers; `save` gets it again after every peer."""
-    dtype, device = DTYPES[options.dtype], torch.device(options.device)
+    dtype, device = measure.DTYPES[options.dtype], torch.device(options.device)
     padding = torch.zeros(3 * problem.dim, dtype=dtype, device=device) if problem.grid.is_padded else None
     torch.manual_seed(0)
     inputs = [make_inputs(problem, dtype, device) for _ in range(INPUT_SETS)]
@@ -108,53 +95,44 @@ def measure_row(
 
 
 def _figures_or_reason(
-    peer: Peer, which: str, inputs: list[Inputs], truth: list[Tensor], options: argparse.Namespace
+    peer: Peer, which: str, inputs: list[Inputs], truth: dict[str, Tensor], options: argparse.Namespace
 ) -> dict[str, Any]:
     """The figures of a pass, or why there are none: `refused` for a wrong result, `error` for any other."""
-    device = inputs[0].qkv.device
+    qkv, _ = inputs[0]
     try:
-        runs = [_run(peer, x, which) for x in inputs]
-        check(runs[0](), truth, TOLERANCE[inputs[0].qkv.dtype])
+        runs = [_run(peer, *each, which) for each in inputs]
+        measure.check({name: _outer_images(x) for name, x in runs[0]().items()}, truth, qkv.dtype)
         if options.check_only:
             return {"checked": True}
         return {
-            "work_seconds": measure.median_device_seconds(runs, device, options.repeats),
-            "call_seconds": measure.median_seconds(runs[0], device, options.repeats),
-            "peak_bytes": measure.peak_bytes(runs[0], device),
+            "work_seconds": measure.median_device_seconds(runs, qkv.device, options.repeats),
+            "call_seconds": measure.median_seconds(runs[0], qkv.device, options.repeats),
+            "peak_bytes": measure.peak_bytes(runs[0], qkv.device),
         }
-    except WrongResultError as error:
+    except measure.WrongResultError as error:
         return {"refused": str(error)}
     except Exception as error:
         message = re.sub(r"\s+", " ", str(error)).strip()[:200]
         return {"error": f"{type(error).__name__}: {message}", "traceback": traceback.format_exc()}
 
 
-def _run(peer: Peer, x: Inputs, which: str) -> Callable[[], list[Tensor]]:
+def _run(peer: Peer, qkv: Tensor, grad_out: Tensor, which: str) -> Callable[[], dict[str, Tensor]]:
     """The pass as a function without arguments; returns the output, and in training the gradient."""
     if which == "forward":
-        return torch.no_grad()(lambda: [peer.attend(x.qkv)])
-    qkv = x.qkv.detach().requires_grad_()
+        return torch.no_grad()(lambda: {"output": peer.attend(qkv)})
+    qkv = qkv.detach().requires_grad_()
 
-    def training() -> list[Tensor]:
+    def training() -> dict[str, Tensor]:
         out = peer.attend(qkv)
-        return [out.detach(), *torch.autograd.grad(out, qkv, x.grad_out)]
+        return {"output": out.detach(), "gradient": torch.autograd.grad(out, qkv, grad_out)[0]}
 
     return training
 
 
-def check(results: Iterable[Tensor], truth: list[Tensor], tolerance: float) -> None:
-    """Raises WrongResultError where results of a whole batch part from the truth of its outer images."""
-    for label, actual, expected in zip(("output", "gradient"), results, truth, strict=False):
-        of_images = _outer_images(actual).double()
-        error = (torch.linalg.vector_norm(of_images - expected) / torch.linalg.vector_norm(expected)).item()
-        if not error <= tolerance:  # NaN is refused
-            raise WrongResultError(f"{label} is off by {error:.1e}, more than {tolerance:.0e}")
-
-
-def truth_of(exact: Peer, x: Inputs) -> list[Tensor]:
+def truth_of(exact: Peer, inputs: Inputs) -> dict[str, Tensor]:
     """Output and gradient in float64, of the first and the last image."""
-    outer = Inputs(_outer_images(x.qkv).double(), _outer_images(x.grad_out).double())
-    return _run(exact, outer, "training")()
+    qkv, grad_out = (_outer_images(x).double() for x in inputs)
+    return _run(exact, qkv, grad_out, "training")()
 
 
 def _outer_images(x: Tensor) -> Tensor:
@@ -168,7 +146,7 @@ def make_inputs(problem: Problem, dtype: torch.dtype, device: torch.device) -> I
     means = means.repeat_interleave(grid.region_height, 1).repeat_interleave(grid.region_width, 2)
     qkv = means[:, : problem.height, : problem.width]
     qkv = (qkv + torch.randn_like(qkv)).to(dtype).contiguous()
-    return Inputs(qkv, torch.randn_like(qkv[..., : problem.dim]))
+    return qkv, torch.randn_like(qkv[..., : problem.dim])
 
 
 def wrong(row: dict[str, Any]) -> list[str]:
@@ -223,7 +201,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--problem", nargs="+", choices=CHOICES, metavar="PROBLEM", default=["tiny"])
     parser.add_argument("--preset", choices=["cpu"], help="whole modules on the CPU, held to their targets")
     parser.add_argument("--batch", type=int, help="images (default: the problem's)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16" if on_gpu else "float32")
+    parser.add_argument("--dtype", choices=measure.DTYPES, default="float16" if on_gpu else "float32")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--backend", help="fused backend (default: triton on a GPU, torch on the CPU)")
     parser.add_argument("--peers", nargs="+", help="only these (default: all)")

@@ -5,15 +5,8 @@ compute capability 9.0, and only the driver's own launch does nothing, so result
 What the benches know of the package's choice of a backend, and of Triton's drivers, is in this file.
 """
 
-import atexit
-import ctypes
-import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -45,6 +38,9 @@ class _Utils:
     def load_binary(self, *args: Any) -> tuple[int, int, int, int, int]:
         return 1, 1, 32, 0, 1024  # module, function, registers, spills, most threads
 
+    def unload_module(self, module: int) -> None:
+        pass
+
     def get_device_properties(self, device: int) -> dict[str, int]:
         card = HARDWARE[ARCH]
         return {
@@ -58,8 +54,7 @@ class _Utils:
 class _Driver:
     """What Triton asks of a driver, answered without one."""
 
-    def __init__(self, launcher_cls: type = _NoLauncher, utils: Any = None) -> None:
-        self.launcher_cls, self.utils = launcher_cls, utils or _Utils()
+    launcher_cls, utils = _NoLauncher, _Utils()
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", int(ARCH.removeprefix("sm_")), 32)
@@ -81,12 +76,8 @@ class _Driver:
 
 
 @contextmanager
-def without_gpu(c_launcher: bool = False) -> Iterator[None]:
+def without_gpu() -> Iterator[None]:
     """Within, the Triton backend serves tensors on the CPU, and its kernels do not run.
-
-    Args:
-        c_launcher: call Triton's launcher in C, with a stub in the place of the CUDA library; needs a C
-            compiler.
 
     Raises:
         RuntimeError: Triton's interpreter is on, which launches nothing.
@@ -96,14 +87,14 @@ def without_gpu(c_launcher: bool = False) -> Iterator[None]:
     # Reading the property `active` would look for a GPU; Triton 3.4 has a plain attribute of that name.
     slot = "_active" if hasattr(triton_driver, "_active") else "active"
     before = getattr(triton_driver, slot)
-    triton_driver.set_active(_driver_of_c_launcher() if c_launcher else _Driver())
+    triton_driver.set_active(_Driver())
     _forget()
     try:
         with mock.patch.object(select.BACKENDS["triton"], "why_not", _no_reason):
             yield
     finally:
+        _forget()  # while there is a driver: Triton 3.8 unloads a kernel's code when it is dropped
         setattr(triton_driver, slot, before)
-        _forget()
 
 
 def _no_reason(request: Request) -> None:
@@ -114,36 +105,3 @@ def _forget() -> None:
     """Drops what was decided under another driver: who serves a call, and the kernels compiled for it."""
     functional._known.clear()
     calls.forget_plans()
-
-
-def _driver_of_c_launcher() -> _Driver:
-    from triton.backends.nvidia import driver
-
-    folder = _load_stub_of_cuda(Path(driver.__file__).parent)
-    with triton.knobs.nvidia.scope():
-        triton.knobs.nvidia.libcuda_path = str(folder)
-        driver.library_dirs.cache_clear()
-        driver.libcuda_dirs.cache_clear()
-        real = driver.CudaUtils()
-    stand_in = _Utils()
-    real.load_binary, real.get_device_properties = stand_in.load_binary, stand_in.get_device_properties
-    return _Driver(driver.CudaLauncher, real)
-
-
-def _load_stub_of_cuda(sources: Path) -> Path:
-    """Loads a CUDA library whose functions do nothing, as `libcuda.so.1`; returns its folder.
-
-    Args:
-        sources: folder of Triton's driver, which tells the functions that it calls.
-    """
-    text = "".join((sources / name).read_text() for name in ("driver.c", "driver.py"))
-    names = {f"{name}{version}" for name in re.findall(r"\bcu[A-Z]\w+", text) for version in ("", "_v2")}
-    folder = Path(tempfile.mkdtemp(prefix="bra_bench_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    source, library = folder / "cuda.c", folder / "libcuda.so.1"
-    source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(names)))
-    flags = ("-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
-    subprocess.run(["cc", *flags, "-o", str(library), str(source)], check=True, capture_output=True)
-    (folder / "libcuda.so").symlink_to(library)  # Triton 3.4 links by this name
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # a later dlopen of that name finds it
-    return folder

@@ -1,12 +1,12 @@
 """Input sets to time a configuration on, the plans that are timed, and what they must compute."""
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from bra_triton.backend import torch as torch_kernels
+from bra_triton.bench import measure
 from bra_triton.bench.machine_code.launches import plan_pass
 from bra_triton.bench.problems import Problem
 from bra_triton.kernels import tiles
@@ -17,7 +17,7 @@ from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT
 
 # Inputs are drawn in so many sets that they do not all stay in a cache.
 _SETS, _SET_BYTES = (2, 8), 256 << 20
-Run = Callable[[int], list[Tensor]]
+Run = Callable[[int], dict[str, Tensor]]
 
 
 class Inputs:
@@ -51,9 +51,9 @@ class Inputs:
         """
         forward, backward = self._plans()
         if kernel == FORWARD:
-            return lambda index: forward.run(*self.sets[index].tensors)[:1]
+            return lambda index: {"output": forward.run(*self.sets[index].tensors)[0]}
 
-        def run(index: int) -> list[Tensor]:
+        def run(index: int) -> dict[str, Tensor]:
             inputs = (*self.sets[index].tensors, self.grad_out, None, self.kept[index])
             return self._parts(kernel, *backward.run(*inputs))
 
@@ -63,34 +63,28 @@ class Inputs:
     def _plans(self) -> tuple[Plan, Plan]:
         return plan_pass(self.sets[0])
 
-    def error(self, kernel: str, run: Run) -> float:
-        """Largest relative error of what `run`, made by `runner`, computes from the first set."""
+    def check(self, run: Run) -> None:
+        """Raises WrongResultError where `run`, made by `runner`, computes something else of the first set."""
         torch.use_deterministic_algorithms(True, warn_only=True)  # new memory holds NaN
         try:
-            pairs = zip(run(0), self.expected[kernel], strict=True)
+            measure.check(run(0), self.expected, self.grad_out.dtype)
         finally:
             torch.use_deterministic_algorithms(False)
-        # Of weights of an only choice, which are 1, the gradient is 0.
-        errors = [((a.float() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs]
-        return max(math.inf if math.isnan(error) else error for error in errors)
 
-    def _parts(self, kernel: str, grad_qkv: Tensor, *others: Tensor | None) -> list[Tensor]:
+    def _parts(self, kernel: str, grad_qkv: Tensor, *others: Tensor | None) -> dict[str, Tensor]:
         """What a kernel computes of the gradients of a pass; of others the first is that of the means."""
         qk_dim = self.problem.qk_dim
         query, key, value = grad_qkv.split((qk_dim, qk_dim, self.problem.dim), dim=-1)
         if kernel == KEY_VALUE_GRADIENT:
-            return [key, value]
+            return {"dK": key, "dV": value}
         learns, grad_means = self.problem.settings.diff_routing, others[0]
-        return [query, grad_means] if learns and grad_means is not None else [query]
+        return {"dQ": query, **({"dR": grad_means} if learns and grad_means is not None else {})}
 
-    def _expected(self) -> dict[str, list[Tensor]]:
+    def _expected(self) -> dict[str, Tensor]:
         first = self.sets[0]
         single = (None if x is None else x.float() for x in first.tensors)
         exact: PackedAttention[Tensor] = PackedAttention(*single, first.settings)  # type: ignore[arg-type, call-arg]
         out, saved = torch_kernels.attend(exact, trains=True)
         found = torch_kernels.attend_backward(self.grad_out.float(), exact, None, saved, Needs(means=True))
-        gradients = {
-            kernel: self._parts(kernel, found.qkv, found.means)
-            for kernel in (QUERY_GRADIENT, KEY_VALUE_GRADIENT)
-        }
-        return {FORWARD: [out], **gradients}
+        maps = (found.qkv, found.means)
+        return {"output": out} | self._parts(QUERY_GRADIENT, *maps) | self._parts(KEY_VALUE_GRADIENT, *maps)

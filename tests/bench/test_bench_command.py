@@ -4,7 +4,6 @@ import importlib
 import inspect
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -74,11 +73,9 @@ def test_large_map_prints_time_and_peak_and_fails_past_the_limit():
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("flag", ["--profile=3", "--c-launcher", "--compiled"])
+@pytest.mark.parametrize("flag", ["--profile=3", "--compiled"])
 def test_host_measures_without_a_gpu(flag, tmp_path):
     """In a process of its own: Triton's driver is one per process."""
-    if flag == "--c-launcher" and shutil.which("cc") is None:
-        pytest.skip("no C compiler")
     file = tmp_path / "host.json"
     flags = ["--form", "identity", "--phase", "no grad", "--repeats", "2", flag, "--json", str(file)]
     done = run("host", *flags)

@@ -60,9 +60,9 @@ def test_plain_attention_is_multi_head_attention():
 
 def test_calls_want_gradients_as_their_phase_says():
     x, module = torch.randn(1, 2, 2, 4), torch.nn.Linear(4, 4)
-    assert not host.call_of(module, x, "no grad")().requires_grad
-    assert host.call_of(module, x, "grad")().requires_grad
-    host.call_of(module, x, "step")()
+    assert not measure.call_of(module, x, "no grad")().requires_grad
+    assert measure.call_of(module, x, "grad")().requires_grad
+    measure.call_of(module, x, "step")()
     assert module.weight.grad is not None
 
 

@@ -124,7 +124,9 @@ class TestBenchmark:
         """Timing one routing again and again would keep its regions in the cache."""
         problem = Problem("", 1, 8, 8, 32, 1, 4, 3)
         graphs = [
-            functional.region_routing(x.qkv, n_win=4, topk=3, backend="torch")[1]
-            for x in (peer_times.make_inputs(problem, torch.float32, torch.device("cpu")) for _ in range(2))
+            functional.region_routing(qkv, n_win=4, topk=3, backend="torch")[1]
+            for qkv, _ in (
+                peer_times.make_inputs(problem, torch.float32, torch.device("cpu")) for _ in range(2)
+            )
         ]
         assert not torch.equal(*graphs)
