@@ -17,6 +17,7 @@ and writes the shipped table of that architecture:
 """
 
 import argparse
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 
 from bra_triton.bench.machine_code.hardware import HARDWARE
-from bra_triton.bench.measure import DTYPES
+from bra_triton.bench.measure import DTYPES, default_device
 from bra_triton.bench.problems import MODELS, Problem
 from bra_triton.bench.tuning import prediction, timing
 from bra_triton.bench.tuning.search_space import EXP_SHARE
@@ -47,29 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             "there is no GPU to time on; --arch predicts without one, --dry-run lists what it would try"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         problems = _problems(args)
     except ValueError as error:
         parser.error(str(error))
-    if args.dry_run:
-        list_trials(args, problems, device)
-    else:
-        measure(args, problems, device)
+    (list_trials if args.dry_run else measure)(args, problems, default_device())
     return 0
 
 
 def predict(args: argparse.Namespace, arch: str) -> None:
     """Compiles, ranks, and writes the table of one architecture."""
-    bits = {8 * DTYPES[name].itemsize for name in args.dtype}
-    keys = [
-        Key(kernel, each, head_dim, size, form)
-        for kernel in args.kernel
-        for each in sorted(bits)
-        for head_dim in args.head_dim
-        for size in tiles.SIZES
-        for form in tiles.FORMS
-    ]
+    bits = sorted({8 * DTYPES[name].itemsize for name in args.dtype})
+    sizes = itertools.product(args.kernel, bits, args.head_dim, tiles.SIZES, tiles.FORMS)
+    keys = [Key(*each) for each in sizes]
     plain = [key for key in keys if key.form == tiles.PLAIN]
     jobs = prediction.jobs_of(plain, arch, prediction.STAGES[:1])
     if args.dry_run:
@@ -83,9 +74,8 @@ def predict(args: argparse.Namespace, arch: str) -> None:
         results |= prediction.compile_all(more, args.workers)
     table, spilling = prediction.table(keys, arch, results)
     for key in keys:
-        for ranked in prediction.rank(key, arch, results)[: args.show]:
-            print(f"{arch} {key}: {ranked.tile}  {ranked.cost:.2f} a useful score; loop {ranked.loop:.2f}")
-        print(f"{arch} {key}: takes {table.entries[key].tile}")
+        entry = table.entries[key]
+        print(f"{arch} {key}: takes {entry.tile}, {entry.cost}")
     for key in spilling:
         print(f"{arch} {key}: nothing fits without spills; takes the cheapest that spills")
     _write_table(table, args.output)
@@ -149,15 +139,11 @@ def _problems(args: argparse.Namespace) -> list[Problem]:
     missing = [f"--{n.replace('_', '-')}" for n in ("num_heads", "n_win", "topk") if not getattr(args, n)]
     if missing:
         raise ValueError(f"--shape needs {', '.join(missing)}")
-    dim = args.shape[-1]
-    if dim % args.num_heads or args.topk > args.n_win**2:
-        raise ValueError(
-            f"--num-heads must divide {dim} channels, got {args.num_heads}, and --topk be at most "
-            f"{args.n_win**2} regions, got {args.topk}"
-        )
-    batch, height, width, _ = args.shape
+    batch, height, width, dim = args.shape
     sizes = (args.num_heads, args.n_win, args.topk, args.routing_weight)
-    return [Problem("", batch, height, width, dim, *sizes)]
+    problem = Problem("", batch, height, width, dim, *sizes)
+    _ = problem.settings  # raises ValueError
+    return [problem]
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -193,5 +179,4 @@ def _parser() -> argparse.ArgumentParser:
     predicted = parser.add_argument_group("without a GPU").add_argument
     predicted("--arch", nargs="+", choices=HARDWARE, help="predict for these instead of timing")
     predicted("--head-dim", nargs="+", type=int, choices=tiles.HEAD_DIMS, default=list(tiles.HEAD_DIMS))
-    predicted("--show", type=int, default=1, help="configurations to print of every entry")
     return parser

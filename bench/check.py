@@ -31,7 +31,8 @@ import torch
 from bra_triton.bench import jobs, measure
 from bra_triton.bench.jobs import Job
 from bra_triton.bench.measure import ROOT
-from bra_triton.bench.peer_times import file_name, table
+from bra_triton.bench.peer_times import file_name, report
+from bra_triton.bench.tables import table
 
 # Problem, batch and dtype; the most telling first, since the time may not last for all.
 ROWS = (
@@ -197,18 +198,16 @@ def markdown(results: dict[str, Any]) -> str:
     """What was run, on and with what, what failed and why, and the tables."""
     checks = sorted(results["checks"], key=lambda check: check["name"])
     passed = sum(check["status"] == jobs.PASSED for check in checks)
-    lines = ["# GPU check", "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in results["versions"].items() if value]
-    lines += ["", f"{passed} of {len(checks)} checks passed.", *(f"- {note}" for note in results["notes"])]
-    if checks:
-        lines += ["", "## Checks", "", "| check | | its last line | s |", "|---|---|---|--:|"]
-    for check in checks:
-        says = check["says"].replace("|", "/")
-        lines.append(f"| {check['name']} | {check['status']} | {says} | {check['seconds']:.0f} |")
+    versions = [f"- {key} {value}" for key, value in results["versions"].items() if value]
+    lines = ["# GPU check", "", *versions, "", f"{passed} of {len(checks)} checks passed.", ""]
+    lines += [f"- {note}" for note in results["notes"]]
+    columns = ("name", "status", "says", "seconds")
+    cells = [{name: str(check[name]).replace("|", "/") for name in columns} for check in checks]
+    lines += ["", table("Checks", cells, markdown=True), ""]
     if failures := [(check["name"], why) for check in checks for why in check["failures"]]:
-        lines += ["", "## Failures", "", *(f"- {name}: `{_on_one_line(why)}`" for name, why in failures)]
+        lines += ["## Failures", "", *(f"- {name}: `{_on_one_line(why)}`" for name, why in failures), ""]
     if results["rows"]:
-        lines += ["", "## Beside the peers", "", WHAT_THE_COLUMNS_SAY, "", table(results["rows"])]
+        lines += [WHAT_THE_COLUMNS_SAY, "", report(results["rows"])]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -20,6 +20,7 @@ from ultralytics import YOLO
 
 from bra_triton import BiLevelRoutingAttention
 from bra_triton.bench import measure
+from bra_triton.bench.tables import table
 from bra_triton.yolo_integration import demo, set_backend
 from bra_triton.yolo_integration.demo import MODEL
 from bra_triton.yolo_integration.photo_dataset import write_photo_dataset
@@ -168,28 +169,34 @@ def report(summary: dict[str, Any], out: Path) -> None:
     steps = summary["steps"]
     demo.report(summary["training"], out)
     print(f"\n{measure.on_one_line(summary['versions'])}\n{MODEL}, {summary['imgsz']} px\n")
-    print("Training from the same seed, loss per step; in brackets the distance from the reference")
-    print(f"  {'step':>4} {'fused':>24} {'reference':>14} {'control':>24}")
-    for index, losses in enumerate(zip(*(run["loss"] for run in steps.values()), strict=True)):
-        fused, reference, control = losses
-        print(
-            f"  {index:>4} {fused:>14.6f} ({abs(fused / reference - 1):.1e}) {reference:>14.6f} "
-            f"{control:>14.6f} ({abs(control / reference - 1):.1e})"
+    losses = [
+        {
+            **{"step": step, "fused": f"{fused:.6f}", "distance": f"{abs(fused / reference - 1):.1e}"},
+            **{"reference": f"{reference:.6f}", "control": f"{control:.6f}"},
+            "its distance": f"{abs(control / reference - 1):.1e}",
+        }
+        for step, (fused, reference, control) in enumerate(
+            zip(*(x["loss"] for x in steps.values()), strict=True)
         )
-    print("  control: the reference with its weights moved by half a unit in the last place")
-    print(f"\n  {'':46} {'fused':>12} {'reference':>12} {'ratio':>7}")
+    ]
+    print(
+        table("Training from the same seed: loss of each step, and its distance from the reference's", losses)
+    )
+    print("control: the reference with its weights moved by half a unit in the last place\n")
     medians = {backend: statistics.median(steps[backend]["seconds"]) for backend in BACKENDS}
-    _print_row("training step, median", medians, "ms", 1e3)
-    for name, costs in summary["attention"].items():
+    costs = [_row("training step, median", medians, "ms", 1e3)]
+    for name, figures in summary["attention"].items():
         for key, label, unit, factor in ATTENTION_ROWS:
-            _print_row(f"attention {label}, {name}", {b: costs[b][key] for b in BACKENDS}, unit, factor)
+            of_backends = {backend: figures[backend][key] for backend in BACKENDS}
+            costs.append(_row(f"attention {label}, {name}", of_backends, unit, factor))
+    print(table("Costs", costs))
     print(f"\nAll figures: {out / 'summary.json'}")
 
 
-def _print_row(label: str, values: dict[str, float], unit: str, factor: float) -> None:
-    texts = (f"{values[backend] * factor:.2f} {unit}" for backend in BACKENDS)
-    ratio = values["reference"] / values["auto"]
-    print(f"  {label:46} {next(texts):>12} {next(texts):>12} {ratio:>6.2f}x")
+def _row(label: str, values: dict[str, float], unit: str, factor: float) -> dict[str, object]:
+    fused, reference = (f"{values[backend] * factor:.2f} {unit}" for backend in BACKENDS)
+    ratio = f"{values['reference'] / values['auto']:.2f}x"
+    return {"": label, "fused": fused, "reference": reference, "ratio": ratio}
 
 
 def _distances(steps: dict[str, dict[str, Any]], name: str) -> list[float]:

@@ -14,7 +14,7 @@ import json
 import math
 import pstats
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bra_triton import BiLevelRoutingAttention, nchwBRA
-from bra_triton.bench import measure, report_tables, stand_in
+from bra_triton.bench import measure, stand_in
 from bra_triton.bench.problems import PROBLEMS
+from bra_triton.bench.tables import table
 from bra_triton.kernels.plan import Launch, Plan
 
 _SMALL = PROBLEMS["host"]
@@ -39,6 +40,7 @@ FORMS = {
 }
 PHASES = ("no grad", "grad", "step")
 OURS, PLAIN, EINOPS = "fused", "plain", "einops"
+Row = dict[str, Any]
 
 
 class Target(NamedTuple):
@@ -93,13 +95,13 @@ def modules_of(form: str, device: torch.device) -> dict[str, nn.Module]:
     return {name: module.to(device) for name, module in modules.items()}
 
 
-def measure_phase(phase: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def measure_phase(phase: str, options: argparse.Namespace, device: torch.device) -> list[Row]:
     """One row per form: seconds by module; of the fused module launches and PyTorch's operators, too.
 
     All modules of all forms take turns, so that their times compare.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    runs: dict[tuple[str, str], Callable[[], object]] = {}
+    rows: dict[str, Row] = {}
+    runs: dict[tuple[str, str], measure.Run] = {}
     for form in options.form:
         rows[form] = {"form": form, "phase": phase, "compiled": options.compiled}
         try:
@@ -117,7 +119,7 @@ def measure_phase(phase: str, options: argparse.Namespace, device: torch.device)
     return list(rows.values())
 
 
-def calls_of(form: str, phase: str, compiled: bool, device: torch.device) -> dict[str, Callable[[], object]]:
+def calls_of(form: str, phase: str, compiled: bool, device: torch.device) -> dict[str, measure.Run]:
     """A call of each module of a form; compiled without the einops reference."""
     problem = FORMS[form]
     x = torch.randn(problem.batch, problem.height, problem.width, problem.dim, device=device)
@@ -133,7 +135,7 @@ def calls_of(form: str, phase: str, compiled: bool, device: torch.device) -> dic
     return calls
 
 
-def launches_of(run: Callable[[], object]) -> int:
+def launches_of(run: measure.Run) -> int:
     """Kernels of this package that a call launches."""
     launched: list[Launch] = []
     launch = Plan._launch
@@ -147,7 +149,7 @@ def launches_of(run: Callable[[], object]) -> int:
     return len(launched)
 
 
-def print_profile(run: Callable[[], object], repeats: int, lines: int) -> None:
+def print_profile(run: measure.Run, repeats: int, lines: int) -> None:
     """The functions in which calls spend the most time of their own; profiling itself adds to each."""
     profiler = cProfile.Profile()
     with profiler:
@@ -156,44 +158,38 @@ def print_profile(run: Callable[[], object], repeats: int, lines: int) -> None:
     pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(lines)
 
 
-def ratio(rows: Sequence[Mapping[str, Any]], target: Target) -> float | None:
-    """What the target limits; None where it was not measured, NaN where measuring it failed."""
-    found = {
-        row["form"]: row for row in rows if (row["phase"], row["compiled"]) == (target.phase, target.compiled)
-    }
-    other = found.get(target.form if target.over == PLAIN else target.over)
-    if target.form not in found or other is None:
-        return None
-    if "error" in found[target.form] or "error" in other:
-        return math.nan
-    below = other["seconds"][PLAIN if target.over == PLAIN else OURS]
-    return float(found[target.form]["seconds"][OURS] / below)
-
-
-def missed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def missed(rows: Sequence[Row]) -> list[str]:
     """The targets that were measured and missed, in words; a failure to measure misses."""
-    found = ((target, ratio(rows, target)) for target in TARGETS)
-    return [f"{target}, got {r:.2f}" for target, r in found if r is not None and not r <= target.most]
+    seconds = {(row["form"], row["phase"], row["compiled"]): row.get("seconds") for row in rows}
+    failures = []
+    for target in TARGETS:
+        other_form, name = (target.form, PLAIN) if target.over == PLAIN else (target.over, OURS)
+        ours, other = ((form, target.phase, target.compiled) for form in (target.form, other_form))
+        if ours in seconds and other in seconds:
+            of_ours, of_other = seconds[ours], seconds[other]
+            ratio = of_ours[OURS] / of_other[name] if of_ours and of_other else math.nan
+            failures += [] if ratio <= target.most else [f"{target}, got {ratio:.2f}"]
+    return failures
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def report(rows: Sequence[Row]) -> str:
     """The rows as text: times in us, and their ratios to the plain module's."""
-    cells, errors = [], []
-    for row in rows:
-        if "error" in row:
-            errors.append(f"{row['form']}, {row['phase']}: {row['error']}")
-            continue
-        seconds = row["seconds"]
-        cells.append(
-            {
-                **{key: str(row[key]) for key in ("form", "phase")},
-                **{f"{name} us": f"{1e6 * each:.0f}" for name, each in seconds.items()},
-                **{f"{name}/{PLAIN}": f"{each / seconds[PLAIN]:.2f}" for name, each in seconds.items()},
-                **{key: str(row[key]) for key in ("launches", "operators")},
-            }
-        )
+    cells = [
+        {
+            **{key: row[key] for key in ("form", "phase")},
+            **{f"{name} us": f"{1e6 * each:.0f}" for name, each in row["seconds"].items()},
+            **{
+                f"{name}/{PLAIN}": f"{each / row['seconds'][PLAIN]:.2f}"
+                for name, each in row["seconds"].items()
+            },
+            **{key: row[key] for key in ("launches", "operators")},
+        }
+        for row in rows
+        if "seconds" in row
+    ]
+    errors = [f"{row['form']}, {row['phase']}: {row['error']}" for row in rows if "error" in row]
     title = "CPU time of a call, torch.compile" if rows[0]["compiled"] else "CPU time of a call"
-    return "\n".join([report_tables.titled(title, cells, markdown=False), *errors])
+    return "\n".join([table(title, cells), *errors])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -210,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # of Inductor, about the machine
         for phase in options.phase:
             rows += measure_phase(phase, options, device)
-    print(table(rows))
+    print(report(rows))
     if options.json:
         options.json.write_text(json.dumps({"versions": described, "rows": rows}, indent=1) + "\n")
     if not options.check:

@@ -92,7 +92,7 @@ def run_one(job: Job, deadline: float, cwd: Path, environment: Mapping[str, str]
             return Outcome(job.name, NOT_FINISHED, time.monotonic() - start)
     text = job.log.read_text(errors="replace").strip()
     lines = text.splitlines() or [""]
-    outcome = Outcome(job.name, PASSED, time.monotonic() - start, lines[-1])
+    outcome = Outcome(job.name, PASSED, round(time.monotonic() - start, 1), lines[-1])
     if code not in job.passes:
         outcome.status = FAILED
         named = [line for line in lines if line.startswith(("FAILED", "ERROR"))]

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from bra_triton.bench import report_tables
-from bra_triton.bench.machine_code.analysis import Analysis, Result, analyse_all
+from bra_triton.bench.machine_code.analysis import Analysis, analyse_all
 from bra_triton.bench.machine_code.cost_model import Cost, predict
 from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.machine_code.launches import Launch, record_attention
 from bra_triton.bench.measure import DTYPES
 from bra_triton.bench.problems import MODELS, MODES, Problem
+from bra_triton.bench.tables import table
 from bra_triton.kernels import tiles
 from bra_triton.kernels.routing.lists import ROUTED, SMALL_MAP
 
@@ -50,6 +50,18 @@ CHECKED_ARCHITECTURES = ("sm_80", "sm_90")
 REPORTED = MODELS | MODES
 
 
+# Columns of the instruction mix; the rest of the loop's instructions are summed up as "other".
+_MIX = {"exp": "exponentials", "matrix": "matrix", "fp32": "fp32", "int": "integer", "loads": "global_loads"}
+
+_NOTES = """\
+Compiled and counted, or predicted from the counts; nothing is measured. Issue slots: warp instructions x 32.
+slots/score: of the loop over whole tiles; a star: ptxas has serialised its matrix instructions (each waits).
+slots/useful: whole kernel, padding of tiles, list tail, prologue and epilogue included, over the scores that
+count; every loop as often as the problem runs it.
+Bounds are microseconds a launch at peak rates, each as if nothing else took time.
+Other kernels: code is all their instructions; MB what their tensor arguments hold, each once (a launch that
+reads a part of a packed map moves less); memory us the time of those bytes."""
+
 # The option `--form` of this report and of `kernel-times`.
 FORM_OPTION: dict[str, Any] = {
     "choices": (ROUTED, SMALL_MAP),
@@ -59,31 +71,17 @@ FORM_OPTION: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel of one problem on one architecture.
+    """One kernel of one problem on one architecture."""
 
-    Attributes:
-        problem: name of the problem.
-        arch: architecture.
-        kernel: name of the kernel.
-        programs: thread blocks of the launch.
-        bytes_of_arguments: `Launch.bytes_of_arguments`.
-        analysis: its counts; None when it does not compile.
-        error: the compiler's, when it does not compile.
-        checked: whether a spill is a failure.
-        cost: prediction, for attention kernels.
-        target: most issue slots per score of its loop; None where none is set.
-    """
-
-    problem: str
+    problem: Problem
+    dtype: str
     arch: str
     kernel: str
-    programs: int = 1
+    programs: int = 1  # thread blocks of the launch
     bytes_of_arguments: int = 0
-    analysis: Analysis | None = None
-    error: str | None = None
-    checked: bool = False
-    cost: Cost | None = None
-    target: float | None = None
+    analysis: Analysis | None = None  # its counts; None when it does not compile
+    error: str | None = None  # the compiler's, when it does not compile
+    cost: Cost | None = None  # prediction, for attention kernels
 
     @property
     def bound(self) -> tuple[float, str]:
@@ -93,14 +91,22 @@ class Row:
         return self.bytes_of_arguments / HARDWARE[self.arch].bandwidth, "memory"
 
     @property
+    def target(self) -> float | None:
+        """The most issue slots per score that its loop may take; None where no target is set."""
+        problem = self.problem
+        large = problem.grid.region_tokens >= TARGET_REGION_TOKENS and self.dtype == "float16"
+        plain = problem.routing_weight == "none" and problem.kv_per_win is None
+        return TARGETS.get((self.kernel, self.arch, problem.head_dim)) if plain and large else None
+
+    @property
     def failures(self) -> list[str]:
         """What makes the report fail, in words."""
-        where = f"{self.problem}, {self.arch}, {self.kernel}"
+        where = f"{self.problem.name}, {self.arch}, {self.kernel}"
         if self.analysis is None:
             return [f"{where}: does not compile: {self.error}"]
-        found = []
-        if self.checked and self.analysis.usage.spills:
-            found.append(f"{where}: {self.analysis.usage.spills} instructions spill")
+        found, spills = [], self.analysis.usage.spills
+        if spills and self.dtype == "float16" and self.arch in CHECKED_ARCHITECTURES:
+            found.append(f"{where}: {spills} instructions spill")
         if self.target is not None and self.analysis.slots_per_score > self.target:
             slots = self.analysis.slots_per_score
             found.append(f"{where}: {slots:.2f} issue slots per score, target {self.target}")
@@ -118,13 +124,6 @@ def shipped(problem: Problem, dtype: torch.dtype, arch: str, form: str | None = 
 def in_form(form: str | None) -> AbstractContextManager[None]:
     """Context in which attentions have a form of `routing.lists`, or with None each its own."""
     return nullcontext() if form is None else tiles.use_form(form)
-
-
-def target_of(kernel: str, problem: Problem, arch: str, dtype: str) -> float | None:
-    """The most issue slots per score that an attention kernel may take; None where no target is set."""
-    large = problem.grid.region_tokens >= TARGET_REGION_TOKENS and dtype == "float16"
-    plain = problem.routing_weight == "none" and problem.kv_per_win is None
-    return TARGETS.get((kernel, arch, problem.head_dim)) if plain and large else None
 
 
 def collect(
@@ -150,39 +149,97 @@ def collect(
         for launch in shipped(problem, DTYPES[dtype], arch, form)
     ]
     results = analyse_all([(launch.specimen, arch) for _, arch, launch in launched], workers)
-    return [_row(*each, dtype, result) for each, result in zip(launched, results, strict=True)]
-
-
-def _row(problem: Problem, arch: str, launch: Launch, dtype: str, result: Result) -> Row:
-    kernel, analysis, cost = launch.specimen.name, None, None
-    if isinstance(result, Analysis):
-        analysis = result
-        if analysis.loop is not None:
+    rows = []
+    for (problem, arch, launch), result in zip(launched, results, strict=True):
+        kernel, cost = launch.specimen.name, None
+        launch_sizes = (launch.programs, launch.bytes_of_arguments)
+        if isinstance(result, Exception):
+            rows.append(Row(problem, dtype, arch, kernel, *launch_sizes, error=str(result)))
+            continue
+        if result.loop is not None:
             sizes = (DTYPES[dtype].itemsize, launch.is_masked)
-            cost = predict(kernel, analysis, problem, HARDWARE[arch], *sizes)
-    return Row(
-        problem.name,
-        arch,
-        kernel,
-        launch.programs,
-        launch.bytes_of_arguments,
-        analysis,
-        error=str(result) if isinstance(result, Exception) else None,
-        checked=dtype == "float16" and arch in CHECKED_ARCHITECTURES,
-        cost=cost,
-        target=target_of(kernel, problem, arch, dtype),
-    )
+            cost = predict(kernel, result, problem, HARDWARE[arch], *sizes)
+        rows.append(Row(problem, dtype, arch, kernel, *launch_sizes, result, cost=cost))
+    return rows
 
 
-def as_json(rows: Sequence[Row]) -> list[dict]:
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows as plain data."""
     result = []
     for row in rows:
-        result.append(asdict(row) | {"bound": row.bound, "failures": row.failures})
+        derived = {"bound": row.bound, "target": row.target, "failures": row.failures}
+        result.append(asdict(row) | derived | {"problem": row.problem.name})
         if row.cost is not None and row.analysis is not None:
             result[-1]["slots_per_score"] = row.analysis.slots_per_score
             result[-1]["slots_per_useful_score"] = row.cost.slots_per_useful_score
     return result
+
+
+def render(rows: Sequence[Row], markdown: bool = False) -> str:
+    """The whole report, of any number of architectures, as text or Markdown."""
+    parts = [_NOTES]
+    for arch in dict.fromkeys(row.arch for row in rows):
+        here = [row for row in rows if row.arch == arch and row.analysis is not None]
+        attention, others = ([row for row in here if (row.cost is None) == is_other] for is_other in (0, 1))
+        name = f"{arch} ({HARDWARE[arch].gpu})"
+        parts += [
+            table(f"{name}: attention kernels, loops", [*map(_loop_cells, attention)], markdown),
+            table(f"{name}: attention kernels, launches", [*map(_launch_cells, attention)], markdown),
+            table(f"{name}: other kernels", [*map(_other_cells, others)], markdown),
+        ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _named(row: Row, tile: bool = False) -> dict[str, object]:
+    """The columns that say what a row is about, and what its kernel occupies."""
+    assert row.analysis is not None
+    code, usage = row.analysis, row.analysis.usage
+    return {
+        "problem": row.problem.name,
+        "kernel": row.kernel,
+        **({"M x N, warps": f"{code.block_m}x{code.block_n}, {code.num_warps}"} if tile else {}),
+        "registers": usage.registers,
+        "shared": f"{usage.shared_bytes / 1024:.1f} K",
+        "spills": usage.spills,
+        "warps/SM": HARDWARE[row.arch].resident_warps(usage.registers, usage.shared_bytes, code.num_warps),
+    }
+
+
+def _loop_cells(row: Row) -> dict[str, object]:
+    code = row.analysis
+    assert code is not None
+    assert code.loop is not None
+    mix = {title: code.loop.counts[name] for title, name in _MIX.items()}
+    return {
+        **_named(row, tile=True),
+        **mix,
+        "other": code.loop.total - sum(mix.values()),
+        "slots/score": f"{code.slots_per_score:.2f}{'*' if code.serialised else ''}",
+        "target": f"{row.target} {'met' if not row.failures else 'MISSED'}" if row.target else None,
+    }
+
+
+def _launch_cells(row: Row) -> dict[str, object]:
+    assert row.cost is not None
+    return {
+        "problem": row.problem.name,
+        "kernel": row.kernel,
+        "slots/useful": f"{row.cost.slots_per_useful_score:.2f}",
+        "MB moved": f"{row.cost.bytes_moved / 1e6:.2f}",
+        **{f"{unit} us": f"{1e6 * seconds:.2f}" for unit, seconds in row.cost.bounds.items()},
+        "binds": row.cost.binding,
+    }
+
+
+def _other_cells(row: Row) -> dict[str, object]:
+    assert row.analysis is not None
+    return {
+        **_named(row),
+        "code": sum(mix.total for mix in (row.analysis.taps, row.analysis.rest) if mix is not None),
+        "programs": row.programs,
+        "MB": f"{row.bytes_of_arguments / 1e6:.3f}",
+        "memory us": f"{1e6 * row.bound[0]:.3f}",
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -200,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = collect(problems, options.arch, options.dtype, options.workers, options.form)
     if options.json:
         options.json.write_text(json.dumps(as_json(rows), indent=1) + "\n")
-    print(report_tables.render(rows, options.markdown))
+    print(render(rows, options.markdown))
     failures = [failure for row in rows for failure in row.failures]
     print(*failures or ["All targets are met, and nothing spills where that is checked."], sep="\n")
     return 1 if failures else 0

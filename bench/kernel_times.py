@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from bra_triton.bench import kernel_report, measure, report_tables
+from bra_triton.bench import kernel_report, measure
 from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.machine_code.launches import plan_pass
 from bra_triton.bench.problems import Problem
+from bra_triton.bench.tables import table
 from bra_triton.kernels import tiles
 
 REPEATS = 30
@@ -64,7 +65,7 @@ def compare(row: kernel_report.Row, times: Sequence[float]) -> dict[str, Any]:
     median = statistics.median(times) if times else None
     code = row.analysis
     return {
-        "problem": row.problem,
+        "problem": row.problem.name,
         "kernel": row.kernel,
         "tile": f"{code.block_m}x{code.block_n}, {code.num_warps}" if code and code.loop else "",
         "measured us": None if median is None else round(1e6 * median, 2),
@@ -95,13 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = []
     for problem in problems:
         measured = times_of(problem, measure.DTYPES[options.dtype], device, options.form)
-        lines += compare_all([row for row in rows if row.problem == problem.name], measured)
+        lines += compare_all([row for row in rows if row.problem == problem], measured)
     described = measure.circumstances(device)
     if options.json:
         options.json.write_text(json.dumps({"versions": described, "kernels": lines}, indent=1) + "\n")
     print(measure.on_one_line(described), end="\n\n")
-    cells = [{key: "" if value is None else str(value) for key, value in line.items()} for line in lines]
-    print(report_tables.titled(f"Kernels, {options.dtype}", cells, options.markdown))
+    print(table(f"Kernels, {options.dtype}", lines, options.markdown))
     unseen = [f"{line['problem']}: {line['kernel']}" for line in lines if line["measured us"] is None]
     print(*(f"not seen on the GPU: {name}" for name in unseen), sep="\n")
     return 1 if unseen else 0

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bra_triton import biformer
-from bra_triton.bench import measure, report_tables
+from bra_triton.bench import measure
+from bra_triton.bench.tables import table
 
 FUSED, REFERENCE, STOCK = "fused", "reference", "stock"
 INFERENCE, STEP = "inference", "training step"
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     described = measure.circumstances(device)
     print(measure.on_one_line(described), flush=True)
     rows = {name: measure_model(name, options, device) for name in options.model}
-    print(table(rows, options))
+    print(report(rows, options))
     if options.json:
         options.json.write_text(json.dumps({"versions": described, "rows": rows}, indent=2) + "\n")
     failures = missed(rows)
@@ -141,7 +142,7 @@ def missed(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def table(rows: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) -> str:
+def report(rows: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) -> str:
     """The rows as text, each figure with its ratio to the reference's."""
     cells = []
     for name, row in rows.items():
@@ -154,7 +155,7 @@ def table(rows: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) ->
                     line[f"{figure} {unit}"] = f"{mine[what] * factor:.1f} ({ratio:.2f}x)"
             cells.append(line)
     precision = "autocast" if options.amp else "float32"
-    return report_tables.titled(f"Whole models, batch {options.batch}, {precision}", cells, markdown=False)
+    return table(f"Whole models, batch {options.batch}, {precision}", cells)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bra_triton import BiLevelRoutingAttention
-from bra_triton.bench import measure, report_tables
+from bra_triton.bench import measure
 from bra_triton.bench.problems import PROBLEMS, Problem
+from bra_triton.bench.tables import table
 
 FUSED, REFERENCE = "torch", "reference"
 FORWARD, STEP, MEMORY = "forward", "training step", "peak memory of a step"
@@ -55,7 +56,7 @@ def report(problems: Mapping[str, Problem], repeats: int) -> int:
         {"map": f"{name}: {problems[name]}", **{figure: f"{row[figure]:.2f}" for figure in TARGETS}}
         for name, row in rows.items()
     ]
-    print(report_tables.titled("The module beside the einops reference, CPU, float32", cells, markdown=False))
+    print(table("The module beside the einops reference, CPU, float32", cells))
     status = 0
     for figure, target in TARGETS.items():
         found = [row[figure] for row in rows.values()]

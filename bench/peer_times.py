@@ -21,11 +21,11 @@ from torch import Tensor
 from bra_triton.bench import measure, module_times
 from bra_triton.bench.peers import Peer, peers_for
 from bra_triton.bench.problems import PROBLEMS, Problem
+from bra_triton.bench.tables import table
 
 INPUT_SETS = 4
 PASSES = ("forward", "training")
 FAILURES = ("refused", "error")
-NOT_RUN = "not run"
 # Peers know no K/V down-sampling and no routing weights.
 CHOICES = [
     name
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.problem:
         problem = PROBLEMS[name]
         rows.append(measure_row(replace(problem, batch=options.batch or problem.batch), options, save))
-    print(table(rows))
+    print(report(rows))
     found = [problem for row in rows for problem in wrong(row)]
     for failure in found:
         print(f"FAILED: {failure}")
@@ -68,11 +68,12 @@ def file_name(problem: str, batch: int | str, dtype: str) -> str:
 def measure_row(
     problem: Problem, options: argparse.Namespace, save: Callable[[dict[str, Any]], object]
 ) -> dict[str, Any]:
-    """One row: a problem in a dtype, with all peers; `save` gets it again after every peer."""
+    """One row: a problem in a dtype, with all peers; `save` gets it again after every pass of a peer."""
     dtype, device = measure.DTYPES[options.dtype], torch.device(options.device)
     padding = torch.zeros(3 * problem.dim, dtype=dtype, device=device) if problem.grid.is_padded else None
     torch.manual_seed(0)
     inputs = [make_inputs(problem, dtype, device) for _ in range(INPUT_SETS)]
+    qkv, grad_out = (_outer_images(x).double() for x in inputs[0])
     row: dict[str, Any] = {
         **{"problem": problem.name, "batch": problem.batch, "dtype": options.dtype, "device": device.type},
         "sizes": str(problem),
@@ -80,14 +81,13 @@ def measure_row(
         "peers": {},
     }
     exact = peers_for(problem, "torch", None if padding is None else padding.double())
-    for name, peer in peers_for(
-        problem, options.backend, padding, compile_flex=not options.no_compile
-    ).items():
+    peers = peers_for(problem, options.backend, padding, compile_flex=not options.no_compile)
+    for name, peer in peers.items():
         if options.peers and name not in options.peers:
             continue
         figures: dict[str, Any] = {"includes": peer.includes}
         row["peers"][name] = figures
-        truth = truth_of(exact["dense" if name == "dense" else "reference"], inputs[0])
+        truth = _run(exact["dense" if name == "dense" else "reference"], qkv, grad_out, "training")()
         for which in PASSES:
             figures[which] = _figures_or_reason(peer, which, inputs, truth, options)
             save(row)
@@ -101,7 +101,8 @@ def _figures_or_reason(
     qkv, _ = inputs[0]
     try:
         runs = [_run(peer, *each, which) for each in inputs]
-        measure.check({name: _outer_images(x) for name, x in runs[0]().items()}, truth, qkv.dtype)
+        found = {name: _outer_images(x) for name, x in runs[0]().items()}
+        measure.check(found, truth, qkv.dtype)
         if options.check_only:
             return {"checked": True}
         return {
@@ -129,12 +130,6 @@ def _run(peer: Peer, qkv: Tensor, grad_out: Tensor, which: str) -> Callable[[], 
     return training
 
 
-def truth_of(exact: Peer, inputs: Inputs) -> dict[str, Tensor]:
-    """Output and gradient in float64, of the first and the last image."""
-    qkv, grad_out = (_outer_images(x).double() for x in inputs)
-    return _run(exact, qkv, grad_out, "training")()
-
-
 def _outer_images(x: Tensor) -> Tensor:
     return x if len(x) < 3 else torch.stack((x[0], x[-1]))
 
@@ -160,39 +155,33 @@ def wrong(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def report(rows: list[dict[str, Any]]) -> str:
     """The rows as markdown: times in ms, `x` how often the fused peer fits into them."""
-    lines = []
+    parts = []
     for row in rows:
-        lines += [
-            f"### {row['problem']}: {row['sizes']}, {row['dtype']}",
-            *("", measure.on_one_line(row["versions"]), ""),
-            "| peer | includes | forward: work | x | call | peak | training: work | x | call | peak |",
-            "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-        ]
-        reasons, fused = [], row["peers"].get("fused", {})
+        fused, cells, reasons = row["peers"].get("fused", {}), [], []
         for name, peer in row["peers"].items():
-            cells = []
+            cells.append({"peer": name, "includes": peer["includes"]})
             for which in PASSES:
                 figures = peer.get(which, {})
-                cells += _cells(figures, fused.get(which, {}))
+                cells[-1] |= _cells(which, figures, fused.get(which, {}))
                 reasons += [f"- {name}, {which}: {figures[key]}" for key in FAILURES if key in figures]
-            lines.append(f"| {name} | {peer['includes']} | " + " | ".join(cells) + " |")
-        lines += ["", *reasons, ""] if reasons else [""]
-    return "\n".join(lines)
+        title = f"{row['problem']}: {row['sizes']}, {row['dtype']}"
+        parts += [table(title, cells, markdown=True), "", measure.on_one_line(row["versions"]), *reasons, ""]
+    return "\n".join(parts)
 
 
-def _cells(figures: dict[str, Any], fused: dict[str, Any]) -> list[str]:
+def _cells(which: str, figures: dict[str, Any], fused: dict[str, Any]) -> dict[str, object]:
     if "work_seconds" not in figures:
-        text = next((key for key in (*FAILURES, "checked") if key in figures), NOT_RUN)
-        return [text, "", "", ""]
-    ratio = f"{figures['work_seconds'] / fused['work_seconds']:.2f}" if "work_seconds" in fused else ""
-    return [
-        f"{figures['work_seconds'] * 1e3:.3f}",
-        ratio,
-        f"{figures['call_seconds'] * 1e3:.3f}",
-        f"{figures['peak_bytes'] / 2**20:.1f} MiB",
-    ]
+        state = next((key for key in (*FAILURES, "checked") if key in figures), "not run")
+        return {f"{which}: work": state, **{f"{which}: {name}": None for name in ("x", "call", "peak")}}
+    work = figures["work_seconds"]
+    return {
+        f"{which}: work": f"{work * 1e3:.3f}",
+        f"{which}: x": f"{work / fused['work_seconds']:.2f}" if "work_seconds" in fused else None,
+        f"{which}: call": f"{figures['call_seconds'] * 1e3:.3f}",
+        f"{which}: peak": f"{figures['peak_bytes'] / 2**20:.1f} MiB",
+    }
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

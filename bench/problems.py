@@ -9,6 +9,7 @@ from torch import Tensor
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.pooling.problem import MAX, MEAN, WEIGHTED
 from bra_triton.kernels.problem import PackedAttention, Settings
+from bra_triton.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -93,28 +94,23 @@ class Problem:
 
     @property
     def settings(self) -> Settings:
-        """The numbers, as the kernels take them."""
-        scale = self.qk_dim**-0.5
-        learns = self.routing_weight != "none"
-        return Settings(
-            *(self.qk_dim, self.num_heads, self.grid, self.topk, scale, scale),
-            *(self.routing_weight, learns),
-        )
+        """The numbers, as the kernels take them; raises ValueError where they do not fit each other."""
+        return AttentionSpec(**self._spec_arguments).settings(self.grid)
+
+    @property
+    def _spec_arguments(self) -> dict[str, Any]:
+        names = ("dim", "qk_dim", "num_heads", "n_win", "topk")
+        weight = {
+            "soft_routing": self.routing_weight == "soft",
+            "diff_routing": self.routing_weight != "none",
+        }
+        return {name: getattr(self, name) for name in names} | weight
 
     @property
     def module_arguments(self) -> dict[str, Any]:
         """Arguments of `BiLevelRoutingAttention`, without K/V down-sampling."""
-        return {
-            "dim": self.dim,
-            "qk_dim": self.qk_dim,
-            "num_heads": self.num_heads,
-            "n_win": self.n_win,
-            "topk": self.topk,
-            "side_dwconv": self.side_dwconv,
-            "auto_pad": self.grid.is_padded,
-            "soft_routing": self.routing_weight == "soft",
-            "diff_routing": self.routing_weight != "none",
-        }
+        of_map = {"side_dwconv": self.side_dwconv, "auto_pad": self.grid.is_padded}
+        return self._spec_arguments | of_map
 
     def attention(self, make: Callable[..., Tensor], means: Tensor | None = None) -> PackedAttention[Tensor]:
         """The attention as the kernels take it.

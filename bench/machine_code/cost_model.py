@@ -7,10 +7,9 @@ problem says:
 
 Predicated instructions count as executed, and rows of dK/dV have the mean length. Bounds suppose that nothing
 but the unit in question costs time, at documented peak rates; latency and caches are left out. What tiles
-compete with (`Cost.cost`, `loop_cost`) counts latency by `hardware.LATENCY_WARPS`.
+compete with (`Cost.cost`) counts latency by `hardware.LATENCY_WARPS`.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.hardware import Hardware, latency
 from bra_triton.bench.machine_code.static_analysis import LoopMix
 from bra_triton.bench.problems import Problem
-from bra_triton.kernels.tiles import channel_block
+from bra_triton.kernels import tiles
 
 # Multiply-adds of the matrix products for one score, in query/key and value channels.
 _PRODUCTS = {
@@ -28,7 +27,12 @@ _PRODUCTS = {
     "small_map_forward": (1, 1),
     "small_map_backward": (4, 3),  # a score that both a query's and a key's program compute
 }
-ATTENTION_KERNELS = ("attention_forward", "query_gradient", "key_value_gradient")
+# Names of the kernels that have entries in tables of tiles.
+KERNEL_NAMES = {
+    tiles.FORWARD: "attention_forward",
+    tiles.QUERY_GRADIENT: "query_gradient",
+    tiles.KEY_VALUE_GRADIENT: "key_value_gradient",
+}
 SMALL_MAP_KERNELS = ("small_map_forward", "small_map_backward")
 
 
@@ -82,18 +86,6 @@ class Cost:
         """The unit that takes longest."""
         return max(self.bounds, key=self.bounds.__getitem__)
 
-    @property
-    def seconds(self) -> float:
-        """Time that no launch of this code can beat; infinite where a block does not fit."""
-        return self.bounds[self.binding] if self.resident_warps else math.inf
-
-
-def loop_cost(code: Analysis, hardware: Hardware) -> float:
-    """Issue slots of the loop for a score, and the time that warps wait; see `hardware.LATENCY_WARPS`."""
-    usage = code.usage
-    warps = hardware.resident_warps(usage.registers, usage.shared_bytes, code.num_warps)
-    return code.slots_per_score * latency(warps)
-
 
 def predict(
     kernel: str,
@@ -106,7 +98,7 @@ def predict(
     """Predicts a launch of an attention kernel from its counted code.
 
     Args:
-        kernel: one of `ATTENTION_KERNELS` or `SMALL_MAP_KERNELS`.
+        kernel: one of `KERNEL_NAMES` or `SMALL_MAP_KERNELS`.
         code: its counts.
         problem: sizes; where every region attends to all, `Problem.merged` is what is launched.
         hardware: rates.
@@ -178,7 +170,7 @@ def _walk_of_small_map(kernel: str, code: Analysis, problem: Problem) -> Walk:
 def fma_per_score(kernel: str, problem: Problem) -> int:
     """Multiply-adds of the matrix products for one score, heads as wide as their tiles."""
     qk, v = _PRODUCTS[kernel]
-    return qk * channel_block(problem.qk_head_dim) + v * channel_block(problem.head_dim)
+    return qk * tiles.channel_block(problem.qk_head_dim) + v * tiles.channel_block(problem.head_dim)
 
 
 def bytes_moved(kernel: str, problem: Problem, element_bytes: int = 2) -> int:

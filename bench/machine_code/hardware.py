@@ -70,9 +70,9 @@ class Hardware:
         return num_warps * min(by_registers, by_shared, self.max_warps // num_warps, self.max_blocks)
 
 
-def latency(resident_warps: int, latency_warps: float = LATENCY_WARPS) -> float:
+def latency(resident_warps: int) -> float:
     """What issue slots have to be multiplied by for so many warps an SM; infinite for none."""
-    return 1 + latency_warps / resident_warps if resident_warps else math.inf
+    return 1 + LATENCY_WARPS / resident_warps if resident_warps else math.inf
 
 
 HARDWARE = {

@@ -7,7 +7,6 @@ shared memory and spills, `sections` counts the instructions of its loops.
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +22,6 @@ TARGETS = {
     **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-
 # Opcode patterns of the classes that are counted; an instruction belongs to the first that fits.
 INSTRUCTION_CLASSES = {
     "exponentials": r"MUFU\.EX2",
@@ -67,7 +65,6 @@ class KernelSpecimen:
 class Compiled:
     """A kernel compiled for one architecture."""
 
-    specimen: KernelSpecimen
     arch: str  # a key of TARGETS
     symbol: str  # the kernel's name in the machine code
     shared_bytes: int  # shared memory that a launch asks for, per thread block
@@ -117,32 +114,6 @@ class LoopMix:
         return sum(self.counts.values())
 
 
-def compile_for(specimen: KernelSpecimen, arch: str) -> Compiled:
-    """Compile a kernel for `arch`, a key of `TARGETS`, as a launch on such a GPU would.
-
-    Raises:
-        ValueError: `arch` is not such a key, or `signature` and `constexprs` are not together exactly
-            the arguments of the kernel.
-        TypeError: the kernel was not made by `@triton.jit`; under `TRITON_INTERPRET=1` none is.
-    """
-    if arch not in TARGETS:
-        raise ValueError(f"unknown architecture {arch!r}; use one of {', '.join(TARGETS)}")
-    built = _triton_compile(specimen, TARGETS[arch])
-    return Compiled(specimen, arch, built.metadata.name, built.metadata.shared, built.asm)
-
-
-def resource_usage(compiled: Compiled) -> Usage:
-    """Registers, shared memory and spills of a compiled kernel."""
-    if "amdgcn" in compiled.asm:
-        return _amd_usage(compiled)
-    report = _run_nvidia_tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
-    found = re.search(rf"Function {re.escape(compiled.symbol)}:\s+REG:(\d+) STACK:(\d+)", report)
-    assert found, f"cuobjdump reported nothing about {compiled.symbol}:\n{report}"
-    opcodes = Counter(opcode.split(".")[0] for _, opcode, _ in _instructions(compiled.sass)[0])
-    # The report's own SHARED leaves out Triton's memory, which is allocated at launch.
-    return Usage(int(found[1]), compiled.shared_bytes, int(found[2]), opcodes["LDL"], opcodes["STL"])
-
-
 @dataclass(frozen=True)
 class Sections:
     """The code of a kernel, every instruction that can be reached in one of them.
@@ -162,11 +133,25 @@ class Sections:
     rest: LoopMix
 
 
+def resource_usage(compiled: Compiled) -> Usage:
+    """Registers, shared memory and spills of a compiled kernel."""
+    if "amdgcn" in compiled.asm:
+        return _amd_usage(compiled)
+    report = _run_nvidia_tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
+    found = re.search(rf"Function {re.escape(compiled.symbol)}:\s+REG:(\d+) STACK:(\d+)", report)
+    assert found, f"cuobjdump reported nothing about {compiled.symbol}:\n{report}"
+    opcodes = [opcode.split(".")[0] for _, opcode, _ in _instructions(compiled.sass)[0]]
+    # The report's own SHARED leaves out Triton's memory, which is allocated at launch.
+    spills = opcodes.count("LDL"), opcodes.count("STL")
+    return Usage(int(found[1]), compiled.shared_bytes, int(found[2]), *spills)
+
+
 def sections(compiled: Compiled) -> Sections:
     """Takes a kernel's code apart. Raises `ValueError` for an AMD architecture."""
     program, labels = _instructions(compiled.sass)
     successors = _successors(program, labels)
-    loops = _natural_loops(successors, _entries(labels))
+    entries = [index for label, index in labels.items() if label.startswith(".text.")]
+    loops = _natural_loops(successors, entries)
     mixes = {header: _mix_of(program, body) for header, body in loops.items()}
     with_matrix = _innermost({h: loops[h] for h in loops if mixes[h].counts["matrix"]})
     inside = set().union(*(loops[header] for header in with_matrix))
@@ -176,7 +161,7 @@ def sections(compiled: Compiled) -> Sections:
         max(found, key=lambda h: mixes[h].total, default=None) for found in (with_matrix - {main}, loading)
     )
     chosen = (main, *others)
-    reached = _reachable(successors, _entries(labels), barred=-1) - {-1, len(program)}
+    reached = _reachable(successors, entries, barred=-1) - {-1, len(program)}
     rest = reached.difference(*(loops[header] for header in chosen if header is not None))
     loop, tail, taps = (None if header is None else mixes[header] for header in chosen)
     return Sections(loop, tail, taps, _mix_of(program, rest))
@@ -185,8 +170,17 @@ def sections(compiled: Compiled) -> Sections:
 # Only the next three functions touch Triton's own interface, which changes between its versions.
 
 
-def _triton_compile(specimen: KernelSpecimen, target: GPUTarget) -> Any:
-    kernel = specimen.kernel
+def compile_for(specimen: KernelSpecimen, arch: str) -> Compiled:
+    """Compile a kernel for `arch`, a key of `TARGETS`, as a launch on such a GPU would.
+
+    Raises:
+        ValueError: `arch` is not such a key, or `signature` and `constexprs` are not together exactly
+            the arguments of the kernel.
+        TypeError: the kernel was not made by `@triton.jit`; under `TRITON_INTERPRET=1` none is.
+    """
+    if arch not in TARGETS:
+        raise ValueError(f"unknown architecture {arch!r}; use one of {', '.join(TARGETS)}")
+    target, kernel = TARGETS[arch], specimen.kernel
     if not isinstance(kernel, JITFunction):
         raise TypeError(f"{kernel!r} is not a @triton.jit function (is TRITON_INTERPRET set?)")
     given = [*specimen.signature, *specimen.constexprs]
@@ -207,7 +201,8 @@ def _triton_compile(specimen: KernelSpecimen, target: GPUTarget) -> Any:
             attrs[path].append(["tt.pointer_range", 32])
     source = ASTSource(kernel, signature, constants, attrs)
     options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
-    return triton.compile(source, target=target, options=options)
+    built = triton.compile(source, target=target, options=options)
+    return Compiled(arch, built.metadata.name, built.metadata.shared, built.asm)
 
 
 def _arguments(signature: Mapping[str, Any]) -> Iterator[tuple[tuple[int, ...], str, str]]:
@@ -232,11 +227,10 @@ def _amd_usage(compiled: Compiled) -> Usage:
     text = compiled.asm["amdgcn"]
     metadata = dict(re.findall(r"^ +(?:- )?\.(\w+): +(\d+)$", text, re.MULTILINE))
     return Usage(
-        registers=int(metadata["vgpr_count"]),
-        shared_bytes=int(metadata["group_segment_fixed_size"]) + compiled.shared_bytes,
-        stack_bytes=int(metadata["private_segment_fixed_size"]),
-        spill_loads=len(re.findall(r"^\s*scratch_load", text, re.MULTILINE)),
-        spill_stores=len(re.findall(r"^\s*scratch_store", text, re.MULTILINE)),
+        int(metadata["vgpr_count"]),
+        int(metadata["group_segment_fixed_size"]) + compiled.shared_bytes,
+        int(metadata["private_segment_fixed_size"]),
+        *(len(re.findall(rf"^\s*scratch_{kind}", text, re.MULTILINE)) for kind in ("load", "store")),
     )
 
 
@@ -261,10 +255,6 @@ def _mix_of(program: list[_Instruction], body: set[int]) -> LoopMix:
     for opcode in opcodes:
         counts[next(n for n, p in INSTRUCTION_CLASSES.items() if re.match(rf"(?:{p})(?:\.|$)", opcode))] += 1
     return LoopMix(counts, sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in opcodes))
-
-
-def _entries(labels: dict[str, int]) -> list[int]:
-    return [index for label, index in labels.items() if label.startswith(".text.")]
 
 
 def _innermost(loops: Mapping[int, set[int]]) -> set[int]:
@@ -300,11 +290,10 @@ def _natural_loops(successors: list[list[int]], entries: list[int]) -> dict[int,
         for target in targets:
             predecessors[target].append(source)
     bodies: dict[int, set[int]] = {}
-    for source, targets in enumerate(successors):
-        for header in targets:
-            if header <= source and source not in _reachable(successors, entries, barred=header):
-                body = _reachable(predecessors, [source], barred=header)
-                bodies.setdefault(header, set()).update(body)
+    jumps = ((source, header) for source, targets in enumerate(successors) for header in targets)
+    for source, header in jumps:
+        if header <= source and source not in _reachable(successors, entries, barred=header):
+            bodies.setdefault(header, set()).update(_reachable(predecessors, [source], barred=header))
     return bodies
 
 

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import geometric_mean
+from typing import NamedTuple
 
 import torch
 import triton
 
 from bra_triton.bench.machine_code.analysis import Analysis, Result, analyse_each
-from bra_triton.bench.machine_code.cost_model import loop_cost, predict
-from bra_triton.bench.machine_code.hardware import HARDWARE, table_shared_bytes
+from bra_triton.bench.machine_code.cost_model import KERNEL_NAMES, predict
+from bra_triton.bench.machine_code.hardware import HARDWARE, latency, table_shared_bytes
 from bra_triton.bench.machine_code.launches import record_attention
 from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
 from bra_triton.bench.problems import Problem
@@ -24,11 +25,6 @@ from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import PLAIN, Key, Tile
 from bra_triton.kernels.tiles.table import Entry, Table, packaged
 
-KERNEL_NAMES = {
-    tiles.FORWARD: "attention_forward",
-    tiles.QUERY_GRADIENT: "query_gradient",
-    tiles.KEY_VALUE_GRADIENT: "key_value_gradient",
-}
 _DTYPES = {16: torch.float16, 32: torch.float32}
 
 # The model is no closer than this. Among costs within it the cheapest loop wins: it alone decides for lists
@@ -44,29 +40,22 @@ STAGES = (3, 2)
 FORM_ENOUGH, FORM_BATCH = 1, 2
 
 
-@dataclass(frozen=True)
-class Job:
-    """One configuration to compile.
-
-    Attributes:
-        arch: architecture.
-        kernel: a key of `KERNEL_NAMES`.
-        bits: of an element.
-        head_dim: channels of a head.
-        tile: the configuration.
-        form: one of `tiles.FORMS`.
-    """
+class Job(NamedTuple):
+    """One configuration to compile: for an entry of any size, since code does not depend on that."""
 
     arch: str
-    kernel: str
-    bits: int
-    head_dim: int
+    key: Key
     tile: Tile
-    form: str = PLAIN
+
+    @classmethod
+    def of(cls, arch: str, key: Key, tile: Tile) -> "Job":
+        """What is to be compiled for an entry."""
+        return cls(arch, replace(key, size=tiles.SIZES[-1]), tile)
 
     def __str__(self) -> str:
-        form = "" if self.form == PLAIN else f" {self.form}"
-        return f"{self.arch} {self.kernel} fp{self.bits} head {self.head_dim} {self.tile}{form}"
+        key = self.key
+        form = "" if key.form == PLAIN else f" {key.form}"
+        return f"{self.arch} {key.kernel} fp{key.bits} head {key.head_dim} {self.tile}{form}"
 
 
 Results = Mapping[Job, Result]
@@ -91,7 +80,7 @@ def jobs_of(keys: Iterable[Key], arch: str, stages: Sequence[int] = STAGES) -> l
     """All configurations worth compiling for these entries, each once."""
     return list(
         dict.fromkeys(
-            _job(key, arch, tile)
+            Job.of(arch, key, tile)
             for key in keys
             for num_stages in stages
             for tile in candidates(key.kernel, key.bits, key.head_dim, num_stages)
@@ -108,7 +97,7 @@ def jobs_of_forms(keys: Iterable[Key], arch: str, results: Results) -> list[Job]
             continue
         plain = replace(key, form=PLAIN)
         ranked = rank(plain, arch, results) or rank(plain, arch, results, spilling=True)[:FORM_BATCH]
-        forms = [_job(key, arch, each.tile) for each in ranked]
+        forms = [Job.of(arch, key, each.tile) for each in ranked]
         jobs += [job for job in forms if job not in results][:FORM_BATCH]
     return list(dict.fromkeys(jobs))
 
@@ -127,12 +116,13 @@ def compile_all(jobs: Sequence[Job], workers: int) -> dict[Job, Result]:
 
 def specimen(job: Job) -> KernelSpecimen:
     """The kernel as a launch would give it to the compiler: the job's tile, and all that its form adds."""
-    side = 80 if job.form == PLAIN else 79
-    routing_weight = "soft" if job.form == tiles.WEIGHTED else "none"
-    problem = Problem("", 2, side, side, 2 * job.head_dim, 2, 8, 4, routing_weight)
-    with tiles.use_tiles({job.kernel: job.tile}):
-        launched = record_attention(problem, _DTYPES[job.bits])
-    return next(x.specimen for x in launched if x.specimen.name == KERNEL_NAMES[job.kernel])
+    key = job.key
+    side = 80 if key.form == PLAIN else 79
+    routing_weight = "soft" if key.form == tiles.WEIGHTED else "none"
+    problem = Problem("", 2, side, side, 2 * key.head_dim, 2, 8, 4, routing_weight)
+    with tiles.use_tiles({key.kernel: job.tile}):
+        launched = record_attention(problem, _DTYPES[key.bits])
+    return next(x.specimen for x in launched if x.specimen.name == KERNEL_NAMES[key.kernel])
 
 
 def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[Ranked]:
@@ -145,10 +135,12 @@ def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[
         code = results.get(job)
         if isinstance(code, Analysis) and _runs_on(arch, code, spilling):
             costs = [
-                predict(KERNEL_NAMES[key.kernel], code, problem, hardware, key.bits // 8).cost
+                predict(KERNEL_NAMES[key.kernel], code, problem, hardware, key.bits // 8)
                 for problem in problems(key.size, key.head_dim)
             ]
-            ranked.append(Ranked(job.tile, geometric_mean(costs), loop_cost(code, hardware), code.serialised))
+            loop = code.slots_per_score * latency(costs[0].resident_warps)
+            mean = geometric_mean(cost.cost for cost in costs)
+            ranked.append(Ranked(job.tile, mean, loop, code.serialised))
     # Smaller tiles read the other side more often than the costs tell; of the widest heads no others fit.
     ranked = [r for r in ranked if serves(r.tile, key.size)] or ranked
     by_cost = sorted(ranked, key=lambda r: (r.handicapped_cost, r.tile.num_warps))
@@ -182,7 +174,3 @@ def table(keys: Sequence[Key], arch: str, results: Results) -> tuple[Table, list
             entries[key] = Entry(replace(ranked[0].tile, fuses_lepe=fuses), round(ranked[0].cost, 2))
     torch_version = re.sub(r"\+.*", "", torch.__version__)
     return Table(arch, "predicted", torch_version, triton.__version__, entries), spilling
-
-
-def _job(key: Key, arch: str, tile: Tile) -> Job:
-    return Job(arch, key.kernel, key.bits, key.head_dim, tile, key.form)

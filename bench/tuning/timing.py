@@ -6,6 +6,7 @@ kept, so that a stopped run goes on where it was.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -54,8 +55,7 @@ class Trial:
         heads = (problem.qk_head_dim, problem.head_dim)
         # Hard routing multiplies by no factor, but dQ computes the gradient of one.
         weighting = ("soft", "hard") if self.kernel == QUERY_GRADIENT else ("soft",)
-        is_padded, is_weighted = self.problem.grid.is_padded, problem.routing_weight in weighting
-        form = tiles.form_of(heads, is_padded, 1, is_weighted)
+        form = tiles.form_of(heads, self.problem.grid.is_padded, 1, problem.routing_weight in weighting)
         return Key.of(self.kernel, 8 * self.dtype.itemsize, max(heads), grid.region_tokens, form)
 
     def __str__(self) -> str:
@@ -67,18 +67,15 @@ def trials(
 ) -> list[Trial]:
     """All configurations to time: those worth trying, and what launches get so far."""
     found = []
-    for problem in problems:
-        for kernel in kernels:
-            so_far = Trial(problem, dtype, kernel, Tile(16, 16, 1, 1))  # the key does not depend on the tile
-            key = so_far.key
-            head_dim = max(problem.qk_head_dim, problem.head_dim)
-            used = tiles.choose(kernel, dtype, head_dim, key.size, device, key.form)
-            stages = (1,) if torch.version.hip else (3, 2)
-            space = [t for n in stages for t in candidates(kernel, key.bits, key.head_dim, n)]
-            fitting = [tile for tile in space if serves(tile, key.size)]
-            # Of the widest heads only small tiles fit.
-            tried = dict.fromkeys([used, *(fitting or space)])
-            found += [replace(so_far, tile=tile) for tile in tried]
+    for problem, kernel in itertools.product(problems, kernels):
+        so_far = Trial(problem, dtype, kernel, Tile(16, 16, 1, 1))  # the key does not depend on the tile
+        key = so_far.key
+        used = tiles.choose(kernel, dtype, key.head_dim, key.size, device, key.form)
+        stages = (1,) if torch.version.hip else (3, 2)
+        space = [t for n in stages for t in candidates(kernel, key.bits, key.head_dim, n)]
+        fitting = [tile for tile in space if serves(tile, key.size)]
+        # Of the widest heads only small tiles fit.
+        found += [replace(so_far, tile=tile) for tile in dict.fromkeys([used, *(fitting or space)])]
     return found
 
 

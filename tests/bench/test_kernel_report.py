@@ -6,7 +6,7 @@ import pytest
 
 from bra_triton.bench import kernel_report
 from bra_triton.bench.machine_code.analysis import Analysis, analyse_all
-from bra_triton.bench.machine_code.cost_model import ATTENTION_KERNELS
+from bra_triton.bench.machine_code.cost_model import KERNEL_NAMES
 from bra_triton.bench.machine_code.static_analysis import compile_for, sections
 from bra_triton.bench.problems import PROBLEMS
 from bra_triton.kernels import tiles
@@ -30,7 +30,7 @@ def test_the_report_of_one_problem(tmp_path, capsys):
     assert status == int(any(row["failures"] for row in rows))
     assert "| problem" in printed
     by_kernel = {row["kernel"]: row for row in rows}
-    for kernel in ATTENTION_KERNELS:
+    for kernel in KERNEL_NAMES.values():
         row = by_kernel[kernel]
         assert row["analysis"]["loop"]["counts"]["exponentials"] > 0
         assert row["target"] == kernel_report.TARGETS[kernel, "sm_90", 32]
@@ -57,7 +57,7 @@ def test_small_maps_are_reported_in_both_forms(monkeypatch):
     assert not small.failures
 
 
-@pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
+@pytest.mark.parametrize("kernel", KERNEL_NAMES.values())
 @pytest.mark.parametrize("arch", kernel_report.CHECKED_ARCHITECTURES)
 def test_shipped_configurations_meet_their_targets_and_do_not_spill(arch, kernel, capsys, monkeypatch):
     """What makes a routed loop dearer fails here."""
@@ -94,13 +94,13 @@ def kernels_only(monkeypatch, *names):
 
 
 def test_what_does_not_compile_fails_the_report():
-    row = kernel_report.Row("p", "sm_80", "attention_forward", error="no")
-    assert row.failures == ["p, sm_80, attention_forward: does not compile: no"]
+    row = kernel_report.Row(PROBLEMS["yolo_p3"], "float16", "sm_80", "attention_forward", error="no")
+    assert row.failures == ["yolo_p3, sm_80, attention_forward: does not compile: no"]
 
 
 def test_targets_are_for_large_regions_half_precision_and_two_architectures():
     targets = {
-        (name, arch, dtype): kernel_report.target_of("query_gradient", PROBLEMS[name], arch, dtype)
+        (name, arch, dtype): kernel_report.Row(PROBLEMS[name], dtype, arch, "query_gradient").target
         for name in ("yolo_p3", "yolo_p4", "yolo_p3_soft", "high_resolution_head64")
         for arch in ("sm_80", "sm_120")
         for dtype in ("float16", "float32")

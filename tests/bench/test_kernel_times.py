@@ -12,7 +12,9 @@ from bra_triton.bench.problems import PROBLEMS
 
 def row(seconds, kernel="route"):
     moved = round(seconds * HARDWARE["sm_90"].bandwidth)
-    return kernel_report.Row("p", "sm_90", kernel, 1, moved, SimpleNamespace(loop=None))
+    return kernel_report.Row(
+        PROBLEMS["tiny"], "float16", "sm_90", kernel, 1, moved, SimpleNamespace(loop=None)
+    )
 
 
 def test_of_several_launches_of_a_kernel_each_has_its_own_times(monkeypatch):
@@ -26,7 +28,7 @@ def test_of_several_launches_of_a_kernel_each_has_its_own_times(monkeypatch):
 
 def test_the_median_launch_beside_the_bound_that_binds():
     assert kernel_times.compare(row(2e-6), [9e-6, 3e-6, 4e-6]) == {
-        **{"problem": "p", "kernel": "route", "tile": ""},
+        **{"problem": "tiny", "kernel": "route", "tile": ""},
         **{"measured us": 4.0, "predicted us": 2.0, "binds": "memory", "ratio": 2.0},
     }
 

@@ -74,8 +74,8 @@ def test_a_dry_run_of_a_prediction(capsys, tmp_path):
     ("argv", "message"),
     [
         (["--shape", "1x4x4x16", "--dry-run"], "--shape needs --num-heads, --n-win, --topk"),
-        ([*TINY[:3], "3", *TINY[4:], "--dry-run"], "--num-heads must divide 16 channels, got 3"),
-        ([*TINY[:-1], "2", "--dry-run"], "--topk be at most 1 regions, got 2"),
+        ([*TINY[:3], "3", *TINY[4:], "--dry-run"], "dim must be a multiple of num_heads=3, got 16"),
+        ([*TINY[:-1], "2", "--dry-run"], "topk must be at most the number of regions, 1 for n_win=1, got 2"),
         (["--shape", "4x4x16", "--dry-run"], "NxHxWxDIM"),
         (["--dtype", "float64"], "float64"),
     ],
