@@ -97,8 +97,7 @@ def measure(
             timing.time_all(trials, results, device, timer, kept, args.workers)
             timing.time_all(timing.refinements(results), results, device, timer, kept, args.workers)
         finally:
-            best = timing.winners(timing.of_finished_entries(results, trials))
-            found = {key: Entry(tile, round(took, 4)) for key, (tile, took) in best.items()}
+            found = timing.winners(results, trials)
             tile_cache.update(card, found)
             tiles.forget()
         for key, entry in found.items():

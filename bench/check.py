@@ -36,14 +36,11 @@ from bra_triton.bench.tables import table
 
 # Problem, batch and dtype; the most telling first, since the time may not last for all.
 ROWS = (
-    "yolo_p3:8:float16",
-    "biformer_stage1:8:float16",
-    "yolo_p4:8:float16",
-    "biformer_stage2:8:float16",
-    "yolo_p5:8:float16",
-    "biformer_stage3:8:float16",
-    "biformer_stage4:8:float16",
-    "yolo_p3:1:float16",
+    *(
+        f"{name}:8:float16"
+        for name in ("yolo_p3", "biformer_stage1", "yolo_p4", "biformer_stage2", "yolo_p5")
+    ),
+    *("biformer_stage3:8:float16", "biformer_stage4:8:float16", "yolo_p3:1:float16"),
 )
 ROWS_ON_CPU = ("tiny:1:float32", "tiny_padded:2:float32")
 IN_TREE = (sys.executable, str(ROOT / "bench" / "in_tree.py"))
@@ -95,10 +92,8 @@ def _plan(options: argparse.Namespace, out: Path, notes: list[str]) -> list[Job]
     """The checks, the longest first, so that all end at about the same time."""
     planned, files = [], {}
     if "peers" in options.parts:
-        planned += [
-            Job(f"peers {row}", _row_command(row, options, "--check-only"), _log(out, f"peers {row}"))
-            for row in options.rows
-        ]
+        for row in options.rows:
+            planned.append(_job(out, f"peers {row}", _row_command(row, options, "--check-only")))
     if "suite" in options.parts:
         paths = [*(ROOT / "tests/kernels").glob("test_*.py"), *(ROOT / "tests/bra_triton").glob("test_*.py")]
         for path in sorted(paths):
@@ -107,14 +102,16 @@ def _plan(options: argparse.Namespace, out: Path, notes: list[str]) -> list[Job]
                 continue
             # What is marked `compiled` compiles for GPUs that are not here: `make test` does that.
             command = [*PYTEST, "-m", "not compiled", str(path.relative_to(ROOT))]
-            name = f"file {path.stem}"
-            files[path.stem] = Job(name, command, _log(out, name), passes=(0, NO_TESTS))
+            files[path.stem] = _job(out, f"file {path.stem}", command, passes=(0, NO_TESTS))
     planned = [files.pop(name) for name in LONGEST_FILES if name in files] + planned
     if "modes" in options.parts:
         for mode in options.modes or all_modes():
-            command = [*PYTEST, "-k", f"[{mode}-", str(options.tests)]
-            planned.append(Job(f"mode {mode}", command, _log(out, f"mode {mode}")))
+            planned.append(_job(out, f"mode {mode}", [*PYTEST, "-k", f"[{mode}-", str(options.tests)]))
     return planned + list(files.values())
+
+
+def _job(out: Path, name: str, command: Sequence[str], passes: Sequence[int] = (0,)) -> Job:
+    return Job(name, command, out / "logs" / f"{_slug(name)}.log", passes)
 
 
 def all_modes() -> list[str]:
@@ -144,8 +141,7 @@ def _benchmark(
         if deadline - time.monotonic() < LEAST_ROW_SECONDS:
             results["notes"].append(f"{budget} was spent; not timed: {', '.join(options.rows[position:])}")
             break
-        name = f"row {row}"
-        job = Job(name, _row_command(row, options, "--out", str(out / "rows")), _log(out, name))
+        job = _job(out, f"row {row}", _row_command(row, options, "--out", str(out / "rows")))
         outcome = jobs.run_one(job, deadline, ROOT, _environment(options.device))
         _say(start, f"{outcome.status:12} {outcome.name} ({outcome.seconds:.0f} s)")
         if outcome.status == jobs.FAILED:
@@ -175,10 +171,6 @@ def _environment(device: str, threads: int | None = None) -> dict[str, str]:
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     return environment
-
-
-def _log(out: Path, name: str) -> Path:
-    return out / "logs" / f"{_slug(name)}.log"
 
 
 def _slug(name: str) -> str:

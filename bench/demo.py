@@ -33,8 +33,7 @@ COMPARISON = {"optimizer": "SGD", "lr0": 1e-3, "warmup_epochs": 0}
 # last place: training amplifies that as it amplifies the backends' rounding. Other orders of addition may
 # cost some units more than the control's one.
 CONTROL_FACTOR = 10
-CONTROL = "reference, weights rounded otherwise"
-
+CONTROL = "control"
 ATTENTION_ROWS = (("seconds", "time", "ms", 1e3), ("peak_bytes", "peak", "MiB", 2**-20))
 
 
@@ -102,8 +101,8 @@ def compare_steps(data: Path, backend: str, options: argparse.Namespace) -> dict
     model.add_callback("on_pretrain_routine_end", prepare)
     model.add_callback("on_train_batch_start", start_step)
     model.add_callback("on_train_batch_end", end_step)
-    name = "compare-control" if backend == CONTROL else f"compare-{backend}"
-    demo.fit(model, data, options.compare_steps, {**demo.settings(options, name), **COMPARISON})
+    settings = {**demo.settings(options, f"compare-{backend}"), **COMPARISON}
+    demo.fit(model, data, options.compare_steps, settings)
     return {"loss": losses, "seconds": times}
 
 
@@ -170,33 +169,27 @@ def report(summary: dict[str, Any], out: Path) -> None:
     demo.report(summary["training"], out)
     print(f"\n{measure.on_one_line(summary['versions'])}\n{MODEL}, {summary['imgsz']} px\n")
     losses = [
-        {
-            **{"step": step, "fused": f"{fused:.6f}", "distance": f"{abs(fused / reference - 1):.1e}"},
-            **{"reference": f"{reference:.6f}", "control": f"{control:.6f}"},
-            "its distance": f"{abs(control / reference - 1):.1e}",
-        }
-        for step, (fused, reference, control) in enumerate(
-            zip(*(x["loss"] for x in steps.values()), strict=True)
-        )
+        {"step": step}
+        | {name: f"{run['loss'][step]:.6f}" for name, run in steps.items()}
+        | {f"distance of {name}": f"{far[step]:.1e}" for name, far in summary["loss_distance"].items()}
+        for step in range(len(steps["reference"]["loss"]))
     ]
-    print(
-        table("Training from the same seed: loss of each step, and its distance from the reference's", losses)
-    )
-    print("control: the reference with its weights moved by half a unit in the last place\n")
+    print(table("Training from the same seed: loss of each step, and distance from the reference", losses))
+    print("control: the reference with its weights moved by half a unit in the last place")
     medians = {backend: statistics.median(steps[backend]["seconds"]) for backend in BACKENDS}
     costs = [_row("training step, median", medians, "ms", 1e3)]
     for name, figures in summary["attention"].items():
         for key, label, unit, factor in ATTENTION_ROWS:
             of_backends = {backend: figures[backend][key] for backend in BACKENDS}
             costs.append(_row(f"attention {label}, {name}", of_backends, unit, factor))
+    print()
     print(table("Costs", costs))
     print(f"\nAll figures: {out / 'summary.json'}")
 
 
 def _row(label: str, values: dict[str, float], unit: str, factor: float) -> dict[str, object]:
-    fused, reference = (f"{values[backend] * factor:.2f} {unit}" for backend in BACKENDS)
-    ratio = f"{values['reference'] / values['auto']:.2f}x"
-    return {"": label, "fused": fused, "reference": reference, "ratio": ratio}
+    cells = {backend: f"{values[backend] * factor:.2f} {unit}" for backend in BACKENDS}
+    return {"": label, **cells, "ratio": f"{values['reference'] / values['auto']:.2f}x"}
 
 
 def _distances(steps: dict[str, dict[str, Any]], name: str) -> list[float]:

@@ -15,37 +15,23 @@ LOG_TAIL = 2000
 
 @dataclass(frozen=True)
 class Job:
-    """A command.
+    """A command."""
 
-    Attributes:
-        name: what it is reported under.
-        command: program and arguments.
-        log: the file that receives what it prints.
-        passes: the exit statuses that are no failure.
-    """
-
-    name: str
-    command: Sequence[str]
-    log: Path
-    passes: Sequence[int] = (0,)
+    name: str  # what it is reported under
+    command: Sequence[str]  # program and arguments
+    log: Path  # receives what it prints
+    passes: Sequence[int] = (0,)  # the exit statuses that are no failure
 
 
 @dataclass
 class Outcome:
-    """What became of a job.
-
-    Attributes:
-        name: the job's.
-        status: `PASSED`, `FAILED` or `NOT_FINISHED`.
-        seconds: how long it ran.
-        says: the last line that it printed; pytest's has the numbers of tests.
-        failures: the lines in which it names a failure, as pytest's summary does; else the end of its log.
-    """
+    """What became of a job."""
 
     name: str
-    status: str
+    status: str  # PASSED, FAILED or NOT_FINISHED
     seconds: float
-    says: str = ""
+    says: str = ""  # the last line that it printed; pytest's has the numbers of tests
+    # The lines in which it names a failure, as pytest's summary does; else the end of its log.
     failures: list[str] = field(default_factory=list)
 
 

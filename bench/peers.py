@@ -5,19 +5,17 @@ do not divide the map, `fused` and `reference` take the padding beside the map; 
 first, which counts; `dense` needs none.
 
 FlexAttention skips whole blocks of queries by keys, multiples of 128 each on a GPU, and evaluates a mask in
-those that are allowed in part. A region has 100, 64, 16, 9, 4 or 1 tokens, so tokens are reordered region by
-region: then a block holds few regions, and where regions are large most blocks are skipped. Reordering reads
-the packed projection and writes queries, keys and values as FlexAttention wants them, which an attention that
-is not in place has to do anyway. `create_block_mask` is the general way to a block mask, and evaluates the
-mask for every pair of tokens; here the blocks follow from products of small matrices of regions, with the
-same result, which favours FlexAttention. Its kernel options are PyTorch's defaults. Routing changes every
-step, so every step must build the mask anew.
+those that are allowed in part. So tokens are reordered region by region: then a block holds few regions, and
+where regions are large most blocks are skipped. Reordering reads the packed projection and writes queries,
+keys and values as FlexAttention wants them, which an attention that is not in place has to do anyway.
+`create_block_mask` evaluates the mask for every pair of tokens; here the blocks follow from products of small
+matrices of regions, with the same result, which favours FlexAttention. Routing changes every step, so every
+step must build the mask anew.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +29,11 @@ from bra_triton.bench.problems import Problem
 BLOCK = 128
 
 
-@dataclass(frozen=True)
-class Peer:
-    """One way to compute the attention.
+class Peer(NamedTuple):
+    """One way to compute the attention."""
 
-    Attributes:
-        includes: what a call includes.
-        attend: the function of `qkv` that is timed.
-    """
-
-    includes: str
-    attend: Callable[[Tensor], Tensor]
+    includes: str  # what a call includes, in words
+    attend: Callable[[Tensor], Tensor]  # the function of `qkv` that is timed
 
 
 def peers_for(

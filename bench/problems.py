@@ -14,40 +14,24 @@ from bra_triton.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention over a packed projection: sizes and mode, enough to launch it.
+    """One attention over a packed projection: sizes and mode, enough to launch it."""
 
-    Attributes:
-        name: how it is asked for; problems that differ in nothing else are equal.
-        batch: images.
-        height: rows of the map; a side that is no multiple of `n_win` is padded.
-        width: columns of the map.
-        dim: channels of the values, all heads together.
-        num_heads: attention heads.
-        n_win: regions a side.
-        topk: regions that every region attends to.
-        routing_weight: "none", "soft" or "hard".
-        kv_per_win: keys a side of a region; None for as many as queries.
-        kv_pooling: one of `pooling.problem.MODES`, which makes the `kv_per_win` keys from a region's tokens;
-            None where the keys are given.
-        head_graphs: one routing graph per head.
-        side_dwconv: side of LePE's convolution, 0 for none.
-        qk_dim: channels of the queries, all heads together; 0 stands for `dim`.
-    """
-
-    name: str = field(compare=False)
+    name: str = field(compare=False)  # how it is asked for; problems that differ in nothing else are equal
     batch: int
-    height: int
+    height: int  # of the map; a side that is no multiple of `n_win` is padded
     width: int
-    dim: int
+    dim: int  # channels of the values, all heads together
     num_heads: int
-    n_win: int
-    topk: int
-    routing_weight: str = "none"
-    kv_per_win: int | None = None
+    n_win: int  # regions a side
+    topk: int  # regions that every region attends to
+    routing_weight: str = "none"  # or "soft" or "hard"
+    kv_per_win: int | None = None  # keys a side of a region; None for as many as queries
+    # One of `pooling.problem.MODES`, which makes the `kv_per_win` keys from a region's tokens; None where the
+    # keys are given.
     kv_pooling: str | None = None
-    head_graphs: bool = False
-    side_dwconv: int = 3
-    qk_dim: int = 0
+    head_graphs: bool = False  # one routing graph per head
+    side_dwconv: int = 3  # side of LePE's convolution, 0 for none
+    qk_dim: int = 0  # channels of the queries, all heads together; 0 stands for `dim`
 
     def __post_init__(self) -> None:
         if not self.qk_dim:

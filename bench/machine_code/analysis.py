@@ -22,21 +22,13 @@ class Analysis(Sections):
     """What the machine code of one kernel says: its sections, and what they are to be multiplied by.
 
     Only attention kernels have a `loop` and a `tail` here, and only those with a convolution `taps`.
-
-    Attributes:
-        block_m: BLOCK_M of an attention kernel, else 0; of a small map's kernel the rows of all its heads.
-        block_n: BLOCK_N of an attention kernel, else 0; of a small map's kernel the tokens of a step.
-        block_tail: list positions in a step of the tail's loop, 0 without one.
-        n_taps: taps of a convolution in the epilogue, 0 without one.
-        num_warps: warps of a thread block.
-        usage: registers, shared memory, spills.
     """
 
-    block_m: int
-    block_n: int
-    block_tail: int
-    n_taps: int
-    num_warps: int
+    block_m: int  # BLOCK_M of an attention kernel, else 0; of a small map's kernel the rows of all its heads
+    block_n: int  # BLOCK_N of an attention kernel, else 0; of a small map's kernel the tokens of a step
+    block_tail: int  # list positions in a step of the tail's loop, 0 without one
+    n_taps: int  # taps of a convolution in the epilogue, 0 without one
+    num_warps: int  # of a thread block
     usage: Usage
 
     @property

@@ -12,6 +12,7 @@ compete with (`Cost.cost`) counts latency by `hardware.LATENCY_WARPS`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.hardware import Hardware, latency
@@ -19,13 +20,26 @@ from bra_triton.bench.machine_code.static_analysis import LoopMix
 from bra_triton.bench.problems import Problem
 from bra_triton.kernels import tiles
 
-# Multiply-adds of the matrix products for one score, in query/key and value channels.
-_PRODUCTS = {
-    "attention_forward": (1, 1),
-    "query_gradient": (2, 1),
-    "key_value_gradient": (2, 2),
-    "small_map_forward": (1, 1),
-    "small_map_backward": (4, 3),  # a score that both a query's and a key's program compute
+
+class _Work(NamedTuple):
+    """What a kernel does for a score, and which maps it reads and writes."""
+
+    qk_products: int  # multiply-adds of the matrix products, in query/key channels
+    v_products: int  # and in value channels
+    query_maps: (
+        int  # pairs of a map as wide as the queries and one as wide as the values, on the queries' side
+    )
+    query_statistics: int  # bytes for every query and head
+    key_maps: int  # such pairs on the keys' side
+
+
+_WORK = {
+    "attention_forward": _Work(1, 1, 1, 4, 1),
+    "query_gradient": _Work(2, 1, 2, 4 + 8, 1),  # query, out, grad_out, lse; writes dQ and the statistics
+    "key_value_gradient": _Work(2, 2, 1, 8, 2),
+    "small_map_forward": _Work(1, 1, 1, 4, 1),
+    # A score is computed by a query's and by a key's program.
+    "small_map_backward": _Work(4, 3, 2, 4, 2),
 }
 # Names of the kernels that have entries in tables of tiles.
 KERNEL_NAMES = {
@@ -33,43 +47,26 @@ KERNEL_NAMES = {
     tiles.QUERY_GRADIENT: "query_gradient",
     tiles.KEY_VALUE_GRADIENT: "key_value_gradient",
 }
-SMALL_MAP_KERNELS = ("small_map_forward", "small_map_backward")
 
 
-@dataclass(frozen=True)
-class Walk:
-    """How an attention kernel cuts a problem into programs and steps.
+class Walk(NamedTuple):
+    """How an attention kernel cuts a problem into programs and steps."""
 
-    Attributes:
-        programs: thread blocks of the launch.
-        whole_tiles: steps of a program over whole tiles.
-        tail_steps: narrower steps that follow, masked.
-        scores: that a program computes, masked ones and those past the region's end included.
-    """
-
-    programs: int
-    whole_tiles: int
-    tail_steps: int
-    scores: int
+    programs: int  # thread blocks of the launch
+    whole_tiles: int  # steps of a program over whole tiles
+    tail_steps: int  # narrower steps that follow, masked
+    scores: int  # that a program computes, masked ones and those past the region's end included
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Prediction for one launch of an attention kernel.
+    """Prediction for one launch of an attention kernel."""
 
-    Attributes:
-        useful_scores: `Problem.useful_scores`.
-        issue_slots: thread instruction slots, all programs.
-        bytes_moved: every map read or written once.
-        bounds: seconds by unit: issue, exponential, matrix, memory.
-        resident_warps: warps an SM; 0 where a block does not fit.
-    """
-
-    useful_scores: int
-    issue_slots: float
-    bytes_moved: int
-    bounds: dict[str, float]
-    resident_warps: int
+    useful_scores: int  # `Problem.useful_scores`
+    issue_slots: float  # thread instruction slots, all programs
+    bytes_moved: int  # every map read or written once
+    bounds: dict[str, float]  # seconds by unit: issue, exponential, matrix, memory
+    resident_warps: int  # an SM; 0 where a block does not fit
 
     @property
     def slots_per_useful_score(self) -> float:
@@ -98,7 +95,7 @@ def predict(
     """Predicts a launch of an attention kernel from its counted code.
 
     Args:
-        kernel: one of `KERNEL_NAMES` or `SMALL_MAP_KERNELS`.
+        kernel: the name of an attention kernel, a small map's or another.
         code: its counts.
         problem: sizes; where every region attends to all, `Problem.merged` is what is launched.
         hardware: rates.
@@ -108,8 +105,8 @@ def predict(
     Raises:
         ValueError: the kernel is unknown, or its code has no loop with matrix products.
     """
-    if kernel not in _PRODUCTS:
-        raise ValueError(f"kernel is {kernel!r}; the cost model knows {', '.join(_PRODUCTS)}")
+    if kernel not in _WORK:
+        raise ValueError(f"kernel is {kernel!r}; the cost model knows {', '.join(_WORK)}")
     if code.loop is None:
         raise ValueError(f"{kernel} has no loop with matrix instructions: not an attention kernel's code")
     problem = problem.merged()
@@ -141,10 +138,13 @@ def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False)
 
     A small map's backward is taken for programs that own queries in whole tiles and keys in the tail.
     """
-    if kernel in SMALL_MAP_KERNELS:
-        return _walk_of_small_map(kernel, code, problem)
     regions, tokens = problem.grid.n_regions, problem.grid.region_tokens
     kv_tokens = problem.kv_grid.region_tokens
+    if kernel.startswith("small_map"):
+        keys, queries = (-(-problem.topk * each // code.block_n) for each in (kv_tokens, tokens))
+        programs = problem.batch * regions * (problem.num_heads // code.num_warps)  # a warp a head
+        tail_steps = queries if kernel == "small_map_backward" else 0
+        return Walk(programs, keys, tail_steps, code.block_m * code.block_n * keys)
     owns_keys = kernel == "key_value_gradient"
     own, step = (code.block_n, code.block_m) if owns_keys else (code.block_m, code.block_n)
     owned, walked = (kv_tokens, tokens) if owns_keys else (tokens, kv_tokens)
@@ -157,35 +157,19 @@ def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False)
     return Walk(programs, whole, tail_steps, own * (whole * step + tail_steps * tail))
 
 
-def _walk_of_small_map(kernel: str, code: Analysis, problem: Problem) -> Walk:
-    groups = problem.num_heads // code.num_warps  # a warp a head
-    keys, queries = (
-        -(-problem.topk * grid.region_tokens // code.block_n) for grid in (problem.kv_grid, problem.grid)
-    )
-    programs = problem.batch * problem.grid.n_regions * groups
-    tail_steps = queries if kernel == "small_map_backward" else 0
-    return Walk(programs, keys, tail_steps, code.block_m * code.block_n * keys)
-
-
 def fma_per_score(kernel: str, problem: Problem) -> int:
     """Multiply-adds of the matrix products for one score, heads as wide as their tiles."""
-    qk, v = _PRODUCTS[kernel]
-    return qk * tiles.channel_block(problem.qk_head_dim) + v * tiles.channel_block(problem.head_dim)
+    qk, v = (tiles.channel_block(width) for width in (problem.qk_head_dim, problem.head_dim))
+    return _WORK[kernel].qk_products * qk + _WORK[kernel].v_products * v
 
 
 def bytes_moved(kernel: str, problem: Problem, element_bytes: int = 2) -> int:
     """Bytes of a launch that reads and writes every map once, each head's part of a map in every head."""
-    each = problem.batch * problem.num_heads * problem.grid.n_regions
+    work, each = _WORK[kernel], problem.batch * problem.num_heads * problem.grid.n_regions
     queries, keys = each * problem.grid.region_tokens, each * problem.kv_grid.region_tokens
     graph = 4 * problem.batch * problem.grid.n_regions * problem.topk
-    qk, v = element_bytes * problem.qk_head_dim, element_bytes * problem.head_dim
-    if kernel in ("attention_forward", "small_map_forward"):
-        return queries * (qk + v + 4) + keys * (qk + v) + graph
-    if kernel == "query_gradient":  # query, out, grad_out, lse; writes dQ and the statistics
-        return queries * (2 * qk + 2 * v + 4 + 8) + keys * (qk + v) + graph
-    if kernel == "small_map_backward":
-        return queries * (2 * qk + 2 * v + 4) + keys * 2 * (qk + v) + graph
-    return queries * (qk + v + 8) + keys * 2 * (qk + v) + graph
+    pair = element_bytes * (problem.qk_head_dim + problem.head_dim)
+    return queries * (work.query_maps * pair + work.query_statistics) + keys * work.key_maps * pair + graph
 
 
 def _executed(code: Analysis, walk: Walk, count: Callable[[LoopMix], int]) -> int:

@@ -27,29 +27,17 @@ SUBPARTITIONS = 4  # of an SM; each has a quarter of the registers, and a warp l
 
 @dataclass(frozen=True)
 class Hardware:
-    """One GPU: rates are per clock and SM.
+    """One GPU: rates are per clock and SM."""
 
-    Attributes:
-        gpu: which GPU of the architecture.
-        sms: streaming multiprocessors.
-        clock: boost clock, Hz.
-        bandwidth: device memory, bytes a second.
-        half_fma: fp16 and bf16 multiply-adds of the matrix units, fp32 accumulation, dense.
-        tf32_fma: TF32 multiply-adds of the matrix units, dense.
-        max_warps: resident warps an SM.
-        max_blocks: resident thread blocks an SM.
-        shared_bytes: shared memory an SM; a block may ask for all but what the system reserves.
-    """
-
-    gpu: str
-    sms: int
-    clock: float
-    bandwidth: float
-    half_fma: int
-    tf32_fma: int
-    max_warps: int
-    max_blocks: int
-    shared_bytes: int
+    gpu: str  # which GPU of the architecture
+    sms: int  # streaming multiprocessors
+    clock: float  # boost clock, Hz
+    bandwidth: float  # device memory, bytes a second
+    half_fma: int  # fp16 and bf16 multiply-adds of the matrix units, fp32 accumulation, dense
+    tf32_fma: int  # TF32 multiply-adds of the matrix units, dense
+    max_warps: int  # resident warps an SM
+    max_blocks: int  # resident thread blocks an SM
+    shared_bytes: int  # shared memory an SM; a block may ask for all but what the system reserves
     issue_slots: int = 128  # four warp instructions of 32 threads
     exponentials: int = 16
     registers: int = 65536

@@ -23,29 +23,16 @@ from bra_triton.kernels.pooling.launch import plan_pool, plan_pool_backward, poo
 from bra_triton.kernels.pooling.problem import MAX, WEIGHTED, RegionPooling
 from bra_triton.kernels.problem import Needs, PackedAttention
 
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-}
-# What Triton takes where a launch does not say.
-_DEFAULTS = {"num_warps": 4, "num_stages": 3}
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel.
+    """One launch of a kernel."""
 
-    Attributes:
-        specimen: what the compiler is given.
-        grid: programs along each axis.
-        arguments: by name, compile-time ones included.
-    """
-
-    specimen: KernelSpecimen
-    grid: tuple[int, ...]
-    arguments: Mapping[str, Any]
+    specimen: KernelSpecimen  # what the compiler is given
+    grid: tuple[int, ...]  # programs along each axis
+    arguments: Mapping[str, Any]  # by name, compile-time ones included
 
     @property
     def programs(self) -> int:
@@ -145,8 +132,8 @@ def _launch(launch: PlannedLaunch) -> Launch:
     # Slices need not start at multiples of 16 bytes.
     divisible = frozenset(name for name, x in _buffers(bound) if x.offset % 16 == 0)
     name = launch.name.removesuffix("_kernel")
-    warps, stages = (launch.options.get(option, default) for option, default in _DEFAULTS.items())
-    specimen = KernelSpecimen(name, kernel, signature, constexprs, divisible, warps, stages)
+    # Where a launch does not say how many warps and stages, the specimen's defaults are Triton's.
+    specimen = KernelSpecimen(name, kernel, signature, constexprs, divisible, **launch.options)
     return Launch(specimen, launch.grid, bound)
 
 

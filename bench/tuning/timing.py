@@ -28,6 +28,7 @@ from bra_triton.bench.tuning.search_space import EXP_SHARE, candidates, serves
 from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT, Key, Tile
 from bra_triton.kernels.tiles import cache as tile_cache
+from bra_triton.kernels.tiles.table import Entry
 
 PASSES = {
     "forward": (FORWARD,),
@@ -85,7 +86,7 @@ def refinements(results: Mapping[Trial, float]) -> list[Trial]:
     return [
         refined
         for trial in results
-        if trial.key in best and trial.tile == best[trial.key][0]
+        if trial.key in best and trial.tile == best[trial.key].tile
         for tile in variants(trial.kernel, 8 * trial.dtype.itemsize, trial.tile)
         if (refined := replace(trial, tile=tile)) not in results
     ]
@@ -146,20 +147,18 @@ def time_all(
         print(file=sys.stderr)
 
 
-def winners(results: Mapping[Trial, float]) -> dict[Key, tuple[Tile, float]]:
-    """For every entry the tile that is fastest over the problems that share it, and its mean milliseconds."""
+def winners(results: Mapping[Trial, float], todo: Sequence[Trial] = ()) -> dict[Key, Entry]:
+    """For every entry that no trial is left of the tile that is fastest over the problems that share it.
+
+    With its mean milliseconds.
+    """
+    unfinished = {trial.key for trial in todo if trial not in results}
     best = {}
     for key, by_tile in means(results).items():
         tile = min(by_tile, key=by_tile.__getitem__)
-        if math.isfinite(by_tile[tile]):
-            best[key] = (tile, by_tile[tile])
+        if key not in unfinished and math.isfinite(by_tile[tile]):
+            best[key] = Entry(tile, round(by_tile[tile], 4))
     return best
-
-
-def of_finished_entries(results: Mapping[Trial, float], todo: Sequence[Trial]) -> dict[Trial, float]:
-    """The results of entries that no trial is left of."""
-    unfinished = {trial.key for trial in todo if trial not in results}
-    return {trial: took for trial, took in results.items() if trial.key not in unfinished}
 
 
 def means(results: Mapping[Trial, float]) -> dict[Key, dict[Tile, float]]:
@@ -218,9 +217,7 @@ def _time(trial: Trial, inputs: Inputs, timer: Timer) -> tuple[float, str]:
             run = inputs.runner(trial.kernel)
             inputs.check(run)
             return timer(run, len(inputs.sets)), ""
-        except (
-            Exception
-        ) as failure:  # a wrong result, too much shared memory, or any of the compiler's errors
+        except Exception as failure:  # a wrong result, or one of the compiler's and the GPU's many errors
             return math.inf, f"refused: {type(failure).__name__}: {failure}"[:200]
 
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.cost_model import (
     KERNEL_NAMES,
-    SMALL_MAP_KERNELS,
     Walk,
     bytes_moved,
     fma_per_score,
@@ -79,7 +78,9 @@ def test_walks_of_a_small_map():
     """4 x 4 tokens, 5 of 25 regions, eight heads, four a program: a list of 80 keys in steps of 32."""
     problem = Problem("", 2, 20, 20, 256, 8, 5, 5)
     tile = replace(code(), block_m=4 * 16, block_n=32, num_warps=4)
-    forward, backward = (walk_of(kernel, tile, problem) for kernel in SMALL_MAP_KERNELS)
+    forward, backward = (
+        walk_of(kernel, tile, problem) for kernel in ("small_map_forward", "small_map_backward")
+    )
     assert forward == Walk(2 * 25 * 2, 3, 0, 64 * 96)
     assert backward == Walk(2 * 25 * 2, 3, 3, 64 * 96)  # the tail stands for the programs that own keys
     assert backward.programs * backward.scores >= problem.useful_scores
