@@ -2,8 +2,8 @@
 
 On a GPU it times every configuration worth trying that computes the right result, and keeps the winners in
 the user's cache, where later launches find them. Soft routing has entries of its own, of which hard routing
-shares that of dQ: ask for them by `--routing-weight`. Padding has, too: by a padded problem or `--shape`.
-A run that is stopped keeps the entries that it finished, and run again goes on where it was.
+shares that of dQ, and so has padding. A run that is stopped keeps the entries that it finished, and run again
+goes on where it was.
 
     bra-autotune                                        # all problems, forward and backward, float16
     bra-autotune --problem yolo_p3 --dtype bfloat16
@@ -91,7 +91,7 @@ def measure(
     entries: dict[Key, Entry] = {}
     card, kept = timing.card_name(device), tile_cache.folder() / "timings.jsonl"
     for name in args.dtype:
-        trials = timing.trials(problems, DTYPES[name], _kernels(args), device)
+        trials = _trials(args, problems, name, device)
         results: dict[timing.Trial, float] = {}
         try:
             timing.time_all(trials, results, device, timer, kept, args.workers)
@@ -113,9 +113,7 @@ def measure(
 
 def list_trials(args: argparse.Namespace, problems: Sequence[Problem], device: torch.device) -> None:
     """Prints what `measure` would time."""
-    for name in args.dtype:
-        for trial in timing.trials(problems, DTYPES[name], _kernels(args), device):
-            print(trial)
+    print(*(trial for name in args.dtype for trial in _trials(args, problems, name, device)), sep="\n")
     print(
         "then the fastest of each: forward with LePE apart; forward and dQ, half precision, with "
         f"1/{EXP_SHARE} of the exponentials by multiply-adds"
@@ -128,8 +126,11 @@ def _write_table(table: Table, folder: Path) -> None:
     tiles.forget()
 
 
-def _kernels(args: argparse.Namespace) -> list[str]:
-    return [kernel for kernel in timing.PASSES[args.passes] if kernel in args.kernel]
+def _trials(
+    args: argparse.Namespace, problems: Sequence[Problem], dtype: str, device: torch.device
+) -> list[timing.Trial]:
+    kernels = [kernel for kernel in timing.PASSES[args.passes] if kernel in args.kernel]
+    return timing.trials(problems, DTYPES[dtype], kernels, device)
 
 
 def _problems(args: argparse.Namespace) -> list[Problem]:

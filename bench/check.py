@@ -56,8 +56,6 @@ WHAT_THE_COLUMNS_SAY = """\
 Medians, in ms. `work`: how long the GPU works, with a cold cache and launches hidden; `x`: that time
 over the fused row's; `call`: what a caller waits who waits for every call; `peak`: memory beyond the
 inputs. `dense` does not route."""
-# Less is not enough to start a process and compile what it times.
-LEAST_ROW_SECONDS = 15
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,19 +134,16 @@ def _benchmark(
     options: argparse.Namespace, out: Path, results: dict[str, Any], start: float, deadline: float
 ) -> None:
     """Runs the rows one after the other, each in a process: what breaks one leaves the others alone."""
-    for position, row in enumerate(options.rows):
-        budget = f"the budget of {options.budget_seconds:.0f} s"
-        if deadline - time.monotonic() < LEAST_ROW_SECONDS:
-            results["notes"].append(f"{budget} was spent; not timed: {', '.join(options.rows[position:])}")
-            break
-        job = _job(out, f"row {row}", _row_command(row, options, "--out", str(out / "rows")))
-        outcome = jobs.run_one(job, deadline, ROOT, _environment(options.device))
+    commands = {row: _row_command(row, options, "--out", str(out / "rows")) for row in options.rows}
+    planned = [_job(out, f"row {row}", command) for row, command in commands.items()]
+    for outcome in jobs.run_all(planned, 1, deadline, ROOT, _environment(options.device)):
         _say(start, f"{outcome.status:12} {outcome.name} ({outcome.seconds:.0f} s)")
         if outcome.status == jobs.FAILED:
             results["checks"].append(vars(outcome))
         elif outcome.status == jobs.NOT_FINISHED:
-            results["notes"].append(f"{row} was cut off by {budget}")
-        path = out / "rows" / file_name(*row.split(":"))
+            spent = f"the budget of {options.budget_seconds:.0f} s was spent"
+            results["notes"].append(f"{outcome.name} was not finished: {spent}")
+        path = out / "rows" / file_name(*outcome.name.removeprefix("row ").split(":"))
         if path.exists():
             results["rows"].append(json.loads(path.read_text()))
         _write(results, out)

@@ -75,7 +75,7 @@ def run_one(job: Job, deadline: float, cwd: Path, environment: Mapping[str, str]
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return Outcome(job.name, NOT_FINISHED, time.monotonic() - start)
+            return Outcome(job.name, NOT_FINISHED, round(time.monotonic() - start, 1))
     text = job.log.read_text(errors="replace").strip()
     lines = text.splitlines() or [""]
     outcome = Outcome(job.name, PASSED, round(time.monotonic() - start, 1), lines[-1])

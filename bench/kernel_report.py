@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,12 +61,6 @@ Bounds are microseconds a launch at peak rates, each as if nothing else took tim
 Other kernels: code is all their instructions; MB what their tensor arguments hold, each once (a launch that
 reads a part of a packed map moves less); memory us the time of those bytes."""
 
-# The option `--form` of this report and of `kernel-times`.
-FORM_OPTION: dict[str, Any] = {
-    "choices": (ROUTED, SMALL_MAP),
-    "help": "form of the attention; by default each problem's own",
-}
-
 
 @dataclass(frozen=True)
 class Row:
@@ -115,15 +108,10 @@ class Row:
 
 def shipped(problem: Problem, dtype: torch.dtype, arch: str, form: str | None = None) -> list[Launch]:
     """What a forward and backward of a problem launches on an architecture, every kernel once."""
-    with tiles.use_architecture(arch), in_form(form):
+    with tiles.use_architecture(arch), tiles.use_form(form):
         launched = record_attention(problem, dtype)
     kernels = [launch.specimen for launch in launched]
     return [launch for i, launch in enumerate(launched) if launch.specimen not in kernels[:i]]
-
-
-def in_form(form: str | None) -> AbstractContextManager[None]:
-    """Context in which attentions have a form of `routing.lists`, or with None each its own."""
-    return nullcontext() if form is None else tiles.use_form(form)
 
 
 def collect(
@@ -242,16 +230,24 @@ def _other_cells(row: Row) -> dict[str, object]:
     }
 
 
+def parser_of(command: str, description: str, problems: list[str]) -> argparse.ArgumentParser:
+    """The options of this report and of `kernel-times`."""
+    what = description.split("\n\n", maxsplit=1)[0]
+    parser = argparse.ArgumentParser(f"bra-bench {command}", description=what)
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, default="float16")
+    add("--problem", nargs="+", choices=problems, default=problems)
+    add("--form", choices=(ROUTED, SMALL_MAP), help="of the attention; by default each problem's own")
+    add("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    add("--markdown", action="store_true", help="tables in Markdown")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report; returns the exit status."""
-    parser = argparse.ArgumentParser("bra-bench report", description=__doc__.split("\n\n")[0])
+    parser = parser_of("report", __doc__, list(REPORTED))
     parser.add_argument("--arch", nargs="+", choices=HARDWARE, default=list(CHECKED_ARCHITECTURES))
-    parser.add_argument("--dtype", choices=DTYPES, default="float16")
-    parser.add_argument("--problem", nargs="+", choices=REPORTED, default=list(REPORTED))
-    parser.add_argument("--form", **FORM_OPTION)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args(arguments)
     problems = [REPORTED[name] for name in options.problem]
     rows = collect(problems, options.arch, options.dtype, options.workers, options.form)

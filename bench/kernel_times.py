@@ -2,18 +2,12 @@
 
 Measured: medians of single launches inside whole forward and backward passes, read from PyTorch's profiler,
 with a cold level-2 cache before every pass. Predicted: the kernel report's bound, at the rates of that
-report's GPU. Both are of the tiles that the package ships; what `bra-autotune` keeps for the user does not
-count here.
-
-Small maps have two forms: `--form routed` measures the kernels with lists where the others would be launched.
+report's GPU. Both are of the tiles that the package ships, not of those that `bra-autotune` keeps.
 """
 
-import argparse
 import json
-import os
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +30,7 @@ def times_of(
     """Seconds of every launch on a GPU, by the kernel's name, over `REPEATS` forward and backward passes."""
     attention = problem.attention(lambda *shape: torch.randn(shape, device=device, dtype=dtype))
     tensors, grad_out = attention.tensors, torch.randn_like(attention.qkv[..., : problem.dim])
-    with tiles.use_architecture(tiles.architecture_of(device)), kernel_report.in_form(form):
+    with tiles.use_architecture(tiles.architecture_of(device)), tiles.use_form(form):
         forward, backward = plan_pass(attention)
 
     def run() -> None:
@@ -45,18 +39,6 @@ def times_of(
 
     found = measure.launch_seconds(run, device, REPEATS)
     return {name.removesuffix("_kernel"): seconds for name, seconds in found.items()}
-
-
-def compare_all(rows: Sequence[kernel_report.Row], measured: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """A line for every row of one problem; of several launches of a kernel each row gets its own."""
-    lines = []
-    for index, row in enumerate(rows):
-        times = measured.get(row.kernel, [])
-        before, alike = (sum(other.kernel == row.kernel for other in some) for some in (rows[:index], rows))
-        if len(times) == alike * REPEATS:  # else launches that are alike share a row
-            times = times[before::alike]
-        lines.append(compare(row, times))
-    return lines
 
 
 def compare(row: kernel_report.Row, times: Sequence[float]) -> dict[str, Any]:
@@ -77,13 +59,7 @@ def compare(row: kernel_report.Row, times: Sequence[float]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints; returns 1 if a kernel of the report was not seen on the GPU."""
-    parser = argparse.ArgumentParser("bra-bench kernel-times", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--problem", nargs="+", choices=CHOICES, default=list(CHOICES))
-    parser.add_argument("--dtype", choices=measure.DTYPES, default="float16")
-    parser.add_argument("--form", **kernel_report.FORM_OPTION)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    parser.add_argument("--markdown", action="store_true", help="a table in Markdown")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    parser = kernel_report.parser_of("kernel-times", __doc__, list(CHOICES))
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("there is no GPU to measure on; `bra-bench report` predicts without one")
@@ -96,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = []
     for problem in problems:
         measured = times_of(problem, measure.DTYPES[options.dtype], device, options.form)
-        lines += compare_all([row for row in rows if row.problem == problem], measured)
+        # No kernel is launched twice in a pass.
+        lines += [compare(row, measured.get(row.kernel, [])) for row in rows if row.problem == problem]
     described = measure.circumstances(device)
     if options.json:
         options.json.write_text(json.dumps({"versions": described, "kernels": lines}, indent=1) + "\n")

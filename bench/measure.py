@@ -25,6 +25,7 @@ from bra_triton.kernels.tiles import cache as tile_cache
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
+_DESCRIBE = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 # Written between two timed calls: several times the level-2 cache of any GPU.
 FLUSH_BYTES = 1 << 28
 # The GPU is kept busy while Python enqueues a timed call: this many times as long as enqueueing took before,
@@ -217,20 +218,14 @@ def circumstances(device: torch.device) -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "triton": tile_cache.triton_version() or None,
         "python": platform.python_version(),
-        "commit": commit(),
+        # The variable for copies without git; else the checkout's, `-dirty` if changed.
+        "commit": os.environ.get("BRA_TRITON_COMMIT") or _first_line(*_DESCRIBE),
     }
 
 
 def on_one_line(described: Mapping[str, str | None]) -> str:
     """`circumstances` as text."""
     return ", ".join(f"{key} {value}" for key, value in described.items() if value)
-
-
-def commit() -> str | None:
-    """`$BRA_TRITON_COMMIT`, for copies without git; else the checkout's, `-dirty` if changed; else None."""
-    return os.environ.get("BRA_TRITON_COMMIT") or _first_line(
-        "git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"
-    )
 
 
 def _first_line(*command: str) -> str | None:

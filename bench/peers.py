@@ -15,7 +15,7 @@ step must build the mask anew.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -89,13 +89,10 @@ def route_and_flex(qkv: Tensor, problem: Problem, padding: Tensor | None, compil
     mask = block_mask(r_idx, problem.grid.region_tokens)
     axes = {"j": problem.n_win, "i": problem.n_win, "m": problem.num_heads}
     regions = rearrange(qkv, "n (j h) (i w) (t m c) -> t n m (j i h w) c", t=3, **axes).contiguous()
-    attend = _compiled_flex_attention() if compiled else _plain_flex_attention
+    attend = _compiled_flex_attention() if compiled else cast(Any, flex_attention)
     out = attend(*regions.unbind(0), block_mask=mask, scale=problem.dim**-0.5)
     out = rearrange(out, "n m (j i h w) c -> n (j h) (i w) (m c)", h=problem.grid.region_height, **axes)
     return out[:, : problem.height, : problem.width]
-
-
-_plain_flex_attention: Callable[..., Any] = flex_attention
 
 
 @functools.cache

@@ -29,7 +29,6 @@ class Problem:
     # One of `pooling.problem.MODES`, which makes the `kv_per_win` keys from a region's tokens; None where the
     # keys are given.
     kv_pooling: str | None = None
-    head_graphs: bool = False  # one routing graph per head
     side_dwconv: int = 3  # side of LePE's convolution, 0 for none
     qk_dim: int = 0  # channels of the queries, all heads together; 0 stands for `dim`
 
@@ -68,7 +67,7 @@ class Problem:
     @property
     def chooses_all(self) -> bool:
         """Whether every region attends to every region, so that launches merge them into one."""
-        return self.routing_weight == "none" and not self.head_graphs and self.topk == self.n_win**2
+        return self.routing_weight == "none" and self.topk == self.n_win**2
 
     @property
     def useful_scores(self) -> int:

@@ -5,6 +5,7 @@ dense attention over the same map. Then the packaged models beside the stock one
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,44 +20,31 @@ SUFFIXES = ("", "-seg", "-pose", "-obb", "-depth", "-sem", "-cls")
 CLASSIFIER_SIZE = 224
 
 
-def attention_rows(imgsz: int, choices: Sequence[tuple[int, int]] = CHOICES) -> Iterator[str]:
-    """A row of the first table for every level and choice of `(n_win, topk)` that makes sense there.
-
-    Args:
-        imgsz: side of the image in pixels, a multiple of 32.
-        choices: what to list; left out where regions would have fewer than 2 tokens a side.
-    """
+def attention_rows(imgsz: int) -> Iterator[str]:
+    """A row of the first table for every level and choice, unless regions have fewer than 2 tokens a side."""
     from bra_triton.yolo_integration.flops import count_attention
 
     yield "| level | map | n_win, topk | region | keys of a query | padding | MMACs | dense |"
     yield "|---|---|---|---|--:|--:|--:|--:|"
-    for level, stride in STRIDES.items():
+    for (level, stride), (n_win, topk) in itertools.product(STRIDES.items(), CHOICES):
         side, dim = imgsz // stride, CHANNELS[level]
-        for n_win, topk in choices:
-            if side < 2 * n_win:
-                continue
-            grid = RegionGrid.of_windows(side, side, n_win)
-            module = BiLevelRoutingAttention(dim, dim // 32, n_win, topk=topk, side_dwconv=0, auto_pad=True)
-            x = torch.empty(1, side, side, dim, device="meta")
-            module.total_ops = 0
-            count_attention(module, (x,), x)
-            dense = side**4 * 2 * dim
-            keys = topk * grid.region_tokens
-            padding = grid.n_regions * grid.region_tokens / side**2 - 1
-            yield (
-                f"| {level} | {side} x {side} x {dim} | {n_win}, {topk} "
-                f"| {grid.region_height} x {grid.region_width} | {keys} of {side**2} | {padding:.0%} "
-                f"| {module.total_ops / 1e6:,.1f} | {dense / 1e6:,.1f} |"
-            )
+        if side < 2 * n_win:
+            continue
+        grid = RegionGrid.of_windows(side, side, n_win)
+        module = BiLevelRoutingAttention(dim, dim // 32, n_win, topk=topk, side_dwconv=0, auto_pad=True)
+        x = torch.empty(1, side, side, dim, device="meta")
+        module.total_ops = 0
+        count_attention(module, (x,), x)
+        padding = grid.n_regions * grid.region_tokens / side**2 - 1
+        yield (
+            f"| {level} | {side} x {side} x {dim} | {n_win}, {topk} "
+            f"| {grid.region_height} x {grid.region_width} | {topk * grid.region_tokens} of {side**2} "
+            f"| {padding:.0%} | {module.total_ops / 1e6:,.1f} | {side**4 * 2 * dim / 1e6:,.1f} |"
+        )
 
 
 def model_rows(names: Sequence[str], imgsz: int) -> Iterator[str]:
-    """A row of the second table for every model.
-
-    Args:
-        names: yaml files that Ultralytics finds by name.
-        imgsz: side of the image in pixels; 224 for classifiers.
-    """
+    """A row of the second table for every yaml file, which Ultralytics finds by name."""
     from ultralytics import YOLO
     from ultralytics.utils.torch_utils import get_flops, get_num_params
 

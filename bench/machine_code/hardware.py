@@ -72,13 +72,8 @@ HARDWARE = {
 
 # Shared memory that one thread block may ask for, in bytes, by architecture.
 BLOCK_SHARED_BYTES = {
-    "sm_80": 163 << 10,
-    "sm_86": 99 << 10,
-    "sm_89": 99 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "sm_120": 99 << 10,
-    "gfx942": 64 << 10,
+    **{arch: card.shared_bytes - card.reserved_shared_bytes for arch, card in HARDWARE.items()},
+    **{"sm_86": 99 << 10, "sm_89": 99 << 10, "gfx942": 64 << 10},
 }
 # Architectures without a table of tiles of their own, which take another's.
 SERVED_BESIDES = {"sm_80": ("sm_86", "sm_89")}

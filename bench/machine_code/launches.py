@@ -1,8 +1,4 @@
-"""What the package would launch on a GPU, planned without one, ready to be compiled.
-
-The plans are the package's own, made for tensors without data. So tiles, warps and types are those of a real
-launch, not a second list.
-"""
+"""What the package launches on a GPU: its own plans, made for tensors without data, ready to be compiled."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,7 +11,6 @@ from torch import Tensor
 from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
 from bra_triton.bench.problems import Problem
 from bra_triton.kernels import packed
-from bra_triton.kernels import routed as routed_plans
 from bra_triton.kernels.arrays import Buffer
 from bra_triton.kernels.plan import Launch as PlannedLaunch
 from bra_triton.kernels.plan import Plan
@@ -67,12 +62,8 @@ def record_attention(problem: Problem, dtype: torch.dtype) -> list[Launch]:
         TypeError: under `TRITON_INTERPRET=1`, where kernels are not compiled.
     """
     attention = problem.attention(lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
-    if problem.head_graphs:
-        plans = [*_plans_of_graphs(problem, attention)]
-    else:
-        pooling = () if problem.kv_pooling is None else _plans_of_pooling(problem, attention)
-        plans = [*pooling, *plan_pass(attention)]
-    return [launch for plan in plans for launch in launches_of(plan)]
+    pooling = () if problem.kv_pooling is None else _plans_of_pooling(problem, attention)
+    return [launch for plan in (*pooling, *plan_pass(attention)) for launch in launches_of(plan)]
 
 
 def plan_pass(attention: PackedAttention[Tensor]) -> tuple[Plan, Plan]:
@@ -88,16 +79,6 @@ def plan_pass(attention: PackedAttention[Tensor]) -> tuple[Plan, Plan]:
     out = grad_out if attention.lepe_weight is None else None
     needs = Needs(*(x is not None for x in attention.tensors))
     return forward, packed.plan_attend_backward(attention, (grad_out, out, kept), needs)
-
-
-def _plans_of_graphs(problem: Problem, attention: PackedAttention[Tensor]) -> Iterator[Plan]:
-    """One graph per head, which is given."""
-    shape = (problem.batch, problem.num_heads, problem.grid.n_regions, problem.topk)
-    routed = attention.routed(torch.empty(shape, dtype=torch.int32, device="meta"))
-    yield routed_plans.plan_attend_routed(routed)
-    out = routed.value.contiguous()
-    lse = out.new_empty(problem.batch, problem.num_heads, *out.shape[1:3], dtype=torch.float32)
-    yield routed_plans.plan_attend_routed_backward(routed, (out, out, lse))
 
 
 def _plans_of_pooling(problem: Problem, attention: PackedAttention[Tensor]) -> Iterator[Plan]:

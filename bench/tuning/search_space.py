@@ -3,14 +3,11 @@
 The space is pruned by what no good configuration breaks:
 
 - A thread holds 16 to 64 scores of a tile, in the forward up to 128. With fewer it spends its time on
-  addresses, with more no registers are left for the accumulators. So a tile's area gives its warps within a
-  factor of eight. Of the widest heads operands and accumulators leave room for fewer scores: float32 heads
-  of 64 spill with 16 scores a thread in every tile that small regions can use, and fit with 8.
-- NVIDIA's pipelines have three stages. With two the compiler copies keys and values ahead of their use, but
-  loads the token list that says where they lie on the spot, and every step waits for it; the third stage
-  costs half a KiB of shared memory and no instruction (forward, float16, head 32, 128 x 128, 8 warps, sm_90:
-  6.55 issue slots a score against 6.56). Two are tried where nothing with three fits. Timed on an H200, two
-  or three make a difference of up to 4 %, more often in favour of two; `bra-autotune` times both.
+  addresses, with more no registers are left for the accumulators. Of the widest heads operands and
+  accumulators leave room for fewer: float32 heads of 64 spill with 16 scores a thread, and fit with 8.
+- NVIDIA's pipelines have three stages: with two the compiler loads the token list that says where keys lie on
+  the spot, and every step waits for it. Two are tried where nothing with three fits. Timed on an H200, two or
+  three make a difference of up to 4 %, more often in favour of two; `bra-autotune` times both.
 - The accumulators alone take at most 192 registers of a thread.
 - No program owns more rows than its size class: smaller regions would leave most of it empty.
 """

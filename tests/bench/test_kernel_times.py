@@ -1,5 +1,7 @@
 """Measured times beside predicted ones: the arithmetic; the measuring itself needs a GPU."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,13 +19,24 @@ def row(seconds, kernel="route"):
     )
 
 
-def test_of_several_launches_of_a_kernel_each_has_its_own_times(monkeypatch):
-    """Keys' and queries' lists, by turns; `route` is launched twice as it is, and both count."""
-    monkeypatch.setattr(kernel_times, "REPEATS", 2)
-    rows = [row(1e-6, name) for name in ("list_tokens", "route", "list_tokens")]
-    measured = {"list_tokens": [1e-6, 5e-6, 1e-6, 5e-6], "route": [1e-6, 3e-6, 1e-6, 3e-6]}
-    lines = kernel_times.compare_all(rows, measured)
-    assert [line["measured us"] for line in lines] == [1.0, 2.0, 5.0]
+@pytest.mark.parametrize("seen", [True, False])
+def test_the_command_prints_every_kernel_and_fails_for_one_that_was_not_seen(
+    seen, monkeypatch, tmp_path, capsys
+):
+    problem = PROBLEMS["yolo_p3"]
+    rows = [replace(row(1e-6, name), problem=problem) for name in ("route", "invert_graph")]
+    times = {"route": [2e-6], **({"invert_graph": [1e-6]} if seen else {})}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_times.tiles, "architecture_of", lambda device: "sm_90")
+    monkeypatch.setattr(kernel_times.kernel_report, "collect", lambda *arguments: rows)
+    monkeypatch.setattr(kernel_times, "times_of", lambda *arguments: times)
+    monkeypatch.setattr(kernel_times.measure, "circumstances", lambda device: {"card": "a card"})
+    file = tmp_path / "times.json"
+    assert kernel_times.main(["--problem", "yolo_p3", "--json", str(file)]) == int(not seen)
+    printed = capsys.readouterr().out
+    assert "card a card" in printed
+    assert ("not seen on the GPU: yolo_p3: invert_graph" in printed) == (not seen)
+    assert [line["ratio"] for line in json.loads(file.read_text())["kernels"]] == [2.0, 1.0 if seen else None]
 
 
 def test_the_median_launch_beside_the_bound_that_binds():

@@ -12,6 +12,7 @@ from bra_triton.bench.problems import PROBLEMS, Problem
 from bra_triton.kernels import tiles
 from bra_triton.kernels.arrays import channels
 from bra_triton.kernels.plan import Plan
+from bra_triton.kernels.routed import plan_attend_routed, plan_attend_routed_backward
 from bra_triton.kernels.routing.launch import Routing, launch_route
 from bra_triton.kernels.routing.lists import ROUTED
 
@@ -30,7 +31,6 @@ MODES = {
     "padded_hard": dataclasses.replace(PADDED, routing_weight="hard"),
     "padded_soft": dataclasses.replace(PADDED, routing_weight="soft", side_dwconv=5),
     "pooled": dataclasses.replace(YOLO_P3, kv_per_win=4, side_dwconv=0),
-    "head_graphs": dataclasses.replace(YOLO_P3, head_graphs=True),
     "unequal_heads": Problem("", 2, 80, 80, 96, 4, 8, 4, qk_dim=64),
     "masked": dataclasses.replace(PROBLEMS["biformer_stage3"], batch=2),
     "whole": dataclasses.replace(PADDED, topk=64),
@@ -42,13 +42,11 @@ BESIDES = {
     "padded_hard": _ROUTING_GRADIENT,
     "padded_soft": _ROUTING_GRADIENT,
     "pooled": {"list_tokens"},  # of queries and keys apart
-    "head_graphs": {"list_tokens"},  # of a graph that is given
     "masked": {"list_tokens", "mark_choices"},
     "whole": {"list_tokens"},
 }
 WITHOUT = {
     "pooled": _LEPE,
-    "head_graphs": _LEPE | _ROUTING,
     "masked": {"invert_graph"},
     "whole": {"invert_graph", *_ROUTING},
 }
@@ -94,9 +92,9 @@ def _usage(specimen, arch):
     return _usages[key]
 
 
-def _check(problem, dtype, arch, expected=KERNELS):
+def _check(problem, dtype, arch, expected=KERNELS, record=record_attention):
     with tiles.use_architecture(arch):
-        specimens = [launch.specimen for launch in record_attention(problem, dtype)]
+        specimens = [launch.specimen for launch in record(problem, dtype)]
     # Where the table has LePE apart there is a launch more.
     assert {specimen.name for specimen in specimens} - {"lepe_forward"} == expected
     for specimen in specimens:
@@ -132,6 +130,23 @@ def test_kernels_compile_fit_and_do_not_spill(name, arch, dtype):
 )
 def test_every_mode_compiles_fits_and_does_not_spill(name, arch):
     _check(MODES[name], torch.float16, arch, KERNELS - WITHOUT.get(name, set()) | BESIDES.get(name, set()))
+
+
+def _record_given(problem, dtype):
+    """An attention to regions that are given, one graph for each head."""
+    packed = problem.attention(lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
+    shape = (problem.batch, problem.num_heads, problem.grid.n_regions, problem.topk)
+    routed = packed.routed(torch.empty(shape, dtype=torch.int32, device="meta"))
+    forward = plan_attend_routed(routed)
+    out = routed.value.contiguous()
+    lse = out.new_empty(problem.batch, problem.num_heads, *out.shape[1:3], dtype=torch.float32)
+    backward = plan_attend_routed_backward(routed, (out, out, lse))
+    return [*launches_of(forward), *launches_of(backward)]
+
+
+def test_a_graph_for_each_head_compiles_fits_and_does_not_spill():
+    expected = KERNELS - _LEPE - _ROUTING | {"list_tokens"}
+    _check(YOLO_P3, torch.float16, "sm_90", expected, _record_given)
 
 
 @pytest.mark.parametrize(

@@ -392,7 +392,7 @@ def kept_trial(text):
     s = eval(f"dict({sizes})", {"__builtins__": {}}, {"dict": dict})
     problem = Problem(
         *("", s["batch"], s["height"], s["width"], s["num_heads"] * s["v_head_dim"], s["num_heads"]),
-        *(s["n_win"], s["topk"], s["routing_weight"], s["kv_per_win"], s["kv_pooling"], s["head_graphs"]),
+        *(s["n_win"], s["topk"], s["routing_weight"], s["kv_per_win"], s["kv_pooling"]),
         qk_dim=s["num_heads"] * s["qk_head_dim"],
     )
     numbers = re.match(r"(\d+)x(\d+) (\d+)w (\d+)s(?: 1/(\d+) exp)?", tile).groups(default=0)
