@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import ultralytics
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from ultralytics import YOLO
 
 from bra_triton import BiLevelRoutingAttention
@@ -148,18 +149,16 @@ def _attention_cost(yaml: str, batch: int, size: int) -> dict[str, dict[str, flo
 
 def _attention_inputs(model: nn.Module, images: Tensor) -> list[tuple[nn.Module, Tensor]]:
     """The model's attention layers, each with random input of the shape that it gets for `images`."""
-    layers = [m for m in model.modules() if isinstance(m, BiLevelRoutingAttention)]
     inputs: list[tuple[nn.Module, Tensor]] = []
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda layer, args: inputs.append((layer, torch.randn_like(args[0]).requires_grad_()))
-        )
-        for layer in layers
-    ]
+
+    def note(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if isinstance(layer, BiLevelRoutingAttention):
+            inputs.append((layer, torch.randn_like(given[0]).requires_grad_()))
+
+    hook = register_module_forward_pre_hook(note)
     with torch.no_grad():
         model(images)
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
     return inputs
 
 

@@ -40,12 +40,8 @@ def run_all(
 ) -> Iterator[Outcome]:
     """Runs the jobs in order, `workers` at a time, and yields their outcomes as they come.
 
-    Args:
-        jobs: what to run.
-        workers: how many beside each other.
-        deadline: of `time.monotonic`; what runs then is ended, what has not begun does not begin.
-        cwd: where the commands run.
-        environment: added to this process's.
+    At the deadline (of `time.monotonic`) what runs is ended, and what has not begun does not begin. Commands
+    run in the folder `cwd`, in this process's environment with `environment` added.
     """
     with ThreadPoolExecutor(workers) as pool:
         pending = [pool.submit(run_one, job, deadline, cwd, environment) for job in jobs]
@@ -78,7 +74,7 @@ def run_one(job: Job, deadline: float, cwd: Path, environment: Mapping[str, str]
             return Outcome(job.name, NOT_FINISHED, round(time.monotonic() - start, 1))
     text = job.log.read_text(errors="replace").strip()
     lines = text.splitlines() or [""]
-    outcome = Outcome(job.name, PASSED, round(time.monotonic() - start, 1), lines[-1])
+    outcome = Outcome(job.name, PASSED, round(time.monotonic() - start, 1), lines[-1][:100])
     if code not in job.passes:
         outcome.status = FAILED
         named = [line for line in lines if line.startswith(("FAILED", "ERROR"))]

@@ -198,6 +198,25 @@ class TestRun:
         for row in ("tiny:1:float32", "tiny:2:float32"):
             assert f"- row {row} was not finished: the budget of 0 s was spent" in report
 
+    def test_a_row_that_was_timed_is_in_the_report_and_one_that_failed_is_a_failure(self, run, monkeypatch):
+        def run_all(planned, workers, deadline, cwd, environment):
+            """In the place of processes: the first row is timed, the second fails."""
+            for job, status in zip(planned, (jobs.PASSED, jobs.FAILED), strict=False):  # or none, of checks
+                folder = Path(job.command[job.command.index("--out") + 1])
+                folder.mkdir(exist_ok=True)
+                row = {"problem": "tiny", "sizes": "", "dtype": "float32", "versions": {}, "peers": {}}
+                if status == jobs.PASSED:
+                    (folder / "tiny-batch1-float32.json").write_text(json.dumps(row))
+                yield jobs.Outcome(
+                    job.name, status, 1.0, failures=["FAILED: it"] if status == jobs.FAILED else []
+                )
+
+        monkeypatch.setattr(jobs, "run_all", run_all)
+        status, results, report = run("--parts", "benchmark", "--rows", "tiny:1:float32", "tiny:2:float32")
+        assert status == 1
+        assert [row["problem"] for row in results["rows"]] == ["tiny"]
+        assert "- row tiny:2:float32: `FAILED: it`" in report
+
     def test_checks_cut_off_by_the_budget_fail(self, run):
         """A check that did not finish has shown nothing."""
         status, results, _ = run("--parts", "modes", "peers", "--budget-seconds", "0.01")
@@ -232,16 +251,22 @@ def test_a_file_of_which_no_test_runs_here_is_no_failure(passes, status, tmp_pat
 
 def test_the_plan_begins_with_the_longest_files_and_names_those_left_out(tmp_path, monkeypatch):
     missing = check.missing_imports
+    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(
         check, "missing_imports", lambda path: ["pack"] if path.stem == "test_lepe" else missing(path)
     )
-    options = check._parse(["--device", "cpu", "--parts", "suite", "peers"])
+    options = check._parse(["--device", "cpu", "--parts", "suite", "peers", "modes"])
     notes = []
     planned = check._plan(options, tmp_path, notes)
     longest = [f"file {name}" for name in check.LONGEST_FILES]
     peers = [f"peers {row}" for row in check.ROWS_ON_CPU]
     assert [job.name for job in planned[: len(longest) + len(peers)]] == longest + peers
-    assert {"file test_routing", "file test_nhwc"} <= {job.name for job in planned}
+    jobs_by_name = {job.name: job for job in planned}
+    assert {"file test_routing", "file test_nhwc", "mode identity"} <= jobs_by_name.keys()
+    assert check.NO_TESTS in jobs_by_name["mode identity"].passes  # on a GPU, every mode has tests
+    options.device = "cuda"
+    planned = {job.name: job for job in check._plan(options, tmp_path, [])}
+    assert planned["mode identity"].passes == (0,)
     assert "tests/kernels/test_lepe.py was not run: no pack here" in notes
 
 
