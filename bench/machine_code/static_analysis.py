@@ -85,13 +85,7 @@ class Usage:
     registers: int  # per thread; AMD: vector registers per lane, accumulation registers included
     shared_bytes: int  # per thread block
     stack_bytes: int  # local memory per thread, where spills go
-    spill_loads: int  # instructions in the whole kernel that load from local memory
-    spill_stores: int  # instructions in the whole kernel that store to local memory
-
-    @property
-    def spills(self) -> int:
-        """Instructions that touch local memory."""
-        return self.spill_loads + self.spill_stores
+    spills: int  # instructions in the whole kernel that load from local memory or store to it
 
 
 @dataclass(frozen=True)
@@ -142,8 +136,8 @@ def resource_usage(compiled: Compiled) -> Usage:
     assert found, f"cuobjdump reported nothing about {compiled.symbol}:\n{report}"
     opcodes = [opcode.split(".")[0] for _, opcode, _ in _instructions(compiled.sass)[0]]
     # The report's own SHARED leaves out Triton's memory, which is allocated at launch.
-    spills = opcodes.count("LDL"), opcodes.count("STL")
-    return Usage(int(found[1]), compiled.shared_bytes, int(found[2]), *spills)
+    spills = opcodes.count("LDL") + opcodes.count("STL")
+    return Usage(int(found[1]), compiled.shared_bytes, int(found[2]), spills)
 
 
 def sections(compiled: Compiled) -> Sections:
@@ -226,12 +220,9 @@ def _run_nvidia_tool(tool: str, flag: str, cubin: bytes) -> str:
 def _amd_usage(compiled: Compiled) -> Usage:
     text = compiled.asm["amdgcn"]
     metadata = dict(re.findall(r"^ +(?:- )?\.(\w+): +(\d+)$", text, re.MULTILINE))
-    return Usage(
-        int(metadata["vgpr_count"]),
-        int(metadata["group_segment_fixed_size"]) + compiled.shared_bytes,
-        int(metadata["private_segment_fixed_size"]),
-        *(len(re.findall(rf"^\s*scratch_{kind}", text, re.MULTILINE)) for kind in ("load", "store")),
-    )
+    shared_bytes, stack_bytes = (int(metadata[f"{kind}_segment_fixed_size"]) for kind in ("group", "private"))
+    spills = len(re.findall(r"^\s*scratch_(?:load|store)", text, re.MULTILINE))
+    return Usage(int(metadata["vgpr_count"]), shared_bytes + compiled.shared_bytes, stack_bytes, spills)
 
 
 _Instruction = tuple[str | None, str, str]  # predicate, opcode with its modifiers (LDG.E.128), operands

@@ -42,7 +42,7 @@ def code(registers=128, shared=0, taps=None, n_taps=0):
         taps,
         mix(exponentials=2, fp32=308),
         *(128, 128, 32, n_taps, 8),
-        Usage(registers, shared, 0, 0, 0),
+        Usage(registers, shared, 0, 0),
     )
 
 

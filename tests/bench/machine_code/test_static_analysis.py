@@ -81,7 +81,7 @@ def test_every_architecture_compiles_every_dtype(arch, dtype):
     assert compiled.arch == arch
     assert 16 <= usage.registers <= 512
     assert usage.shared_bytes > 0
-    assert (usage.stack_bytes, usage.spill_loads, usage.spill_stores) == (0, 0, 0)
+    assert (usage.stack_bytes, usage.spills) == (0, 0)
 
 
 def test_an_unknown_architecture_names_the_known_ones():
@@ -128,16 +128,14 @@ def test_spills_show(arch):
     cramped = replace(ATTEND, num_warps=1, constexprs={"D": 64, "M": 128, "N": 64})
     usage = resource_usage(compile_for(cramped, arch))
     assert usage.stack_bytes > 0
-    assert usage.spill_loads > 0
-    assert usage.spill_stores > 0
+    assert usage.spills > 100
 
 
 def test_spills_show_on_amd():
     huge = replace(ATTEND, num_warps=1, constexprs={"D": 128, "M": 256, "N": 32})
     crowded = resource_usage(compile_for(huge, "gfx942"))
     assert crowded.stack_bytes > 0
-    assert crowded.spill_loads > 0
-    assert crowded.spill_stores > 0
+    assert crowded.spills > 100
 
 
 @pytest.mark.parametrize(("divisible", "load"), [(None, "LDG.E.128"), (frozenset(), "LDG.E.U16")])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bra_triton.bench import autotune
+from bra_triton.bench import measure as measuring
 from bra_triton.bench.problems import Problem
 from bra_triton.bench.tuning import inputs, prediction, timing
 from bra_triton.bench.tuning.search_space import candidates, problems, serves
@@ -353,6 +354,23 @@ def test_what_is_timed_adds_to_lepes_gradient_as_launches_do(device):
     launch = backward.launches[names.index("key_value_gradient_kernel")]
     assert launch.numbers[-1].ADDS_TO_VALUE
     assert names.index("lepe_backward_kernel") < names.index("key_value_gradient_kernel")
+
+
+def test_what_a_launch_leaves_unwritten_is_seen(device):
+    """Memory of a right result that was freed would pass for one."""
+    drawn = inputs.Inputs(autotune._problems(autotune._parser().parse_args(TINY))[0], torch.float16, device)
+    right = drawn.runner(tiles.FORWARD)
+    drawn.check(right)
+
+    def nothing_written(index):
+        torch.full((1000,), 7.0)  # freed
+        new = torch.empty(1000)
+        assert new.isnan().all()
+        return {"output": torch.empty_like(right(index)["output"])}
+
+    with pytest.raises(measuring.WrongResultError, match="output is off by nan"):
+        drawn.check(nothing_written)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_winners_weigh_problems_alike():
