@@ -8,7 +8,7 @@ the reference of the same run: 1.5 means 1.5 times as fast, or 1/1.5 of the memo
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def measure_model(name: str, options: argparse.Namespace, device: torch.device) 
     """Seconds and peak bytes of each figure, by what is measured; the models take turns.
 
     Raises:
-        RuntimeError: the fused model and the reference compute something else.
+        WrongResultError: the fused model and the reference compute something else.
     """
     from bra_triton.yolo_integration import set_backend
 
@@ -64,7 +64,8 @@ def measure_model(name: str, options: argparse.Namespace, device: torch.device) 
     for key, backend in ((FUSED, "triton" if device.type == "cuda" else "torch"), (REFERENCE, "reference")):
         set_backend(models[key], backend)
     with torch.autocast(device.type, enabled=options.amp):
-        _check(models, images, AUTOCAST_TOLERANCE if options.amp else TOLERANCE)
+        fused, reference = (_outputs(models[key], images) for key in (FUSED, REFERENCE))
+        measure.check(fused, reference, AUTOCAST_TOLERANCE if options.amp else TOLERANCE)
         found: dict[str, dict[str, Any]] = {key: {} for key in models}
         for figure in (INFERENCE, STEP):
             runs = {key: _run(model, images, figure) for key, model in models.items()}
@@ -93,7 +94,7 @@ def _yolo(name: str) -> nn.Module:
     return model
 
 
-def _run(model: Any, images: Tensor, figure: str) -> Callable[[], object]:
+def _run(model: Any, images: Tensor, figure: str) -> measure.Run:
     model.train(figure == STEP)
     if figure == INFERENCE:
         return torch.no_grad()(lambda: model(images))
@@ -119,16 +120,12 @@ def _labels(batch: int, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def _check(models: Mapping[str, nn.Module], images: Tensor, tolerance: float) -> None:
-    outputs = []
-    for key in (FUSED, REFERENCE):
-        with torch.no_grad():
-            leaves = tree_leaves(models[key].train()(images))
-        outputs.append(torch.cat([x.flatten().float() for x in leaves if isinstance(x, Tensor)]))
-    actual, expected = outputs
-    error = ((actual - expected).norm() / expected.norm()).item()
-    if not error <= tolerance:
-        raise RuntimeError(f"the fused model's output is off by {error:.1e}, more than {tolerance:.0e}")
+def _outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        leaves = tree_leaves(model.train()(images))
+    return {
+        "the fused model's output": torch.cat([x.flatten().float() for x in leaves if isinstance(x, Tensor)])
+    }
 
 
 def missed(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -103,7 +103,7 @@ def _check(modules: Mapping[str, nn.Module], x: Tensor) -> None:
         out = module(x)
         (gradient,) = torch.autograd.grad(out.square().sum(), x)
         found[name] = {"the output": out.detach(), "the gradient": gradient}
-    measure.check(found[FUSED], found[REFERENCE], x.dtype)
+    measure.check(found[FUSED], found[REFERENCE], measure.TOLERANCE[x.dtype])
 
 
 def _in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:

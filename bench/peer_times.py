@@ -102,7 +102,7 @@ def _figures_or_reason(
     try:
         runs = [_run(peer, *each, which) for each in inputs]
         found = {name: _outer_images(x) for name, x in runs[0]().items()}
-        measure.check(found, truth, qkv.dtype)
+        measure.check(found, truth, measure.TOLERANCE[qkv.dtype])
         if options.check_only:
             return {"checked": True}
         return {

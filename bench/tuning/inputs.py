@@ -67,7 +67,7 @@ class Inputs:
         """Raises WrongResultError where `run`, made by `runner`, computes something else of the first set."""
         torch.use_deterministic_algorithms(True, warn_only=True)  # new memory holds NaN
         try:
-            measure.check(run(0), self.expected, self.grad_out.dtype)
+            measure.check(run(0), self.expected, measure.TOLERANCE[self.grad_out.dtype])
         finally:
             torch.use_deterministic_algorithms(False)
 

@@ -227,9 +227,9 @@ def test_routing_weights_are_timed_for_the_entries_that_launches_take(
     monkeypatch.setattr(timing, "variants", lambda *args: [])
     timer, checked, good = Stopwatch(), [], inputs.measure.check
 
-    def check(found, expected, dtype):
+    def check(found, expected, tolerance):
         checked.append(set(found))
-        good(found, expected, dtype)
+        good(found, expected, tolerance)
 
     monkeypatch.setattr(inputs.measure, "check", check)
     # Of a single choice the weight is 1, and has no gradient.
