@@ -1,8 +1,8 @@
 """The main job: `bra-yolo demo`, which learns eight photographs, and a comparison with the reference.
 
 After the demo the same model is trained from the same seed for a few steps, once on the fused backend and
-once on the einops reference, and their losses, times and memory are printed side by side. Everything lands in
-one folder, the figures in `summary.json`.
+once on the einops reference, and their losses and times are printed side by side. Everything lands in one
+folder, the figures in `summary.json`.
 """
 
 import argparse
@@ -11,15 +11,13 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import ultralytics
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import nn
 from ultralytics import YOLO
 
-from bra_triton import BiLevelRoutingAttention
 from bra_triton.bench import measure
 from bra_triton.bench.tables import table
 from bra_triton.yolo_integration import demo, set_backend
@@ -35,7 +33,6 @@ COMPARISON = {"optimizer": "SGD", "lr0": 1e-3, "warmup_epochs": 0}
 # cost some units more than the control's one.
 CONTROL_FACTOR = 10
 CONTROL = "control"
-ATTENTION_ROWS = (("seconds", "time", "ms", 1e3), ("peak_bytes", "peak", "MiB", 2**-20))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     summary["training"] = demo.learn(options)
     summary["steps"] = {name: compare_steps(data, name, options) for name in (*BACKENDS, CONTROL)}
-    summary["attention"] = attention_costs()
     summary["loss_distance"] = {name: _distances(summary["steps"], name) for name in ("auto", CONTROL)}
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report(summary, options.out)
@@ -116,52 +112,6 @@ def _move_weights_by_rounding(model: nn.Module) -> None:
             weight.mul_(1 + half_unit * sign)
 
 
-def attention_costs() -> dict[str, dict[str, dict[str, float]]]:
-    """Forward and backward of all attention layers of a model alone, at the maps that they see.
-
-    Besides the trained model's, for eight images of the training's size and for one of usual size, those of
-    the BiFormer backbone, whose maps are large enough for the gathered keys and values to show.
-    """
-    models = ((MODEL, 8, 320), (MODEL, 1, 640), ("yolo26n-biformer.yaml", 1, 640))
-    return {f"{Path(each[0]).stem}, {each[1]} x {each[2]} px": _attention_cost(*each) for each in models}
-
-
-def _attention_cost(yaml: str, batch: int, size: int) -> dict[str, dict[str, float]]:
-    device = measure.default_device()
-    model = cast(nn.Module, YOLO(yaml).model).to(device).train()
-    inputs = _attention_inputs(model, torch.zeros(batch, 3, size, size, device=device))
-
-    def run() -> None:
-        for layer, x in inputs:
-            layer(x).sum().backward()
-            x.grad = None
-            layer.zero_grad()
-
-    costs = {}
-    for backend in BACKENDS:
-        set_backend(model, backend)
-        costs[backend] = {
-            "seconds": measure.median_seconds(run, device),
-            "peak_bytes": measure.peak_bytes(run, device),
-        }
-    return costs
-
-
-def _attention_inputs(model: nn.Module, images: Tensor) -> list[tuple[nn.Module, Tensor]]:
-    """The model's attention layers, each with random input of the shape that it gets for `images`."""
-    inputs: list[tuple[nn.Module, Tensor]] = []
-
-    def note(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        if isinstance(layer, BiLevelRoutingAttention):
-            inputs.append((layer, torch.randn_like(given[0]).requires_grad_()))
-
-    hook = register_module_forward_pre_hook(note)
-    with torch.no_grad():
-        model(images)
-    hook.remove()
-    return inputs
-
-
 def report(summary: dict[str, Any], out: Path) -> None:
     """Prints the figures of `summary.json` as tables."""
     steps = summary["steps"]
@@ -175,20 +125,9 @@ def report(summary: dict[str, Any], out: Path) -> None:
     ]
     print(table("Training from the same seed: loss of each step, and distance from the reference", losses))
     print("control: the reference with its weights moved by half a unit in the last place")
-    medians = {backend: statistics.median(steps[backend]["seconds"]) for backend in BACKENDS}
-    costs = [_row("training step, median", medians, "ms", 1e3)]
-    for name, figures in summary["attention"].items():
-        for key, label, unit, factor in ATTENTION_ROWS:
-            of_backends = {backend: figures[backend][key] for backend in BACKENDS}
-            costs.append(_row(f"attention {label}, {name}", of_backends, unit, factor))
-    print()
-    print(table("Costs", costs))
+    medians = (f"{1e3 * statistics.median(run['seconds']):.0f} ms ({name})" for name, run in steps.items())
+    print(f"median of a step: {', '.join(medians)}; `bra-bench models` times whole models")
     print(f"\nAll figures: {out / 'summary.json'}")
-
-
-def _row(label: str, values: dict[str, float], unit: str, factor: float) -> dict[str, object]:
-    cells = {backend: f"{values[backend] * factor:.2f} {unit}" for backend in BACKENDS}
-    return {"": label, **cells, "ratio": f"{values['reference'] / values['auto']:.2f}x"}
 
 
 def _distances(steps: dict[str, dict[str, Any]], name: str) -> list[float]:
