@@ -114,8 +114,13 @@ def measure_phase(phase: str, options: argparse.Namespace, device: torch.device)
     for (form, name), seconds in measure.interleaved_minima(runs, device, options.repeats).items():
         rows[form].setdefault("seconds", {})[name] = seconds
         if options.profile and name == OURS:
-            print(f"{form}, {phase}: where the time of {options.repeats} calls goes")
-            print_profile(runs[form, name], options.repeats, options.profile)
+            print(
+                f"{form}, {phase}: where the time of {options.repeats} calls goes, profiling itself included"
+            )
+            with cProfile.Profile() as profiler:
+                for _ in range(options.repeats):
+                    runs[form, name]()
+            pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(options.profile)
     return list(rows.values())
 
 
@@ -147,15 +152,6 @@ def launches_of(run: measure.Run) -> int:
     with mock.patch.object(Plan, "_launch", note):
         run()
     return len(launched)
-
-
-def print_profile(run: measure.Run, repeats: int, lines: int) -> None:
-    """The functions in which calls spend the most time of their own; profiling itself adds to each."""
-    profiler = cProfile.Profile()
-    with profiler:
-        for _ in range(repeats):
-            run()
-    pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(lines)
 
 
 def missed(rows: Sequence[Row]) -> list[str]:

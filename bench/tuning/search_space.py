@@ -51,33 +51,23 @@ def candidates(kernel: str, bits: int, head_dim: int, num_stages: int = 3) -> li
 
 
 def _is_worth_trying(tile: Tile, kernel: str, bits: int, head_dim: int) -> bool:
-    per_thread = tile.own * tile.step / (32 * tile.num_warps)
+    threads = 32 * tile.num_warps
     # What a thread holds besides scores grows with the head and the element: then fewer scores fit.
     is_wide = bits == 32 or head_dim > 64
     is_small = tile.own <= 32 or is_wide or kernel == KEY_VALUE_GRADIENT
-    fewest = _fewest_scores(bits, head_dim) if is_small else 32
-    most = min(32, 4 * fewest) if is_wide else 128 if kernel == FORWARD else 64
-    rows_of_warp = tile.own / tile.num_warps
-    return (
-        fewest <= per_thread <= most
-        and (tile.own == 16 or rows_of_warp >= 16)
-        and (tile.step >= 32 or is_wide)
-        and _accumulators(tile, kernel, head_dim) <= (128 if is_wide else 192)
-    )
-
-
-def _fewest_scores(bits: int, head_dim: int) -> int:
-    """Scores that a thread of a small tile holds at least."""
     # Three products of TF32 keep both halves of every float32 operand.
     operand_bits = head_dim * (2 * bits if bits == 32 else bits)
-    return min(16, 16 * 2048 // operand_bits)
+    fewest = min(16, 16 * 2048 // operand_bits) if is_small else 32
+    most = min(32, 4 * fewest) if is_wide else 128 if kernel == FORWARD else 64
+    accumulators = (2 if kernel == KEY_VALUE_GRADIENT else 1) * tile.own * head_dim / threads
+    return (
+        fewest <= tile.own * tile.step / threads <= most
+        and (tile.own == 16 or tile.own / tile.num_warps >= 16)
+        and (tile.step >= 32 or is_wide)
+        and accumulators <= (128 if is_wide else 192)
+    )
 
 
 def serves(tile: Tile, size: int) -> bool:
     """Whether timing a tile for a size class is worth it: it owns the class's rows, or half of them."""
     return tile.own == size or 2 * tile.own == size
-
-
-def _accumulators(tile: Tile, kernel: str, head_dim: int) -> float:
-    """Registers of a thread that the accumulators take."""
-    return (2 if kernel == KEY_VALUE_GRADIENT else 1) * tile.own * head_dim / (32 * tile.num_warps)
