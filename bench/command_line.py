@@ -11,6 +11,7 @@ import bra_triton
 COMMANDS = {
     "host": ("host", "what a call costs the CPU, beside plain attention; needs no GPU"),
     "peers": ("peer_times", "time and memory beside FlexAttention, dense attention and the einops reference"),
+    "growth": ("growth", "how time and memory grow with the map, topk and batch: tables and a plot"),
     "models": ("models", "whole models beside the einops reference and the stock YOLO26: time and memory"),
     "report": ("kernel_report", "registers, spills, issue slots and bounds of every kernel; needs no GPU"),
     "kernel-times": ("kernel_times", "on a GPU: what every kernel takes, beside its bound"),

@@ -1,0 +1,66 @@
+"""`bra-bench growth`: exponents are those of the curves, and every sweep is measured and drawn."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from bra_triton.bench import growth, peer_times
+from bra_triton.bench.problems import PROBLEMS
+
+
+def test_every_sweep_varies_one_quantity():
+    for sweep in growth.SWEEPS.values():
+        first, *others = sweep.problems.values()
+        assert others
+        names = {
+            name for other in others for name in vars(first) if getattr(first, name) != getattr(other, name)
+        }
+        assert names in ({"height", "width"}, {"topk"}, {"batch"})
+
+
+@pytest.mark.parametrize("power", [0.5, 1, 2])
+def test_the_exponent_of_a_power(power):
+    assert growth.exponent({x: 3 * x**power for x in (1, 2, 5, 9)}) == pytest.approx(power)
+    assert math.isnan(growth.exponent({1: 2.0}))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    problems = {n: replace(PROBLEMS["tiny"], batch=n) for n in (1, 2)}
+    monkeypatch.setitem(growth.SWEEPS, "batch", growth.Sweep("images", problems))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_sweep_is_measured_and_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert growth.main(["--sweep", "batch", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "growth.json").read_text())["exponents"]["batch"]
+    assert {str(figure) for figure in growth.FIGURES} == found.keys()
+    assert all(not math.isnan(x) for peers in found.values() for x in peers.values())
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "exponent" in printed
+    assert all(f"{peer} training, MiB" in printed for peer in growth.PEERS)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_wrong_result_is_said_and_left_out(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    measure_row = peer_times.measure_row
+
+    def spoiled(*arguments):
+        row = measure_row(*arguments)
+        row["peers"]["dense"]["forward"] = {"refused": "output is off"}
+        return row
+
+    monkeypatch.setattr(peer_times, "measure_row", spoiled)
+    assert growth.main(["--sweep", "batch", "--repeats", "1", "--out", str(tmp_path)]) == 1
+    assert "FAILED: tiny, dense, forward: output is off" in capsys.readouterr().out
+
+
+def test_bad_options_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        growth.main(["--repeats", "0"])
+    assert "--repeats must be at least 1, got 0" in capsys.readouterr().err
