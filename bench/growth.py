@@ -19,7 +19,7 @@ from bra_triton.bench import measure, peer_times
 from bra_triton.bench.problems import PROBLEMS, Problem
 from bra_triton.bench.tables import table
 
-PEERS = ["fused", "reference", "dense"]
+PEERS = ["fused", "reference", "gather", "dense"]
 BASE = replace(PROBLEMS["yolo_p3"], batch=1)
 SMALL = replace(PROBLEMS["yolo_p4"], batch=1)
 

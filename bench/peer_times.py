@@ -3,7 +3,8 @@
 Every peer is first held against the float64 definition; one that computes something else is refused and not
 timed, and the exit status is 1. One that cannot run is reported, and the rest goes on. `peers` says what each
 includes. Of two times, `work` is how long the GPU works (with a cold cache, launches hidden) and `call`
-what a caller waits who waits for every call; on the CPU both are wall time.
+what a caller waits who waits for every call; on the CPU both are wall time. `rate` is the figure of merit:
+the scores that count of a peer, over its work, beside dense attention's own (1.00: as fast a score).
 """
 
 import argparse
@@ -77,6 +78,10 @@ def measure_row(
     row: dict[str, Any] = {
         **{"problem": problem.name, "batch": problem.batch, "dtype": options.dtype, "device": device.type},
         "sizes": str(problem),
+        "scores": {
+            "routed": problem.scores_of_tokens(problem.topk * problem.kv_grid.region_tokens),
+            "dense": problem.scores_of_tokens(problem.height * problem.width),
+        },
         "versions": measure.circumstances(device),
         "peers": {},
     }
@@ -156,29 +161,37 @@ def wrong(row: dict[str, Any]) -> list[str]:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """The rows as markdown: times in ms, `x` how often the fused peer fits into them."""
+    """The rows as markdown: times in ms, `x` how often the fused peer fits into them, `rate` as above."""
     parts = []
     for row in rows:
-        fused, cells, reasons = row["peers"].get("fused", {}), [], []
+        cells, reasons = [], []
         for name, peer in row["peers"].items():
             cells.append({"peer": name, "includes": peer["includes"]})
             for which in PASSES:
                 figures = peer.get(which, {})
-                cells[-1] |= _cells(which, figures, fused.get(which, {}))
+                cells[-1] |= _cells(name, which, row)
                 reasons += [f"- {name}, {which}: {figures[key]}" for key in FAILURES if key in figures]
         title = f"{row['problem']}: {row['sizes']}, {row['dtype']}"
         parts += [table(title, cells, markdown=True), "", measure.on_one_line(row["versions"]), *reasons, ""]
     return "\n".join(parts)
 
 
-def _cells(which: str, figures: dict[str, Any], fused: dict[str, Any]) -> dict[str, object]:
+def _cells(name: str, which: str, row: dict[str, Any]) -> dict[str, object]:
+    figures, fused, dense = (row["peers"].get(peer, {}).get(which, {}) for peer in (name, "fused", "dense"))
     if "work_seconds" not in figures:
         state = next((key for key in (*FAILURES, "checked") if key in figures), "not run")
-        return {f"{which}: work": state, **{f"{which}: {name}": None for name in ("x", "call", "peak")}}
-    work = figures["work_seconds"]
+        return {
+            f"{which}: work": state,
+            **{f"{which}: {each}": None for each in ("x", "rate", "call", "peak")},
+        }
+    work, rate = figures["work_seconds"], None
+    if "work_seconds" in dense:
+        scores = row["scores"]["dense" if name == "dense" else "routed"]
+        rate = f"{scores / work / (row['scores']['dense'] / dense['work_seconds']):.2f}"
     return {
         f"{which}: work": f"{work * 1e3:.3f}",
         f"{which}: x": f"{work / fused['work_seconds']:.2f}" if "work_seconds" in fused else None,
+        f"{which}: rate": rate,
         f"{which}: call": f"{figures['call_seconds'] * 1e3:.3f}",
         f"{which}: peak": f"{figures['peak_bytes'] / 2**20:.1f} MiB",
     }

@@ -1,8 +1,8 @@
 """The attentions that the kernels are measured against, as functions of one packed projection.
 
 All take `qkv` `(N, H, W, 3*dim)` and return `(N, H, W, dim)`. No peer has LePE or projections. Where regions
-do not divide the map, `fused` and `reference` take the padding beside the map; `flex` makes a padded map
-first, which counts; `dense` needs none.
+do not divide the map, `fused` and `reference` take the padding beside the map; `gather` and `flex` make a
+padded map first, which counts; `dense` needs none.
 
 FlexAttention skips whole blocks of queries by keys, multiples of 128 each on a GPU, and evaluates a mask in
 those that are allowed in part. So tokens are reordered region by region: then a block holds few regions, and
@@ -62,9 +62,11 @@ def peers_for(
         padding=padding,
     )
     flex = functools.partial(route_and_flex, problem=problem, padding=padding, compiled=compile_flex)
+    gathered = functools.partial(gather, problem=problem, padding=padding)
     return {
         "fused": Peer(f"routing, attention ({backend})", functools.partial(ours, backend=backend)),
         "reference": Peer("routing, attention (einops)", functools.partial(ours, backend="reference")),
+        "gather": Peer("routing, gather, attention (NCHW, as BiFormer's authors have it)", gathered),
         "flex": Peer("routing (einops), block mask, reordering, FlexAttention", flex),
         "dense": Peer("dense attention", functools.partial(dense_attention, num_heads=problem.num_heads)),
     }
@@ -78,13 +80,31 @@ def dense_attention(qkv: Tensor, num_heads: int) -> Tensor:
     return rearrange(out, "n m (h w) c -> n h w (m c)", h=qkv.shape[1])
 
 
+def gather(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Tensor:
+    """The authors' NCHW form, written afresh: `torch.gather` of every chosen region's keys and values."""
+    qkv = _whole(qkv, problem, padding)
+    grid, heads = problem.grid, problem.num_heads
+    size = (grid.region_height, grid.region_width)
+    query, key, value = qkv.permute(0, 3, 1, 2).chunk(3, dim=1)
+    means = (F.avg_pool2d(x.detach(), size).flatten(2) for x in (query, key))
+    r_idx = torch.einsum("ncp,ncq->npq", *means).topk(problem.topk, dim=-1).indices
+    axes = {"m": heads, "j": problem.n_win, "i": problem.n_win}
+    query, key, value = (
+        rearrange(x, "n (m c) (j h) (i w) -> n m (j i) (h w) c", **axes) for x in (query, key, value)
+    )
+    index = r_idx[:, None, :, :, None, None].expand(-1, heads, -1, -1, *key.shape[3:])
+    key, value = (
+        x[:, :, None].expand(-1, -1, grid.n_regions, -1, -1, -1).gather(3, index).flatten(3, 4)
+        for x in (key, value)
+    )
+    weight = (query * problem.dim**-0.5 @ key.transpose(-2, -1)).softmax(-1)
+    out = rearrange(weight @ value, "n m (j i) (h w) c -> n (j h) (i w) (m c)", h=size[0], **axes)
+    return out[:, : problem.height, : problem.width]
+
+
 def route_and_flex(qkv: Tensor, problem: Problem, padding: Tensor | None, compiled: bool = True) -> Tensor:
     """Routing in einops, then FlexAttention over tokens in the order of their regions."""
-    if padding is not None:
-        sides = (problem.n_win * problem.grid.region_height, problem.n_win * problem.grid.region_width)
-        whole = padding.expand(len(qkv), *sides, -1).clone()
-        whole[:, : problem.height, : problem.width] = qkv
-        qkv = whole
+    qkv = _whole(qkv, problem, padding)
     _, r_idx = functional.region_routing(qkv, n_win=problem.n_win, topk=problem.topk, backend="reference")
     mask = block_mask(r_idx, problem.grid.region_tokens)
     axes = {"j": problem.n_win, "i": problem.n_win, "m": problem.num_heads}
@@ -93,6 +113,16 @@ def route_and_flex(qkv: Tensor, problem: Problem, padding: Tensor | None, compil
     out = attend(*regions.unbind(0), block_mask=mask, scale=problem.dim**-0.5)
     out = rearrange(out, "n m (j i h w) c -> n (j h) (i w) (m c)", h=problem.grid.region_height, **axes)
     return out[:, : problem.height, : problem.width]
+
+
+def _whole(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Tensor:
+    """The map with its padding, if it has any."""
+    if padding is None:
+        return qkv
+    sides = (problem.n_win * problem.grid.region_height, problem.n_win * problem.grid.region_width)
+    whole = padding.expand(len(qkv), *sides, -1).clone()
+    whole[:, : problem.height, : problem.width] = qkv
+    return whole
 
 
 @functools.cache

@@ -31,7 +31,7 @@ def inputs(request):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", ["fused", "reference", "flex"])
+@pytest.mark.parametrize("name", ["fused", "reference", "gather", "flex"])
 def test_routed_peers_equal_the_reference(name, inputs):
     problem, qkv, padding = inputs
     peer = peers.peers_for(problem, "torch", padding, compile_flex=False)[name]
@@ -85,6 +85,17 @@ class TestBenchmark:
                 assert peer[which]["peak_bytes"] > 0
         assert row["versions"]["torch"] == torch.__version__
         assert f"torch {torch.__version__}" in capsys.readouterr().out
+
+    def test_the_rate_is_that_of_scores_beside_dense_attention(self):
+        """On 8 x 8 tokens in 3 x 3 regions, of 9 tokens each: 64 keys, or 2 regions of 9."""
+        times = {"fused": 2.0, "dense": 4.0}
+        figures = {name: {"work_seconds": t, "call_seconds": t, "peak_bytes": 1} for name, t in times.items()}
+        peers_of_row = {name: dict.fromkeys(peer_times.PASSES, one) for name, one in figures.items()}
+        scores = {"routed": PADDED.scores_of_tokens(18), "dense": PADDED.scores_of_tokens(64)}
+        assert scores == {"routed": 2 * 2 * 64 * 18, "dense": 2 * 2 * 64 * 64}
+        row = {"peers": peers_of_row, "scores": scores}
+        rates = {name: peer_times._cells(name, "training", row)["training: rate"] for name in times}
+        assert rates == {"fused": f"{18 / 64 * 4 / 2:.2f}", "dense": "1.00"}
 
     @pytest.mark.parametrize("wrong", ["another scale", "one gradient", "nan"])
     def test_peer_that_computes_something_else_is_refused(self, wrong, monkeypatch, capsys):
