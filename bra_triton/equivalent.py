@@ -57,7 +57,13 @@ def _with_layers_of(original: nn.Module, kind: type[nn.Module], backend: str) ->
         layers = ["qkv" if isinstance(original.qkv, nn.Linear) else "qkv.qkv", "wo", "router.emb"]
     for path in layers:
         parent, _, name = path.rpartition(".")
-        setattr(ours.get_submodule(parent), name, original.get_submodule(path))
+        try:
+            layer = original.get_submodule(path)
+        except AttributeError as error:
+            if path == "router.emb":  # a paste may route without a module: the trial tells whether alike
+                continue
+            raise NotTheSameError(f"it has no layer {path}, which ours takes over") from error
+        setattr(ours.get_submodule(parent), name, layer)
     setattr(ours, "lepe", original._modules.get("lepe"))  # noqa: B010  which mypy takes for a tensor
     _check_layers(original, ours)
     return ours

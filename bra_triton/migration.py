@@ -134,7 +134,7 @@ def _replacement(original: nn.Module, backend: str, subclasses: bool) -> tuple[n
         if is_free or name in _CALL_HOOKS:  # the dictionary itself, so that handles can remove their hooks
             vars(ours)[name] = value
     for name in ("router", "kv_down"):  # ours are called alike, but are made anew
-        if name in original._modules and name in ours._modules:
+        if original._modules.get(name) is not None and name in ours._modules:
             hooks = vars(original._modules[name])
             vars(ours._modules[name]).update({kind: hooks[kind] for kind in _CALL_HOOKS})
     called = {*ours.modules(), *(original._modules.get(name) for name in ("router", "kv_down"))}

@@ -1,11 +1,28 @@
 """Models of somebody else's: the original attention, a paste of it, the authors' NCHW form, and a block."""
 
+from types import SimpleNamespace
+
 import seed_module
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 original = seed_module.BiLevelRoutingAttention
+SIZE = {"dim": 12, "num_heads": 2, "n_win": 2, "topk": 3}
+
+
+def paste(forward, **layers):
+    """An implementation with the original's layers, more of them, and another forward."""
+    attn = type("Paste", (nn.Module,), {"forward": forward})()
+    vars(attn).update(vars(original(**SIZE)))
+    for name, layer in layers.items():
+        setattr(attn, name, layer)
+    return attn
+
+
+def with_parts_of(self, x, **parts):
+    """The original's forward of a paste, with other parts in the place of its layers."""
+    return original.forward(SimpleNamespace(**vars(self) | self._modules | parts), x)
 
 
 class Permuting(nn.Module):

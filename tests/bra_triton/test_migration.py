@@ -1,15 +1,14 @@
-"""Replacing other implementations: the same numbers, nothing lost on the way, or a reason why not."""
+"""Replacing other implementations: the same numbers, and nothing lost on the way."""
 
 import copy
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from modules import run
-from other_implementations import AuthorsNCHW, Block, Permuting, original
+from other_implementations import SIZE, AuthorsNCHW, Block, Permuting, original, paste, with_parts_of
 from problems import relative_error, worst
+from seed_module import TopkRouting
 from torch import nn
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, replace_attention
@@ -17,7 +16,6 @@ from bra_triton.modules.permuted import PermutedBiLevelRoutingAttention
 
 # Norm of the difference over the norm: float32 gives 1 to 4e-7.
 TOLERANCE = 1e-5
-SIZE = {"dim": 12, "num_heads": 2, "n_win": 2, "topk": 3}
 SOFT = {"soft_routing": True, "diff_routing": True}
 MODES = {
     "default": {},
@@ -95,7 +93,18 @@ class TestNumbers:
 
     def test_of_a_projection_that_is_one_layer(self):
         """Its keys stay `qkv.weight` and `qkv.bias`."""
+
+        def splits_itself(self, x):
+            return with_parts_of(self, x, qkv=lambda y: self.qkv(y).split([12, 24], -1))
+
         attn = paste(splits_itself, qkv=nn.Linear(12, 36))
+        assert_replaced_by(BiLevelRoutingAttention, Block(attn), clear_map((6, 8)))
+
+    def test_of_a_paste_that_routes_without_a_router(self):
+        def routes_itself(self, x):
+            return with_parts_of(self, x, router=TopkRouting(12, topk=3))
+
+        attn = paste(routes_itself, router=None)
         assert_replaced_by(BiLevelRoutingAttention, Block(attn), clear_map((6, 8)))
 
     @pytest.mark.parametrize(
@@ -240,200 +249,3 @@ class TestWhatIsKept:
     def test_the_backend_that_was_asked_for(self):
         model = nn.ModuleList([original(**SIZE), AuthorsNCHW(**SIZE), Permuting(**SIZE)])
         assert [ours.backend for ours in replace_attention(model, "reference").model] == ["reference"] * 3
-
-
-class Subclass(original):
-    """Records something, beside the same result."""
-
-    def forward(self, x):
-        self.seen = x.shape
-        return super().forward(x)
-
-
-def with_(change, **arguments):
-    """An original to which something was done."""
-    attn = original(**SIZE | arguments)
-    change(attn)
-    return attn
-
-
-def paste(forward, **layers):
-    """An implementation with the original's layers, more of them, and another forward."""
-    attn = type("Paste", (nn.Module,), {"forward": forward})()
-    vars(attn).update(vars(original(**SIZE)))
-    for name, layer in layers.items():
-        setattr(attn, name, layer)
-    return attn
-
-
-def raises(self, x):
-    raise RuntimeError("the first line\nand more")
-
-
-def splits_itself(self, x):
-    split = {"qkv": lambda y: self.qkv(y).split([12, 24], -1)}
-    return original.forward(SimpleNamespace(**vars(self) | self._modules | split), x)
-
-
-def pads_always(self, x):
-    out = original.forward(self, F.pad(x, (0, 0, 0, -x.shape[2] % 2, 0, -x.shape[1] % 2)))
-    return out[:, : x.shape[1], : x.shape[2]]
-
-
-def detached(self, x):
-    return original.forward(self, x.detach() + 0 * x)
-
-
-NOT_REPLACED = {
-    "a subclass with its own forward": (lambda: Subclass(**SIZE), "overrides the forward of BiLevelRouting"),
-    "a forward set on the object": (lambda: with_(lambda m: setattr(m, "forward", m.forward)), "overrides"),
-    "one more input": (
-        lambda: paste(lambda self, x, guide=None: original.forward(self, x)),
-        "its forward takes guide, which ours does not",
-    ),
-    "dropout as a layer": (
-        lambda: paste(lambda self, x: self.drop(original.forward(self, x)), drop=nn.Dropout(1e-6)),
-        "ours has no drop = Dropout(p=1e-06",
-    ),
-    "dropout as a function": (
-        lambda: paste(lambda self, x: F.dropout(original.forward(self, x), 0.1, self.training)),
-        "the output differs in training",
-    ),
-    "another result in eval": (
-        lambda: paste(lambda self, x: original.forward(self, x) * (1 if self.training else 2)),
-        "the output differs in eval",
-    ),
-    "the same output, another gradient": (lambda: paste(detached), "the gradient of the map differs"),
-    "another shape": (
-        lambda: paste(lambda self, x: original.forward(self, x)[:1]),
-        "the output is (1, 4, 6, 12), by ours (2, 4, 6, 12)",
-    ),
-    "two results": (
-        lambda: paste(lambda self, x: (original.forward(self, x), None)),
-        "TypeError: its forward returns a tuple, ours a tensor",
-    ),
-    "one more parameter": (
-        lambda: with_(lambda m: m.register_parameter("gamma", nn.Parameter(torch.ones(12)))),
-        "only one of it and ours has: gamma",
-    ),
-    "one more buffer": (
-        lambda: with_(lambda m: m.register_buffer("mean", torch.ones(12), persistent=False)),
-        "only one of it and ours has: mean",
-    ),
-    "LePE by a function": (
-        lambda: with_(lambda m: setattr(m, "lepe", torch.ones_like), side_dwconv=0),
-        "the output differs",
-    ),
-    "another pooling": (
-        lambda: with_(lambda m: setattr(m, "kv_down", nn.LPPool2d(2, 2))),
-        "the output differs",
-    ),
-    "another number of regions than it says": (
-        lambda: with_(lambda m: setattr(m, "topk", 2)),
-        "the output differs",
-    ),
-    "a scale that is learnt": (
-        lambda: with_(lambda m: (delattr(m, "scale"), setattr(m, "scale", nn.Parameter(torch.ones(()))))),
-        "only one of it and ours has: scale",
-    ),
-    "a setting that ours does not have": (
-        lambda: with_(lambda m: setattr(m, "param_attention", "none")),
-        "ValueError: param_attention must be one of",
-    ),
-    "a mode that the original does not compute": (
-        lambda: original(**SIZE, diff_routing=True),
-        "NotImplementedError: differentiable hard routing TBA",
-    ),
-    "a forward that raises": (lambda: paste(raises), "RuntimeError: the first line"),
-    "no output projection": (lambda: with_(lambda m: delattr(m, "wo")), "has no attribute `wo`"),
-    "padding that it does not own to": (
-        lambda: paste(pads_always),
-        "it takes maps that need padding, although it has no auto_pad=True",
-    ),
-    "weights that are not there yet": (
-        lambda: original(**SIZE).to("meta"),
-        "NotImplementedError: Cannot copy",
-    ),
-    "hooks on its state_dict": (
-        lambda: with_(lambda m: m.register_state_dict_pre_hook(lambda *_: None)),
-        "it has hooks on its state_dict",
-    ),
-    "NHWC in, NCHW out": (
-        lambda: paste(lambda self, x: original.forward(self, x).permute(0, 3, 1, 2)),
-        "beside BiLevelRoutingAttention, the output is (2, 12, 4, 6), by ours (2, 4, 6, 12); "
-        "beside PermutedBiLevelRoutingAttention, RuntimeError: mat1 and mat2",
-    ),
-    "the authors' NCHW class with another LePE": (
-        lambda: AuthorsNCHW(**SIZE, lepe=torch.ones_like),
-        "beside NCHWBiLevelRoutingAttention, the output differs",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", NOT_REPLACED)
-def test_what_is_not_the_same_is_left_alone_and_says_why(case):
-    build, reason = NOT_REPLACED[case]
-    attn = build()
-    model = nn.Sequential(attn)
-    report = replace_attention(model)
-    assert model[0] is attn
-    assert report.replaced == ()
-    (finding,) = report.not_replaced
-    assert reason in finding.note
-    assert "\n" not in finding.note
-
-
-class TestSubclasses:
-    def test_are_replaced_if_told_so_and_equal(self):
-        report = replace_attention(Subclass(**SIZE), subclasses=True)
-        assert type(report.model) is BiLevelRoutingAttention
-        patched = with_(lambda m: setattr(m, "forward", m.forward))
-        ours = replace_attention(patched, subclasses=True).model
-        assert "forward" not in vars(ours)
-
-    def test_are_left_alone_if_not_equal(self):
-        other = type("Other", (original,), {"forward": lambda self, x: 2 * original.forward(self, x)})
-        report = replace_attention(other(**SIZE), subclasses=True)
-        assert "the output differs" in report.not_replaced[0].note
-
-
-def test_layers_that_do_nothing_are_no_obstacle():
-    attn = paste(lambda self, x: self.drop(original.forward(self, x)), drop=nn.Dropout(0.0))
-    assert len(replace_attention(attn).replaced) == 1
-
-
-def test_our_own_modules_and_what_holds_one_are_not_looked_at():
-    """torch.compile's wrapper answers for the attributes of the module inside."""
-    compiled = torch.compile(original(**SIZE))
-    report = replace_attention(nn.ModuleList([BiLevelRoutingAttention(**SIZE), compiled]))
-    assert [finding.name for finding in report.replaced] == ["1._orig_mod"]
-    assert replace_attention(report.model).replaced == replace_attention(report.model).not_replaced == ()
-
-
-def test_the_report_is_readable_and_frozen():
-    attn = original(**SIZE)
-    attn.kv_gather.register_forward_hook(lambda module, args, out: None)
-    report = replace_attention(nn.ModuleList([attn, Subclass(**SIZE)]))
-    assert str(report).splitlines() == [
-        "replaced: 1",
-        "  0: seed_module.BiLevelRoutingAttention -> bra_triton.modules.nhwc.BiLevelRoutingAttention: "
-        "hooks not called any more on kv_gather",
-        "not replaced: 1",
-        "  1: test_migration.Subclass: it overrides the forward of BiLevelRoutingAttention; "
-        "subclasses=True replaces it if the result is the same",
-    ]
-    with pytest.raises(AttributeError):
-        report.model = None
-    assert str(replace_attention(original(**SIZE))).splitlines()[1].startswith("  (the model): seed_module")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (("model",), TypeError, "model must be an nn.Module, got 'model'"),
-        ((nn.Identity(), "cuda"), ValueError, "backend must be one of .* got 'cuda'"),
-    ],
-)
-def test_wrong_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
-        replace_attention(*arguments)
