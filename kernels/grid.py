@@ -122,7 +122,8 @@ class RegionGrid:
     @property
     def is_padded(self) -> bool:
         """Whether some regions reach past the map; True where they may, as sizes are symbols."""
-        return any(map(is_symbol, self.padding)) or self.padding != (0, 0)
+        bottom, right = self.padding
+        return not (is_sure(bottom == 0) and is_sure(right == 0))
 
     @property
     def merged(self) -> "RegionGrid":
@@ -148,6 +149,18 @@ def is_symbol(size: Any) -> bool:
     Such a size may be computed with but not compared, or the graph would serve only those that compare alike.
     """
     return isinstance(size, torch.SymInt | Tensor)
+
+
+def is_sure(condition: Any) -> bool:
+    """Whether a condition on sizes holds for all that symbols in it may stand for.
+
+    No graph is bound to what is found. `torch.compile` shows its symbols as ints, so it must be asked itself.
+    """
+    if torch.compiler.is_compiling() or isinstance(condition, torch.SymBool):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes a second to import
+
+        return statically_known_true(condition)
+    return condition is True
 
 
 def larger(a: Any, b: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..arguments import at_least_one, one_of, whole
 from ..export import being_exported
-from ..kernels.grid import RegionGrid, is_symbol, larger
+from ..kernels.grid import RegionGrid, is_sure, larger
 from ..kernels.pooling.problem import MAX, MEAN, WEIGHTED
 from ..operators import pooling as operators
 from .layers import is_plain
@@ -142,8 +142,7 @@ class FixedCells(KVDownsampling):
     def cells(self, height: int, width: int, device: torch.device) -> Cells:
         """See `KVDownsampling.cells`."""
         rows = self._along(height, device)
-        is_square = not is_symbol(height) and width == height
-        return rows, rows if is_square else self._along(width, device)
+        return rows, rows if is_sure(height == width) else self._along(width, device)
 
     @abstractmethod
     def _along(self, side: int, device: torch.device) -> Tensor:

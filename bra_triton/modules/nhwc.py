@@ -10,7 +10,7 @@ from ..arguments import flag, one_of
 from ..call import Call, in_dtype_of
 from ..export import is_eager
 from ..functional import attend
-from ..kernels.grid import RegionGrid, is_symbol
+from ..kernels.grid import RegionGrid, is_sure
 from ..spec import AttentionSpec
 from . import downsampling
 from .base import FIXED_BY_PARAMETERS, NEVER_CALLED, Attention, Specified, number
@@ -272,8 +272,7 @@ class BiLevelRoutingAttention(Attention):
         """
         _, height, width, _ = x.shape
         rows, columns = self.spec.windows
-        serves_several = is_symbol(height) or is_symbol(width)
-        if not serves_several and not height % rows and not width % columns:
+        if is_sure(height % rows == 0) and is_sure(width % columns == 0):
             return None
         if not self.auto_pad:
             RegionGrid.of_windows(height, width, self.spec.n_win, auto_pad=False)

@@ -167,8 +167,13 @@ def _attend_backward_operator(grad_out: Tensor, *arguments: Any) -> list[Tensor]
     """Gradients of the tensors that `attend` takes, in its order: of `qkv`, and of those that are needed."""
     tensors, (out, saved, *numbers, needs) = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
     problem, backend = _known_problem((*tensors, *numbers))
-    gradients = _backward(grad_out, problem, out, saved, (backend, _wanted(tensors, needs)))
-    return [x for x in gradients if x is not None]
+    wanted = _wanted(tensors, needs)
+    found = _backward(grad_out, problem, out, saved, (backend, wanted))
+    return [
+        torch.zeros_like(x) if gradient is None else gradient  # of a padding that pads nothing
+        for x, gradient, is_wanted in zip(tensors, found, wanted, strict=True)
+        if x is not None and is_wanted
+    ]
 
 
 @fake_of(_attend_backward_operator)
@@ -271,7 +276,10 @@ def _known_problem(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], s
     known = _known.get(key)
     if known is None:
         known = _known[key] = _settings(*numbers), Bounded()
-    return _problem(tensors, *known), backend
+    problem = _problem(tensors, *known)
+    if problem.padding is not None and not problem.settings.grid.is_padded:
+        problem.padding = None  # a graph that serves several sizes gives it to those that need none, too
+    return problem, backend
 
 
 # What `_known_problem` has made before: to make it anew would cost as much as the launches.

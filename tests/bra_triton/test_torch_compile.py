@@ -22,9 +22,9 @@ MODES = {
     "soft, conv": DIFF | {"soft_routing": True, "kv_downsample_mode": "conv", "kv_downsample_ratio": 2},
     "whole": {"topk": 4, "qk_dim": 4},
 }
-# The first needs padding, the second does not: two graphs, which serve the sizes that follow. No region has a
-# single cell, which a compiler takes for a constant, and no side equals another size, which it takes for one.
-# All regions have at most 32 tokens: what the Triton backend keeps for larger ones is another graph.
+# The first needs padding, the second does not: one graph serves both, and the sizes that follow. No region
+# has a single cell, which a compiler takes for a constant, and no side equals another size, which it takes
+# for one. All regions have at most 32 tokens: what the Triton backend keeps for larger ones is another graph.
 SIZES = ((9, 7), (10, 12), (11, 9), (12, 10))
 
 
@@ -77,7 +77,7 @@ def test_inductor_compiles_the_training_of_changing_sizes(backend, names, device
         }
         assert worst(errors.values()) < 1e-5, (size, errors)
         graphs.append(counter.frame_count)
-    assert graphs[-1] == graphs[1], graphs
+    assert graphs[-1] == graphs[0], graphs
 
 
 @pytest.mark.parametrize(
@@ -90,12 +90,15 @@ def test_inductor_compiles_the_training_of_changing_sizes(backend, names, device
     ],
 )
 def test_a_seen_size_is_not_compiled_again(kind, backend, device):
-    """Without `dynamic`, as most compile: the first size is fixed, from the second on they are symbols."""
+    """Without `dynamic`, as most compile: the first size is fixed, from the second on they are symbols.
+
+    Of these sizes 5 needs padding, the others do not.
+    """
     module = kind(16, 1, 2, topk=2, auto_pad=True, backend=backend).to(device)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter)
-    for size in (4, 5, 4):
+    for size in (4, 5, 4) if backend == "triton" and INTERPRETED else (4, 5, 6, 4):
         x, grad_out = torch.randn(2, 1, size, size, 16, device=device)
         if kind is NCHWBiLevelRoutingAttention:
             x, grad_out = x.permute(0, 3, 1, 2), grad_out.permute(0, 3, 1, 2)
