@@ -1,0 +1,70 @@
+"""What Ultralytics does to a model in training: freezes rows, changes sizes, averages, dies and resumes."""
+
+import csv
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ultralytics import YOLO
+
+import bra_triton.yolo_integration  # noqa: F401
+
+KILLED_IN_THE_SECOND_EPOCH = """
+import os, signal
+from ultralytics import YOLO
+import bra_triton.yolo_integration
+
+model = YOLO("yolo26n-bra.yaml", verbose=False)
+model.add_callback("on_train_batch_start", lambda t: t.epoch == 1 and os.kill(os.getpid(), signal.SIGKILL))
+model.train(**{arguments!r}, epochs=2, project={project!r}, name="killed")
+"""
+
+
+@pytest.mark.usefixtures("short_training")
+def test_frozen_rows_stay_others_learn_on_all_sizes_and_the_average_follows(
+    train_arguments: dict, tmp_path: Path
+) -> None:
+    """Rows 10 and 11 are the attentions; with `rect` and `multi_scale` maps are not square and change.
+
+    Biases get no gradient here, because a BatchNorm follows.
+    """
+    model = YOLO("yolo26n-bra.yaml", verbose=False)
+    before: dict[str, torch.Tensor] = {}
+    sizes = set()
+
+    def start(trainer: Any) -> None:
+        before.update({name: value.clone() for name, value in trainer.model.state_dict().items()})
+        trainer.model.model[11].register_forward_pre_hook(lambda _, inputs: sizes.add(inputs[0].shape[2:]))
+
+    model.add_callback("on_train_start", start)
+    # 64 to 192 pixels; without `nbs` the gradients of 64 images would be one step.
+    sizes_change = {"rect": True, "multi_scale": 0.5, "imgsz": 128, "batch": 1, "nbs": 1}
+    model.train(
+        **train_arguments | sizes_change, freeze=[10], epochs=1, warmup_epochs=0, project=str(tmp_path)
+    )
+    after, average = model.trainer.model.state_dict(), model.trainer.ema.ema.state_dict()
+    frozen, learning = (
+        [name for name in after if name.startswith(f"model.{row}.") and name.endswith("weight")]
+        for row in (10, 11)
+    )
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert len(sizes) > 2, sizes
+    for name in learning:
+        learnt, averaged = after[name] - before[name], average[name] - before[name]
+        assert 0 < averaged.norm() < learnt.norm(), name
+
+
+@pytest.mark.usefixtures("short_training")
+def test_a_killed_training_resumes_and_ends_after_the_epochs_that_were_asked_for(
+    fresh_python, train_arguments: dict, tmp_path: Path
+) -> None:
+    script = KILLED_IN_THE_SECOND_EPOCH.format(arguments=train_arguments, project=str(tmp_path))
+    assert fresh_python("-c", script, check=False).returncode == -signal.SIGKILL
+    folder = tmp_path / "killed"
+    model = YOLO(folder / "weights" / "last.pt")
+    model.train(resume=True)
+    assert model.trainer.start_epoch == 1
+    with (folder / "results.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
