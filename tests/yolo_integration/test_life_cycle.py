@@ -68,3 +68,10 @@ def test_a_killed_training_resumes_and_ends_after_the_epochs_that_were_asked_for
     assert model.trainer.start_epoch == 1
     with (folder / "results.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+@pytest.mark.usefixtures("short_training")
+def test_hyperparameters_are_tuned(trained: Path, train_arguments: dict, tmp_path: Path) -> None:
+    model = YOLO(trained / "best.pt")
+    model.tune(**train_arguments, epochs=1, iterations=1, val=False, project=str(tmp_path), name="tune")
+    assert (tmp_path / "tune" / "best_hyperparameters.yaml").is_file()
