@@ -19,6 +19,8 @@ and writes the shipped table of that architecture:
 import argparse
 import itertools
 import os
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +91,9 @@ def measure(
 ) -> None:
     """Times on `device` and keeps the winners in the user's cache, also when it is interrupted."""
     entries: dict[Key, Entry] = {}
-    card, kept = timing.card_name(device), tile_cache.folder() / "timings.jsonl"
+    card = timing.card_name(device)
+    _keep(card, {})  # what cannot be written shows before hours of timing
+    kept = tile_cache.folder() / "timings.jsonl"
     for name in args.dtype:
         trials = _trials(args, problems, name, device)
         results: dict[timing.Trial, float] = {}
@@ -98,7 +102,7 @@ def measure(
             timing.time_all(timing.refinements(results), results, device, timer, kept, args.workers)
         finally:
             found = timing.winners(results, trials)
-            tile_cache.update(card, found)
+            _keep(card, found)
             tiles.forget()
         for key, entry in found.items():
             print(f"{name} {key}: {entry.tile}  {entry.cost:.4f} ms")
@@ -109,6 +113,21 @@ def measure(
         where = f"{card}, torch {torch.__version__}, Triton {tile_cache.triton_version()}"
         measured = {key: replace(entry, measured_on=where) for key, entry in entries.items()}
         _write_table(replace(shipped, entries={**shipped.entries, **measured}), args.output)
+
+
+def _keep(card: str, found: dict[Key, Entry]) -> None:
+    """Adds entries to the user's cache or, where that fails, to one in a temporary folder, with a warning."""
+    try:
+        tile_cache.update(card, found)
+    except OSError as error:
+        full, aside = tile_cache.path(), tempfile.mkdtemp(prefix="bra_triton_")
+        os.environ["BRA_TRITON_CACHE"] = aside
+        print(
+            f"warning: cannot write {full}: {error}; what is measured from now on is kept in {aside}. "
+            "Launches find it there while BRA_TRITON_CACHE names that folder.",
+            file=sys.stderr,
+        )
+        tile_cache.update(card, found)
 
 
 def list_trials(args: argparse.Namespace, problems: Sequence[Problem], device: torch.device) -> None:

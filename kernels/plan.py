@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction, driver
 
+from . import code_cache
 from .arrays import Buffer, contiguous_strides
 from .bounded import Bounded
 
@@ -133,9 +134,18 @@ class Plan:
     def run(self, *inputs: Tensor | None) -> list[Tensor]:
         """Runs the launches on the current stream, without waiting for the device.
 
+        Where Triton's cache of compiled kernels cannot be written, a temporary one takes its place.
+
         Returns:
             The outputs and, if there is any, what is kept.
         """
+        try:
+            return self._run(inputs)
+        except OSError as error:
+            with code_cache.elsewhere(error):
+                return self._run(inputs)
+
+    def _run(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
         tensors: list[Tensor | None] = [*inputs]
         for shape, dtype, zeroed in self._outputs:
             allocate = torch.zeros if zeroed else torch.empty

@@ -4,6 +4,9 @@
 tests so marked, which compile the kernels for GPUs that need not be there).
 """
 
+import shutil
+import subprocess
+
 import pytest
 import torch
 from interpreter import INTERPRETED
@@ -37,3 +40,15 @@ def _no_tf32():
 @pytest.fixture(scope="session")
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with room for 16 KiB."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk needs root, and a Linux that lets it mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import geometric_mean
@@ -124,7 +124,6 @@ def time_all(
     left = [trial for trial in todo if trial not in results]
     if left and workers > 1 and device.type == "cuda":
         compile_ahead(left, device, workers)
-    kept.parent.mkdir(parents=True, exist_ok=True)
     inputs: Inputs | None = None
     for done, trial in enumerate(left, 1):
         if inputs is None or inputs.problem != trial.problem:
@@ -133,9 +132,7 @@ def time_all(
         milliseconds, refusal = _time(trial, inputs, timer)
         results[trial] = milliseconds
         row = {"trial": str(trial), "milliseconds": milliseconds, "why": refusal}
-        with kept.open("a") as file:
-            # The line break comes first: it ends what a run that was stopped has left half written.
-            file.write(f"\n{json.dumps(_circumstances(device, trial) | row)}")
+        _note(kept, _circumstances(device, trial) | row)
         shown = refusal or f"{milliseconds:.4f} ms"
         progress = f"[{done}/{len(left)}] {trial.kernel} {trial.tile}: {shown}"
         print(f"\r{progress:<100.100}", end="", file=sys.stderr, flush=True)
@@ -228,6 +225,21 @@ def card_name(device: torch.device) -> str:
 
 def _circumstances(device: torch.device, trial: Trial) -> dict[str, str]:
     return tile_cache.circumstances(card_name(device), trial.kernel)
+
+
+def _note(kept: Path, row: Mapping[str, object]) -> None:
+    """Adds a result; what cannot be written is no reason to stop."""
+    try:
+        with kept.open("a") as file:
+            # The line break comes first: it ends what a stopped run or a full disk has left half written.
+            file.write(f"\n{json.dumps(row)}")
+    except OSError as error:
+        _warn_once(f"warning: cannot write {kept}: {error}; a run that is stopped will time anew")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    print(f"\n{message}", file=sys.stderr)
 
 
 def _read_kept(kept: Path, todo: Sequence[Trial], device: torch.device) -> dict[Trial, float]:

@@ -1,8 +1,10 @@
 """The tuner: what it would try, what it predicts, and, with a timer of the test's own, how it measures."""
 
+import contextlib
 import json
 import math
 import re
+import shutil
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -268,6 +270,44 @@ def test_a_stopped_run_keeps_the_entries_that_it_finished(stop_after, tried, dev
     finished = [tiles.FORWARD, tiles.QUERY_GRADIENT][: stop_after // len(tried)]
     assert [(key.kernel, key.bits) for key in read] == [(kernel, 16) for kernel in finished]
     assert {entry.tile for entry in read.values()} == {tried[1]}
+
+
+def test_a_disk_that_fills_up_loses_no_measurement(tried, device, small_disk, monkeypatch, capsys):
+    monkeypatch.setenv("BRA_TRITON_CACHE", str(small_disk))
+    timer = Stopwatch({tried[1]: 0.5})
+
+    def fill(run, n_sets):
+        with contextlib.suppress(OSError), (small_disk / "other files").open("ab") as file:
+            file.write(bytes(16 << 10))
+        return timer(run, n_sets)
+
+    measure(FORWARD_TINY, fill, device)
+    said = capsys.readouterr().err
+    for file in ("timings.jsonl", "tuned.json"):
+        assert f"cannot write {small_disk / file}: [Errno 28] No space left on device" in said
+    _check_it_is_kept_aside(tried[1], device, said)
+
+
+def test_a_folder_that_cannot_be_written_shows_at_once(tried, device, tmp_path, capsys):
+    (tmp_path / "cache").write_text("")  # a file in its place, since root may write anywhere
+    said = []
+
+    def listen(run, n_sets):
+        said.append(capsys.readouterr().err)
+        return 1.0
+
+    measure(FORWARD_TINY, listen, device)
+    assert f"cannot write {tmp_path / 'cache' / 'tuned.json'}: " in said[0]
+    assert (tile_cache.folder() / "timings.jsonl").read_text().count("\n") == len(tried)
+    _check_it_is_kept_aside(tried[0], device, said[0])
+
+
+def _check_it_is_kept_aside(tile, device, said):
+    """In a folder that the warning names, and where the process finds it."""
+    assert f"is kept in {tile_cache.folder()}" in said
+    (entry,) = tile_cache.read(timing.card_name(device)).values()
+    assert entry.tile == tile
+    shutil.rmtree(tile_cache.folder())
 
 
 @pytest.mark.parametrize("line", ["", "5", "[]", "{}", '{"trial": []}', 100_000 * "[", "\udcff"])
