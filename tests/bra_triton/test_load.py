@@ -5,7 +5,7 @@ from multiprocessing import get_context
 
 import torch
 
-from bra_triton import functional
+from bra_triton import BiLevelRoutingAttention, functional
 from bra_triton.bench import measure
 
 THREADS = 8
@@ -50,6 +50,22 @@ def test_forked_workers_find_the_same_bits():
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         found = [(torch.tensor(out), torch.tensor(grad)) for out, grad in pool.map(_as_lists, range(4))]
     assert _same(found, expected)
+
+
+def test_a_spawned_worker_gets_a_module_that_was_called_before():
+    """As a loader of data or a trainer on several GPUs hands it over: what this process has planned stays."""
+    modules = {
+        backend: BiLevelRoutingAttention(32, 2, 2, topk=2, backend=backend) for backend in ("torch", "triton")
+    }
+    x = torch.randn(1, 4, 4, 32)
+    expected = {backend: module(x).tolist() for backend, module in modules.items()}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        assert pool.submit(_call, modules, x.tolist()).result() == expected
+
+
+def _call(modules, x):
+    torch.set_num_threads(1)
+    return {backend: module(torch.tensor(x)).tolist() for backend, module in modules.items()}
 
 
 def _as_lists(seed):
