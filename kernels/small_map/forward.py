@@ -39,14 +39,15 @@ def _choose(rows, choices, image, region, stores, topk, n_regions, scale, CONFIG
     """
     BLOCK_P: tl.constexpr = CONFIG.BLOCK_P
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
+    DIM: tl.constexpr = CONFIG.ROUTING_DIM  # by a name of its own, which Triton 3.4 asks of a static range
     key_region = tl.arange(0, BLOCK_P)
     channel = tl.arange(0, BLOCK_C)
     exists = key_region < n_regions
     query_row = rows.query + (image * n_regions + region) * CONFIG.ROUTING_STRIDE
     key_rows = rows.key + (image * n_regions + key_region[:, None]) * CONFIG.ROUTING_STRIDE
     products = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for start in tl.static_range(0, CONFIG.ROUTING_DIM, BLOCK_C):
-        live = start + channel < CONFIG.ROUTING_DIM
+    for start in tl.static_range(0, DIM, BLOCK_C):
+        live = start + channel < DIM
         of_query = tl.load(query_row + start + channel, mask=live, other=0.0) * scale
         key_mask = exists[:, None] & live[None, :]
         products += tl.load(key_rows + start + channel[None, :], mask=key_mask, other=0.0) * of_query[None, :]
