@@ -62,7 +62,8 @@ def _attend(call: Call) -> Tensor:
     out = out.reshape(-1, grid.n_regions * grid.region_tokens, spec.dim)[:, _positions(grid, qkv.device)]
     if call.lepe_weight is not None:
         v, side = qkv[..., 2 * spec.qk_dim :].permute(0, 3, 1, 2), call.lepe_weight.shape[-1]
-        lepe = F.conv2d(v, call.lepe_weight, call.lepe_bias, padding=side // 2, groups=spec.dim)
+        # Twice, since PyTorch 2.8 takes one size that it traces for none.
+        lepe = F.conv2d(v, call.lepe_weight, call.lepe_bias, padding=(side // 2, side // 2), groups=spec.dim)
         if padding is not None:
             rows, columns = (torch.arange(side, device=v.device) for side in (grid.height, grid.width))
             lepe = lepe.index_select(2, rows).index_select(3, columns)
