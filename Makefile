@@ -9,7 +9,7 @@ export YOLO_CONFIG_DIR := $(CURDIR)/runs/ultralytics
 # One test worker per core, one thread per worker.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: help setup demo test test-interpreted test-compiled gpu-check lint format clean
+.PHONY: help setup demo test test-interpreted test-compiled smoke gpu-check lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -32,6 +32,13 @@ test-interpreted: setup  ## the tests without the compiled ones; kernels run und
 
 test-compiled: setup  ## the tests that compile the kernels, for GPUs that need not be there
 	TRITON_INTERPRET=0 $(PYTEST) -m compiled
+
+# PYTHON needs pytest, hypothesis and Ultralytics beside the package's own requirements.
+smoke:  ## what an environment of other versions is tried with, PYTHON=...: every backend, the compiler, YOLO's rows
+	TRITON_INTERPRET=1 $(PYTHON) bench/in_tree.py pytest -q $(addprefix tests/, bra_triton/test_seed.py \
+		bra_triton/test_backends.py yolo_integration/test_modules.py yolo_integration/test_yaml_rows.py)
+	TRITON_INTERPRET=0 $(PYTHON) bench/in_tree.py pytest -q tests/kernels/test_plan_cache.py \
+		tests/kernels/test_compile.py -k "plan_cache or yolo_p5 and (sm_80 or sm_90) or yolo_p3 and sm_80"
 
 gpu-check:  ## on a GPU: checks every mode, then times it beside peers, in 9 minutes; installs nothing
 	$(PYTHON) bench/in_tree.py bra_triton.bench.command_line check $(GPU_CHECK)

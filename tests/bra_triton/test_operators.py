@@ -212,9 +212,12 @@ in_tree.install()  # where the package is not installed
 sys.path.pop(0)
 import torch
 from bra_triton.kernels.attention import launch as attention
-for setting in (
+newer = [  # than PyTorch 2.8
     "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     "torch.backends.fp32_precision = 'tf32'",
+]
+for setting in (
+    *(newer if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ()),
     "torch.set_float32_matmul_precision('high')",
 ):
     if child := os.fork():
