@@ -40,30 +40,32 @@ def far(x, images):
     return batch
 
 
-def run(plan, inputs):
-    """`Plan.run`, of the first and last `PROGRAMS` programs of every launch."""
+def run(plan, inputs, first_block=False):
+    """`Plan.run`, of the first and last `PROGRAMS` programs of every launch; of axis 1 all or the first."""
     outputs = [reserve(shape, dtype) for shape, dtype, _ in plan._outputs]
     sizes = (plan.kept_bytes, plan.workspace_bytes)
     tensors = [*inputs, *outputs, *(reserve((size + 1,), torch.uint8) for size in sizes)]
     for launch in plan.launches:
-        if launch.name == "pool_weight_gradient_kernel":
+        if launch.name == "pool_weight_gradient_kernel" and not first_block:
             continue  # each of its programs sums over very many images
         arguments = (*(_materialise(pointers, tensors) for pointers in launch.pointers), *launch.numbers)
         first, *rest = launch.grid
+        if first_block and rest:
+            rest[0] = 1
         starts = {0, max(0, first - PROGRAMS)}
-        if launch.name == "finish_gradients_kernel":
+        if launch.name == "finish_gradients_kernel" and not first_block:
             # Its first programs sum over all images.
             n_sums = launch.numbers[launch.kernel.arg_names.index("n_sums") - len(launch.pointers)]
             starts = {max(n_sums, first - PROGRAMS)}
         for start in starts:
             n_programs = min(PROGRAMS, first - start)
-            with _programs_from(start):
+            with programs_from(start):
                 launch.kernel[(n_programs, *rest)](*arguments, **launch.options)
     return outputs + ([tensors[-2]] if plan.kept_bytes else [])
 
 
 @contextmanager
-def _programs_from(start):
+def programs_from(start):
     """Within, the interpreter's first program has the number `start`, and tensors are not copied back."""
     with pytest.MonkeyPatch.context() as patch:
         builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor

@@ -12,6 +12,8 @@ import far
 import planned
 import pytest
 import torch
+import triton
+import triton.language as tl
 from attention_parts import PARTS, make
 from interpreter import INTERPRETED, watch_overflows
 from problems import relative_error, worst
@@ -19,10 +21,12 @@ from properties import needs_interpreter
 
 from bra_triton.kernels import calls, packed, routed, tiles
 from bra_triton.kernels.attention import masking
+from bra_triton.kernels.attention.key_value_gradient import _load_statistics as load_statistics
+from bra_triton.kernels.attention.launch import launch_finish
 from bra_triton.kernels.grid import RegionGrid
-from bra_triton.kernels.lepe.arguments import LepeSums
-from bra_triton.kernels.lepe.launch import launch_lepe
-from bra_triton.kernels.pooling.launch import plan_pool, plan_pool_backward, pooling_inputs
+from bra_triton.kernels.lepe.arguments import LepeSums, LepeSumsConfig
+from bra_triton.kernels.lepe.launch import LepeShares, launch_lepe, launch_lepe_gradient
+from bra_triton.kernels.pooling.launch import MAX_STRIPS, plan_pool, plan_pool_backward, pooling_inputs
 from bra_triton.kernels.pooling.problem import MAX, MEAN, WEIGHTED, RegionPooling
 from bra_triton.kernels.problem import Gradients, Lepe, Needs, PackedAttention, RoutedAttention, Settings
 from bra_triton.kernels.routing.launch import launch_spread_means
@@ -202,13 +206,108 @@ def test_pooling_the_last_of_many_images(mode):
     weight, bias = (torch.randn(16, 2, 2), torch.randn(16)) if mode == WEIGHTED else (None, None)
     cells = torch.tensor([[0, 2], [2, 4]], dtype=torch.int32)
     pooling = RegionPooling(cells, cells, mode, PADDED)
-    results = []
+    results, shares = [], []
     for run in (lambda plan, inputs: plan.run(*inputs), far.run):
         x_run = x if run is not far.run else far.far(x, IMAGES)
         inputs = pooling_inputs(x_run, fill, pooling, weight, bias)
         pooled, *argmax = run(plan_pool(inputs, pooling), inputs)
         grad_x = torch.zeros_like(x) if run is not far.run else far.far(torch.zeros_like(x), IMAGES)
         inputs = (*inputs, pooled, *(argmax or [None]), grad_x)
-        run(plan_pool_backward(inputs, pooling), inputs)
+        shares.append(run(plan_pool_backward(inputs, pooling), inputs)[0])
         results.append([pooled, *argmax, grad_x])
     _same_last_image(results[1], results[0], IMAGES)
+    assert torch.equal(shares[1][-len(shares[0]) :], shares[0])  # of the gradient of what padding holds
+
+
+@needs_interpreter
+@pytest.mark.parametrize("mode", [MAX, MEAN])
+def test_pooling_to_cells_of_very_many_channels(mode):
+    """The last cells of a single image pass 2**31 elements."""
+    dim, wide = 16, 2**28
+    x, grad = torch.randn(1, SIDE, SIDE, dim).half(), torch.randn(1, 4, 4, dim).half()
+    cells = torch.tensor([[0, 2], [2, 4]], dtype=torch.int32)
+    pooling, results = RegionPooling(cells, cells, mode, GRID), []
+    for channels in (dim, wide):
+        maps = [far.reserve((1, side, side, channels), torch.float16) for side in (SIDE, 4, SIDE)]
+        for part, near in zip(maps, (x, grad), strict=False):
+            part[..., :dim] = near
+        inputs = pooling_inputs(maps[0], None, pooling, None, None)
+        pooled, *argmax = far.run(plan_pool(inputs, pooling), inputs, first_block=True)
+        inputs = (*inputs, maps[1], *(argmax or [None]), maps[2])
+        far.run(plan_pool_backward(inputs, pooling), inputs, first_block=True)
+        results.append([result[..., :dim] for result in (pooled, maps[2])])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert results[0][1].any()
+
+
+@needs_interpreter
+def test_shares_of_the_weight_of_pooling_that_lie_far_apart():
+    """Of as many programs as there may be, and so many channels that the last pass 2**31 elements."""
+    dim, wide = 64, 2**22
+    x, grad_pooled, weight = torch.randn(1, 4, 4, dim), torch.randn(1, 2, 2, dim), torch.randn(dim, 2, 2)
+    cells = torch.tensor([[0, 2]], dtype=torch.int32)
+    pooling = RegionPooling(cells, cells, WEIGHTED, RegionGrid.of_windows(4, 4, 2))
+    shares = []
+    for images, channels in ((1, dim), (MAX_STRIPS, wide)):
+        maps = [far.reserve((images, side, side, channels), torch.float32) for side in (4, 2)]
+        for part, of_last in zip(maps, (x, grad_pooled), strict=True):
+            part[-1, ..., :dim] = of_last[0]
+        taps = far.reserve((channels, 2, 2), torch.float32)
+        taps[:dim] = weight
+        inputs = pooling_inputs(maps[0], None, pooling, taps, None)
+        inputs = (*inputs, maps[1], None, maps[0])
+        plan = plan_pool_backward(inputs, pooling)
+        plan.launches = plan.launches[-1:]
+        shares.append(far.run(plan, inputs, first_block=True)[0])
+    assert shares[1].shape == (MAX_STRIPS, 4, wide)
+    assert torch.equal(shares[1][-1, :, :dim], shares[0][0])
+
+
+@needs_interpreter
+def test_lepe_shares_of_the_last_of_many_images():
+    """Every program of the backward writes one, and far from the others that of the last image."""
+    parameters = torch.randn(16, 1, 3, 3), torch.randn(16)
+    maps = torch.randn(3, 1, 7, 7, 16).unbind()
+    shares = []
+    for run in (lambda plan, inputs: plan.run(*inputs), far.run):
+        inputs = (*(x if run is not far.run else far.far(x, IMAGES) for x in maps), *parameters)
+        plan = planned.OpenPlan(inputs, torch.device("cpu"))
+        value, grad_out, grad_value, weight, fill = plan.inputs
+        lepe = Lepe(value, weight, None, PADDED, fill)
+        launch_lepe_gradient(plan, grad_out, grad_value, lepe, LepeSums(weight, None, fill))
+        shares.append(run(plan, inputs)[-1])
+    assert torch.equal(shares[1][-len(shares[0]) :], shares[0])
+
+
+@needs_interpreter
+def test_the_sum_of_lepe_shares_that_lie_far_apart():
+    """Of 512 programs' shares, of so many channels that the last pass 2**31 elements."""
+    programs, rows, dim = 512, 10, 2**20
+    shares = far.reserve((programs, rows, dim), torch.float32)
+    shares[:, 0, :16] = torch.randn(programs, 16)
+    weight = torch.zeros(dim, 9)
+    plan = planned.OpenPlan((shares, weight), torch.device("cpu"))
+    sums = LepeSums(plan.inputs[1], None, None)
+    config = LepeSumsConfig(dim, 9, rows, True, 256, 16, HAS_PIECES=False)
+    launch_finish(plan, None, LepeShares(plan.inputs[0], sums, config, 1))
+    far.run(plan, (shares, weight), first_block=True)
+    torch.testing.assert_close(weight[:16, 0], shares[:, 0, :16].sum(0))
+
+
+@triton.jit
+def statistics_kernel(statistics, lse, delta, first, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    found = load_statistics(statistics, first + index, None)
+    tl.store(lse + index, found[0])
+    tl.store(delta + index, found[1])
+
+
+@needs_interpreter
+def test_statistics_of_a_map_of_more_than_a_billion_tokens():
+    """A pair for each token: they pass 2**31 numbers before tokens do."""
+    statistics = far.reserve((2**30 + 16, 2), torch.float32)
+    statistics[-16:] = torch.randn(16, 2)
+    found = torch.empty(2, 16)
+    with far.programs_from(0):
+        statistics_kernel[(1,)](statistics, *found, 2**30, 16)
+    assert torch.equal(found, statistics[-16:].T)
