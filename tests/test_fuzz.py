@@ -1,0 +1,20 @@
+"""A few rounds of `python -m tests.fuzz`, which goes on for as long as one likes."""
+
+from collections import Counter
+
+import fuzz
+from properties import needs_interpreter
+
+# On the torch backend, one for each kind and way but the compiled NCHW module, at 8 s. `test_properties` and
+# `test_nchw_properties` draw the same for the kernels.
+ROUNDS = (1, 2, 5, 7, 9, 13, 14, 19, 23, 32, 49)
+
+
+@needs_interpreter
+def test_rounds_of_every_kind_and_way():
+    tried, failed = Counter(), []
+    for number in ROUNDS:
+        fuzz.play_round(number, tried, failed)
+    assert not failed
+    assert {kind for kind, *_ in tried} == set(fuzz.KINDS)
+    assert {(kind, way) for kind, _, way, _ in tried} >= {("module", way) for way in fuzz.WAYS}
