@@ -2,11 +2,13 @@
 
     python -m tests.mutate --count 100
     python -m tests.mutate --only kernels/routing --count 20 --rest
+    python -m tests.mutate --replaces "to(tl.int64)" --tests tests/kernels/test_large_maps.py
 
 Of every file in turn a drawn place is changed: a comparison, an operator, a number, a condition, a cast to 64
-bits. Then the tests that `TESTS` names for the file run, with `--rest` all others after them. A mutant dies
-if a test fails or takes too long. Those that live are printed with their line: each needs a test, or an
-argument why it computes the same.
+bits. Then the tests that `TESTS` names for the file run, what was quick before first, under the interpreter
+and, if the file launches kernels, compiled; with `--rest` all others after them. A mutant dies if a test
+fails or takes too long. Those that live are printed with their line: each needs a test, or an argument why
+it computes the same, in `tests/equivalent_mutants.py`.
 
 Mutation tools of others serve badly here: they rename functions or rewrite modules when they are imported,
 and kernels are compiled from their source.
@@ -18,43 +20,52 @@ import importlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 
-os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # read by what is imported next
+# Read by what is imported next.
+os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} | os.environ
 import hypothesis  # noqa: F401
 import pytest
 import torch  # noqa: F401
 import triton  # noqa: F401
 
+from tests.equivalent_mutants import EQUIVALENT
+
 ROOT = Path(__file__).resolve().parent.parent
 # The tests of a file: those of the longest prefix of its path. First what is quick and sees most.
 TESTS = {
-    "kernels/attention": "routed_attention extreme_scores exponential",
-    "kernels/routing": "lists routing extreme_scores",
-    "kernels/small_map": "small_map extreme_scores",
-    "kernels/lepe": "lepe packed_attention",
-    "kernels/pooling": "pooling downsampling",
-    "kernels/lib": "extreme_scores exponential routed_attention",
+    "kernels/attention": "routed_attention extreme_scores exponential large_maps",
+    "kernels/routing": "lists routing extreme_scores large_maps",
+    "kernels/small_map": "small_map extreme_scores large_maps",
+    "kernels/lepe": "lepe packed_attention large_maps",
+    "kernels/pooling": "pooling downsampling large_maps",
+    "kernels/lib": "extreme_scores exponential routed_attention large_maps",
     "kernels/tiles": "tiles tile_cache tile_sources",
     "kernels/grid": "region_grid arguments",
-    "kernels/": "plan plan_cache packed_attention region_grid regional",
+    "kernels/": "plan plan_cache code_cache direct_launches packed_attention region_grid regional",
     "bra_triton/operators": "operators transforms torch_compile",
     "bra_triton/backend/torch": "routed_attention routing pooling lepe diverged",
     "bra_triton/backend": "backends attention export",
-    "bra_triton/modules": "nhwc nchw downsampling arguments migration",
-    "bra_triton/": "arguments reference attention spec migration",
+    "bra_triton/modules": "nhwc nchw downsampling migration arguments",
+    "bra_triton/biformer": "biformer",
+    "bra_triton/visualize": "visualize",
+    "bra_triton/equivalent": "migration",
+    "bra_triton/migration": "migration",
+    "bra_triton/": "reference spec arguments attention migration",
 }
-# Offsets past 32 bits are a matter of every kernel.
-LAST = "large_maps"
+LOG = "mutant.log"
 SWAPS: dict[type, str] = {
     **{ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "=="},
     **{ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.FloorDiv: "*", ast.Div: "*", ast.Mod: "//"},
@@ -71,6 +82,10 @@ class Mutant:
     start: int
     end: int
     text: str
+
+    def replaced(self, source: str) -> str:
+        """What stands there in the source."""
+        return source.splitlines()[self.line - 1].encode()[self.start : self.end].decode()
 
     def of(self, source: str) -> str:
         """The source with the change."""
@@ -137,14 +152,27 @@ def _changes(node: ast.expr, line: bytes) -> Iterator[tuple[int, int, str]]:
             yield start, end, f"{text(node.func)}({condition}, {no}, {yes})"
 
 
-def draw(only: str, count: int, seed: int) -> list[Mutant]:
-    """So many mutants of the files under `only`: of every file one, then of every file another."""
+def replacements(file: str, source: str, text: str, by: str) -> list[Mutant]:
+    """A mutant for every place of a text, which another one takes."""
+    return [
+        Mutant(file, number, found.start(), found.end(), by)
+        for number, line in enumerate(source.splitlines(), 1)
+        for found in re.finditer(re.escape(text.encode()), line.encode())
+    ]
+
+
+def draw(only: str, text: str, by: str | None, count: int, seed: int) -> list[Mutant]:
+    """So many mutants that replace what holds a text, in files under `only`: of every file one in turn."""
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     chance = random.Random(seed)
     piles = []
     for file in listed.stdout.split():
         if file.startswith(("kernels/", "bra_triton/")) and file.startswith(only):
-            pile = mutants(file, (ROOT / file).read_text())
+            source = (ROOT / file).read_text()
+            if by is None:
+                pile = [mutant for mutant in mutants(file, source) if text in mutant.replaced(source)]
+            else:
+                pile = replacements(file, source, text, by)
             chance.shuffle(pile)
             piles.append(pile)
     chance.shuffle(piles)
@@ -155,43 +183,82 @@ def draw(only: str, count: int, seed: int) -> list[Mutant]:
 def tests_of(file: str) -> list[str]:
     """Paths of the tests that are to see what breaks a file."""
     prefix = max((prefix for prefix in TESTS if file.startswith(prefix)), key=len)
-    names = TESTS[prefix].split() + ([LAST] if file.startswith("kernels/") else [])
-    return [
-        str(path.relative_to(ROOT)) for name in names for path in (ROOT / "tests").glob(f"*/test_{name}.py")
-    ]
+    files = [path for name in TESTS[prefix].split() for path in (ROOT / "tests").glob(f"*/test_{name}.py")]
+    return [str(path.relative_to(ROOT)) for path in files]
 
 
-def _run_tests(tree: Path, tests: list[str], log: Path, timeout: int) -> None:
+class _QuickFirst:
+    """Plugin of pytest: what took less CPU time in earlier runs goes first; what is new, before all.
+
+    Attributes:
+        is_stopped: whether the time was up before all tests had run.
+    """
+
+    def __init__(self, file: Path, seconds: float) -> None:
+        self.file, self.seconds, self.is_stopped = file, seconds, False
+        self.took: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: self.took.get(item.nodeid, 0))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        start = time.process_time()
+        result = yield
+        self.took[item.nodeid] = time.process_time() - start
+        self.file.write_text(json.dumps(self.took))
+        if time.process_time() > self.seconds:
+            self.is_stopped, item.session.shouldstop = True, "enough"
+        return result
+
+
+def _run_tests(tree: Path, tests: list[str], seconds: float, timeout: int) -> None:
     """Runs tests of the tree in this process, a child in which nothing of the package is imported yet."""
     resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout))
     os.chdir(tree)
-    with log.open("w") as file:
+    with (tree / LOG).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.path.insert(0, str(tree / "bench"))
     importlib.import_module("in_tree").install(tree)
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+    quick_first = _QuickFirst(tree / "took.json", seconds)
+    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], [quick_first])
+    nothing_to_run = status == pytest.ExitCode.NO_TESTS_COLLECTED  # none of the file's tests is compiled
+    stopped = quick_first.is_stopped and status == pytest.ExitCode.INTERRUPTED
+    sys.exit(0 if nothing_to_run or stopped else status)
 
 
-def verdict(tree: Path, mutant: Mutant, rest: bool, timeout: int) -> str:
+def _is_launcher(file: str) -> bool:
+    """Whether a file decides about launches, of which the interpreter makes only some."""
+    return max((prefix for prefix in TESTS if file.startswith(prefix)), key=len) == "kernels/"
+
+
+def verdict(tree: Path, mutant: Mutant, options: argparse.Namespace) -> str:
     """What killed the mutant, or "lives"."""
-    path, log = tree / mutant.file, tree / "mutant.log"
-    source, named = path.read_text(), tests_of(mutant.file)
-    runs = [named, ["tests", *(f"--ignore={test}" for test in named)]][: 2 if rest else 1]
+    path = tree / mutant.file
+    source, named = path.read_text(), options.tests or tests_of(mutant.file)
+    # Forked from a process that has imported PyTorch and Triton, which takes longer than many tests; Triton
+    # that compiles must be imported anew.
+    runs = [("fork", named)] + [("spawn", named)] * _is_launcher(mutant.file)
+    if options.rest:
+        runs.append(("fork", ["tests", *(f"--ignore={test}" for test in named)]))
     try:
         path.write_text(mutant.of(source))
-        for tests in runs:
-            # Forked from a process that has imported PyTorch and Triton, which takes longer than many tests.
-            arguments = (tree, tests, log, timeout)
-            child = get_context("fork").Process(target=_run_tests, args=arguments)
+        for how, tests in runs:
+            os.environ["TRITON_INTERPRET"] = "0" if how == "spawn" else "1"
+            arguments = (tree, tests, options.seconds, options.timeout)
+            child = get_context(how).Process(target=_run_tests, args=arguments)
             child.start()
             child.join()
             if child.exitcode == -signal.SIGKILL:
                 return "killed: took too long"
             if child.exitcode:
-                failed = [x for x in log.read_text().splitlines() if x.startswith(("FAILED", "ERROR"))]
+                log = (tree / LOG).read_text().splitlines()
+                failed = [line for line in log if line.startswith(("FAILED", "ERROR"))]
                 return f"killed: {failed[0][:100] if failed else f'exit status {child.exitcode}'}"
-        return "lives"
+        changed = mutant.file, path.read_text().splitlines()[mutant.line - 1].strip()
+        return f"equivalent: {EQUIVALENT[changed]}" if changed in EQUIVALENT else "lives"
     finally:
         path.write_text(source)
 
@@ -200,20 +267,30 @@ def main() -> int:
     """Prints a line a mutant, then the survivors; returns the exit status."""
     parser = argparse.ArgumentParser("python -m tests.mutate", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="", help="files that begin so")
+    parser.add_argument("--replaces", default="", metavar="TEXT", help="changes of what holds this text")
+    parser.add_argument("--by", metavar="TEXT", help="that text by this one, and no other change")
+    parser.add_argument(
+        "--tests", nargs="+", metavar="FILE", help="instead of those that are named for a file"
+    )
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rest", action="store_true", help="then all other tests, for what lives")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="CPU time after which a run starts no other test"
+    )
     parser.add_argument(
         "--timeout", type=int, default=600, metavar="SECONDS", help="CPU time of a run of tests"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="a line a mutant is added there")
     options = parser.parse_args()
-    survivors, drawn = [], draw(options.only, options.count, options.seed)
+    drawn = draw(options.only, options.replaces, options.by, options.count, options.seed)
+    ends, survivors = Counter[str](), []
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
         subprocess.run(["tar", "x", "-C", folder], input=archive, check=True)
         for mutant in drawn:
-            outcome = verdict(Path(folder), mutant, options.rest, options.timeout)
+            outcome = verdict(Path(folder), mutant, options)
+            ends[outcome.partition(":")[0]] += 1
             line = (Path(folder) / mutant.file).read_text().splitlines()[mutant.line - 1].strip()
             print(f"{mutant.file}:{mutant.line}:{mutant.start}: {mutant.text!r}: {outcome}", flush=True)
             if outcome == "lives":
@@ -221,11 +298,7 @@ def main() -> int:
             if options.json:
                 with options.json.open("a") as file:
                     file.write(json.dumps({**asdict(mutant), "outcome": outcome}) + "\n")
-    print(
-        f"\n{len(drawn) - len(survivors)} of {len(drawn)} mutants are killed. These live:",
-        *survivors,
-        sep="\n",
-    )
+    print(f"\n{dict(ends)} of {len(drawn)} mutants. These live:", *survivors, sep="\n")
     return 1 if survivors else 0
 
 
