@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 from ultralytics.utils.metrics import box_iou
@@ -30,14 +29,12 @@ YOLO26n with bi-level routing attention learns eight photographs by heart. It is
 same pictures: that shows that the blocks learn, not how well they do on others. Nothing is downloaded.
 """
 # The users' recipe; then what eight photographs need instead of a large data set: no augmentation, a high
-# learning rate without a long warm-up, and one validation at the end.
-RECIPE = {
-    **{"cache": False, "single_cls": False, "close_mosaic": 10, "workers": 0},
-    **{"optimizer": "MuSGD", "amp": False},
-}
+# learning rate without a long warm-up, and one validation at the end. Not MuSGD, the recipe's optimizer: with
+# it a step takes a fourth more time on a CPU, and after 200 of them two objects of 23 were not found.
+RECIPE = {"cache": False, "single_cls": False, "close_mosaic": 10, "workers": 0, "amp": False}
 FEW_PHOTOGRAPHS = {
     **dict.fromkeys(("mosaic", "fliplr", "scale", "translate", "hsv_h", "hsv_s", "hsv_v", "erasing"), 0.0),
-    **{"lr0": 0.02, "warmup_epochs": 5, "deterministic": True},
+    **{"optimizer": "AdamW", "lr0": 0.003, "warmup_epochs": 5, "deterministic": True},
     **{"box": 15.0, "cls": 1.0},  # twice Ultralytics': small boxes come late
     **{"batch": 8, "nbs": 8},  # step the optimizer after every batch: the next one has the same eight images
     **dict.fromkeys(("plots", "val", "verbose"), False),
@@ -46,25 +43,11 @@ FEW_PHOTOGRAPHS = {
 # over some 33 steps, in which the weights have changed: mAP50 was 0.13 where the batch's own gave 0.88.
 NORM_MOMENTUM = 0.3
 CONFIDENCE, OVERLAP = 0.25, 0.5
-# Under what three seeds reach: mAP50 0.81 to 0.995, and none to three of 23 objects missed.
-LEAST_MAP50, MOST_MISSED = 0.7, 0.25
+# Three seeds reach mAP50 0.95 to 0.995, and miss one of 23 objects at most; with 250 steps one of them had
+# 0.90 and missed three, a tie and two bottles of some 8 pixels.
+LEAST_MAP50, MOST_MISSED = 0.85, 0.2
 PAGE = "pointer.html"
 STEPS_PER_LINE = 10
-
-
-class _ProductsInFloat32(TorchFunctionMode):
-    """Computes `baddbmm` of bfloat16 tensors on the CPU in float32.
-
-    MuSGD takes 240 of them a step. PyTorch's own takes 213 ms for (256, 256) @ (256, 2304) on two cores of an
-    x86 server without bfloat16 instructions, the float32 product 2 ms: a step of the optimizer took 8 s.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.baddbmm and args[0].dtype is torch.bfloat16 and args[0].device.type == "cpu":
-            return func(*(x.float() for x in args), **(kwargs or {})).bfloat16()
-        return func(*args, **(kwargs or {}))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +65,7 @@ def parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """The options of `learn`."""
     made = argparse.ArgumentParser(command, description=(description or "").split("\n\n")[0])
     made.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
-    made.add_argument("--epochs", type=int, default=150, help="training steps: a batch holds all photos")
+    made.add_argument("--epochs", type=int, default=200, help="training steps: a batch holds all photos")
     made.add_argument("--imgsz", type=int, default=320, help="side of the training images in pixels")
     made.add_argument("--seed", type=int, default=0, help="of the weights")
     made.add_argument("--required-map50", type=float, default=LEAST_MAP50, help="fail under this mAP50")
@@ -131,8 +114,7 @@ def fit(model: YOLO, data: Path, epochs: int, arguments: dict[str, Any]) -> None
     level = LOGGER.level
     LOGGER.setLevel("WARNING")
     try:
-        with _ProductsInFloat32():
-            model.train(data=str(data), epochs=epochs, save=False, **arguments)  # except for the last epoch
+        model.train(data=str(data), epochs=epochs, save=False, **arguments)  # except for the last epoch
     finally:
         LOGGER.setLevel(level)
 
