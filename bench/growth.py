@@ -85,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     draw(found, options.out / "growth.png")
     print(f"drawn: {options.out / 'growth.png'}")
-    print(*(f"FAILED: {failure}" for failure in failures), sep="\n")
+    for failure in failures:
+        print(f"FAILED: {failure}")
     return int(bool(failures))
 
 

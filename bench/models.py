@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps({"versions": described, "rows": rows}, indent=2) + "\n")
     failures = missed(rows)
-    print(*(f"MISSED: {failure}" for failure in failures), sep="\n")
+    for failure in failures:
+        print(f"MISSED: {failure}")
     print(f"target, fused beside reference: at least {LEAST_RATIO}: {'MISSED' if failures else 'met'}")
     return int(bool(failures))
 
