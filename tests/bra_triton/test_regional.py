@@ -101,6 +101,12 @@ class TestDenseTokens:
         x = torch.randn(1, 1, 1, 4).expand(1, 3, 5, 4)
         assert operators.with_dense_tokens(x).is_contiguous()
 
+    @pytest.mark.parametrize("batch", [1, 2])
+    @pytest.mark.parametrize("height", [1, 2, 3])
+    def test_columns_cut_out_of_a_wider_map_are_copied_but_for_those_of_one_row(self, height, batch):
+        x = torch.randn(batch, height, 7, 4)[:, :, :5]
+        assert (operators.with_dense_tokens(x) is x) == (height == batch == 1)
+
     def test_the_stride_between_tokens_is_right_in_a_column_of_single_tokens(self):
         x = torch.as_strided(torch.randn(100), (1, 6, 1, 4), (100, 8, 99, 1))
         assert operators.with_dense_tokens(x).stride()[1:] == (4, 4, 1)
