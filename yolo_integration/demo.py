@@ -53,7 +53,7 @@ STEPS_PER_LINE = 10
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns 0 if the model learned the photographs."""
     options = parser("bra-yolo demo", __doc__).parse_args(arguments)
-    print(f"{INTRODUCTION}It takes some five minutes of CPU time. Everything goes to {options.out}.\n")
+    print(f"{INTRODUCTION}It takes some four minutes of CPU time. Everything goes to {options.out}.\n")
     learned = learn(options)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "summary.json").write_text(json.dumps(learned, indent=2) + "\n")
