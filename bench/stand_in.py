@@ -18,6 +18,7 @@ from triton.runtime import driver as triton_driver
 from bra_triton import functional
 from bra_triton.backend import select
 from bra_triton.bench.machine_code.hardware import BLOCK_SHARED_BYTES, HARDWARE
+from bra_triton.call import Request
 from bra_triton.kernels import calls
 
 ARCH = "sm_90"
@@ -89,11 +90,15 @@ def without_gpu() -> Iterator[None]:
     triton_driver.set_active(_Driver())
     _forget()
     try:
-        with mock.patch.object(select.BACKENDS["triton"], "why_not", return_value=None):
+        with mock.patch.object(select.BACKENDS["triton"], "why_not", _no_reason):
             yield
     finally:
         _forget()  # while there is a driver: Triton 3.8 unloads a kernel's code when it is dropped
         setattr(triton_driver, slot, before)
+
+
+def _no_reason(request: Request) -> None:
+    """`why_not` of a backend that serves everything; of a mock torch.compile would guard every attribute."""
 
 
 def _forget() -> None:
