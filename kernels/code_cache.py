@@ -1,33 +1,37 @@
-"""A stand-in for Triton's cache of compiled kernels, for when its folder cannot be written.
+"""A temporary cache of compiled kernels, for when the folder of Triton's own cannot be written.
 
-Triton reads from its cache what it has just compiled, so that without one no kernel can be launched.
+The process removes it at its end. Triton reads from its cache what it has just compiled, so that without one
+no kernel can be launched.
 """
 
 import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
+from typing import Any, TypeVar
 
 import triton
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def elsewhere(error: OSError) -> Iterator[None]:
-    """Context in which Triton compiles into a temporary folder, which this process removes at its end.
+def compiling(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Calls a function that compiles before it launches; once more with a temporary cache where that fails.
 
-    Args:
-        error: what compiling has raised, for the warning that names it and both folders.
+    One launch at a time: others before it may have added to what they were given, and must not do so twice.
 
     Raises:
-        OSError: if there is no room for temporary files either.
+        OSError: if the function fails for another reason, or there is no room for temporary files either.
     """
-    _warn_once(triton.knobs.cache.dir, error.strerror or str(error))
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = _folder().name
-        yield
+    try:
+        return function(*arguments, **options)
+    except OSError as error:
+        _warn_once(triton.knobs.cache.dir, error.strerror or str(error))
+        with triton.knobs.cache.scope():
+            triton.knobs.cache.dir = _folder().name
+            return function(*arguments, **options)
 
 
 @cache

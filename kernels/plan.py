@@ -134,18 +134,9 @@ class Plan:
     def run(self, *inputs: Tensor | None) -> list[Tensor]:
         """Runs the launches on the current stream, without waiting for the device.
 
-        Where Triton's cache of compiled kernels cannot be written, a temporary one takes its place.
-
         Returns:
             The outputs and, if there is any, what is kept.
         """
-        try:
-            return self._run(inputs)
-        except OSError as error:
-            with code_cache.elsewhere(error):
-                return self._run(inputs)
-
-    def _run(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
         tensors: list[Tensor | None] = [*inputs]
         for shape, dtype, zeroed in self._outputs:
             allocate = torch.zeros if zeroed else torch.empty
@@ -178,13 +169,14 @@ class Plan:
     def _launch_by_triton(self, tensors: list[Tensor | None]) -> None:
         """Launches as any Triton kernel is, with tensors for arguments: whatever the addresses and hooks."""
         for launch in self.launches:
-            launch.kernel[launch.grid](
+            code_cache.compiling(
+                launch.kernel[launch.grid],
                 *(_materialise(pointers, tensors) for pointers in launch.pointers),
                 *launch.numbers,
                 **launch.options,
             )
         if self._direct is None and all(isinstance(launch.kernel, JITFunction) for launch in self.launches):
-            self._direct = _DirectLaunches(self.launches)
+            self._direct = code_cache.compiling(_DirectLaunches, self.launches)
 
 
 class Kept:

@@ -125,8 +125,8 @@ def use_tiles(by_kernel: Mapping[str, Tile]) -> Iterator[None]:
 def use_form(form: str | None) -> Iterator[None]:
     """Context in which attentions of this thread get this form of `routing.lists`, which must serve them.
 
-    With None each gets its own.
-    Those that have but one form, where every region attends to all or routing weights learn, keep it.
+    With None each gets its own. Those that have but one form, where every region attends to all or routing
+    weights learn, keep it.
     """
     token = _forced_form.set(form)
     try:

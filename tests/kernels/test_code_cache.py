@@ -1,6 +1,7 @@
 """Where Triton's own cache of compiled kernels cannot be written, kernels are launched all the same."""
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -62,10 +63,28 @@ def _check_a_temporary_folder_serves(log, folder, caplog, value, reason):
     assert triton.knobs.cache.dir == str(folder)
 
 
-def test_another_error_is_raised_as_it_is(log, monkeypatch):
-    def missing(self, inputs):
+@triton.jit
+def increment_kernel(out):
+    tl.store(out, tl.load(out) + 1)
+
+
+def test_what_was_launched_before_is_not_launched_again(log, own_cache):
+    """As the gradient of pooling adds to a map: launched twice it would be added twice."""
+    plan = Plan((torch.zeros(1),), torch.device("cpu"))
+    plan.launch(increment_kernel, (1,), (plan.given[0],), (), num_warps=1)
+    plan.launch(fill_kernel, (1,), (plan.output((1,), torch.float32),), (6,), num_warps=1)
+    increment_kernel.warmup(
+        torch.zeros(1), grid=(1,), num_warps=1
+    )  # so that only the second must be compiled
+    shutil.rmtree(own_cache)
+    own_cache.write_text("")
+    plan.run(torch.zeros(1))
+    assert len(log.take()) == 2
+
+
+def test_another_error_is_raised_as_it_is():
+    def missing():
         raise FileNotFoundError("no ptxas")
 
-    monkeypatch.setattr(Plan, "_run", missing)
     with pytest.raises(FileNotFoundError, match="no ptxas"):
-        launched(log, 6)
+        code_cache.compiling(missing)
