@@ -1,16 +1,15 @@
 """The tuner: what it would try, what it predicts, and, with a timer of the test's own, how it measures."""
 
-import contextlib
 import json
 import math
 import re
-import shutil
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from stopwatch import FORWARD_TINY, TINY, Stopwatch, measure
 
 from bra_triton.bench import autotune
 from bra_triton.bench import measure as measuring
@@ -22,20 +21,6 @@ from bra_triton.kernels.tiles import cache as tile_cache
 from bra_triton.kernels.tiles import choice
 from bra_triton.kernels.tiles import table as tile_table
 from bra_triton.kernels.tiles.table import BITS, HEAD_DIMS, KERNELS, SIZES, Key, Tile
-
-# One region of 2 x 2 tokens and few tiles: the interpreter takes its time for every program.
-TINY = ["--shape", "1x2x2x16", "--num-heads", "1", "--n-win", "1", "--topk", "1"]
-FORWARD_TINY = [*TINY, "--pass", "forward"]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("BRA_TRITON_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def _few_sets(monkeypatch):
-    monkeypatch.setattr(inputs, "_SETS", (2, 2))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -94,35 +79,6 @@ def test_without_a_gpu_it_says_so(capsys):
     with pytest.raises(SystemExit):
         autotune.main(TINY)
     assert "no GPU" in capsys.readouterr().err
-
-
-class Stopwatch:
-    """A timer that runs nothing twice: what the test says for a tile, else 1 ms."""
-
-    def __init__(self, milliseconds=None, stop_after=math.inf):
-        self.milliseconds, self.stop_after, self.timed = milliseconds or {}, stop_after, []
-
-    def __call__(self, run, n_sets):
-        if len(self.timed) == self.stop_after:
-            raise KeyboardInterrupt
-        run(n_sets - 1)
-        tile = next(iter(choice._forced.get().values()))
-        self.timed.append(tile)
-        return self.milliseconds.get(tile, 1.0)
-
-
-def measure(argv, timer, device):
-    args = autotune._parser().parse_args(argv)
-    autotune.measure(args, autotune._problems(args), device, timer)
-
-
-@pytest.fixture
-def tried(monkeypatch, device):
-    """What a forward on the tiny shape tries, in order: what is used so far, then a space of three."""
-    space = [Tile(16, 16, 1, 2), Tile(16, 32, 2, 2), Tile(32, 16, 1, 2)]
-    monkeypatch.setattr(timing, "candidates", lambda *args: space)
-    monkeypatch.setattr(timing, "variants", lambda *args: [])
-    return [tiles.choose(tiles.FORWARD, torch.float16, 16, 4, device), *space[:2]]
 
 
 def test_the_fastest_is_kept_and_used(tried, device):
@@ -242,92 +198,6 @@ def test_routing_weights_are_timed_for_the_entries_that_launches_take(
     assert {(key.kernel, key.form) for key in read} == set(zip(kernels, forms, strict=True))
     assert checked == [{"output"}, {"dQ", "dR"}, {"dK", "dV"}]
     assert len(timer.timed) == 3
-
-
-def test_a_stopped_run_goes_on_where_it_was(tried, device):
-    first = Stopwatch({tried[0]: 0.5}, stop_after=2)
-    with pytest.raises(KeyboardInterrupt):
-        measure(FORWARD_TINY, first, device)
-    assert tile_cache.read(timing.card_name(device)) == {}
-    with (tile_cache.folder() / "timings.jsonl").open("a") as file:
-        file.write('\n{"trial": "half a li')
-    second, third = Stopwatch(), Stopwatch()
-    measure(FORWARD_TINY, second, device)
-    measure(FORWARD_TINY, third, device)
-    assert first.timed + second.timed == tried
-    assert third.timed == []
-    (entry,) = tile_cache.read(timing.card_name(device)).values()
-    assert (entry.tile, entry.cost) == (tried[0], 0.5)
-
-
-@pytest.mark.parametrize("stop_after", [3, 4, 7])
-def test_a_stopped_run_keeps_the_entries_that_it_finished(stop_after, tried, device):
-    """Of dQ nothing is timed, or one, and of dK/dV one: the forward and then dQ are finished."""
-    timer = Stopwatch({tried[1]: 0.5}, stop_after)
-    with pytest.raises(KeyboardInterrupt):
-        measure([*TINY, "--dtype", "float16", "float32"], timer, device)
-    read = tile_cache.read(timing.card_name(device))
-    finished = [tiles.FORWARD, tiles.QUERY_GRADIENT][: stop_after // len(tried)]
-    assert [(key.kernel, key.bits) for key in read] == [(kernel, 16) for kernel in finished]
-    assert {entry.tile for entry in read.values()} == {tried[1]}
-
-
-def test_a_disk_that_fills_up_loses_no_measurement(tried, device, small_disk, monkeypatch, capsys):
-    monkeypatch.setenv("BRA_TRITON_CACHE", str(small_disk))
-    timer = Stopwatch({tried[1]: 0.5})
-
-    def fill(run, n_sets):
-        with contextlib.suppress(OSError), (small_disk / "other files").open("ab") as file:
-            file.write(bytes(16 << 10))
-        return timer(run, n_sets)
-
-    measure(FORWARD_TINY, fill, device)
-    said = capsys.readouterr().err
-    for file in ("timings.jsonl", "tuned.json"):
-        assert f"cannot write {small_disk / file}: [Errno 28] No space left on device" in said
-    _check_it_is_kept_aside(tried[1], device, said)
-
-
-def test_a_folder_that_cannot_be_written_shows_at_once(tried, device, tmp_path, capsys):
-    (tmp_path / "cache").write_text("")  # a file in its place, since root may write anywhere
-    said = []
-
-    def listen(run, n_sets):
-        said.append(capsys.readouterr().err)
-        return 1.0
-
-    measure(FORWARD_TINY, listen, device)
-    assert f"cannot write {tmp_path / 'cache' / 'tuned.json'}: " in said[0]
-    assert (tile_cache.folder() / "timings.jsonl").read_text().count("\n") == len(tried)
-    _check_it_is_kept_aside(tried[0], device, said[0])
-
-
-def _check_it_is_kept_aside(tile, device, said):
-    """In a folder that the warning names, and where the process finds it."""
-    assert f"is kept in {tile_cache.folder()}" in said
-    (entry,) = tile_cache.read(timing.card_name(device)).values()
-    assert entry.tile == tile
-    shutil.rmtree(tile_cache.folder())
-
-
-@pytest.mark.parametrize("line", ["", "5", "[]", "{}", '{"trial": []}', 100_000 * "[", "\udcff"])
-def test_lines_that_are_no_timings_are_passed_over(line, tried, device):
-    first, second = Stopwatch(), Stopwatch()
-    measure(FORWARD_TINY, first, device)
-    kept = tile_cache.folder() / "timings.jsonl"
-    kept.write_text(f"{line}\n{kept.read_text()}", errors="surrogateescape")
-    measure(FORWARD_TINY, second, device)
-    assert (first.timed, second.timed) == (tried, [])
-
-
-@pytest.mark.parametrize("milliseconds", ["null", "[]", "1" + 400 * "0", '"fast"'])
-def test_a_timing_that_is_no_number_is_measured_again(milliseconds, tried, device):
-    measure(FORWARD_TINY, Stopwatch(), device)
-    kept = tile_cache.folder() / "timings.jsonl"
-    kept.write_text(kept.read_text().replace('"milliseconds": 1.0', f'"milliseconds": {milliseconds}', 1))
-    timer = Stopwatch()
-    measure(FORWARD_TINY, timer, device)
-    assert timer.timed == tried[:1]
 
 
 @pytest.mark.parametrize("fault", ["wrong", "nan", "error"])

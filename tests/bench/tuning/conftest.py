@@ -1,0 +1,27 @@
+"""What the tests of the tuner share."""
+
+import pytest
+import torch
+
+from bra_triton.bench.tuning import inputs, timing
+from bra_triton.kernels import tiles
+from bra_triton.kernels.tiles.table import Tile
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BRA_TRITON_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _few_sets(monkeypatch):
+    monkeypatch.setattr(inputs, "_SETS", (2, 2))
+
+
+@pytest.fixture
+def tried(monkeypatch, device):
+    """What a forward on the tiny shape tries, in order: what is used so far, then a space of three."""
+    space = [Tile(16, 16, 1, 2), Tile(16, 32, 2, 2), Tile(32, 16, 1, 2)]
+    monkeypatch.setattr(timing, "candidates", lambda *args: space)
+    monkeypatch.setattr(timing, "variants", lambda *args: [])
+    return [tiles.choose(tiles.FORWARD, torch.float16, 16, 4, device), *space[:2]]
