@@ -12,6 +12,7 @@ from ..call import Call
 from ..checkpoint_keys import TakesNames
 from ..reference import padded
 from ..spec import AttentionSpec
+from .inputs import apply
 
 FIXED_BY_PARAMETERS = "it shapes the parameters; give it to the constructor"
 NEVER_CALLED = "no backend would call it"
@@ -130,7 +131,7 @@ class Attention(Specified, TakesNames):
             return out
         qkv = padded(call) if self.spec.counts_padding else call.qkv
         value = qkv[..., -self.spec.dim :].permute(0, 3, 1, 2)
-        added = lepe(value.contiguous(memory_format=torch.channels_last))
+        added = apply("lepe", lepe, value.contiguous(memory_format=torch.channels_last))
         if added.shape != value.shape:
             raise ValueError(f"lepe must return {tuple(value.shape)}, got {tuple(added.shape)}")
         return out + added.permute(0, 2, 3, 1)[:, : out.shape[1], : out.shape[2]]

@@ -12,14 +12,29 @@ def check_shape(x: Tensor, axes: str, channel_axis: int, dim: int) -> None:
         raise ValueError(f"x must be {axes} with dim={dim}, got shape {tuple(x.shape)}")
 
 
-def project(layer: Any, x: Tensor, run: Callable[[Any, Tensor], Tensor] | None = None) -> Tensor:
-    """`run(layer, x)`, by default `layer(x)`; if that fails because `x` is unlike the parameters, says so.
+def apply(name: str, layer: Any, x: Tensor, run: Callable[[Any, Tensor], Tensor] | None = None) -> Any:
+    """`run(layer, x)`, by default `layer(x)`; if that fails, says in which layer.
+
+    Raises:
+        RuntimeError: the layer's own, with its name. Errors of a class derived from it stay as they are:
+            callers look for the one that says that memory ran out.
+    """
+    try:
+        return layer(x) if run is None else run(layer, x)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+        raise RuntimeError(f"{name} fails on a map {tuple(x.shape)}: {error}") from error
+
+
+def project(name: str, layer: Any, x: Tensor, run: Callable[[Any, Tensor], Tensor] | None = None) -> Any:
+    """`apply`; if that fails because `x` is unlike the parameters, says so.
 
     Raises:
         ValueError: naming `x` and what it must be.
     """
     try:
-        return layer(x) if run is None else run(layer, x)
+        return apply(name, layer, x, run)
     except RuntimeError as error:
         parameter = next(layer.parameters(), x)
         for kind in ("device", "layout", "dtype"):

@@ -18,7 +18,7 @@ from ..kernels.grid import RegionGrid, larger, smaller
 from ..kernels.lib.integers import cdiv
 from ..spec import AttentionSpec
 from .base import FIXED_BY_PARAMETERS, NEVER_CALLED, Attention
-from .inputs import check_shape, project
+from .inputs import apply, check_shape, project
 from .layers import depthwise_convolution, is_plain_convolution, lepe_parameters
 
 ATTENTION_BACKENDS = ("torch", "triton")
@@ -130,7 +130,7 @@ class NCHWBiLevelRoutingAttention(Attention):
     def call_of(self, x: Tensor) -> Call:
         """What `forward` has a backend compute; raises as `forward` does."""
         grid = self.grid(x)
-        qkv = project(self._modules["qkv_linear"], x.permute(0, 2, 3, 1), _project)
+        qkv = project("qkv_linear", self._modules["qkv_linear"], x.permute(0, 2, 3, 1), _project)
         # Tokens past the edge are left out of the means, but are zeros to the attention, and take part.
         padding = qkv.new_zeros(qkv.shape[-1]) if grid.is_padded else None
         weight, bias = lepe_parameters(self._modules.get("lepe"), self.spec.dim)
@@ -145,7 +145,8 @@ class NCHWBiLevelRoutingAttention(Attention):
     def _out(self, out: Tensor, call: Call) -> Tensor:
         if call.lepe_weight is None:
             out = self._with_lepe(out, call)
-        return _project(self._modules["output_linear"], out).permute(0, 3, 1, 2)
+        out = apply("output_linear", self._modules["output_linear"], out, _project)
+        return out.permute(0, 3, 1, 2)
 
 
 @lru_cache(1024)

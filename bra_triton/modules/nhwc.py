@@ -14,7 +14,7 @@ from ..kernels.grid import RegionGrid, is_sure
 from ..spec import AttentionSpec
 from . import downsampling
 from .base import FIXED_BY_PARAMETERS, NEVER_CALLED, Attention, Specified, number
-from .inputs import check_shape, project
+from .inputs import apply, check_shape, project
 from .layers import depthwise_convolution, is_plain, lepe_parameters, plain_parameters
 
 PARAM_ATTENTION_MODES = ("qkvo", "qkv")
@@ -223,15 +223,14 @@ class BiLevelRoutingAttention(Attention):
         return RegionGrid.of_windows(x.shape[1], x.shape[2], self.spec.n_win, self.auto_pad)
 
     def _project(self, x: Tensor) -> Tensor:
-        qkv = project(self._modules["qkv"], x)  # as an attribute a module costs a microsecond
+        qkv = project("qkv", self._modules["qkv"], x)  # as an attribute a module costs a microsecond
         # The original's projection returns queries, and keys with values.
         return torch.cat(qkv, dim=-1) if isinstance(qkv, tuple) else qkv
 
     def _out(self, out: Tensor, call: Call) -> Tensor:
         if call.lepe_weight is None:
             out = self._with_lepe(out, call)
-        project_out: Any = self._modules["wo"]
-        return project_out(out)
+        return apply("wo", self._modules["wo"], out)
 
     def call_of(self, x: Tensor) -> Call:
         """What `forward` has a backend compute, except in an export; for tools that look into it."""

@@ -228,8 +228,9 @@ TABLE = [
     (_set, "dim", (16, nn.Parameter(torch.ones(()))), {}),
     (_set, "backend", NOT_NAMES, {}),
     (_set, "lepe", (torch.zeros_like, "lepe"), {}),
-    (_called, "lepe", (nn.Conv2d(16, 16, 3),), {}),
-    (_called, "qkv", (nn.Linear(16, 32),), {}),
+    (_called, "lepe", (nn.Conv2d(16, 16, 3), nn.Linear(2, 2)), {}),
+    (_called, "qkv", (nn.Linear(16, 32), nn.Linear(2, 2)), {}),
+    (_called, "wo", (nn.Linear(2, 2),), {}),
     (_traced, "attention", (torch.fx.symbolic_trace, torch.jit.script), {}),
 ]
 # An argument whose check stands under another name.
