@@ -2,10 +2,6 @@
 
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
-        "kernels/small_map/choice.py",
-        "MOST_TILE = {2: 1025, 4: 512}",
-    ): "powers of two of at least 16 divide it, rounded down",
-    (
         "kernels/routing/graph.py",
         "at = place[:, None] * region_tokens + index",
     ): "places count images in 64 bits; where they are regions of a map, it has fewer than 2**31 tokens",

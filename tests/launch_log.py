@@ -84,7 +84,7 @@ def pool(pooling):
 
 _CELLS = torch.tensor([[0, 2], [1, 3]], dtype=torch.int32)
 PLAIN = settings(48, 72, 4, 3)  # regions too large for a small map's kernels
-SMALL = settings(16, 24, 4, 3)
+SMALL = settings(16, 16, 4, 3)
 FORMS = {
     "plain": lambda: attention(PLAIN),
     "float32": lambda: attention(PLAIN, torch.float32),

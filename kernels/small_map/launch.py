@@ -16,7 +16,7 @@ from ..routing.launch import Routing, launch_route, region_stride
 from ..tiles import channel_block
 from .arguments import Choices, RegionRows, SmallMapConfig, SmallMapGradients
 from .backward import small_map_backward_kernel
-from .choice import block_own
+from .choice import BLOCK_OWN
 from .forward import small_map_forward_kernel
 
 # Most heads of a program. With fewer, more programs choose the same regions; with 8 the backward spills
@@ -143,7 +143,7 @@ def _config(problem: RoutedAttention[Buffer]) -> SmallMapConfig:
         QUERY_STRIDE=row_stride(problem.query),
         KEY_STRIDE=row_stride(problem.key),
         VALUE_STRIDE=row_stride(problem.value),
-        BLOCK_OWN=block_own(problem),
+        BLOCK_OWN=BLOCK_OWN,
         BLOCK_STEP=_STEP[problem.query.dtype.itemsize],
         BLOCK_QK=channel_block(problem.qk_head_dim),
         BLOCK_V=channel_block(problem.v_head_dim),

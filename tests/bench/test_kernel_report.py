@@ -48,7 +48,8 @@ def test_small_maps_are_reported_in_both_forms(monkeypatch):
     """YOLO's P4: what is launched, and what lists would cost in its place."""
     kernels_only(monkeypatch, "small_map_forward", "attention_forward")
     small, listed = (
-        kernel_report.collect([PROBLEMS["yolo_p4"]], ["sm_90"], form=form)[0] for form in (None, "routed")
+        kernel_report.collect([PROBLEMS["biformer_stage2"]], ["sm_90"], form=form)[0]
+        for form in (None, "routed")
     )
     assert [row.kernel for row in (small, listed)] == ["small_map_forward", "attention_forward"]
     assert small.cost.useful_scores == listed.cost.useful_scores
