@@ -102,8 +102,8 @@ def plan_attend(problem: PackedAttention[Tensor], trains: bool) -> Plan:
         if lists is None:
             launch_small_map(plan, routed, routing, packed.lepe(), results, trains)
             return plan
-        listed = arrays.form == ROUTED and routed.query_grid == routed.kv_grid
-        launch_route(plan, routing, *((lists.arguments, settings.grid) if listed else ()))
+        listed = routed.query_grid == routed.kv_grid
+        launch_route(plan, routing, *((*lists.of_choice, settings.grid) if listed else ()))
     assert lists is not None
     if not listed:
         launch_key_lists(plan, routed, lists)

@@ -68,9 +68,10 @@ class RouteConfig(NamedTuple):
         BLOCK_C: channels in a step of the product.
         BLOCK_K: `topk`, rounded up to a power of two.
         PRECISION: of the float32 product, as `tl.dot` names it.
-        LISTS: list the tokens of the chosen regions.
+        LISTS: list tokens: of the chosen regions, if there is a list for them, and of all regions.
         BLOCK_TOKENS: tokens of a chosen region in a step of listing them.
         BLOCK_REGION_TOKENS: tokens of a query region in a step of listing them.
+        BLOCK_MARKED: tokens in a step of marking them.
     """
 
     DIM: int
@@ -83,6 +84,7 @@ class RouteConfig(NamedTuple):
     LISTS: bool
     BLOCK_TOKENS: int
     BLOCK_REGION_TOKENS: int
+    BLOCK_MARKED: int
 
 
 class RoutingGradientConfig(NamedTuple):

@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 
 from ..lib.addressing import token_of
+from ..lib.overlap import wait_for_previous_launch
 from .arguments import MARK
 
-_MARK = tl.constexpr(MARK)
+MARKED = tl.constexpr(MARK)
 
 
 @triton.jit
@@ -73,6 +74,7 @@ def list_tokens_kernel(
 
     A list that is None is left out.
     """
+    wait_for_previous_launch()
     place = tl.program_id(0).to(tl.int64) * CONFIG.BLOCK_ENTRIES + tl.arange(0, CONFIG.BLOCK_ENTRIES)
     listed = place < n_entries
     sizes = (region_height, region_width, columns, height, width)
@@ -90,6 +92,16 @@ def list_tokens_kernel(
         list_regions(lists.region_list, None, region, region, None, exists, sizes, CONFIG.BLOCK_TOKENS)
 
 
+@triton.jit
+def mark_tokens(marks, row, n_queries, region_tokens, n_keys, kv_region_tokens, BLOCK_MARKS: tl.constexpr):
+    """Writes the rows `row` of the tables of regions: of each query its region, of each key its marks."""
+    region = tl.arange(0, BLOCK_MARKS)[None, :]
+    tl.store(marks.query_regions + row, row // region_tokens, mask=row < n_queries)
+    own = tl.where((row // kv_region_tokens)[:, None] == region, MARKED, 0.0).to(tl.bfloat16)
+    at = row.to(tl.int64)[:, None] * BLOCK_MARKS + region
+    tl.store(marks.key_marks + at, own, mask=(row < n_keys)[:, None])
+
+
 @triton.jit(do_not_specialize=["n_rows", "topk", "n_queries", "region_tokens", "n_keys", "kv_region_tokens"])
 def mark_choices_kernel(
     r_idx,
@@ -102,24 +114,23 @@ def mark_choices_kernel(
     kv_region_tokens,
     CONFIG: tl.constexpr,
 ):
-    """Tables for masked attention; each program writes BLOCK_ROWS rows of all three.
+    """Tables for masked attention under a graph that is given; each program writes BLOCK_ROWS rows of all.
 
     The product of a query's and a key's marks is 0 where the query's region chose the key's, else -MARK**2,
     exact in bfloat16: a mask that the matrix unit adds to the scores, at no instruction a score.
     """
+    wait_for_previous_launch()
     BLOCK_ROWS: tl.constexpr = CONFIG.BLOCK_ROWS
     BLOCK_MARKS: tl.constexpr = CONFIG.BLOCK_MARKS
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     region = tl.arange(0, BLOCK_MARKS)[None, :]
-    own_marks = tl.full([BLOCK_ROWS, BLOCK_MARKS], -_MARK, tl.float32)
+    own_marks = tl.full([BLOCK_ROWS, BLOCK_MARKS], -MARKED, tl.float32)
     for slot in tl.range(0, topk):
         choice = tl.load(r_idx + row.to(tl.int64) * topk + slot, mask=row < n_rows, other=-1)
         own_marks = tl.where(choice[:, None] == region, 0.0, own_marks)
     at = row.to(tl.int64)[:, None] * BLOCK_MARKS + region
     tl.store(marks.query_marks + at, own_marks.to(tl.bfloat16), mask=(row < n_rows)[:, None])
-    tl.store(marks.query_regions + row, row // region_tokens, mask=row < n_queries)
-    own = tl.where((row // kv_region_tokens)[:, None] == region, _MARK, 0.0).to(tl.bfloat16)
-    tl.store(marks.key_marks + at, own, mask=(row < n_keys)[:, None])
+    mark_tokens(marks, row, n_queries, region_tokens, n_keys, kv_region_tokens, BLOCK_MARKS)
 
 
 @triton.jit(
@@ -152,6 +163,7 @@ def invert_graph_kernel(
 
     Without LISTS the row is all that is written.
     """
+    wait_for_previous_launch()
     BLOCK: tl.constexpr = CONFIG.BLOCK
     region = tl.program_id(0) % n_regions
     graph = (tl.program_id(0) // n_regions).to(tl.int64)

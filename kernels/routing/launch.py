@@ -9,7 +9,7 @@ from ..attention.arguments import Lists
 from ..grid import RegionGrid
 from ..lib.integers import cdiv, next_power_of_2
 from ..plan import Plan
-from .arguments import Inverse, MeansConfig, RouteConfig, RoutingGradientConfig
+from .arguments import Inverse, Marks, MeansConfig, RouteConfig, RoutingGradientConfig
 from .gradient import key_routing_gradient_kernel, query_routing_gradient_kernel, spread_means_kernel
 from .route import region_means_kernel, route_kernel
 
@@ -87,14 +87,19 @@ class Routing:
 
 
 def launch_route(
-    plan: Plan, routing: Routing, lists: Lists | None = None, grid: RegionGrid | None = None
+    plan: Plan,
+    routing: Routing,
+    lists: Lists | None = None,
+    marks: Marks | None = None,
+    grid: RegionGrid | None = None,
 ) -> None:
     """Adds the choice of the key regions with the largest logits for every query region.
 
     Args:
         plan: where to add it.
         routing: what is routed, and where the choice goes.
-        lists: the tokens of the chosen regions to be listed, too.
+        lists: tokens to be listed, too: of the regions and, unless that list is None, of the chosen ones.
+        marks: the choice as a mask, to be written, too; with `lists` of the regions alone.
         grid: with `lists`, the regions of keys and queries.
     """
     batch, n_regions, topk = routing.r_idx.shape
@@ -113,11 +118,13 @@ def launch_route(
         LISTS=lists is not None,
         BLOCK_TOKENS=max(1, listed // (block_q * block_k)),
         BLOCK_REGION_TOKENS=_LISTED // block_q,
+        BLOCK_MARKED=max(1, _LISTED // block_r),
     )
+    assert marks is None or marks.key_marks.shape[-1] == block_r
     plan.launch(
         route_kernel,
         (batch, cdiv(n_regions, block_q)),
-        (routing.query, routing.key, routing.r_weight, routing.r_idx, lists),
+        (routing.query, routing.key, routing.r_weight, routing.r_idx, lists, marks),
         (routing.scale, n_regions, topk, *(grid.geometry if grid else (1,) * 5), config),
         num_warps=8 if block_r == _ROUTE_OPERAND else 4,  # with 4 it spills on sm_80
     )

@@ -54,6 +54,11 @@ class KeyLists:
         """The lists as the kernels take them."""
         return Lists(self.query_regions, self.key_list, self.factors)
 
+    @property
+    def of_choice(self) -> tuple[Lists, Marks | None]:
+        """What the router writes along with its choice, where keys and queries have the same regions."""
+        return (self.arguments if self.marks is None else Lists(self.query_regions, None, None)), self.marks
+
 
 @dataclass(frozen=True)
 class QueryLists:

@@ -9,6 +9,7 @@
 | r_weight | (N, P, TOPK) fp32 | softmax over the chosen logits, descending |
 | r_idx | (N, P, TOPK) int32 | chosen regions, by descending logit, equal ones by ascending index |
 | lists | | tokens of the chosen regions, see `attention.arguments.Lists`; None where they are listed apart |
+| marks | | the choice as a mask, see `arguments.Marks`; None but for masked attention |
 """
 
 import triton
@@ -16,7 +17,8 @@ import triton.language as tl
 
 from ..lib.addressing import token_of
 from ..lib.exponential import LOWEST
-from .graph import list_regions
+from ..lib.overlap import wait_for_previous_launch
+from .graph import MARKED, list_regions, mark_tokens
 
 _HIGHEST = tl.constexpr(-LOWEST.value)
 
@@ -35,6 +37,7 @@ def region_means_kernel(
     CONFIG: tl.constexpr,
 ):
     """Means over a region's tokens of BLOCK_C of the first MEAN_DIM packed channels; grid (N*P, blocks)."""
+    wait_for_previous_launch()
     MEAN_DIM: tl.constexpr = CONFIG.MEAN_DIM
     PACKED: tl.constexpr = CONFIG.PACKED
     BLOCK_TOKENS: tl.constexpr = CONFIG.BLOCK_TOKENS
@@ -68,9 +71,10 @@ def ranked(logits):
     """Numbers to compare logits by: NaN comes before +inf, as torch.sort has it, and that before all others.
 
     Above all NaN must not yield an index out of range: a model whose training diverges should report a NaN
-    loss, not an illegal memory access. So NaN becomes +inf, and +inf the highest finite number.
+    loss, not an illegal memory access. So NaN becomes +inf, and infinities the finite numbers next to them:
+    minus infinity stands for what cannot be chosen.
     """
-    return tl.where(logits == logits, tl.minimum(logits, _HIGHEST), float("inf"))
+    return tl.where(logits == logits, tl.minimum(tl.maximum(logits, LOWEST), _HIGHEST), float("inf"))
 
 
 @triton.jit(
@@ -84,6 +88,7 @@ def route_kernel(
     r_weight,
     r_idx,
     lists,
+    marks,
     scale,
     n_regions,
     topk,
@@ -96,9 +101,10 @@ def route_kernel(
 ):
     """Logits of BLOCK_Q query regions against all key regions, and each one's topk largest; grid (N, blocks).
 
-    Several query regions share the keys that they load, and are as many as a matrix unit takes. Where the
-    attention walks the regions just chosen, their tokens are listed at once, which spares a launch.
+    Several query regions share the keys that they load, and are as many as a matrix unit takes. What the
+    attention walks, tokens of the chosen regions or marks, is written at once, which spares launches.
     """
+    wait_for_previous_launch()
     DIM: tl.constexpr = CONFIG.DIM
     ROW_STRIDE: tl.constexpr = CONFIG.ROW_STRIDE
     BLOCK_Q: tl.constexpr = CONFIG.BLOCK_Q
@@ -128,14 +134,16 @@ def route_kernel(
     top_logits = tl.full([BLOCK_Q, BLOCK_K], float("-inf"), tl.float32)
     top_regions = tl.zeros([BLOCK_Q, BLOCK_K], tl.int32)
     for taken in tl.range(0, topk):
-        largest = tl.max(tl.where(free, logits, float("-inf")), axis=1)[:, None]
-        winner = tl.min(tl.where(free & (logits == largest), key_region, BLOCK_R), axis=1)[:, None]
-        free = free & (key_region != winner)
-        top_logits = tl.where(slot == taken, largest, top_logits)
-        top_regions = tl.where(slot == taken, winner, top_regions)
+        # One reduction, not one for the logit and one for the region: a row's logits lie in several warps,
+        # which meet in shared memory for each. Of equal logits it takes the first.
+        largest, winner = tl.max(tl.where(free, logits, float("-inf")), axis=1, return_indices=True)
+        free = free & (key_region != winner[:, None])
+        top_logits = tl.where(slot == taken, largest[:, None], top_logits)
+        top_regions = tl.where(slot == taken, winner[:, None], top_regions)
 
     # What was infinite or NaN makes all weights of its row NaN, as a softmax does.
     top_logits = tl.where(top_logits == _HIGHEST, float("inf"), top_logits)
+    top_logits = tl.where(top_logits == LOWEST, float("-inf"), top_logits)
     weight = tl.exp(top_logits - tl.max(top_logits, axis=1)[:, None])
     weight = weight / tl.sum(weight, axis=1)[:, None]
     place = (image * n_regions + query_region[:, None]) * topk + slot
@@ -143,18 +151,30 @@ def route_kernel(
     if r_weight is not None:
         tl.store(r_weight + place, weight, mask=stored)
     tl.store(r_idx + place, top_regions, mask=stored)
+    if marks is not None:
+        own_marks = tl.where(free, -MARKED, 0.0).to(tl.bfloat16)
+        at = (image * n_regions + query_region[:, None]) * BLOCK_R + key_region
+        tl.store(marks.query_marks + at, own_marks, mask=exists[:, None])
+        if image == 0:
+            region_tokens = region_height * region_width
+            first = tl.program_id(1) * BLOCK_Q * region_tokens
+            last = tl.minimum(first + BLOCK_Q * region_tokens, n_regions * region_tokens)
+            for start in tl.range(first, last, CONFIG.BLOCK_MARKED):
+                row = start + tl.arange(0, CONFIG.BLOCK_MARKED)
+                mark_tokens(marks, row, last, region_tokens, last, region_tokens, BLOCK_R)
     if CONFIG.LISTS:
-        ENTRIES: tl.constexpr = BLOCK_Q * BLOCK_K
-        list_regions(
-            lists.token_list,
-            lists.factors,
-            tl.reshape(place, [ENTRIES]),
-            tl.reshape(top_regions, [ENTRIES]),
-            tl.reshape(weight, [ENTRIES]),
-            tl.reshape(stored, [ENTRIES]),
-            (region_height, region_width, columns, height, width),
-            CONFIG.BLOCK_TOKENS,
-        )
+        if lists.token_list is not None:
+            ENTRIES: tl.constexpr = BLOCK_Q * BLOCK_K
+            list_regions(
+                lists.token_list,
+                lists.factors,
+                tl.reshape(place, [ENTRIES]),
+                tl.reshape(top_regions, [ENTRIES]),
+                tl.reshape(weight, [ENTRIES]),
+                tl.reshape(stored, [ENTRIES]),
+                (region_height, region_width, columns, height, width),
+                CONFIG.BLOCK_TOKENS,
+            )
         if image == 0:
             list_regions(
                 lists.region_list,

@@ -62,7 +62,7 @@ def test_a_direct_launch_has_the_arguments_of_the_ordinary_one(form, log, monkey
     log.take()
     monkeypatch.setattr(Plan, "_launch", launch_twice)
     step(problem)
-    kinds = {"masked": "mark_choices_kernel", "nchw": "finish_gradients_kernel", "pooling": "pool_kernel"}
+    kinds = {"nchw": "finish_gradients_kernel", "pooling": "pool_kernel"}
     kinds |= {"soft": "spread_means_kernel", "padded hard": "finish_gradients_kernel"}
     kinds |= dict.fromkeys(("small map", "small map, soft, padded"), "small_map_backward_kernel")
     assert kinds.get(form, "attention_forward_kernel") in names

@@ -116,7 +116,7 @@ def _route_with_lists(plan, query, key, r_weight, r_idx, factors, grid):
         )
         for _ in range(2)
     )
-    launch_route(plan, Routing(query, key, r_weight, r_idx, 0.5), at_once, grid)
+    launch_route(plan, Routing(query, key, r_weight, r_idx, 0.5), at_once, None, grid)
     graph, factor = r_idx.view(batch, 1, n_regions, topk), None
     if factors:
         factor = r_weight.view(batch, 1, n_regions, topk)
@@ -153,6 +153,37 @@ def test_lists_made_while_routing_are_those_of_the_graph(
     assert at_once.token_list[-1, 0, -1].tolist() == _expected_tokens(grid, r_idx[-1, -1].tolist())
     for one, other in zip(at_once, apart, strict=True):
         assert one is other is None or torch.equal(one, other)
+
+
+def _route_with_marks(plan, query, key, r_idx, grid):
+    """What `route_kernel` marks, and what `mark_choices_kernel` marks of the graph that it chose."""
+    batch, n_regions, topk = r_idx.shape
+    maps = plan.output((batch, grid.height, grid.width, 1), torch.float32)
+    problem = RoutedAttention(maps, maps, maps, r_idx.view(batch, 1, n_regions, topk), grid, grid, 1, 1.0)
+    at_once, apart = (lists.take_key_lists(problem, lists.MASKED, plan.output) for _ in range(2))
+    launch_route(plan, Routing(query, key, None, r_idx, 0.5), *at_once.of_choice, grid)
+    lists.launch_key_lists(plan, problem, apart)
+    return [(each.query_regions, *each.marks) for each in (at_once, apart)]
+
+
+@pytest.mark.parametrize(
+    ("grid", "topk"),
+    [
+        (RegionGrid.of_windows(14, 14, 7), 16),  # BiFormer's third stage: four programs, the last not full
+        (RegionGrid.of_windows(5, 6, 3), 9),  # padding; every region chosen
+        (RegionGrid.of_windows(24, 24, 2), 1),  # 144 tokens a region: more than a step marks
+    ],
+)
+def test_marks_made_while_routing_are_those_of_the_graph(grid, topk, device):
+    query, key = torch.randn(2, 2, grid.n_regions, 8, device=device)
+    r_idx = torch.full((2, grid.n_regions, topk), -1, dtype=torch.int32, device=device)
+    at_once, apart = planned.run(_route_with_marks, query, key, r_idx, grid)
+    # No key has the marks of regions that there are not.
+    at_once, apart = (
+        [x[..., : grid.n_regions] if x.dim() == 4 else x for x in each] for each in (at_once, apart)
+    )
+    for one, other in zip(at_once, apart, strict=True):
+        assert torch.equal(one, other)
 
 
 def _invert(r_idx, n_regions):
