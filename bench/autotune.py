@@ -8,6 +8,7 @@ goes on where it was.
     bra-autotune                                        # all problems, forward and backward, float16
     bra-autotune --problem yolo_p3 --dtype bfloat16
     bra-autotune --routing-weight soft
+    bra-autotune --refine                               # minutes: the tiles in use, with deeper pipelines
     bra-autotune --shape 16x80x80x64 --num-heads 2 --n-win 8 --topk 4 --pass backward
 
 With `--arch` it needs no GPU: it compiles the configurations, predicts what they cost from the machine code
@@ -31,7 +32,7 @@ from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.measure import DTYPES, default_device
 from bra_triton.bench.problems import MODELS, Problem
 from bra_triton.bench.tuning import prediction, timing
-from bra_triton.bench.tuning.search_space import EXP_SHARE
+from bra_triton.bench.tuning.search_space import DEEP_STAGES, EXP_SHARE
 from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import cache as tile_cache
 from bra_triton.kernels.tiles import table as tile_table
@@ -135,7 +136,7 @@ def list_trials(args: argparse.Namespace, problems: Sequence[Problem], device: t
     print(*(trial for name in args.dtype for trial in _trials(args, problems, name, device)), sep="\n")
     print(
         "then the fastest of each: forward with LePE apart; forward and dQ, half precision, with "
-        f"1/{EXP_SHARE} of the exponentials by multiply-adds"
+        f"1/{EXP_SHARE} of the exponentials by multiply-adds; all with {DEEP_STAGES} stages"
     )
 
 
@@ -149,7 +150,7 @@ def _trials(
     args: argparse.Namespace, problems: Sequence[Problem], dtype: str, device: torch.device
 ) -> list[timing.Trial]:
     kernels = [kernel for kernel in timing.PASSES[args.passes] if kernel in args.kernel]
-    return timing.trials(problems, DTYPES[dtype], kernels, device)
+    return timing.trials(problems, DTYPES[dtype], kernels, device, args.refine)
 
 
 def _problems(args: argparse.Namespace) -> list[Problem]:
@@ -193,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         timed(name, type=int)
     timed("--routing-weight", choices=("none", "soft", "hard"), default="none", help="of every problem")
     timed("--pass", dest="passes", choices=timing.PASSES, default="both")
+    timed("--refine", action="store_true", help="time what launches get so far, and its variants, alone")
     timed("--save", action="store_true", help="also write the shipped table of the card's architecture")
 
     predicted = parser.add_argument_group("without a GPU").add_argument

@@ -7,7 +7,9 @@ The space is pruned by what no good configuration breaks:
   accumulators leave room for fewer: float32 heads of 64 spill with 16 scores a thread, and fit with 8.
 - NVIDIA's pipelines have three stages: with two the compiler loads the token list that says where keys lie on
   the spot, and every step waits for it. Two are tried where nothing with three fits. Timed on an H200, two or
-  three make a difference of up to 4 %, more often in favour of two; `bra-autotune` times both.
+  three make a difference of up to 4 %, more often in favour of two; `bra-autotune` times both. From five
+  stages on keys and values have two buffers, which pays in some loops: the fastest tile is timed with
+  `DEEP_STAGES`, too.
 - The accumulators alone take at most 192 registers of a thread.
 - No program owns more rows than its size class: smaller regions would leave most of it empty.
 """
@@ -22,6 +24,7 @@ WARPS = (1, 2, 4, 8)
 # One exponential in so many goes to the multiply-add units, which about evens out a loop at heads of 32: in
 # the forward on sm_90, 6.9 issue slots a score while the exponential unit takes 7.3 (without it 6.0 and 8.3).
 EXP_SHARE = 8
+DEEP_STAGES = (5, 7)
 
 
 # Each size class's (regions a side, side of a region, topk): YOLO's maps at 640, BiFormer's stages at 224.

@@ -24,7 +24,7 @@ import torch
 from bra_triton.bench import measure
 from bra_triton.bench.problems import Problem
 from bra_triton.bench.tuning.inputs import Inputs
-from bra_triton.bench.tuning.search_space import EXP_SHARE, candidates, serves
+from bra_triton.bench.tuning.search_space import DEEP_STAGES, EXP_SHARE, candidates, serves
 from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT, Key, Tile
 from bra_triton.kernels.tiles import cache as tile_cache
@@ -64,15 +64,19 @@ class Trial:
 
 
 def trials(
-    problems: Sequence[Problem], dtype: torch.dtype, kernels: Sequence[str], device: torch.device
+    problems: Sequence[Problem],
+    dtype: torch.dtype,
+    kernels: Sequence[str],
+    device: torch.device,
+    only_used: bool = False,
 ) -> list[Trial]:
-    """All configurations to time: those worth trying, and what launches get so far."""
+    """All configurations to time: what launches get so far and, unless `only_used`, those worth trying."""
     found = []
     for problem, kernel in itertools.product(problems, kernels):
         so_far = Trial(problem, dtype, kernel, Tile(16, 16, 1, 1))  # the key does not depend on the tile
         key = so_far.key
         used = tiles.choose(kernel, dtype, key.head_dim, key.size, device, key.form)
-        stages = (1,) if torch.version.hip else (3, 2)
+        stages = () if only_used else (1,) if torch.version.hip else (3, 2)
         space = [t for n in stages for t in candidates(kernel, key.bits, key.head_dim, n)]
         fitting = [tile for tile in space if serves(tile, key.size)]
         # Of the widest heads only small tiles fit.
@@ -93,12 +97,14 @@ def refinements(results: Mapping[Trial, float]) -> list[Trial]:
 
 
 def variants(kernel: str, bits: int, tile: Tile) -> list[Tile]:
-    """A tile with a share of its exponentials evaluated by multiply-adds, and with LePE the other way."""
+    """A tile with a share of its exponentials by multiply-adds, LePE the other way, or a deeper pipeline."""
     found = [tile]
     if bits == 16 and kernel != KEY_VALUE_GRADIENT and tile.step >= 8 * EXP_SHARE:
         found.append(replace(tile, exp_share=0 if tile.exp_share else EXP_SHARE))
     if kernel == FORWARD:
         found += [replace(each, fuses_lepe=not each.fuses_lepe) for each in found]
+    if not torch.version.hip:
+        found += [replace(tile, num_stages=n) for n in DEEP_STAGES if n != tile.num_stages]
     return found[1:]
 
 

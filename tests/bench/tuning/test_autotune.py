@@ -144,16 +144,24 @@ def test_the_fastest_is_timed_again_with_what_else_the_table_decides(device, mon
     timer = Stopwatch({Tile(16, 64, 1, 2): 0.5, fastest: 0.25})
     measure(FORWARD_TINY, timer, device)
     plain = Tile(16, 64, 1, 2)
-    assert timer.timed[2:] == [replace(plain, exp_share=8), replace(plain, fuses_lepe=False), fastest]
+    assert timer.timed[2:5] == [replace(plain, exp_share=8), replace(plain, fuses_lepe=False), fastest]
     (entry,) = tile_cache.read(timing.card_name(device)).values()
     assert entry.tile == fastest
 
 
 def test_what_else_a_tile_can_be():
-    assert len(timing.variants(tiles.FORWARD, 16, Tile(64, 64, 4, 2))) == 3
-    assert timing.variants(tiles.FORWARD, 32, Tile(64, 64, 4, 2)) == [Tile(64, 64, 4, 2, fuses_lepe=False)]
-    assert timing.variants(tiles.QUERY_GRADIENT, 16, Tile(64, 32, 4, 2)) == []
-    assert timing.variants(tiles.KEY_VALUE_GRADIENT, 16, Tile(64, 64, 4, 2)) == []
+    tile, narrow = Tile(64, 64, 4, 2), Tile(64, 32, 4, 5)
+    deep = [replace(tile, num_stages=n) for n in (5, 7)]
+    assert len(timing.variants(tiles.FORWARD, 16, tile)) == 5
+    assert timing.variants(tiles.FORWARD, 32, tile) == [replace(tile, fuses_lepe=False), *deep]
+    assert timing.variants(tiles.QUERY_GRADIENT, 16, narrow) == [replace(narrow, num_stages=7)]
+    assert timing.variants(tiles.KEY_VALUE_GRADIENT, 16, tile) == deep
+
+
+def test_refining_starts_from_the_tiles_in_use(device):
+    problem = Problem("", 2, 8, 8, 32, 1, 2, 2)
+    (trial,) = timing.trials([problem], torch.float16, [tiles.FORWARD], device, only_used=True)
+    assert trial.tile == tiles.choose(tiles.FORWARD, torch.float16, 32, 16, device)
 
 
 @pytest.mark.parametrize(("side", "dim", "form"), [(8, 16, "plain"), (7, 16, "padded"), (8, 12, "padded")])
