@@ -55,6 +55,7 @@ _MIX = {"exp": "exponentials", "matrix": "matrix", "fp32": "fp32", "int": "integ
 _NOTES = """\
 Compiled and counted, or predicted from the counts; nothing is measured. Issue slots: warp instructions x 32.
 slots/score: of the loop over whole tiles; a star: ptxas has serialised its matrix instructions (each waits).
+in flight: copies of later steps that a step does not wait for; 0: every step waits for all of its own.
 slots/useful: whole kernel, padding of tiles, list tail, prologue and epilogue included, over the scores that
 count; every loop as often as the problem runs it.
 Bounds are microseconds a launch at peak rates, each as if nothing else took time.
@@ -200,6 +201,7 @@ def _loop_cells(row: Row) -> dict[str, object]:
     mix = {title: code.loop.counts[name] for title, name in _MIX.items()}
     return {
         **_named(row, tile=True),
+        "in flight": code.usage.copies_in_flight,
         **mix,
         "other": code.loop.total - sum(mix.values()),
         "slots/score": f"{code.slots_per_score:.2f}{'*' if code.serialised else ''}",

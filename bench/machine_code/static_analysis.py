@@ -86,6 +86,9 @@ class Usage:
     shared_bytes: int  # per thread block
     stack_bytes: int  # local memory per thread, where spills go
     spills: int  # instructions in the whole kernel that load from local memory or store to it
+    # Asynchronous copies of later steps that still run when a loop has waited for those of its step: 0 where
+    # it waits for all, and so for memory in every step.
+    copies_in_flight: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ def resource_usage(compiled: Compiled) -> Usage:
     opcodes = [opcode.split(".")[0] for _, opcode, _ in _instructions(compiled.sass)[0]]
     # The report's own SHARED leaves out Triton's memory, which is allocated at launch.
     spills = opcodes.count("LDL") + opcodes.count("STL")
-    return Usage(int(found[1]), compiled.shared_bytes, int(found[2]), spills)
+    waits = re.findall(r"ttg\.async_wait\b.*?num = (\d+)", compiled.asm["ttgir"])
+    return Usage(int(found[1]), compiled.shared_bytes, int(found[2]), spills, max(map(int, waits), default=0))
 
 
 def sections(compiled: Compiled) -> Sections:

@@ -131,6 +131,13 @@ def test_spills_show(arch):
     assert usage.spills > 100
 
 
+@pytest.mark.parametrize(("num_stages", "copies"), [(1, 0), (2, 0), (3, 2), (4, 4)])
+def test_copies_that_a_step_does_not_wait_for(num_stages, copies):
+    """Keys and values of later steps: of one with three stages, of two with four."""
+    usage = resource_usage(compile_for(replace(ATTEND, num_stages=num_stages), "sm_80"))
+    assert usage.copies_in_flight == copies
+
+
 def test_spills_show_on_amd():
     huge = replace(ATTEND, num_warps=1, constexprs={"D": 128, "M": 256, "N": 32})
     crowded = resource_usage(compile_for(huge, "gfx942"))
