@@ -201,3 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     predicted("--arch", nargs="+", choices=HARDWARE, help="predict for these instead of timing")
     predicted("--head-dim", nargs="+", type=int, choices=tiles.HEAD_DIMS, default=list(tiles.HEAD_DIMS))
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

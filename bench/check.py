@@ -3,116 +3,197 @@
 Needs PyTorch, Triton, einops and pytest, and this working tree; nothing is installed or downloaded. Where the
 tree is a copy without git, `BRA_TRITON_COMMIT` says of which commit, and the report repeats it.
 
-1. Every mode in float32, float16 and bfloat16 against the float64 reference, for the same bits in every run,
-   in CUDA graphs (forward and training step), and for host synchronisation (`tests/gpu`), a process a mode.
-   Beside them the rest of the tests, as far as what they import is there, and every peer of the benchmark
-   against the definition.
-2. Times and memory beside the peers (`bra-bench peers`), one row after the other, as long as the time lasts.
+1. Beside each other: every mode in float32, float16 and bfloat16 against the float64 reference, for the same
+   bits in every run, in CUDA graphs, and for host synchronisation (`tests/gpu`, a process a mode); and every
+   peer that is to be timed against the definition, which compiles it, too.
+2. The measurements one after the other, in the order of `--parts`, each command in a process of its own.
 
-Whatever fails is reported and the rest goes on. The folder of results holds `results.json`, `report.md` and
-the log of every process, and is complete at any moment. Exit status 1 if a check failed or did not finish.
+Whatever fails, hangs or dies is reported and the rest goes on. The folder of results holds `report.md`,
+`results.json` and the log of every process; the first two are complete at any moment, and hold everything.
+Exit status 1 if a command failed or a check did not finish. A measurement cut off by the time is no failure.
 """
 
 import argparse
-import ast
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import re
+import shlex
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
 from bra_triton.bench import jobs, measure
 from bra_triton.bench.jobs import Job
 from bra_triton.bench.measure import ROOT
-from bra_triton.bench.peer_times import file_name, report
+from bra_triton.bench.problems import MODELS
 from bra_triton.bench.tables import table
 
-# Problem, batch and dtype; the most telling first, since the time may not last for all.
-ROWS = (
-    *(
-        f"{name}:8:float16"
-        for name in ("yolo_p3", "biformer_stage1", "yolo_p4", "biformer_stage2", "yolo_p5")
-    ),
-    *("biformer_stage3:8:float16", "biformer_stage4:8:float16", "yolo_p3:1:float16"),
-)
-ROWS_ON_CPU = ("tiny:1:float32", "tiny_padded:2:float32")
+
+class Part(NamedTuple):
+    """What `--parts` chooses: commands that run one after the other."""
+
+    limit: float  # seconds, of all of them together
+    commands: Sequence[str] = ()
+    first: Mapping[str, str] = MappingProxyType({})  # commands by name, among the checks: they compile
+    needs: str = ""  # a package without which the part is left out
+
+
+def _peers(limit: float, *rows: tuple[str, str]) -> Part:
+    """`bra-bench peers` by problems and flags; among the checks a process for each problem."""
+    text = "bra-bench peers --problem {} {}"
+    checks = {p: text.format(p, f"{flags} --check-only") for names, flags in rows for p in names.split()}
+    return Part(limit, [text.format(*row) for row in rows], checks)
+
+
+MAPS = "yolo_p3 yolo_p4 yolo_p5 biformer_stage1 biformer_stage2 biformer_stage3 biformer_stage4"
+SMALL_MAPS = "yolo_p5 yolo_p5_n_win_5 biformer_stage2 biformer_stage3 biformer_stage4 yolo_p4"
+PEERS = "--peers fused reference gather dense torch"
+FLEX = "--peers fused flex dense"
+HOST_COMPILED = "bra-bench host --compiled --form identity --phase 'no grad' step"
+# In the order of worth: the time may not last for all.
+PARTS = {
+    "modes": Part(0),  # all of it is checks
+    "small-maps": _peers(60, (SMALL_MAPS, "--batch 1 8 64 --peers fused dense")),
+    "peers": _peers(120, (MAPS, f"--batch 8 {PEERS}"), ("high_resolution", f"--batch 4 {PEERS}")),
+    "kernels": Part(100, [f"bra-bench kernel-times --markdown --problem {' '.join(MODELS)}"]),
+    "host": Part(90, ["bra-bench host", HOST_COMPILED], {"compiled": f"{HOST_COMPILED} --repeats 1"}),
+    # The other peers would hold 60 GB of scores and more.
+    "largest-map": _peers(60, ("issue_21", "--peers fused torch --repeats 3")),
+    "tiles": Part(150, ["bra-autotune --problem yolo_p3 --pass forward"]),
+    # Apart from the other peers: every process traces it anew, which takes longer than to time all others.
+    "flex": _peers(150, (MAPS, f"--batch 8 {FLEX}"), ("high_resolution", f"--batch 4 {FLEX}")),
+    "models": Part(150, ["bra-bench models --amp --batch 8"], needs="ultralytics"),
+    "suite": Part(240),
+}
+# What runs without a GPU, on maps of a few tokens.
+REHEARSED = {
+    "modes": Part(0),  # all of it is checks
+    "small-maps": _peers(60, ("tiny tiny_padded", "--batch 1 2 --peers fused dense --repeats 1")),
+    "peers": _peers(60, ("tiny_padded", "--no-compile --repeats 1")),
+    "host": Part(60, ["bra-bench host --form identity --phase 'no grad' --repeats 1"]),
+    "tiles": Part(60, ["bra-autotune --dry-run --problem yolo_p3 --pass forward"]),
+    "suite": Part(240),
+}
+CHECKS, SUITE = "checks", "suite"  # run beside each other, and have to finish
+CHECKS_LIMIT, CHECKS_SHARE = 240.0, 0.7  # seconds; of the budget, lest a check that hangs takes all of it
+# How the names of checks begin, so that all end at about the same time: PyTorch's compiler takes longest.
+LONGEST_FIRST = ("flex", "host", "largest-map", "peers", "file", "mode")
 IN_TREE = (sys.executable, str(ROOT / "bench" / "in_tree.py"))
 PYTEST = (*IN_TREE, "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}")
-PARTS = ("modes", "suite", "peers", "benchmark")
+PROGRAMS = {
+    "bra-bench": (*IN_TREE, "bra_triton.bench.command_line"),
+    "bra-autotune": (*IN_TREE, "bra_triton.bench.autotune"),
+}
 NO_TESTS = 5  # how pytest ends where all tests of a file were deselected
-# The share of the time that checks may take; the benchmark's need is small once its kernels are compiled.
-CHECK_SHARE = 0.6
-# Files of tests that start before the modes: on an H200 the last three took 85 to 201 s, a mode or a peer
-# some 40 s. The first waits for PyTorch's compiler, and was not timed on a GPU.
-LONGEST_FILES = ("test_torch_compile", "test_attention", "test_routed_attention", "test_operators")
-WHAT_THE_COLUMNS_SAY = """\
-Medians, in ms. `work`: how long the GPU works, with a cold cache and launches hidden; `x`: that time
-over the fused row's; `call`: what a caller waits who waits for every call; `peak`: memory beyond the
-inputs. `dense` does not route."""
+MOST_OUTPUT = 100_000  # characters of a command's output that the report repeats
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the checks and the benchmark; returns 1 if a check failed or did not finish."""
+    """Runs the parts; returns 1 if a command failed or a check did not finish."""
     start = time.monotonic()
     options = _parse(arguments)
     described = measure.circumstances(torch.device(options.device))
     name = _slug(f"{described['card'] or 'cpu'}-{described['date']}")
     out = options.out or ROOT / "runs" / "bench" / "results" / name
-    out.mkdir(parents=True, exist_ok=True)
-    check_deadline = start + CHECK_SHARE * options.budget_seconds
-    deadline = start + options.budget_seconds
-    results: dict[str, Any] = {"versions": described, "checks": [], "rows": [], "notes": []}
+    plan = _plan(options, out)
+    checks_limit = min(CHECKS_LIMIT, CHECKS_SHARE * options.budget_seconds)
+    results: dict[str, Any] = {"versions": described, "notes": options.notes}
+    results["jobs"] = {
+        job.name: {"part": part, "command": _text(job.command), **asdict(jobs.Outcome(job.name))}
+        for part, planned in plan.items()
+        for job in planned
+    }
     print(measure.on_one_line(described), flush=True)
-
-    planned = _plan(options, out, results["notes"])
-    environment = _environment(options.device, threads=1 if len(planned) > 1 else None)
-    for outcome in jobs.run_all(planned, options.workers, check_deadline, ROOT, environment):
-        results["checks"].append(vars(outcome))
-        _say(start, f"{outcome.status:12} {outcome.name} ({outcome.seconds:.0f} s)")
-        _write(results, out)
-    if "benchmark" in options.parts:
-        _benchmark(options, out, results, start, deadline)
-    bad = [check for check in results["checks"] if check["status"] != jobs.PASSED]
-    _write(results, out)
+    # What was started ends with this process, too, when `timeout` or a user stops it.
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    try:
+        for part, planned in plan.items():
+            limit = checks_limit if part == CHECKS else _parts_on(options.device)[part].limit
+            deadline = min(start + options.budget_seconds, time.monotonic() + limit)
+            is_alone = part not in (CHECKS, SUITE)
+            workers = 1 if is_alone else options.workers
+            environment = _environment(options.device, out / "tiles" / part, is_alone)
+            _write(results, out)
+            for outcome in jobs.run_all(planned, workers, deadline, ROOT, environment):
+                job = results["jobs"][outcome.name] | asdict(outcome)
+                results["jobs"][outcome.name] = job | (_printed(out, outcome.name) if is_alone else {})
+                _write(results, out)
+                print(f"[{time.monotonic() - start:4.0f} s] {outcome.name}: {outcome.status}", flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     print((out / "report.md").read_text())
+    bad = failed(results)
     print(f"{'FAILED' if bad else 'passed'}: {out / 'report.md'}, {time.monotonic() - start:.0f} s")
     return 1 if bad else 0
 
 
-def _plan(options: argparse.Namespace, out: Path, notes: list[str]) -> list[Job]:
-    """The checks, the longest first, so that all end at about the same time."""
-    planned, files = [], {}
-    if "peers" in options.parts:
-        for row in options.rows:
-            planned.append(_job(out, f"peers {row}", _row_command(row, options, "--check-only")))
-    if "suite" in options.parts:
-        paths = [*(ROOT / "tests/kernels").glob("test_*.py"), *(ROOT / "tests/bra_triton").glob("test_*.py")]
-        for path in sorted(paths):
-            if missing := missing_imports(path):
-                notes.append(f"{path.relative_to(ROOT)} was not run: no {', '.join(missing)} here")
-                continue
-            # What is marked `compiled` compiles for GPUs that are not here: `make test` does that.
-            command = [*PYTEST, "-m", "not compiled", str(path.relative_to(ROOT))]
-            files[path.stem] = _job(out, f"file {path.stem}", command, passes=(0, NO_TESTS))
-    planned = [files.pop(name) for name in LONGEST_FILES if name in files] + planned
-    if "modes" in options.parts:
-        # The interpreter, in a rehearsal, leaves some modes out.
-        passes = (0, NO_TESTS) if options.device == "cpu" and not options.modes else (0,)
+def _plan(options: argparse.Namespace, out: Path) -> dict[str, list[Job]]:
+    """What runs, in this order: the checks, then what was asked for."""
+    parts = {name: _parts_on(options.device)[name] for name in options.parts}
+    plan: dict[str, list[Job]] = {CHECKS: []}
+    for name, part in parts.items():
+        plan[CHECKS] += [_bench(out, f"{name} {what}", text) for what, text in part.first.items()]
+        plan[name] = [_bench(out, f"{name} {i}", text) for i, text in enumerate(part.commands, 1)]
+    # The interpreter leaves some modes out, and what compiles is left out where the interpreter runs.
+    passes = (0, NO_TESTS) if options.device == "cpu" and not options.modes else (0,)
+    if "modes" in parts:
+        file = options.tests / "test_modes.py"
+        others = [] if options.modes else sorted({*options.tests.glob("test_*.py")} - {file})
+        plan[CHECKS] += [_test_file(out, path, passes) for path in others]
         for mode in options.modes or all_modes():
-            command = [*PYTEST, "-k", f"[{mode}-", str(options.tests)]
-            planned.append(_job(out, f"mode {mode}", command, passes))
-    return planned + list(files.values())
+            plan[CHECKS].append(_test(out, f"mode {mode}", passes, "-k", f"[{mode}-", str(file)))
+    plan[CHECKS].sort(key=lambda job: [not job.name.startswith(name) for name in LONGEST_FIRST])
+    if SUITE in parts:
+        folders = (ROOT / "tests" / name for name in ("kernels", "bra_triton"))
+        tests = sorted(path for folder in folders for path in folder.glob("test_*.py"))
+        # What is marked `compiled` compiles for GPUs that are not here: `make test` does that.
+        plan[SUITE] = [_test_file(out, path, (0, NO_TESTS), "-m", "not compiled") for path in tests]
+    return plan
 
 
-def _job(out: Path, name: str, command: Sequence[str], passes: Sequence[int] = (0,)) -> Job:
-    return Job(name, command, out / "logs" / f"{_slug(name)}.log", passes)
+def _parts_on(device: str) -> Mapping[str, Part]:
+    return PARTS if device == "cuda" else REHEARSED
+
+
+def _bench(out: Path, name: str, text: str) -> Job:
+    """A command of `PARTS`; its numbers go to a file, too, except the tuner's."""
+    program, *words = shlex.split(text)
+    numbers = ["--json", str(_file(out, name, ".json"))] if program == "bra-bench" else []
+    return Job(name, [*PROGRAMS[program], *words, *numbers], _file(out, name, ".log"))
+
+
+def _test(out: Path, name: str, passes: Sequence[int], *flags: str) -> Job:
+    return Job(name, [*PYTEST, *flags], _file(out, name, ".log"), passes)
+
+
+def _test_file(out: Path, path: Path, passes: Sequence[int], *flags: str) -> Job:
+    return _test(out, f"file {path.parent.name}/{path.stem}", passes, *flags, str(path))
+
+
+def _file(out: Path, name: str, ending: str) -> Path:
+    return out / "logs" / f"{_slug(name)}{ending}"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+
+
+def _text(command: Sequence[str]) -> str:
+    """A command as a user types it."""
+    for name, program in PROGRAMS.items():
+        if tuple(command[: len(program)]) == program:
+            return shlex.join([name, *command[len(program) :]])
+    return shlex.join(command)
 
 
 def all_modes() -> list[str]:
@@ -121,83 +202,71 @@ def all_modes() -> list[str]:
     return [mode.name for mode in importlib.import_module("modes").MODES]
 
 
-def missing_imports(path: Path) -> list[str]:
-    """The packages that a test file imports, at any depth, and that are not there."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names.update(alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.split(".")[0])
-    beside = {p.stem for folder in (path.parent, ROOT / "tests") for p in folder.glob("*.py")}
-    return sorted(n for n in names - beside if importlib.util.find_spec(n) is None)
-
-
-def _benchmark(
-    options: argparse.Namespace, out: Path, results: dict[str, Any], start: float, deadline: float
-) -> None:
-    """Runs the rows one after the other, each in a process: what breaks one leaves the others alone."""
-    commands = {row: _row_command(row, options, "--out", str(out / "rows")) for row in options.rows}
-    planned = [_job(out, f"row {row}", command) for row, command in commands.items()]
-    for outcome in jobs.run_all(planned, 1, deadline, ROOT, _environment(options.device)):
-        _say(start, f"{outcome.status:12} {outcome.name} ({outcome.seconds:.0f} s)")
-        if outcome.status == jobs.FAILED:
-            results["checks"].append(vars(outcome))
-        elif outcome.status == jobs.NOT_FINISHED:
-            spent = f"the budget of {options.budget_seconds:.0f} s was spent"
-            results["notes"].append(f"{outcome.name} was not finished: {spent}")
-        path = out / "rows" / file_name(*outcome.name.removeprefix("row ").split(":"))
-        if path.exists():
-            results["rows"].append(json.loads(path.read_text()))
-        _write(results, out)
-
-
-def _row_command(row: str, options: argparse.Namespace, *flags: str) -> list[str]:
-    problem, batch, dtype = row.split(":")
-    numbers = ["--problem", problem, "--batch", batch, "--dtype", dtype, "--repeats", str(options.repeats)]
-    flags = (*flags, "--no-compile") if options.no_compile else flags
-    command = (*IN_TREE, "bra_triton.bench.command_line", "peers")
-    return [*command, *numbers, "--device", options.device, *flags]
-
-
-def _environment(device: str, threads: int | None = None) -> dict[str, str]:
-    # Nobody knows what plugins of pytest lie on another machine; the tests need none.
-    environment = {"YOLO_OFFLINE": "true", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    environment["COLUMNS"] = "500"  # to which pytest cuts the lines of its summary
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
+def _environment(device: str, tiles: Path, is_alone: bool) -> dict[str, str]:
+    environment = {
+        "YOLO_OFFLINE": "true",
+        "PYTHONUNBUFFERED": "1",  # what a process printed before it was ended is there
+        # Nobody knows what plugins of pytest lie on another machine; the tests need none.
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "COLUMNS": "500",  # to which pytest cuts the lines of its summary
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else every process starts as many as there are cores
+        # The tiles that are shipped, not those that a tuner kept for this user.
+        "BRA_TRITON_CACHE": str(tiles),
+    }
+    if not is_alone:
+        environment["OMP_NUM_THREADS"] = "1"
     if device == "cpu":
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+        # The tests' kernels are interpreted; `host` launches compiled ones, by a stand-in for the driver.
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0" if is_alone else "1"}
     return environment
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
-
-
-def _say(start: float, text: str) -> None:
-    print(f"[{time.monotonic() - start:4.0f} s] {text}", flush=True)
+def _printed(out: Path, name: str) -> dict[str, Any]:
+    """What a command printed, and its numbers; of one that was ended while it wrote them, none."""
+    numbers, log = _file(out, name, ".json"), _file(out, name, ".log")
+    found: dict[str, Any] = {"output": log.read_text(errors="replace")[-MOST_OUTPUT:] if log.exists() else ""}
+    with contextlib.suppress(OSError, ValueError):
+        found["numbers"] = json.loads(numbers.read_text())
+    return found
 
 
 def _write(results: dict[str, Any], out: Path) -> None:
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "report.md").write_text(markdown(results))
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """What was run, on and with what, what failed and why, and the tables."""
-    checks = sorted(results["checks"], key=lambda check: check["name"])
-    passed = sum(check["status"] == jobs.PASSED for check in checks)
+def failed(results: Mapping[str, Any]) -> list[str]:
+    """The names of the commands that failed, and of the checks that did not finish."""
+    return [
+        job["name"]
+        for job in results["jobs"].values()
+        if job["status"] == jobs.FAILED or (job["part"] in (CHECKS, SUITE) and job["status"] != jobs.PASSED)
+    ]
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """What was run, on and with what, what failed and why, and what was printed."""
+    found = list(results["jobs"].values())
+    passed = sum(job["status"] == jobs.PASSED for job in found)
     versions = [f"- {key} {value}" for key, value in results["versions"].items() if value]
-    lines = ["# GPU check", "", *versions, "", f"{passed} of {len(checks)} checks passed.", ""]
+    lines = ["# GPU check", "", *versions, "", f"{passed} of {len(found)} commands passed.", ""]
     lines += [f"- {note}" for note in results["notes"]]
-    columns = ("name", "status", "says", "seconds")
-    cells = [{name: str(check[name]).replace("|", "/") for name in columns} for check in checks]
-    lines += ["", table("Checks", cells, markdown=True), ""]
-    if failures := [(check["name"], why) for check in checks for why in check["failures"]]:
+    columns = ("part", "name", "status", "seconds", "says")
+    cells = [{name: str(job[name]).replace("|", "/") for name in columns} for job in found]
+    lines += ["", table("Commands", cells, markdown=True), ""]
+    if failures := [(job["name"], why) for job in found for why in job["failures"]]:
         lines += ["## Failures", "", *(f"- {name}: `{_on_one_line(why)}`" for name, why in failures), ""]
-    if results["rows"]:
-        lines += [WHAT_THE_COLUMNS_SAY, "", report(results["rows"])]
+    for job in found:
+        if output := job.get("output", "").strip():
+            is_markdown = "|--" in output
+            lines += [
+                f"# {job['part']}: {job['status']}, {job['seconds']:.0f} s",
+                "",
+                f"`{job['command']}`",
+                "",
+            ]
+            lines += [output if is_markdown else f"```\n{output}\n```", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -208,16 +277,14 @@ def _on_one_line(text: str) -> str:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("bra-bench check", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="folder (default: runs/bench/results/CARD-DATE)")
-    parser.add_argument("--budget-seconds", type=float, default=540.0, help="of the whole (default: 540)")
+    parser.add_argument("--budget-seconds", type=float, default=840.0, help="of the whole (default: 840)")
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, interpreted"
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, tiny and interpreted"
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="in this order (default: all but suite)")
     parser.add_argument("--modes", nargs="+", metavar="MODE", help="only these of tests/gpu/modes.py")
-    parser.add_argument("--rows", nargs="+", metavar="PROBLEM:BATCH:DTYPE", help="of the benchmark")
-    parser.add_argument("--workers", type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)))
-    parser.add_argument("--repeats", type=int, default=30, help="timed calls of a median")
-    parser.add_argument("--no-compile", action="store_true", help="FlexAttention uncompiled")
+    workers = max(1, min(14, (os.cpu_count() or 1) - 2))  # each has a context on the GPU, of half a GiB
+    parser.add_argument("--workers", type=int, default=workers, help="checks beside each other")
     parser.add_argument("--tests", type=Path, default=ROOT / "tests" / "gpu", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not (ROOT / "pyproject.toml").is_file():
@@ -226,9 +293,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         )
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here; --device cpu rehearses without one")
-    options.rows = options.rows or list(ROWS if options.device == "cuda" else ROWS_ON_CPU)
-    for row in options.rows:
-        if row.count(":") != 2:
-            parser.error(f"--rows takes PROBLEM:BATCH:DTYPE, got {row!r}")
+    options.notes = []
+    chosen = options.parts or [name for name in PARTS if name != SUITE]
+    for name in chosen:
+        if name not in _parts_on(options.device):
+            options.notes.append(f"{name} was left out: it needs a GPU")
+        elif (package := PARTS[name].needs) and importlib.util.find_spec(package) is None:
+            options.notes.append(f"{name} was left out: no {package} here")
+    left_out = {note.split()[0] for note in options.notes}
+    options.parts = [name for name in chosen if name not in left_out]
     options.out = options.out and options.out.resolve()
     return options

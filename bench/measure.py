@@ -1,6 +1,7 @@
 """The measuring module: time in medians and minima, memory, whether a result is right, and circumstances."""
 
 import datetime
+import functools
 import os
 import platform
 import random
@@ -27,8 +28,9 @@ _DESCRIBE = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbre
 # Written between two timed calls: several times the level-2 cache of any GPU.
 FLUSH_BYTES = 1 << 28
 # The GPU is kept busy while Python enqueues a timed call: this many times as long as enqueueing took before,
-# and at least this long. A millisecond is 2 million cycles at 2 GHz, and longer on a slower GPU.
-HEAD_START, LEAST_HEAD_START, CYCLES_PER_SECOND = 2.0, 1e-3, 2e9
+# and between these bounds; a queue holds some thousand launches, which take no longer to enqueue than the
+# second. A millisecond is 2 million cycles at 2 GHz, and longer on a slower GPU.
+HEAD_START, HEAD_START_BOUNDS, CYCLES_PER_SECOND = 2.0, (1e-3, 0.1), 2e9
 # Norm of the difference over the norm, for outputs and gradients whose scores and sums are kept in float32 or
 # rounded to the dtype; a region missed or mistaken gives 0.1 and more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -124,7 +126,8 @@ def median_device_seconds(
     ]
     if device.type != "cuda":
         return statistics.median(wall_seconds(runs[index % len(runs)]) for index in range(repeats))
-    head_start = max(LEAST_HEAD_START, HEAD_START * max(enqueued[-2:]))  # the first ones compile
+    least, most = HEAD_START_BOUNDS
+    head_start = min(most, max(least, HEAD_START * max(enqueued[-2:])))  # the first ones compile
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
     for index, (start_event, end_event) in enumerate(events):
@@ -232,6 +235,7 @@ def on_one_line(described: Mapping[str, str | None]) -> str:
     return ", ".join(f"{key} {value}" for key, value in described.items() if value)
 
 
+@functools.cache  # `nvidia-smi` takes a second
 def _first_line(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)

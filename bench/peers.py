@@ -22,11 +22,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from bra_triton import functional
 from bra_triton.bench.problems import Problem
 
 BLOCK = 128
+NAMES = ("fused", "reference", "gather", "flex", "dense", "torch")
 
 
 class Peer(NamedTuple):
@@ -43,7 +45,7 @@ def peers_for(
 
     Args:
         problem: what is computed; `qk_dim == dim`, no routing weight, no K/V down-sampling.
-        backend: the fused backend, `"triton"` or `"torch"`.
+        backend: the fused backend, `"triton"` or `"torch"`; beside the first, the second is a peer.
         padding: `(3*dim,)`: what tokens past the map's edge hold, where regions do not divide it.
         compile_flex: FlexAttention as a fused kernel; otherwise its definition, which holds the scores.
 
@@ -63,13 +65,17 @@ def peers_for(
     )
     flex = functools.partial(route_and_flex, problem=problem, padding=padding, compiled=compile_flex)
     gathered = functools.partial(gather, problem=problem, padding=padding)
-    return {
+    peers = {
         "fused": Peer(f"routing, attention ({backend})", functools.partial(ours, backend=backend)),
         "reference": Peer("routing, attention (einops)", functools.partial(ours, backend="reference")),
         "gather": Peer("routing, gather, attention (NCHW, as BiFormer's authors have it)", gathered),
         "flex": Peer("routing (einops), block mask, reordering, FlexAttention", flex),
         "dense": Peer("dense attention", functools.partial(dense_attention, num_heads=problem.num_heads)),
     }
+    if backend == "triton":
+        # What serves GPUs that Triton does not.
+        peers["torch"] = Peer("routing, attention (torch)", functools.partial(ours, backend="torch"))
+    return peers
 
 
 def dense_attention(qkv: Tensor, num_heads: int) -> Tensor:
@@ -78,6 +84,14 @@ def dense_attention(qkv: Tensor, num_heads: int) -> Tensor:
     # The modules' scale is of all heads together.
     out = F.scaled_dot_product_attention(query, key, value, scale=(qkv.shape[-1] // 3) ** -0.5)
     return rearrange(out, "n m (h w) c -> n h w (m c)", h=qkv.shape[1])
+
+
+def dense_attention_in_parts(qkv: Tensor, num_heads: int, rows: int = 1024) -> Tensor:
+    """The same for float64, whose scores PyTorch keeps: so many rows of queries at a time, and twice."""
+    query, key, value = rearrange(qkv, "n h w (t m c) -> t n m (h w) c", t=3, m=num_heads).unbind(0)
+    attend = functools.partial(F.scaled_dot_product_attention, scale=(qkv.shape[-1] // 3) ** -0.5)
+    parts = [checkpoint(attend, part, key, value, use_reentrant=False) for part in query.split(rows, 2)]
+    return rearrange(torch.cat(parts, 2), "n m (h w) c -> n h w (m c)", h=qkv.shape[1])
 
 
 def gather(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Tensor:

@@ -1,19 +1,23 @@
 """The one command: runs from a bare working tree, reports failures and goes on, and keeps to its budget."""
 
+import importlib
 import json
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 from typecheck import package_folders
 
-from bra_triton.bench import check, jobs, measure
+from bra_triton.bench import autotune, check, command_line, jobs, kernel_report, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,11 +109,6 @@ def test_a_copy_without_git_says_what_it_is_of(monkeypatch):
     assert measure.circumstances(torch.device("cpu"))["commit"] == "abc1234"
 
 
-def test_the_files_that_start_first_are_there():
-    stems = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
-    assert set(check.LONGEST_FILES) <= stems
-
-
 def test_the_modes_are_those_by_which_tests_are_named(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     tests = (ROOT / "tests" / "gpu" / "test_modes.py").read_text()
@@ -117,12 +116,88 @@ def test_the_modes_are_those_by_which_tests_are_named(monkeypatch):
     assert 'id=f"{mode.name}-{name}"' in tests
 
 
-def test_files_are_left_out_by_what_they_import(tmp_path):
-    test = tmp_path / "test_x.py"
-    test.write_text(
-        "import torch, json\nfrom problems import CASES\ndef f():\n    import no_such_package.sub\n"
-    )
-    assert check.missing_imports(test) == ["no_such_package"]
+def arguments_of(text):
+    """The parser of a command of the table, and what stands behind it."""
+    program, *words = shlex.split(text)
+    if program == "bra-autotune":
+        return autotune._parser().parse_args, words
+    module = importlib.import_module(f"bra_triton.bench.{command_line.COMMANDS[words[0]][0]}")
+    if words[0] == "kernel-times":
+        parser = kernel_report.parser_of("kernel-times", "", list(module.CHOICES))
+        return parser.parse_args, words[1:]
+    return module._parse, words[1:]
+
+
+@pytest.mark.parametrize("table", [check.PARTS, check.REHEARSED], ids=["on a GPU", "rehearsed"])
+def test_every_command_of_the_table_is_understood(table, monkeypatch):
+    """On a card that is lent for minutes, a misspelt option would cost the part."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: table is check.PARTS)
+    texts = [text for part in table.values() for text in (*part.commands, *part.first.values())]
+    assert len(texts) > 4
+    for text in texts:
+        parse, words = arguments_of(text)
+        parse(words)
+        if "peers" in text and "--check-only" not in text:
+            names = parse(words).problem
+            checked = {
+                name
+                for other in texts
+                if "--check-only" in other
+                for name in parse(arguments_of(other)[1]).problem
+            }
+            assert set(names) <= checked
+
+
+def test_what_cannot_run_here_is_left_out_and_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    options = check._parse([])
+    assert options.parts == [name for name in check.PARTS if name not in ("models", "suite")]
+    assert options.notes == ["models was left out: no ultralytics here"]
+    options = check._parse(["--device", "cpu", "--parts", "suite", "flex", "modes"])
+    assert options.parts == ["suite", "modes"]
+    assert options.notes == ["flex was left out: it needs a GPU"]
+
+
+def test_the_plan_begins_with_what_compiles_longest_and_has_every_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = check._parse(["--parts", "small-maps", "peers", "modes", "suite", "flex", "largest-map"])
+    plan = check._plan(options, tmp_path)
+    assert list(plan) == ["checks", "small-maps", "peers", "modes", "suite", "flex", "largest-map"]
+    checks = {job.name: job for job in plan["checks"]}
+    kinds = list(dict.fromkeys(name.split()[0] for name in checks))
+    assert kinds == [kind for kind in (*check.LONGEST_FIRST, "small-maps") if kind in kinds]
+    assert {"flex", "largest-map", "peers", "mode", "small-maps"} <= {*kinds}
+    assert {"largest-map issue_21", "mode identity", "mode nchw_padded"} <= checks.keys()
+    assert checks["mode identity"].passes == (0,)  # on a GPU, every mode has tests
+    names = {job.name for job in plan["suite"]}
+    assert {"file kernels/test_lepe", "file bra_triton/test_nhwc"} <= names
+    assert names.isdisjoint(checks)
+
+
+STAND_IN = """
+import json, os, signal, sys, time
+from pathlib import Path
+what, numbers = sys.argv[1], Path(sys.argv[-1])
+print(f"| {what} |\\n|--|", flush=True)
+print("noise", file=sys.stderr)
+if what == "fails":
+    sys.exit("it broke")
+if what == "misses":
+    print("MISSED: a target")
+    sys.exit(1)
+if what == "dies":
+    os.kill(os.getpid(), 9)
+if what == "stops":
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+if what == "hangs":
+    numbers.write_text('{"half":')
+    time.sleep(60)
+if numbers.suffix == ".json":
+    numbers.write_text(json.dumps([os.environ.get(name) for name in ("OMP_NUM_THREADS", "TRITON_INTERPRET")]))
+"""
 
 
 class TestRun:
@@ -141,87 +216,116 @@ class TestRun:
     """
 
     @pytest.fixture
-    def run(self, tmp_path, capsys):
-        tests = tmp_path / "test_modes.py"
-        tests.write_text(textwrap.dedent(self.MODES))
+    def run(self, tmp_path, capsys, monkeypatch):
+        """The command, with `STAND_IN` for the benchmarks."""
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        tests = tmp_path / "tests"
+        tests.mkdir()
+        (tests / "test_modes.py").write_text(textwrap.dedent(self.MODES))
+        (tests / "test_other.py").write_text("def test_it(): pass")
+        (tmp_path / "stand_in.py").write_text(STAND_IN)
+        program = (sys.executable, str(tmp_path / "stand_in.py"))
+        monkeypatch.setattr(check, "PROGRAMS", {"bra-bench": program, "bra-autotune": (*program, "tunes")})
 
-        def run(*flags):
+        def run(*flags, **parts):
+            parts = {name.replace("_", "-"): check.Part(*part) for name, part in parts.items()}
+            monkeypatch.setattr(check, "REHEARSED", {"modes": check.Part(0), **parts})
             common = ["--device", "cpu", "--out", str(tmp_path / "out"), "--tests", str(tests)]
-            status = check.main([*common, *flags])
+            status = check.main([*common, "--workers", "2", *flags])
             capsys.readouterr()
-            results = json.loads((tmp_path / "out" / "results.json").read_text())
-            return status, results, (tmp_path / "out" / "report.md").read_text()
+            return status, *self.results(tmp_path)
 
         return run
 
-    def test_a_failing_mode_gives_status_1_and_the_rest_runs(self, run):
-        status, results, report = run("--parts", "modes", "--modes", "good", "bad", "dead", "--workers", "2")
+    def results(self, folder):
+        results = json.loads((folder / "out" / "results.json").read_text())
+        return results["jobs"], (folder / "out" / "report.md").read_text()
+
+    def test_parts_run_in_order_and_what_fails_dies_or_hangs_stops_no_other(self, run):
+        status, found, report = run(
+            *("--parts", "tiles", "small-maps", "peers"),
+            small_maps=(60, ["bra-bench fails", "bra-bench dies", "bra-bench misses", "bra-bench works"]),
+            peers=(1, ["bra-bench hangs", "bra-bench works"], {"map": "bra-bench works --check-only"}),
+            tiles=(60, ["bra-autotune"]),
+        )
         assert status == 1
-        checks = {one["name"]: one for one in results["checks"]}
-        assert {name: one["status"] for name, one in checks.items()} == {
+        assert {name: job["status"] for name, job in found.items()} == {
+            **{"peers map": jobs.PASSED, "tiles 1": jobs.PASSED},
+            **{"small-maps 1": jobs.FAILED, "small-maps 2": jobs.FAILED, "small-maps 3": jobs.FAILED},
+            **{"small-maps 4": jobs.PASSED, "peers 1": jobs.NOT_FINISHED, "peers 2": jobs.NOT_FINISHED},
+        }
+        assert list(found)[:2] == ["peers map", "tiles 1"]
+        reasons = [found[f"small-maps {i}"]["failures"][0] for i in (1, 2, 3)]
+        assert "exit status 1" in reasons[0]
+        assert "it broke" in reasons[0]  # it said so in its errors
+        assert "exit status -9" in reasons[1]
+        assert reasons[2] == "MISSED: a target"
+        assert found["small-maps 4"]["numbers"] == [None, "0"]  # threads; the interpreter is for tests
+        assert "output" not in found["peers map"]
+        # Of one that was ended: what it had printed; of its numbers only half was there.
+        assert found["peers 1"]["output"] == "| hangs |\n|--|\n"
+        assert "numbers" not in found["peers 1"]
+        assert "3 of 8 commands passed." in report
+        assert re.search(r"\| small-maps \| small-maps 2 \| failed +\| \d", report)
+        assert "# peers: not finished, 1 s\n\n`bra-bench hangs --json" in report
+        assert "\n| works |\n|--|\n" in report
+        assert "noise" not in report.split("# small-maps: ")[-1]
+
+    def test_checks_have_one_thread_each_and_the_interpreter(self, run, tmp_path):
+        run("--parts", "peers", peers=(60, [], {"map": "bra-bench works"}))
+        numbers = json.loads((tmp_path / "out" / "logs" / "peers-map.json").read_text())
+        assert numbers == ["1", "1"]
+
+    def test_a_stopped_run_has_a_report_and_leaves_no_process_behind(self, run, tmp_path):
+        start, before = time.monotonic(), signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit, match="stopped"):
+            run("--parts", "tiles", "peers", tiles=(60, ["bra-autotune"]), peers=(60, ["bra-bench stops"]))
+        assert time.monotonic() - start < 20
+        assert signal.getsignal(signal.SIGTERM) == before
+        found, report = self.results(tmp_path)
+        assert [job["status"] for job in found.values()] == [jobs.PASSED, jobs.NOT_FINISHED]
+        assert "1 of 2 commands passed" in report
+
+    def test_a_failing_mode_gives_status_1_and_the_rest_runs(self, run):
+        status, found, report = run("--parts", "modes", "--modes", "good", "bad", "dead")
+        assert status == 1
+        assert {name: job["status"] for name, job in found.items()} == {
             "mode good": jobs.PASSED,
             "mode bad": jobs.FAILED,
             "mode dead": jobs.FAILED,
         }
-        (failure,) = checks["mode bad"]["failures"]
+        (failure,) = found["mode bad"]["failures"]
         assert "::test_mode[bad-bf16] - AssertionError: wrong by" in failure
-        assert "exit status 3" in checks["mode dead"]["failures"][0]
-        assert "1 of 3 checks passed." in report
-        assert re.search(r"\| mode bad +\| failed +\| 1 failed, 1 passed, 4 deselected in", report)
-        assert re.search(r"\| mode good +\| passed +\| 3 passed, 3 deselected in", report)
+        assert "exit status 3" in found["mode dead"]["failures"][0]
+        assert re.search(r"\| mode bad +\| failed +\| [\d.]+ +\| 1 failed, 1 passed, 4 deselected in", report)
+        assert re.search(r"\| mode good +\| passed +\| [\d.]+ +\| 3 passed, 3 deselected in", report)
         assert "- mode bad: `FAILED " in report
 
-    def test_only_the_modes_asked_for(self, run):
-        status, results, _ = run("--parts", "modes", "--modes", "good")
+    def test_every_other_file_of_the_folder_runs_too(self, run, monkeypatch):
+        monkeypatch.setattr(check, "all_modes", lambda: ["misspelt"])
+        status, found, _ = run("--parts", "modes")
         assert status == 0
-        assert [one["name"] for one in results["checks"]] == ["mode good"]
+        assert found["file tests/test_other"]["says"].startswith("1 passed in")
+        assert check.NO_TESTS in check._plan(check._parse(["--device", "cpu"]), ROOT)["checks"][-1].passes
 
-    def test_no_tests_at_all_is_a_failure(self, run):
+    def test_no_tests_at_all_of_a_mode_that_was_asked_for_is_a_failure(self, run):
         status, _, report = run("--parts", "modes", "--modes", "misspelt")
         assert status == 1
-        assert "| mode misspelt | failed | 6 deselected in" in report
+        assert re.search(r"\| mode misspelt \| failed \| [\d.]+ +\| 6 deselected in", report)
 
-    def test_spent_budget_skips_rows_and_says_so(self, run):
-        status, results, report = run(
-            *(
-                "--parts",
-                "benchmark",
-                "--budget-seconds",
-                "0.01",
-                "--rows",
-                "tiny:1:float32",
-                "tiny:2:float32",
-            )
-        )
-        assert status == 0
-        assert results["rows"] == []
-        for row in ("tiny:1:float32", "tiny:2:float32"):
-            assert f"- row {row} was not finished: the budget of 0 s was spent" in report
-
-    def test_a_row_that_was_timed_is_in_the_report_and_one_that_failed_is_a_failure(self, run, monkeypatch):
-        def run_all(planned, workers, deadline, cwd, environment):
-            """In the place of processes: the first row is timed, the second fails."""
-            for job, status in zip(planned, (jobs.PASSED, jobs.FAILED), strict=False):  # or none, of checks
-                folder = Path(job.command[job.command.index("--out") + 1])
-                folder.mkdir(exist_ok=True)
-                row = {"problem": "tiny", "sizes": "", "dtype": "float32", "versions": {}, "peers": {}}
-                if status == jobs.PASSED:
-                    (folder / "tiny-batch1-float32.json").write_text(json.dumps(row))
-                yield jobs.Outcome(
-                    job.name, status, 1.0, failures=["FAILED: it"] if status == jobs.FAILED else []
-                )
-
-        monkeypatch.setattr(jobs, "run_all", run_all)
-        status, results, report = run("--parts", "benchmark", "--rows", "tiny:1:float32", "tiny:2:float32")
+    def test_a_check_that_hangs_leaves_the_measurements_some_of_the_time(self, run):
+        parts = {"peers": (60, ["bra-bench works"], {"map": "bra-bench hangs"})}
+        status, found, _ = run("--parts", "peers", "--budget-seconds", "3", **parts)
         assert status == 1
-        assert [row["problem"] for row in results["rows"]] == ["tiny"]
-        assert "- row tiny:2:float32: `FAILED: it`" in report
+        assert [job["status"] for job in found.values()] == [jobs.NOT_FINISHED, jobs.PASSED]
 
-    def test_checks_cut_off_by_the_budget_fail(self, run):
+    @pytest.mark.parametrize(("first", "status"), [({}, 0), ({"map": "bra-bench works"}, 1)])
+    def test_a_spent_budget_fails_checks_and_cuts_measurements_off(self, run, first, status):
         """A check that did not finish has shown nothing."""
-        status, results, _ = run("--parts", "modes", "peers", "--budget-seconds", "0.01")
-        assert status == 1
-        assert {one["status"] for one in results["checks"]} <= {jobs.NOT_FINISHED, jobs.FAILED}
+        flags = ("--parts", "peers", "--budget-seconds", "0")
+        actual, found, _ = run(*flags, peers=(60, ["bra-bench works"], first))
+        assert actual == status
+        assert {job["status"] for job in found.values()} == {jobs.NOT_FINISHED}
 
     def test_gpu_is_demanded_unless_a_rehearsal_is_asked_for(self, monkeypatch, capsys):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -230,48 +334,33 @@ class TestRun:
         assert "--device cpu rehearses" in capsys.readouterr().err
 
 
+def test_a_part_is_rehearsed_without_a_gpu(tmp_path, capsys):
+    assert check.main(["--device", "cpu", "--out", str(tmp_path), "--parts", "tiles"]) == 0
+    report = capsys.readouterr().out
+    assert "`bra-autotune --dry-run --problem yolo_p3 --pass forward`\n\n```\n16x80x80x64 heads 2" in report
+    assert report.splitlines()[-1].startswith(f"passed: {tmp_path / 'report.md'}, ")
+
+
+def run_one(command, folder, seconds=60.0, passes=(0,)):
+    job = jobs.Job("job", [sys.executable, "-c", command], folder / "job.log", passes)
+    return jobs.run_one(job, time.monotonic() + seconds, folder, {}, Event())
+
+
 def test_a_job_that_hangs_is_ended_with_what_it_started(tmp_path):
-    script = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
-    job = jobs.Job("hang", [sys.executable, "-c", script], tmp_path / "log")
     start = time.monotonic()
-    outcome = jobs.run_one(job, start + 1.5, tmp_path, {})
+    script = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
+    assert run_one(script, tmp_path, seconds=1.5).status == jobs.NOT_FINISHED
     assert time.monotonic() - start < 20
-    assert outcome.status == jobs.NOT_FINISHED
 
 
 @pytest.mark.parametrize(("passes", "status"), [((0,), jobs.FAILED), ((0, 5), jobs.PASSED)])
 def test_a_file_of_which_no_test_runs_here_is_no_failure(passes, status, tmp_path):
     """As pytest ends where all tests are deselected; of a mode that is a failure, see above."""
-    command = [sys.executable, "-c", "print('1 deselected'); raise SystemExit(5)"]
-    outcome = jobs.run_one(
-        jobs.Job("none", command, tmp_path / "log", passes), time.monotonic() + 60, tmp_path, {}
-    )
+    outcome = run_one("print('1 deselected'); raise SystemExit(5)", tmp_path, passes=passes)
     assert (outcome.status, outcome.says) == (status, "1 deselected")
 
 
-def test_the_plan_begins_with_the_longest_files_and_names_those_left_out(tmp_path, monkeypatch):
-    missing = check.missing_imports
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(
-        check, "missing_imports", lambda path: ["pack"] if path.stem == "test_lepe" else missing(path)
-    )
-    options = check._parse(["--device", "cpu", "--parts", "suite", "peers", "modes"])
-    notes = []
-    planned = check._plan(options, tmp_path, notes)
-    longest = [f"file {name}" for name in check.LONGEST_FILES]
-    peers = [f"peers {row}" for row in check.ROWS_ON_CPU]
-    assert [job.name for job in planned[: len(longest) + len(peers)]] == longest + peers
-    jobs_by_name = {job.name: job for job in planned}
-    assert {"file test_routing", "file test_nhwc", "mode identity"} <= jobs_by_name.keys()
-    assert check.NO_TESTS in jobs_by_name["mode identity"].passes  # on a GPU, every mode has tests
-    options.device = "cuda"
-    planned = {job.name: job for job in check._plan(options, tmp_path, [])}
-    assert planned["mode identity"].passes == (0,)
-    assert "tests/kernels/test_lepe.py was not run: no pack here" in notes
-
-
 def test_report_of_nothing():
-    results = {"versions": {"card": None, "torch": "2"}, "checks": [], "rows": [], "notes": ["a note"]}
-    report = check.markdown(results)
+    report = check.markdown({"versions": {"card": None, "torch": "2"}, "notes": ["a note"], "jobs": {}})
     assert "- a note" in report
     assert "card" not in report

@@ -57,7 +57,7 @@ def test_a_wrong_result_is_said_and_left_out(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(peer_times, "measure_row", spoiled)
     assert growth.main(["--sweep", "batch", "--repeats", "1", "--out", str(tmp_path)]) == 1
-    assert "FAILED: tiny, dense, forward: output is off" in capsys.readouterr().out
+    assert "FAILED: tiny, batch 1, dense, forward: output is off" in capsys.readouterr().out
 
 
 def test_bad_options_are_refused(capsys):

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from bra_triton import functional
-from bra_triton.bench import peer_times, peers
+from bra_triton.bench import measure, peer_times, peers
 from bra_triton.bench.problems import PROBLEMS, Problem
 
 # Regions of 3 x 3 tokens; and of as many on a padded map.
@@ -31,19 +31,36 @@ def inputs(request):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", ["fused", "reference", "gather", "flex"])
+@pytest.mark.parametrize("name", ["fused", "reference", "gather", "flex", "torch"])
 def test_routed_peers_equal_the_reference(name, inputs):
     problem, qkv, padding = inputs
-    peer = peers.peers_for(problem, "torch", padding, compile_flex=False)[name]
+    backend = "triton" if name == "torch" else "torch"  # of which it is a peer
+    peer = peers.peers_for(problem, backend, padding, compile_flex=False)[name]
     expected = attend(qkv, problem, problem.topk, padding)
     torch.testing.assert_close(peer.attend(qkv), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_dense_peer_is_attention_to_all_regions_and_sees_no_padding(inputs):
     problem, qkv, _ = inputs
-    actual = peers.peers_for(problem, "torch")["dense"].attend(qkv)
     one_region = Problem("", 2, problem.height, problem.width, 32, 2, 1, 1)
-    torch.testing.assert_close(actual, attend(qkv, one_region, 1), rtol=1e-10, atol=1e-10)
+    expected = attend(qkv, one_region, 1)
+    in_parts = peers.dense_attention_in_parts(qkv, problem.num_heads, rows=10)  # of 64 or 81, the last cut
+    for actual in (peers.peers_for(problem, "torch")["dense"].attend(qkv), in_parts):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_definition_of_the_largest_maps_keeps_no_scores():
+    assert "einops" in peer_times.definition(WHOLE, None, is_dense=False).includes
+    assert "einops" in peer_times.definition(PROBLEMS["high_resolution"], None, is_dense=False).includes
+    assert "torch" in peer_times.definition(PROBLEMS["issue_21"], None, is_dense=False).includes  # 238 GB
+
+
+def test_the_torch_backend_is_a_peer_of_the_triton_backend_alone(capsys):
+    assert tuple(peers.peers_for(WHOLE, "triton")) == peers.NAMES
+    assert tuple(peers.peers_for(WHOLE, "torch")) == tuple(n for n in peers.NAMES if n != "torch")
+    with pytest.raises(SystemExit):
+        peer_times.main(["--device", "cpu", "--peers", "fused", "torch"])
+    assert "--peers torch: here that is the fused backend" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -74,10 +91,10 @@ class TestBenchmark:
         return ["--device", "cpu", "--batch", "1", "--repeats", "1", "--no-compile", *more]
 
     def test_figures_of_a_row(self, tmp_path, capsys):
-        names = ["fused", "reference"]
-        flags = self.options("--problem", "tiny_padded", "--out", str(tmp_path), "--peers", *names)
+        names, file = ["fused", "reference"], tmp_path / "rows.json"
+        flags = self.options("--problem", "tiny_padded", "--json", str(file), "--peers", *names)
         assert peer_times.main(flags) == 0
-        row = json.loads((tmp_path / "tiny_padded-batch1-float32.json").read_text())
+        (row,) = json.loads(file.read_text())
         assert list(row["peers"]) == names
         for peer in row["peers"].values():
             for which in peer_times.PASSES:
@@ -85,6 +102,23 @@ class TestBenchmark:
                 assert peer[which]["peak_bytes"] > 0
         assert row["versions"]["torch"] == torch.__version__
         assert f"torch {torch.__version__}" in capsys.readouterr().out
+
+    def test_only_the_fused_and_the_dense_peer_make_one_table(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(measure, "median_device_seconds", lambda runs, device, repeats: next(seconds))
+        seconds = iter([2e-6, 3e-6, 4e-6, 8e-6] * 4)  # both passes of the fused peer, then of the dense one
+        file = tmp_path / "rows.json"
+        flags = ["--problem", "tiny", "tiny_padded", "--peers", "dense", "fused", "--json", str(file)]
+        assert peer_times.main([*self.options(*flags), "--batch", "1", "2"]) == 0
+        head, _, *lines = [x.strip("|").split("|") for x in capsys.readouterr().out.splitlines() if "|" in x]
+        of_pass = ["fused", "dense", "dense/fused"]
+        columns = [f"{which}: {name}" for which in peer_times.PASSES for name in of_pass]
+        assert [cell.strip() for cell in head] == ["problem", "batch", *columns]
+        times = ["2.0", "4.0", "2.00", "3.0", "8.0", "2.67"]
+        cells = [[cell.strip() for cell in line] for line in lines]
+        problems = [(name, batch) for name in ("tiny", "tiny_padded") for batch in ("1", "2")]
+        assert cells == [[*problem, *times] for problem in problems]
+        rows = json.loads(file.read_text())
+        assert [(row["problem"], str(row["batch"])) for row in rows] == problems
 
     def test_the_rate_is_that_of_scores_beside_dense_attention(self):
         """On 8 x 8 tokens in 3 x 3 regions, of 9 tokens each: 64 keys, or 2 regions of 9."""
@@ -113,8 +147,9 @@ class TestBenchmark:
         monkeypatch.setattr(peers, "dense_attention", attend)
         assert peer_times.main(self.options("--check-only", "--peers", "fused", "dense")) == 1
         out = capsys.readouterr().out
-        assert "FAILED: tiny, dense" in out
-        assert "tiny, fused" not in out
+        assert "FAILED: tiny, batch 1, dense" in out
+        assert "batch 1, fused" not in out
+        assert f"{3 if wrong == 'one gradient' else 2} of 4 passes give the right result" in out
 
     def test_peer_that_cannot_run_is_reported_and_the_rest_goes_on(self, monkeypatch, capsys):
         def broken(*args, **options):
@@ -123,13 +158,14 @@ class TestBenchmark:
         monkeypatch.setattr(peers, "route_and_flex", broken)
         assert peer_times.main(self.options("--check-only", "--peers", "flex", "fused")) == 0
         out = capsys.readouterr().out
-        assert "- flex, forward: RuntimeError: no kernel for this" in out
+        assert "- tiny, batch 1, flex, forward: RuntimeError: no kernel for this" in out
+        assert "2 of 4 passes give the right result" in out
         assert "checked" in out
 
     def test_kernels_that_cannot_run_are_a_failure(self, capsys):
         flags = ["--check-only", "--peers", "fused", "dense", "--backend", "nonsense"]
         assert peer_times.main(self.options(*flags)) == 1
-        assert "FAILED: tiny, fused, forward: ValueError: backend must be" in capsys.readouterr().out
+        assert "FAILED: tiny, batch 1, fused, forward: ValueError: backend must be" in capsys.readouterr().out
 
     def test_data_that_routes_differently_for_every_input_set(self):
         """Timing one routing again and again would keep its regions in the cache."""
