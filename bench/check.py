@@ -69,7 +69,7 @@ PARTS = {
     "host": Part(90, ["bra-bench host", HOST_COMPILED], {"compiled": f"{HOST_COMPILED} --repeats 1"}),
     # The other peers would hold 60 GB of scores and more.
     "largest-map": _peers(60, ("issue_21", "--peers fused torch --repeats 3")),
-    "tiles": Part(150, ["bra-autotune --problem yolo_p3 --pass forward"]),
+    "tiles": Part(150, ["bra-autotune --refine"]),
     # Apart from the other peers: every process traces it anew, which takes longer than to time all others.
     "flex": _peers(150, (MAPS, f"--batch 8 {FLEX}"), ("high_resolution", f"--batch 4 {FLEX}")),
     "models": Part(150, ["bra-bench models --amp --batch 8"], needs="ultralytics"),
@@ -81,7 +81,7 @@ REHEARSED = {
     "small-maps": _peers(60, ("tiny tiny_padded", "--batch 1 2 --peers fused dense --repeats 1")),
     "peers": _peers(60, ("tiny_padded", "--no-compile --repeats 1")),
     "host": Part(60, ["bra-bench host --form identity --phase 'no grad' --repeats 1"]),
-    "tiles": Part(60, ["bra-autotune --dry-run --problem yolo_p3 --pass forward"]),
+    "tiles": Part(60, ["bra-autotune --refine --dry-run"]),
     "suite": Part(240),
 }
 CHECKS, SUITE = "checks", "suite"  # run beside each other, and have to finish

@@ -337,7 +337,7 @@ class TestRun:
 def test_a_part_is_rehearsed_without_a_gpu(tmp_path, capsys):
     assert check.main(["--device", "cpu", "--out", str(tmp_path), "--parts", "tiles"]) == 0
     report = capsys.readouterr().out
-    assert "`bra-autotune --dry-run --problem yolo_p3 --pass forward`\n\n```\n16x80x80x64 heads 2" in report
+    assert "`bra-autotune --refine --dry-run`\n\n```\n16x80x80x64 heads 2" in report
     assert report.splitlines()[-1].startswith(f"passed: {tmp_path / 'report.md'}, ")
 
 
