@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import at_least_one, one_of, whole
-from ..export import being_exported
+from ..export import being_exported, is_eager
+from ..kernels.bounded import Bounded
 from ..kernels.grid import RegionGrid, is_sure, larger
 from ..kernels.pooling.problem import MAX, MEAN, WEIGHTED
 from ..operators import pooling as operators
+from ..operators.library import is_seen
 from .layers import is_plain
 
 MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool", "fracpool", "conv")
@@ -24,6 +26,8 @@ Cells = tuple[Tensor, Tensor]
 # Random samples are multiples of 1 / SAMPLE_STEPS, which float32 adds to whole numbers without rounding: so
 # no cell's start is off by one, which would leave a token out.
 SAMPLE_STEPS = 1024
+# Tables of fixed cells, by all that they depend on.
+_kept: dict[tuple[object, ...], Tensor] = Bounded()
 
 
 def build(
@@ -140,9 +144,32 @@ class FixedCells(KVDownsampling):
     """Modes whose cells depend on the side of the region alone."""
 
     def cells(self, height: int, width: int, device: torch.device) -> Cells:
-        """See `KVDownsampling.cells`."""
-        rows = self._along(height, device)
-        return rows, rows if is_sure(height == width) else self._along(width, device)
+        """See `KVDownsampling.cells`; not to be changed in place, since later calls get the same tensors."""
+        rows = self._kept_along(height, device)
+        return rows, rows if is_sure(height == width) else self._kept_along(width, device)
+
+    def _kept_along(self, side: int, device: torch.device) -> Tensor:
+        """`_along`, computed once: a table takes up to nine operators, each of which is a launch on a GPU.
+
+        Not where a graph is recorded. Another stream computes its own, since it does not wait for this one,
+        and so does inference mode, whose tensors no backward can save.
+        """
+        device, stream = torch.device(device), 0
+        if not is_eager() or being_exported() or is_seen(()):
+            return self._along(side, device)
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return self._along(side, device)
+            stream = torch.cuda.current_stream(device).cuda_stream
+        key = (type(self), self.numbers, side, device, stream, torch.is_inference_mode_enabled())
+        if key not in _kept:
+            _kept[key] = self._along(side, device)
+        return _kept[key]
+
+    @property
+    @abstractmethod
+    def numbers(self) -> tuple[int, ...]:
+        """What the cells depend on besides the side."""
 
     @abstractmethod
     def _along(self, side: int, device: torch.device) -> Tensor:
@@ -159,6 +186,11 @@ class AdaptivePooling(FixedCells):
     def count(self, side: int) -> int:
         """`kv_per_win`."""
         return self.kv_per_win
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Cells a side."""
+        return (self.kv_per_win,)
 
     def _along(self, side: int, device: torch.device) -> Tensor:
         index = torch.arange(self.kv_per_win, dtype=torch.int32, device=device)
@@ -197,6 +229,11 @@ class WindowPooling(FixedCells):
         """See `KVDownsampling`."""
         _check_fits("kv_downsample_ratio", self.ratio, side)
         return side // self.ratio
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The window."""
+        return (self.ratio,)
 
     def _along(self, side: int, device: torch.device) -> Tensor:
         starts = torch.arange(self.count(side), dtype=torch.int32, device=device) * self.ratio
@@ -283,6 +320,11 @@ class DepthwiseConvolution(FixedCells):
         """See `KVDownsampling`."""
         _check_fits("kv_downsample_kernel", self.kernel, side)
         return (side - self.kernel) // self.ratio + 1
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Stride and kernel."""
+        return (self.ratio, self.kernel)
 
     def _along(self, side: int, device: torch.device) -> Tensor:
         starts = torch.arange(self.count(side), dtype=torch.int32, device=device) * self.ratio

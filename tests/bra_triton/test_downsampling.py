@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import relative_error
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from bra_triton import BiLevelRoutingAttention
 from bra_triton.kernels.grid import RegionGrid
@@ -139,6 +140,34 @@ def test_without_fill_the_padding_is_zero(backend, device):
     qkv.grad = None
     module.pool(qkv, GRID, backend=backend).sum().backward()
     assert not qkv.grad[..., :QK_DIM].any()
+
+
+class TestKeptCells:
+    """Tables of fixed cells are computed once, and only where a later call may have the same tensor."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_kept(self):
+        downsampling._kept.clear()
+
+    @pytest.mark.parametrize("mode", ["ada_avgpool", "avgpool", "conv"])
+    def test_once_for_a_side_and_the_numbers_of_a_mode(self, mode):
+        (first, columns), (again, _) = (_module(mode).cells(8, 8, "cpu") for _ in range(2))
+        assert first is columns is again
+        assert _module(mode).cells(9, 9, "cpu")[0] is not first
+        others = downsampling.build(mode, QK_DIM, DIM, **dict.fromkeys(MODES[mode], 4))
+        assert not torch.equal(others.cells(8, 8, "cpu")[0], first)
+
+    def test_what_inference_mode_made_no_backward_gets(self, device):
+        module, (qkv, fill) = _module("ada_avgpool").to(device), _packed(device)
+        with torch.inference_mode():
+            module.pool(qkv, GRID, fill, backend="torch")
+        module.pool(qkv, GRID, fill, backend="torch").sum().backward()
+        assert qkv.grad is not None
+
+    def test_what_a_dispatch_mode_made_nobody_gets(self):
+        with FakeTensorMode():
+            _module("conv").cells(8, 8, "cpu")
+        assert not downsampling._kept
 
 
 class TestFractionalPooling:
