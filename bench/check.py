@@ -55,7 +55,10 @@ def _peers(limit: float, *rows: tuple[str, str]) -> Part:
     return Part(limit, [text.format(*row) for row in rows], checks)
 
 
-MAPS = "yolo_p3 yolo_p4 yolo_p5 biformer_stage1 biformer_stage2 biformer_stage3 biformer_stage4"
+MAPS = (
+    "yolo_p3 yolo_p4 yolo_p5 biformer_stage1 biformer_stage2 biformer_stage3 biformer_stage4 "
+    "yolo_p3_n_win_5 yolo_p4_n_win_5"
+)
 SMALL_MAPS = "yolo_p5 yolo_p5_n_win_5 biformer_stage2 biformer_stage3 biformer_stage4 yolo_p4"
 PEERS = "--peers fused reference gather dense torch"
 FLEX = "--peers fused flex dense"
