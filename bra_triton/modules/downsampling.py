@@ -80,6 +80,10 @@ class KVDownsampling(nn.Module, ABC):
         """Cells along a side of a region of `side` tokens; raises ValueError where there can be none."""
 
     @abstractmethod
+    def largest(self, side: int) -> int:
+        """At least as many tokens as the largest cell has along a side of a region of `side` tokens."""
+
+    @abstractmethod
     def cells(self, height: int, width: int, device: torch.device) -> Cells:
         """Where the cells of a region of `height` x `width` tokens lie; for `"fracpool"` drawn anew.
 
@@ -122,8 +126,10 @@ class KVDownsampling(nn.Module, ABC):
             raise ValueError(
                 f"kv_downsampling must be on qkv's device, {qkv.device}, got parameters on {weight.device}"
             )
+        largest = [self.largest(grid.region_height), self.largest(grid.region_width)]
         pooled, _ = operators.pool(
-            qkv, fill, row_cells, column_cells, weight, bias, self.qk_dim, grid.numbers, self.mode, backend
+            *(qkv, fill, row_cells, column_cells, weight, bias),
+            *(largest, self.qk_dim, grid.numbers, self.mode, backend),
         )
         return pooled
 
@@ -192,6 +198,10 @@ class AdaptivePooling(FixedCells):
         """Cells a side."""
         return (self.kv_per_win,)
 
+    def largest(self, side: int) -> int:
+        """See `KVDownsampling`."""
+        return side // self.kv_per_win + 2
+
     def _along(self, side: int, device: torch.device) -> Tensor:
         index = torch.arange(self.kv_per_win, dtype=torch.int32, device=device)
         ends = (index * side + (side + self.kv_per_win - 1)) // self.kv_per_win
@@ -210,8 +220,8 @@ class AdaptivePooling(FixedCells):
         row_cells, column_cells = self.cells(height, width, x.device)
         if self.mode == MEAN:
             return _mean_matrix(row_cells, height, x) @ x @ _mean_matrix(column_cells, width, x).t()
-        x = _window_maxima(x, 3, column_cells, width // self.kv_per_win + 2)
-        return _window_maxima(x, 2, row_cells, height // self.kv_per_win + 2)
+        x = _window_maxima(x, 3, column_cells, self.largest(width))
+        return _window_maxima(x, 2, row_cells, self.largest(height))
 
     def extra_repr(self) -> str:
         """Mode and cells a side."""
@@ -234,6 +244,10 @@ class WindowPooling(FixedCells):
     def numbers(self) -> tuple[int, ...]:
         """The window."""
         return (self.ratio,)
+
+    def largest(self, side: int) -> int:
+        """See `KVDownsampling`."""
+        return self.ratio
 
     def _along(self, side: int, device: torch.device) -> Tensor:
         starts = torch.arange(self.count(side), dtype=torch.int32, device=device) * self.ratio
@@ -281,6 +295,10 @@ class FractionalMaxPooling(KVDownsampling):
             )
         return self.kernel
 
+    def largest(self, side: int) -> int:
+        """See `KVDownsampling`."""
+        return self.window(side)
+
     def cells(self, height: int, width: int, device: torch.device) -> Cells:
         """See `KVDownsampling`."""
         if self.training:
@@ -325,6 +343,10 @@ class DepthwiseConvolution(FixedCells):
     def numbers(self) -> tuple[int, ...]:
         """Stride and kernel."""
         return (self.ratio, self.kernel)
+
+    def largest(self, side: int) -> int:
+        """See `KVDownsampling`."""
+        return self.kernel
 
     def _along(self, side: int, device: torch.device) -> Tensor:
         starts = torch.arange(self.count(side), dtype=torch.int32, device=device) * self.ratio

@@ -27,7 +27,8 @@ _NUMBERS = "SymInt qk_dim, SymInt[] grid, str mode, str backend"
 
 @operator(
     "pool_regions",
-    f"(Tensor qkv, Tensor? fill, {_CELLS}, Tensor? weight, Tensor? bias, {_NUMBERS}) -> (Tensor, Tensor)",
+    f"(Tensor qkv, Tensor? fill, {_CELLS}, Tensor? weight, Tensor? bias, SymInt[] largest, {_NUMBERS}) -> "
+    "(Tensor, Tensor)",
 )
 def pool_regions(
     qkv: Tensor,
@@ -36,6 +37,7 @@ def pool_regions(
     column_cells: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    largest: Sequence[int],
     qk_dim: int,
     grid: Sequence[int],
     mode: str,
@@ -50,6 +52,7 @@ def pool_regions(
         column_cells: `(w', 2)` int32.
         weight: `(qk_dim + dim, kernel height, kernel width)`, for `WEIGHTED`.
         bias: `(qk_dim + dim,)`, for `WEIGHTED`.
+        largest: two numbers, see `RegionPooling`.
         qk_dim: channels of queries and of keys.
         grid: regions of the map.
         mode: see `RegionPooling`.
@@ -59,7 +62,8 @@ def pool_regions(
         Keys and values `(N, rows*h', columns*w', qk_dim + dim)`, contiguous; and for the backward the tokens
         that are the maxima, int32, empty except for `MAX`.
     """
-    pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid))
+    high, wide = largest
+    pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid), (high, wide))
     pooled, argmax = fused_kernels(backend).pool(
         qkv[..., qk_dim:], _fill_of(fill, qkv, qk_dim), pooling, weight, bias
     )
@@ -70,7 +74,7 @@ def pool_regions(
 def _(
     qkv: Tensor, fill: Tensor | None, row_cells: Tensor, column_cells: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    _weight, _bias, qk_dim, (*_, rows, columns), mode, _backend = rest
+    _weight, _bias, _largest, qk_dim, (*_, rows, columns), mode, _backend = rest
     shape = (
         *(qkv.shape[0], rows * row_cells.shape[0], columns * column_cells.shape[0]),
         qkv.shape[-1] - qk_dim,
@@ -152,7 +156,7 @@ def _convolution_flops(pooled: Any, weight: Any) -> int:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, fill, row_cells, column_cells, weight, _, ctx.qk_dim, ctx.grid, ctx.mode, ctx.backend = inputs
+    qkv, fill, row_cells, column_cells, weight, _, _, ctx.qk_dim, ctx.grid, ctx.mode, ctx.backend = inputs
     _, argmax = output
     ctx.save_for_backward(qkv, fill, argmax, row_cells, column_cells, weight)
     ctx.mark_non_differentiable(argmax)
@@ -161,7 +165,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad_pooled: Tensor | None, _grad_argmax: None) -> tuple[Tensor | None, ...]:
     if grad_pooled is None:
-        return (None,) * 10
+        return (None,) * 11
     qkv, fill, argmax, row_cells, column_cells, weight = ctx.saved_tensors
     grad_qkv, grad_fill, grad_weight, grad_bias = pool_regions_backward(
         grad_pooled,
@@ -169,7 +173,7 @@ def _backward(ctx: Any, grad_pooled: Tensor | None, _grad_argmax: None) -> tuple
         *(ctx.qk_dim, ctx.grid, ctx.mode, ctx.backend),
     )
     kernel_grads = (None, None) if weight is None else (grad_weight, grad_bias)
-    return grad_qkv, None if fill is None else grad_fill, None, None, *kernel_grads, None, None, None, None
+    return grad_qkv, None if fill is None else grad_fill, None, None, *kernel_grads, *(None,) * 5
 
 
 pool = differentiable(pool_regions, _backward, _save_for_backward)

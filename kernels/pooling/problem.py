@@ -25,12 +25,15 @@ class RegionPooling(Generic[A]):
         mode: `MEAN`; `MAX`, where the first maximum in row-major order gets the gradient and NaN is larger
             than all; or `WEIGHTED`, a depthwise convolution: all cells have the size of its kernel.
         grid: regions of the map.
+        largest: tokens along a column and along a row of the largest cell, or more; None where that is not
+            known without a look at the cells.
     """
 
     row_cells: A
     column_cells: A
     mode: str
     grid: RegionGrid
+    largest: tuple[int, int] | None = None
 
     @property
     def cells_high(self) -> int:

@@ -1,7 +1,9 @@
 """What the definition makes NaN or infinite is so on every backend and in every dtype: no loss hides it."""
 
+from contextlib import nullcontext
 from math import inf, nan
 
+import pretended
 import pytest
 import torch
 
@@ -40,8 +42,11 @@ def _kinds(spoilt, width, dtype, backend, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("spoilt", SPOILT)
-def test_the_torch_backend_shows_what_the_definition_shows(spoilt, width, dtype, device):
-    actual, expected = (_kinds(spoilt, width, dtype, backend, device) for backend in ("torch", "reference"))
+@pytest.mark.parametrize("path", [nullcontext, pretended.nvidia])
+def test_the_torch_backend_shows_what_the_definition_shows(spoilt, width, dtype, path, device):
+    expected = _kinds(spoilt, width, dtype, "reference", device)
+    with path():
+        actual = _kinds(spoilt, width, dtype, "torch", device)
     assert torch.equal(actual[0], expected[0])
     # Which of two infinities meets the other first is left open, so that one NaN may be infinite.
     assert torch.equal(actual[1] > 0, expected[1] > 0)

@@ -110,6 +110,7 @@ class TestCells:
         rows, columns = module.cells(height, width, "cpu")
         grid = module.kv_grid(RegionGrid.of_region_size(5 * height - 1, 2 * width, (height, width)))
         assert grid == RegionGrid(5 * len(rows), 2 * len(columns), len(rows), len(columns), 5, 2)
+        assert (rows[:, 1] - rows[:, 0]).max() <= module.largest(height)
         assert module(torch.zeros(1, QK_DIM + DIM, height, width)).shape[2:] == (len(rows), len(columns))
 
 
@@ -280,7 +281,8 @@ class TestOperator:
         weight, bias = (
             None if p is None else p.detach().requires_grad_() for p in module.packed_parameters()
         )
-        return qkv, fill, *cells, weight, bias, QK_DIM, [3, 5, 4, 5, 1, 1], module.mode, backend
+        largest = [module.largest(SMALL.region_height), module.largest(SMALL.region_width)]
+        return qkv, fill, *cells, weight, bias, largest, QK_DIM, [3, 5, 4, 5, 1, 1], module.mode, backend
 
     @pytest.mark.parametrize("mode", MODES)
     def test_gradcheck_of_the_torch_backend(self, mode, device):

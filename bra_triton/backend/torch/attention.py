@@ -1,8 +1,8 @@
 """Token-to-token attention on the torch backend, in chunks of regions: memory is linear in the map.
 
-Chunks are small enough for the cache: a chunk's routed keys and values are gathered, attended to and dropped;
-the backward gathers them again. Queries are read from their map, and outputs written to theirs, chunk by
-chunk.
+A chunk's routed keys and values are gathered, attended to and dropped; the backward gathers them again.
+Queries are read from their map, and outputs written to theirs, chunk by chunk. How large a chunk is depends
+on the device; see `chunks`.
 """
 
 import itertools
@@ -18,7 +18,6 @@ from ...kernels.problem import Gradients, Padding, RoutedAttention, SmallGradien
 from . import chunks
 from .autocast import outside_autocast
 from .regions import (
-    add_rows,
     by_region,
     empty_map,
     flat_index,
@@ -27,20 +26,23 @@ from .regions import (
     without_padding,
     write_map,
 )
+from .sums import Choices
 
 
 @outside_autocast
 def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     """See `FusedKernels`; the statistic is the natural logarithm of the softmax's denominator."""
     grid, n_graphs = problem.query_grid, problem.n_graphs
+    kernel = _kernel(problem)
     out = empty_map(problem.query, grid, channels=problem.value.shape[-1])
-    lse = empty_map(problem.query, grid, problem.num_heads, statistic_dtype(out.dtype))
-    out_regions, lse_regions = (by_region(x, grid, n_graphs) for x in (out, lse))
-    for chunk in _chunks(problem):
-        out_chunk, lse_chunk = chunks.forward(chunk.query, *chunk.weighted(), problem.scale)
+    lse = out.new_empty((problem.batch, problem.num_heads, *out.shape[1:3]), dtype=statistic_dtype(out.dtype))
+    lse_map = rearrange(lse, "n m h w -> n h w m")
+    out_regions, lse_regions = (by_region(x, grid, n_graphs) for x in (out, lse_map))
+    for chunk in _chunks(problem, chunks.regions_at_once(problem, kernel)):
+        out_chunk, lse_chunk = kernel.forward(chunk.query, *chunk.keys_values(), problem.scale)
         _write(out_regions[chunk.box], _merge_heads(out_chunk))
         _write(lse_regions[chunk.box], rearrange(lse_chunk, "r m s -> r s m"))
-    return without_padding(out, grid), dense(rearrange(without_padding(lse, grid), "n h w m -> n m h w"))
+    return without_padding(out, grid), dense(lse[..., : grid.height, : grid.width])
 
 
 @outside_autocast
@@ -71,45 +73,57 @@ def attention_backward(
         gradients: maps to write.
         needs_factor: compute the gradient of the factor, too.
     """
-    grid, kv_grid, n_graphs = problem.query_grid, problem.kv_grid, problem.n_graphs
+    grid, n_graphs, kernel = problem.query_grid, problem.n_graphs, _kernel(problem)
     lse = rearrange(lse, "n m h w -> n h w m")
     maps = [by_region(whole_map(x, grid), grid, n_graphs) for x in (grad_out, out, lse)]
     grad_query = empty_map(problem.query, grid) if grid.is_padded else gradients.query
     grad_query_regions = by_region(grad_query, grid, n_graphs)
-    # Half precision adds up to P*topk terms a key here: accumulate them in float32.
+    n_regions = problem.batch * n_graphs * problem.kv_grid.n_regions
+    grad_key: Tensor | None = None
+    grad_value: Tensor | None = None
     dtype = statistic_dtype(grad_out.dtype)
-    n_rows = problem.batch * n_graphs * kv_grid.n_regions
-    grad_key, grad_value = (
-        x.new_zeros(n_rows, kv_grid.region_tokens, x.shape[-1] // n_graphs, dtype=dtype)
-        for x in (problem.key, problem.value)
-    )
     shape = (problem.batch, n_graphs, grid.rows, grid.columns, problem.topk)
     grad_factor = out.new_zeros(shape, dtype=dtype) if needs_factor else None
-    for chunk in _chunks(problem):
+    most = chunks.regions_at_once(problem, kernel, backward=True, needs_factor=needs_factor)
+    for chunk in _chunks(problem, most):
         grad_rows, out_rows, lse_rows = (_read(x[chunk.box]) for x in maps)
-        key, value = chunk.weighted()
-        chunk_query, chunk_key, chunk_value = chunks.backward(
-            *(_split_heads(grad_rows, chunk.num_heads), chunk.query, key, value),
+        chunk_query, chunk_key, chunk_value = kernel.backward(
+            *(_split_heads(grad_rows, chunk.num_heads), chunk.query, *chunk.keys_values()),
             *(_split_heads(out_rows, chunk.num_heads), rearrange(lse_rows, "r s m -> r m s"), problem.scale),
         )
         _write(grad_query_regions[chunk.box], _merge_heads(chunk_query))
         if grad_factor is not None:
             part = grad_factor[chunk.box]
             part.copy_(chunk.factor_gradient(chunk_key, chunk_value, dtype).view(part.shape))
-        for total, grad in ((grad_key, chunk_key), (grad_value, chunk_value)):
-            addends = rearrange(grad, "r m (t s) c -> (r t) s (m c)", t=problem.topk).to(dtype)
-            if chunk.factor is not None:
-                addends = addends * chunk.factor.flatten()[:, None, None].to(dtype)
-            add_rows(total, chunk.index, addends)
+        grad_key, grad_value = (
+            chunk.choices.add(
+                rearrange(grad, "r m (t s) c -> (r t) (s m c)", t=problem.topk), total, n_regions
+            )
+            for grad, total in ((chunk_key, grad_key), (chunk_value, grad_value))
+        )
     if grid.is_padded:
         gradients.query.copy_(grad_query[:, : grid.height, : grid.width])
-    write_map(gradients.key, grad_key, kv_grid, n_graphs)
-    write_map(gradients.value, grad_value, kv_grid, n_graphs)
     factor = None if grad_factor is None else grad_factor.flatten(2, 3)
-    if problem.padding is None:
-        return SmallGradients(factor, None)
-    sums = (sum_over_padding(grad, kv_grid, n_graphs) for grad in (grad_key, grad_value))
-    return SmallGradients(factor, Padding(*sums))
+    return SmallGradients(factor, _write_keys_values(problem, gradients, grad_key, grad_value))
+
+
+def _write_keys_values(
+    problem: RoutedAttention[Tensor], gradients: Gradients[Tensor], *totals: Tensor | None
+) -> Padding[Tensor] | None:
+    """Writes the gradients of keys and values, `(N*G*P_kv, S_kv*C)`, and returns the padding's."""
+    grid, n_graphs, sums = problem.kv_grid, problem.n_graphs, []
+    for target, total in zip((gradients.key, gradients.value), totals, strict=True):
+        if total is None:  # a batch of no image
+            total = target.new_zeros(0, grid.region_tokens * target.shape[-1] // n_graphs)
+        regions = total.unflatten(1, (grid.region_tokens, -1))
+        write_map(target, regions, grid, n_graphs)
+        if problem.padding is not None:
+            sums.append(sum_over_padding(regions, grid, n_graphs))
+    return Padding(*sums) if sums else None
+
+
+def _kernel(problem: RoutedAttention[Tensor]) -> chunks.Kernel:
+    return chunks.kernel_for(problem.query, problem.qk_head_dim, problem.v_head_dim)
 
 
 _Box = tuple[slice, ...]
@@ -121,67 +135,85 @@ class _Chunk:
 
     Attributes:
         box: where they are in `by_region`: images, graphs, rows and columns of regions.
-        index: `(R*topk,)` int32: chosen regions, as rows of `_key_value_regions`.
+        choices: the regions that they chose, as rows of `_key_value_regions`.
         query: `(R, m, S, c)`.
-        key: gathered, `(R, m, topk*S_kv, c)`.
-        value: gathered, `(R, m, topk*S_kv, c)`.
-        factor: `(R, topk)` or None.
+        gathered: their keys and values, `(R*topk, S_kv, c_k + c_v)`; where nothing was gathered, a tensor of
+            each.
+        widths: `c_k` and `c_v`, channels of all heads of one graph.
     """
 
     box: _Box
-    index: Tensor
+    choices: Choices
     query: Tensor
-    key: Tensor
-    value: Tensor
-    factor: Tensor | None
+    gathered: list[Tensor]
+    widths: list[int]
 
     @property
     def num_heads(self) -> int:
         """Heads of one graph, `m`."""
         return self.query.shape[1]
 
-    def weighted(self) -> tuple[Tensor, Tensor]:
-        """Keys and values times their factor."""
-        if self.factor is None:
-            return self.key, self.value
-        repeats = self.key.shape[2] // self.factor.shape[1]
-        factor = self.factor.repeat_interleave(repeats, dim=1)[:, None, :, None]
-        return self.key * factor.to(self.key.dtype), self.value * factor.to(self.value.dtype)
+    @property
+    def topk(self) -> int:
+        """How many regions each chose."""
+        return len(self.gathered[0]) // len(self.query)
+
+    def keys_values(self, weighted: bool = True) -> tuple[Tensor, Tensor]:
+        """Keys and values, `(R, m, topk*S_kv, c)`, times their factor unless not `weighted`."""
+        parts, factor = self.gathered, self.choices.factor
+        if weighted and factor is not None:
+            parts = [x * factor[:, None, None].to(x.dtype) for x in parts]
+        if len(parts) == 1:
+            parts = list(parts[0].split(self.widths, dim=-1))
+        key, value = (
+            rearrange(x, "(r t) s (m c) -> r m (t s) c", t=self.topk, m=self.num_heads) for x in parts
+        )
+        return key, value
 
     def factor_gradient(self, grad_key: Tensor, grad_value: Tensor, dtype: torch.dtype) -> Tensor:
         """Gradient of the factor, `(R, topk)`, for those of the weighted keys and values."""
-        topk = self.index.numel() // len(self.query)
+        pairs = zip((grad_key, grad_value), self.keys_values(weighted=False), strict=True)
         of_key, of_value = (
-            rearrange(grad.to(dtype) * x.to(dtype), "r m (t s) c -> r t (m s c)", t=topk).sum(-1)
-            for grad, x in ((grad_key, self.key), (grad_value, self.value))
+            (grad * x.to(dtype)).unflatten(2, (self.topk, -1)).sum((1, 3, 4)) for grad, x in pairs
         )
         return of_key + of_value
 
 
-def _chunks(problem: RoutedAttention[Tensor]) -> Iterator[_Chunk]:
-    """The problem in chunks of whole regions."""
+def _chunks(problem: RoutedAttention[Tensor], most: int) -> Iterator[_Chunk]:
+    """The problem in chunks of whole regions, of at most `most` but of one at least."""
     grid, topk, n_graphs = problem.query_grid, problem.topk, problem.n_graphs
-    num_heads = problem.num_heads // n_graphs
+    num_heads, n_key_regions = problem.num_heads // n_graphs, problem.kv_grid.n_regions
     query = by_region(whole_map(problem.query, grid), grid, n_graphs)
-    key_value, widths = _key_value_regions(problem)
-    shape = query.shape[:4]
-    r_idx = flat_index(_r_idx(problem), problem.kv_grid.n_regions).view(*shape, topk)
+    (key_value, widths), shape = _key_value_regions(problem), query.shape[:4]
+    r_idx = None
+    if problem.r_idx is not None:
+        r_idx = flat_index(problem.r_idx, n_key_regions).view(*shape, topk)
     factor = None if problem.factor is None else problem.factor.view(*shape, topk)
-    per_region = topk * problem.kv_grid.region_tokens * sum(widths)
-    for box in _boxes(shape, chunks.CHUNK_ELEMENTS // per_region):
-        index = r_idx[box].flatten()
-        key, value = (
-            rearrange(x, "(r t) s (m c) -> r m (t s) c", t=topk, m=num_heads)
-            for x in key_value.index_select(0, index).split(widths, dim=-1)
+    for box in _boxes(shape, most):
+        sizes = [x.stop - x.start for x in box]
+        first = (box[0].start * n_graphs + box[1].start) * n_key_regions
+        choices = Choices(
+            index=None if r_idx is None else r_idx[box].flatten(),
+            factor=None if factor is None else factor[box].flatten(),
+            reached=range(first, first + sizes[0] * sizes[1] * n_key_regions),
+            is_complete=sizes[2:] == list(shape[2:]),
         )
-        yield _Chunk(
-            *(box, index, _split_heads(_read(query[box]), num_heads), key, value),
-            None if factor is None else factor[box].flatten(0, 3),
-        )
+        gathered = [_chosen(x, choices) for x in key_value]
+        yield _Chunk(box, choices, _split_heads(_read(query[box]), num_heads), gathered, widths)
 
 
-def _key_value_regions(problem: RoutedAttention[Tensor]) -> tuple[Tensor, list[int]]:
-    """Keys and values of every region side by side, `(N*G*P_kv, S_kv, c_k + c_v)`; and `c_k` and `c_v`."""
+def _chosen(regions: Tensor, choices: Choices) -> Tensor:
+    """Those of all regions that a chunk's chose."""
+    if choices.index is None:
+        return regions[choices.reached.start : choices.reached.stop]
+    return regions.index_select(0, choices.index)
+
+
+def _key_value_regions(problem: RoutedAttention[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Keys and values of every region, `(N*G*P_kv, S_kv, c)`, and the channels of both.
+
+    Side by side in one tensor, so that they are gathered together; as they are where nothing is gathered.
+    """
     grid, n_graphs, padding = problem.kv_grid, problem.n_graphs, problem.padding
     fills = (None, None) if padding is None else (padding.key, padding.value)
     views = [
@@ -189,10 +221,12 @@ def _key_value_regions(problem: RoutedAttention[Tensor]) -> tuple[Tensor, list[i
         for x, fill in zip((problem.key, problem.value), fills, strict=True)
     ]
     widths = [view.shape[-1] for view in views]
+    if problem.r_idx is None:
+        return [_read(view) for view in views], widths
     regions = problem.key.new_empty(*views[0].shape[:-1], sum(widths))
     for part, view in zip(regions.split(widths, dim=-1), views, strict=True):
         part.copy_(view)
-    return regions.flatten(4, 5).flatten(0, 3), widths
+    return [_read(regions)], widths
 
 
 def _boxes(sizes: Sequence[int], most: int) -> Iterator[_Box]:
@@ -203,7 +237,9 @@ def _boxes(sizes: Sequence[int], most: int) -> Iterator[_Box]:
         most //= max(1, size)
     starts = itertools.product(*(range(0, size, step) for size, step in zip(sizes, steps, strict=True)))
     for start in starts:
-        yield tuple(slice(at, at + step) for at, step in zip(start, steps, strict=True))
+        yield tuple(
+            slice(at, min(at + step, size)) for at, step, size in zip(start, steps, sizes, strict=True)
+        )
 
 
 def _read(regions: Tensor) -> Tensor:
@@ -222,10 +258,3 @@ def _split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 def _merge_heads(x: Tensor) -> Tensor:
     return rearrange(x, "r m s c -> r s (m c)")
-
-
-def _r_idx(problem: RoutedAttention[Tensor]) -> Tensor:
-    """The chosen regions; of one region, itself."""
-    if problem.r_idx is not None:
-        return problem.r_idx
-    return problem.query.new_zeros((problem.batch, 1, 1, 1), dtype=torch.int32)

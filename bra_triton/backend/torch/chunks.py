@@ -1,52 +1,128 @@
-"""Plain attention over one chunk of regions: fused where PyTorch has a fused kernel that hands out its lse.
+"""Plain attention over one chunk of regions, and how many regions that is.
+
+Where PyTorch has a fused kernel that hands out its lse, no scores reach memory. All kernels give the natural
+logarithm, so that the backward need not take the one that the forward took.
 
 Shapes: query `(R, m, S, c_qk)`, key `(R, m, L, c_qk)`, value `(R, m, L, c_v)`, of any strides.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Elements of a chunk's gathered keys and values, and of its scores where they reach memory: 2 MiB of float32.
-# On two cores of an x86 server, maps of 14 to 80 tokens a side, twice and four times as many save up to a
-# sixth of a step's time, but twice as many already cost up to a fourth more memory.
+from ...kernels.problem import RoutedAttention, statistic_dtype
+from . import devices, efficient
+
+# On the CPU, elements of a chunk's gathered keys and values, and of its scores where they reach memory: 2 MiB
+# of float32. On two cores of an x86 server, maps of 14 to 80 tokens a side, twice and four times as many save
+# up to a sixth of a step's time, but twice as many already cost up to a fourth more memory.
 CHUNK_ELEMENTS = 1 << 19
+# Elsewhere, bytes of all that a chunk takes. Caches count for less there than launches do, and a small chunk
+# leaves most of a GPU idle.
+CHUNK_BYTES = 1 << 25
+# A chunk may take more, this many times what the maps take, so that large batches are not cut finer.
+CHUNK_MAPS = 1.0
 
-_FUSED_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FLASH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def is_fused(x: Tensor, qk_head_dim: int, v_head_dim: int) -> bool:
-    """Whether a fused kernel serves tensors like `x`: then no scores reach memory.
+class Kernel(NamedTuple):
+    """One way to attend.
 
-    On the CPU, forward and backward of PyTorch's flash attention; measured 1.6 to 2.5 times faster than
-    the products below (float32, two cores, maps of 14 to 80 tokens a side).
+    Attributes:
+        forward: from query, key, value and the scale: attention `(R, m, S, c_v)` and the natural logarithm of
+            its softmax's denominator `(R, m, S)`. Both are NaN where there is no softmax: an infinite score
+            leads, or all scores are minus infinity.
+        backward: from the output's gradient, query, key, value, and the output and `lse` that a forward gave:
+            gradients of query, key and value.
     """
-    return x.device.type == "cpu" and qk_head_dim == v_head_dim
+
+    forward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention `(R, m, S, c_v)` and the natural logarithm of its softmax's denominator `(R, m, S)`.
+def kernel_for(x: Tensor, qk_head_dim: int, v_head_dim: int) -> Kernel:
+    """The fastest that takes heads of these sizes, of tensors like `x`.
 
-    Both are NaN where there is no softmax: an infinite score leads, or all scores are minus infinity.
+    On the CPU, forward and backward of PyTorch's flash attention are 1.6 to 2.5 times faster than the
+    products (float32, two cores, maps of 14 to 80 tokens a side).
     """
-    if is_fused(query, query.shape[-1], value.shape[-1]):
-        out, lse = _FUSED_FORWARD(query, key, value, scale=scale)
-        low, high = lse.abs().aminmax()
-        if low > 0 and high < math.inf:
-            return out, lse
-        # PyTorch's kernel may have made 0 of what is no softmax, and a model that has diverged would report a
-        # loss. There the probabilities do not add up to 1.
-        sums, _ = _FUSED_FORWARD(query, key, torch.ones_like(value), scale=scale)
-        is_none = ~(sums[..., 0] > 0.5)
-        return out.masked_fill(is_none[..., None], math.nan), lse.masked_fill(is_none, math.nan)
-    parts = [_forward(part, key, value) for part in _split(query * scale, key)]
+    if devices.kind(x) == "cpu" and qk_head_dim == v_head_dim:
+        return FLASH
+    return EFFICIENT if efficient.serves(x, qk_head_dim, v_head_dim) else PRODUCTS
+
+
+def regions_at_once(
+    problem: RoutedAttention[Tensor], kernel: Kernel, *, backward: bool = False, needs_factor: bool = False
+) -> int:
+    """How many query regions, of one graph each, make a chunk."""
+    x, num_heads = problem.query, problem.num_heads // problem.n_graphs
+    queries, keys = problem.query_grid.region_tokens, problem.topk * problem.kv_grid.region_tokens
+    gathered = keys * num_heads * (problem.qk_head_dim + problem.v_head_dim)
+    if devices.kind(x) == "cpu":
+        return CHUNK_ELEMENTS // gathered
+    # Keys and values, their product with the factor, and their gradients.
+    most, size = CHUNK_BYTES, x.element_size()
+    needed = gathered * size * (1 + (problem.factor is not None) + backward)
+    if needs_factor:  # products of keys and their gradients, and the same of values
+        needed += gathered * _score_size(x)
+    if kernel is EFFICIENT:
+        maps = sum(each.numel() for each in (x, problem.key, problem.value))
+        most = max(most, int(CHUNK_MAPS * maps * size))
+        if backward:
+            needed += efficient.workspace_bytes(queries, num_heads, problem.qk_head_dim)
+    else:  # the products copy keys and values once more, and hold scores in two precisions
+        needed += gathered * size + num_heads * queries * keys * (_score_size(x) + size) * (1 + backward)
+    return min(most // needed, efficient.MOST_REGIONS)
+
+
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _FLASH_FORWARD(query, key, value, scale=scale)
+    low, high = lse.abs().aminmax()
+    if low > 0 and high < math.inf:
+        return out, lse
+    # PyTorch's kernel may have made 0 of what is no softmax, and a model that has diverged would report a
+    # loss. There the probabilities do not add up to 1.
+    sums, _ = _FLASH_FORWARD(query, key, torch.ones_like(value), scale=scale)
+    is_none = ~(sums[..., 0] > 0.5)
+    return out.masked_fill(is_none[..., None], math.nan), lse.masked_fill(is_none, math.nan)
+
+
+def _flash_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_query, grad_key, grad_value = _FLASH_BACKWARD(
+        grad_out, query, key, value, out, lse, dropout_p=0.0, is_causal=False, scale=scale
+    )
+    return grad_query, grad_key, grad_value
+
+
+def _efficient_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out, lse = efficient.forward(query, key, value, scale)
+    return out.transpose(1, 2), lse
+
+
+def _efficient_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+    gradients = efficient.backward(grad_out, query, key, value, out, lse, scale)
+    grad_query, grad_key, grad_value = (x.transpose(1, 2) for x in gradients)
+    return grad_query, grad_key, grad_value
+
+
+def _products_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    parts = [_forward_part(part, key, value) for part in _split(query * scale, key)]
     out, lse = (_joined(each) for each in zip(*parts, strict=True))
     return out, lse
 
 
-def _forward(scaled_query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_part(scaled_query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     scores = _scores(scaled_query, key)
     lse = scores.logsumexp(dim=-1)
     lse.masked_fill_(lse.isinf(), math.nan)
@@ -54,17 +130,12 @@ def _forward(scaled_query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     return probs.to(value.dtype) @ value, lse
 
 
-def backward(
+def _products_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, from the output and `lse` that `forward` gave."""
-    if is_fused(query, query.shape[-1], value.shape[-1]):
-        return _FUSED_BACKWARD(
-            grad_out, query, key, value, out, lse, dropout_p=0.0, is_causal=False, scale=scale
-        )
     delta = (grad_out * out).sum(-1, keepdim=True, dtype=lse.dtype)
     rows = (_split(x, key) for x in (grad_out, query * scale, lse[..., None], delta))
-    parts = [_backward(key, value, *part) for part in zip(*rows, strict=True)]
+    parts = [_backward_part(key, value, *part) for part in zip(*rows, strict=True)]
     grad_query, grad_key, grad_value = zip(*parts, strict=True)
     return (
         _joined(grad_query) * scale,
@@ -73,7 +144,7 @@ def backward(
     )
 
 
-def _backward(
+def _backward_part(
     key: Tensor, value: Tensor, grad_out: Tensor, scaled_query: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     probs = _scores(scaled_query, key).sub_(lse).exp_()
@@ -85,9 +156,10 @@ def _backward(
 
 
 def _split(rows: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-    """The rows `(R, m, S, c)` in parts whose scores are no more than a chunk's elements."""
+    """The rows `(R, m, S, c)` in parts whose scores are no more than a chunk's."""
     n_regions, num_heads, list_length, _ = key.shape
-    return rows.split(max(1, CHUNK_ELEMENTS // (n_regions * num_heads * list_length)), dim=2)
+    most = CHUNK_ELEMENTS if devices.kind(key) == "cpu" else CHUNK_BYTES // _score_size(key)
+    return rows.split(max(1, most // (n_regions * num_heads * list_length)), dim=2)
 
 
 def _joined(parts: tuple[Tensor, ...]) -> Tensor:
@@ -100,5 +172,13 @@ def _scores(scaled_query: Tensor, key: Tensor) -> Tensor:
 
     The query comes scaled, as in the reference: float16 would overflow at products of 65504.
     """
-    dtype = torch.promote_types(scaled_query.dtype, torch.float32)
-    return (scaled_query @ key.transpose(-2, -1)).to(dtype)
+    return (scaled_query @ key.transpose(-2, -1)).to(statistic_dtype(key.dtype))
+
+
+def _score_size(x: Tensor) -> int:
+    return statistic_dtype(x.dtype).itemsize
+
+
+FLASH = Kernel(_flash_forward, _flash_backward)
+EFFICIENT = Kernel(_efficient_forward, _efficient_backward)
+PRODUCTS = Kernel(_products_forward, _products_backward)

@@ -6,12 +6,15 @@ from torch import Tensor
 
 from ...kernels.arrays import dense
 from ...kernels.problem import Lepe, LepeGradients, statistic_dtype
+from . import devices
 from .regions import without_padding
 
 
 def lepe_forward(attention: Tensor, lepe: Lepe[Tensor]) -> Tensor:
     """The attention's output `(N, H, W, dim)` and the convolution of the values, added up."""
     out = _convolve(_values_in_reach(lepe), lepe.weight, lepe.bias).permute(0, 2, 3, 1)
+    if devices.kind(out) == "cuda":  # `out` is NCHW there: one launch transposes and adds
+        return dense(attention + out[:, : lepe.grid.height, : lepe.grid.width])
     # Into memory that nobody else has: a third map would cost time and memory. And not a view of it, which
     # PyTorch would let nobody change in place.
     return dense(without_padding(out, lepe.grid)).add_(attention).data
@@ -24,9 +27,11 @@ def lepe_backward(
     height, width = lepe.grid.height, lepe.grid.width
     reach_height, reach_width = lepe.reach
     sum_dtype = statistic_dtype(lepe.value.dtype)
-    grad_out = F.pad(grad_out.permute(0, 3, 1, 2), (0, reach_width - width, 0, reach_height - height))
+    grad_out = grad_out.permute(0, 3, 1, 2)
+    if (reach_height, reach_width) != (height, width):
+        grad_out = F.pad(grad_out, (0, reach_width - width, 0, reach_height - height))
     wanted = (needs_weight_grad, needs_weight_grad and lepe.bias is not None)
-    derive = _derive_on_cpu if grad_out.device.type == "cpu" else derive_by_taps
+    derive = {"cpu": _derive_on_cpu, "cuda": _derive_on_nvidia}.get(devices.kind(grad_out), derive_by_taps)
     grad, grad_weight, grad_bias = derive(grad_out, _values_in_reach(lepe), lepe.weight, wanted)
     grad_value.add_(grad[..., :height, :width].permute(0, 2, 3, 1))
     grad_fill = None
@@ -41,9 +46,16 @@ def lepe_backward(
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The depthwise convolution of `(N, dim, H, W)`."""
     dim, half = x.shape[1], weight.shape[-1] // 2
+    if devices.kind(x) == "cuda" and 0 < x.numel() < _INDEXED_BY_32_BITS:
+        # Not cuDNN, which rounds float32 to TF32 unless told not to, and tries algorithms out if told to:
+        # PyTorch has a kernel of its own, which adds up in float32, and the bias with it.
+        sides = list(weight.shape[2:])
+        return torch.ops.aten._conv_depthwise2d(x, weight, sides, bias, [1, 1], [half, half], [1, 1])
     return torch.ops.aten.convolution(x, weight, bias, [1, 1], [half, half], [1, 1], False, [0, 0], dim)
 
 
+# As many elements PyTorch's own depthwise kernels for NVIDIA do not take.
+_INDEXED_BY_32_BITS = 2**31
 _Derived = tuple[Tensor, Tensor | None, Tensor | None]
 
 
@@ -54,6 +66,26 @@ def _derive_on_cpu(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, 
     numbers = (None, [1, 1], [half, half], [1, 1], False, [0, 0], dim, [True, wanted[0], False])
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, *numbers)
     return grad_x, grad_weight, grad.sum((0, 2, 3), dtype=statistic_dtype(grad.dtype)) if wanted[1] else None
+
+
+def _derive_on_nvidia(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> _Derived:
+    """As `derive_by_taps`, in a few launches.
+
+    cuDNN, whose sums may come in a changing order, is never asked for contiguous float32 and more than one
+    channel: PyTorch has a kernel of its own, in which one block adds up all of one element of the weight.
+    """
+    dim, half = x.shape[1], weight.shape[-1] // 2
+    if dim == 1 or x.numel() >= _INDEXED_BY_32_BITS:
+        return derive_by_taps(grad, x, weight, wanted)
+    dtype = statistic_dtype(grad.dtype)
+    grad, x, weight = (
+        dense(each.to(dtype, memory_format=torch.contiguous_format)) for each in (grad, x, weight)
+    )
+    grad_x, grad_weight = _convolve(grad, weight.flip(2, 3), None), None
+    if wanted[0]:
+        numbers = (None, [1, 1], [half, half], [1, 1], False, [0, 0], dim, [False, True, False])
+        _, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, *numbers)
+    return grad_x, grad_weight, grad.sum((0, 2, 3)) if wanted[1] else None
 
 
 def derive_by_taps(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> _Derived:
@@ -87,5 +119,7 @@ def _values_in_reach(lepe: Lepe[Tensor]) -> Tensor:
     if lepe.fill is not None:
         value = lepe.fill.expand(value.shape[0], *lepe.reach, -1).clone()
         value[:, : lepe.grid.height, : lepe.grid.width] = lepe.value
-    # PyTorch's own copy of a slice of a packed map takes oneDNN two to three times as long.
-    return value.contiguous().permute(0, 3, 1, 2)
+    if devices.kind(value) != "cuda":  # whose kernels copy it to NCHW
+        # PyTorch's own copy of a slice of a packed map takes oneDNN two to three times as long.
+        value = value.contiguous()
+    return value.permute(0, 3, 1, 2)

@@ -19,7 +19,7 @@ from ...kernels.problem import (
 from .attention import attend_routed, attention_backward
 from .autocast import outside_autocast
 from .lepe import lepe_backward, lepe_forward
-from .routing import region_means, region_means_gradient, route, route_backward
+from .routing import choose, region_means, region_means_gradient, route_backward
 
 
 class _Saved(NamedTuple):
@@ -50,7 +50,7 @@ def attend(problem: PackedAttention[Tensor], trains: bool) -> tuple[Tensor, list
     settings, r_weight, r_idx = problem.settings, None, None
     if not settings.chooses_all:
         query, key = _means(problem).split(settings.qk_dim, dim=-1)
-        r_weight, r_idx = route(query, key, settings.topk, settings.routing_scale)
+        r_weight, r_idx = choose(query, key, settings.topk, settings.routing_scale, problem.weighs)
     out, lse = attend_routed(_routed(problem, r_weight, r_idx))
     lepe, attention = problem.lepe(), None
     if lepe is not None:

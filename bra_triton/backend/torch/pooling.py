@@ -2,7 +2,7 @@
 
 Memory is linear in the map. Sums run in a fixed order: no atomics on any device. Cells are axis by axis, so
 means are a product with one small matrix an axis and maxima are taken along the columns first, then along
-the rows. Maxima ask the device for the largest cell, the one synchronisation here.
+the rows. A GPU is asked for the largest cell only where nobody tells it: the one synchronisation here.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels.grid import RegionGrid
 from ...kernels.pooling.problem import MAX, PoolingGradients, RegionPooling
+from . import devices
 from .autocast import outside_autocast
 from .regions import whole_map
 
@@ -105,15 +106,19 @@ def _apply_matrices(regions: Tensor, row_matrix: Tensor, column_matrix: Tensor) 
 
 def _maximum(regions: Tensor, pooling: RegionPooling[Tensor]) -> tuple[Tensor, Tensor]:
     """Maxima `(B, h', columns, w', C)` and the tokens of the region that they are, int64."""
-    value, column = _maximum_along(regions, 3, pooling.column_cells)
-    value, row = _maximum_along(value, 1, pooling.row_cells)
+    high, wide = pooling.largest or (None, None)
+    if devices.kind(regions) == "cpu":
+        high = wide = None  # it costs nothing to ask
+    value, column = _maximum_along(regions, 3, pooling.column_cells, wide)
+    value, row = _maximum_along(value, 1, pooling.row_cells, high)
     return value, row * pooling.grid.region_width + column.gather(1, row)
 
 
-def _maximum_along(x: Tensor, dim: int, cells: Tensor) -> tuple[Tensor, Tensor]:
+def _maximum_along(x: Tensor, dim: int, cells: Tensor, largest: int | None) -> tuple[Tensor, Tensor]:
     """The first maximum of each cell along a dimension: value and position."""
     start, end = cells.long()[:, :1], cells.long()[:, 1:]
-    within = torch.arange(int((end - start).max()), device=x.device)
+    largest = int((end - start).max()) if largest is None else largest
+    within = torch.arange(largest, device=x.device)
     position = torch.minimum(start + within, end - 1)  # the last one again and again in smaller cells
     windows = x.index_select(dim, position.flatten()).unflatten(dim, position.shape)
     value, first = windows.max(dim + 1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...kernels.arrays import dense
 from ...kernels.grid import RegionGrid
 from ...kernels.padding import tokens_inside
+from ...kernels.problem import statistic_dtype
 
 
 def by_region(x: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Tensor:
@@ -73,20 +74,14 @@ def sum_over_padding(regions: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Te
         "(n g j i) (h w) c -> n (j h) (i w) (g c)",
         **{"j": grid.rows, "i": grid.columns, "g": n_graphs, "h": grid.region_height},
     )
-    return x[:, grid.height :].sum(dim=(0, 1, 2)) + x[:, : grid.height, grid.width :].sum(dim=(0, 1, 2))
+    dtype = statistic_dtype(x.dtype)
+    below, beside = x[:, grid.height :], x[:, : grid.height, grid.width :]
+    return below.sum(dim=(0, 1, 2), dtype=dtype) + beside.sum(dim=(0, 1, 2), dtype=dtype)
 
 
 def flat_index(r_idx: Tensor, n_regions: int) -> Tensor:
     """Rows of all graphs' regions: `(N, G, P, topk)` to `(N*G*P, topk)`."""
     batch, n_graphs = r_idx.shape[:2]
-    first = torch.arange(batch * n_graphs, device=r_idx.device, dtype=r_idx.dtype) * n_regions
+    stop = batch * n_graphs * n_regions
+    first = torch.arange(0, stop, n_regions, device=r_idx.device, dtype=r_idx.dtype)
     return (r_idx.flatten(0, 1) + first[:, None, None]).flatten(0, 1)
-
-
-def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    """`total[index] += rows` in a fixed order."""
-    if total.device.type == "cpu":
-        total.index_add_(0, index, rows)
-    else:
-        # index_add_ uses atomics there; accumulating index_put_ sorts.
-        total.index_put_((index.long(),), rows, accumulate=True)

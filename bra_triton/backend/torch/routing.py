@@ -1,5 +1,6 @@
 """Routing on the torch backend: region means, the choice of regions, and their gradients."""
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -9,7 +10,8 @@ from ...kernels.padding import tokens_inside
 from ...kernels.problem import statistic_dtype
 from ...topk import select_topk
 from .autocast import outside_autocast
-from .regions import add_rows, counted_tokens, flat_index, pad_map
+from .regions import counted_tokens, flat_index, pad_map
+from .sums import Bags, add_rows, bag_sums, has_bags
 
 
 @outside_autocast
@@ -48,8 +50,15 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
         `r_weight`, the softmax over the chosen logits, of the dtype of `query`, and `r_idx` (int32), both
         `(N, P, topk)`; equal logits by the smaller index first.
     """
+    r_weight, r_idx = choose(query, key, topk, scale, weighs=True)
+    assert r_weight is not None
+    return r_weight, r_idx
+
+
+def choose(query: Tensor, key: Tensor, topk: int, scale: float, weighs: bool) -> tuple[Tensor | None, Tensor]:
+    """As `route`, but `r_weight` is None unless `weighs`."""
     top_logits, r_idx = select_topk((query * scale) @ key.transpose(-2, -1), topk)
-    return dense(top_logits.softmax(dim=-1)), dense(r_idx.int())
+    return dense(top_logits.softmax(dim=-1)) if weighs else None, dense(r_idx.int())
 
 
 @outside_autocast
@@ -59,8 +68,14 @@ def route_backward(
     """Gradients of `route`'s query and key, `(N, P, qk_dim)`, for the gradient of `r_weight`."""
     grad_logits = r_weight * (grad_weight - (r_weight * grad_weight).sum(-1, keepdim=True)) * scale
     rows, keys = query.flatten(0, 1), key.flatten(0, 1)
-    grad_query, grad_key = rows.new_zeros(rows.shape), keys.new_zeros(keys.shape)
     index, weight = flat_index(r_idx[:, None], key.shape[1]), grad_logits.flatten(0, 1)
+    if has_bags(rows):
+        topk, chosen, weight = r_idx.shape[-1], index.flatten(), weight.flatten()
+        starts = torch.arange(0, len(chosen), topk, dtype=chosen.dtype, device=chosen.device)
+        grad_query = bag_sums(keys, chosen, starts, weight)
+        grad_key = Bags.of(chosen, range(len(keys))).sums(rows, weight, topk)
+        return grad_query.view_as(query), grad_key.view_as(key)
+    grad_query, grad_key = rows.new_zeros(rows.shape), keys.new_zeros(keys.shape)
     for slot in range(r_idx.shape[-1]):
         grad_query += weight[:, slot, None] * keys.index_select(0, index[:, slot])
         add_rows(grad_key, index[:, slot], weight[:, slot, None] * rows)

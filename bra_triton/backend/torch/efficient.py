@@ -1,0 +1,86 @@
+"""PyTorch's memory-efficient attention for NVIDIA, called where it hands out its log-sum-exp.
+
+`scaled_dot_product_attention` would keep that to itself, and its backward adds the queries' gradient
+atomically, in an order that changes. Called directly, with its keys in one split, the backward adds nothing
+atomically. Shapes are as in `chunks`, except that tokens come before heads: `(R, S, m, c)`.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention
+
+from . import devices
+
+# Regions are the third axis of the launch grid.
+MOST_REGIONS = 2**16 - 1
+# The backward keeps the queries' gradient in float32 tiles of at least this side, even for a region of one
+# query and a head of 8 channels.
+_TILE_SIDE = 64
+# What the kernels load at once. The backward reads `lse` by whole blocks of this many rows.
+_ALIGNMENT_BYTES, _LSE_BLOCK = 16, 32
+_FORWARD = torch.ops.aten._efficient_attention_forward
+_BACKWARD = torch.ops.aten._efficient_attention_backward
+
+
+def serves(x: Tensor, qk_head_dim: int, v_head_dim: int) -> bool:
+    """Whether the kernels take heads of these sizes, of tensors like `x`.
+
+    PyTorch knows which GPUs and dtypes they take; it also says no where its user has turned them off.
+    """
+    if devices.kind(x) != "cuda":  # AMD's backward cannot be told to add up in a fixed order
+        return False
+    if any(head_dim * x.element_size() % _ALIGNMENT_BYTES for head_dim in (qk_head_dim, v_head_dim)):
+        return False
+    query, value = (x.new_empty(1, 1, 1, head_dim) for head_dim in (qk_head_dim, v_head_dim))
+    return can_use_efficient_attention(SDPAParams(query, query, value, None, 0.0, False, False))
+
+
+def workspace_bytes(query_tokens: int, num_heads: int, qk_head_dim: int) -> int:
+    """What the backward of one region takes besides its results."""
+    tiles = math.ceil(query_tokens / _TILE_SIDE) * math.ceil(qk_head_dim / _TILE_SIDE)
+    return num_heads * tiles * _TILE_SIDE**2 * torch.float32.itemsize
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention `(R, S, m, c_v)`, contiguous, and `lse` `(R, m, S)`; see `chunks.forward`."""
+    query, key, value = (_aligned(x) for x in (query, key, value))
+    # No bias, no sequences of several lengths, no dropout, no mask; but with the statistic.
+    out, lse, *_ = _FORWARD(query, key, value, *(None,) * 5, 0.0, 0, True, scale=scale)
+    lse = lse[..., : query.shape[1]]
+    # Where all scores are minus infinity the kernel gives 0 for both. Such a row's first score tells it from
+    # one whose denominator is 1. Nothing here waits for the GPU.
+    first_score = (query * key[:, :1]).sum(-1).transpose(1, 2)
+    nan_or_0 = torch.where(lse == 0, first_score, lse) * 0
+    return out.add_(nan_or_0.transpose(1, 2)[..., None]), lse + nan_or_0
+
+
+def backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, contiguous; `lse` is `(R, m, S)`."""
+    n_tokens, n_keys = query.shape[1], key.shape[1]
+    rows = math.ceil(n_tokens / _LSE_BLOCK) * _LSE_BLOCK
+    blocks = lse.new_full((*lse.shape[:2], rows), math.inf)  # probabilities of 0 past the last token
+    blocks[..., :n_tokens] = lse
+    query, key, value = (_aligned(x) for x in (query, key, value))
+    no_seed = lse.new_empty(0, dtype=torch.int64)
+    numbers: tuple[Any, ...] = (None, None, n_tokens, n_keys, blocks, 0.0, no_seed, no_seed, 0, False)
+    grad_query, grad_key, grad_value, _ = _BACKWARD(
+        *(_aligned(grad_out.contiguous()), query, key, value, None, _aligned(out.contiguous())),
+        *numbers,
+        scale=scale,
+        num_splits_key=1,
+    )
+    return grad_query, grad_key, grad_value
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy of it, at an address and with strides that the kernels take."""
+    size = x.element_size()
+    places = (x.data_ptr(), *(stride * size for stride in x.stride()[:-1]))
+    if x.stride(-1) == 1 and all(place % _ALIGNMENT_BYTES == 0 for place in places):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
