@@ -25,7 +25,6 @@ from triton.runtime import JITFunction, driver
 from . import code_cache
 from .arrays import Buffer, contiguous_strides
 from .bounded import Bounded
-from .lib.overlap import overlap_options
 
 # Sources of the buffers in a plan's workspace and among what it keeps: the last of the tensors it runs with.
 _WORKSPACE, _KEPT = -1, -2
@@ -169,14 +168,12 @@ class Plan:
 
     def _launch_by_triton(self, tensors: list[Tensor | None]) -> None:
         """Launches as any Triton kernel is, with tensors for arguments: whatever the addresses and hooks."""
-        overlap = overlap_options()
         for launch in self.launches:
             code_cache.compiling(
                 launch.kernel[launch.grid],
                 *(_materialise(pointers, tensors) for pointers in launch.pointers),
                 *launch.numbers,
                 **launch.options,
-                **overlap,
             )
         if self._direct is None and all(isinstance(launch.kernel, JITFunction) for launch in self.launches):
             self._direct = code_cache.compiling(_DirectLaunches, self.launches)
@@ -225,10 +222,7 @@ class _DirectLaunches:
 
         self._launches = launches
         # Kept, since Triton 3.8 unloads the code with them.
-        overlap = overlap_options()
-        self._compiled = [
-            x.kernel.warmup(*x.arguments, grid=x.grid, **x.options, **overlap) for x in launches
-        ]
+        self._compiled = [x.kernel.warmup(*x.arguments, grid=x.grid, **x.options) for x in launches]
         self._find = [tuple(map(find, launch.pointers)) for launch in launches]
         self._by_stream: dict[int, list[tuple[Any, ...]]] = Bounded()
         self.places = tuple(places)

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from ..lepe.convolution import sum_lepe_shares
-from ..lib.overlap import wait_for_previous_launch
 from .key_value_gradient import sum_pieces
 
 
@@ -37,7 +36,6 @@ def finish_gradients_kernel(
     SUMS: tl.constexpr,
 ):
     """Sums LePE's shares (the first `n_sums` programs, which take longest), and the pieces of cut rows."""
-    wait_for_previous_launch()
     program = tl.program_id(0)
     if shares is not None:  # noqa: SIM102  the compiler decides this, the program the other
         if program < n_sums:

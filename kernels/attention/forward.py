@@ -30,7 +30,6 @@ from ..lepe.convolution import convolve_tile
 from ..lib.addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
 from ..lib.exponential import LOWEST, exp2, larger_or_nan
 from ..lib.matrix import add_matmul, matmul
-from ..lib.overlap import wait_for_previous_launch
 from ..routing.arguments import MARK
 
 # What the product of marks adds to the score of a key that was not chosen.
@@ -123,7 +122,6 @@ def attention_forward_kernel(
     CONFIG: tl.constexpr,
 ):
     """Output and lse of BLOCK_M queries of one region and head."""
-    wait_for_previous_launch()
     NUM_HEADS: tl.constexpr = CONFIG.NUM_HEADS
     N_GRAPHS: tl.constexpr = CONFIG.N_GRAPHS
     QK_HEAD_DIM: tl.constexpr = CONFIG.QK_HEAD_DIM

@@ -19,7 +19,6 @@ import triton.language as tl
 
 from ..lib.addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
 from ..lib.matrix import add_matmul, matmul
-from ..lib.overlap import wait_for_previous_launch
 
 
 @triton.jit
@@ -151,7 +150,6 @@ def key_value_gradient_kernel(
     CONFIG: tl.constexpr,
 ):
     """dK and dV of BLOCK_N tokens of one region and head, from one piece of the queries that chose it."""
-    wait_for_previous_launch()
     NUM_HEADS: tl.constexpr = CONFIG.NUM_HEADS
     N_GRAPHS: tl.constexpr = CONFIG.N_GRAPHS
     QK_HEAD_DIM: tl.constexpr = CONFIG.QK_HEAD_DIM

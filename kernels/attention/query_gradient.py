@@ -18,7 +18,6 @@ import triton.language as tl
 from ..lib.addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
 from ..lib.exponential import exp2
 from ..lib.matrix import add_matmul, matmul
-from ..lib.overlap import wait_for_previous_launch
 
 
 @triton.jit
@@ -91,7 +90,6 @@ def query_gradient_kernel(
     CONFIG: tl.constexpr,
 ):
     """dQ of BLOCK_M queries of one region and head; walks the keys as the forward does."""
-    wait_for_previous_launch()
     NUM_HEADS: tl.constexpr = CONFIG.NUM_HEADS
     N_GRAPHS: tl.constexpr = CONFIG.N_GRAPHS
     QK_HEAD_DIM: tl.constexpr = CONFIG.QK_HEAD_DIM

@@ -22,8 +22,6 @@ fill if there is one.
 import triton
 import triton.language as tl
 
-from ..lib.overlap import wait_for_previous_launch
-
 
 @triton.jit
 def convolve_tile(
@@ -116,7 +114,6 @@ def lepe_forward_kernel(
     CONFIG: tl.constexpr,
 ):
     """Attention output plus LePE of BLOCK_M tokens and BLOCK_V channels; grid (N * tiles, channel blocks)."""
-    wait_for_previous_launch()
     DIM: tl.constexpr = CONFIG.DIM
     image, row, column, channel, channel_live = _locate_tile(height, width, CONFIG)
     live = row < height
@@ -157,7 +154,6 @@ def lepe_backward_kernel(
     With dO the gradient of the output and x the values: dx[t] = sum over taps of w[tap] * dO[t - tap], and
     dw[tap] = sum over t of x[t] * dO[t - tap], so that both take the same reads of dO.
     """
-    wait_for_previous_launch()
     DIM: tl.constexpr = CONFIG.DIM
     KERNEL: tl.constexpr = CONFIG.KERNEL
     ROWS: tl.constexpr = CONFIG.ROWS

@@ -24,8 +24,6 @@ strip: so there are few programs, and their shares of sums over all tokens take 
 import triton
 import triton.language as tl
 
-from ..lib.overlap import wait_for_previous_launch
-
 _SIZES = [
     *("height", "width", "region_height", "region_width", "rows", "columns", "cells_high", "cells_wide"),
     *("strip_tiles", "tiles", "strips"),
@@ -83,7 +81,6 @@ def pool_kernel(
     CONFIG: tl.constexpr,
 ):
     """Computes a tile of the pooled map; grid (N * tiles, channel blocks)."""
-    wait_for_previous_launch()
     MODE: tl.constexpr = CONFIG.MODE
     CHANNELS: tl.constexpr = CONFIG.CHANNELS
     BLOCK_T: tl.constexpr = CONFIG.BLOCK_T
@@ -153,7 +150,6 @@ def invert_cells_kernel(cells, holders, count, side, CONFIG: tl.constexpr):
     Cells ascend, so the number of cells that end at or before a token is the number of the first cell that
     contains it, and the number of cells that start at or before the token is the end of that range.
     """
-    wait_for_previous_launch()
     BLOCK: tl.constexpr = CONFIG.BLOCK
     BLOCK_CELLS: tl.constexpr = CONFIG.BLOCK_CELLS
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -191,7 +187,6 @@ def pool_backward_kernel(
     CONFIG: tl.constexpr,
 ):
     """Computes the gradient of a strip of the padded map; grid (N * strips, channel blocks)."""
-    wait_for_previous_launch()
     MODE: tl.constexpr = CONFIG.MODE
     CHANNELS: tl.constexpr = CONFIG.CHANNELS
     BLOCK_T: tl.constexpr = CONFIG.BLOCK_T
@@ -278,7 +273,6 @@ def pool_weight_gradient_kernel(
 
     The strips divide the N * tiles of the pooled maps.
     """
-    wait_for_previous_launch()
     KERNEL_WIDTH: tl.constexpr = CONFIG.KERNEL_WIDTH
     CHANNELS: tl.constexpr = CONFIG.CHANNELS
     BLOCK_T: tl.constexpr = CONFIG.BLOCK_T

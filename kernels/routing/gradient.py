@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from ..lib.addressing import token_of
-from ..lib.overlap import wait_for_previous_launch
 
 
 @triton.jit(do_not_specialize=["n_regions", "topk", "n_heads", "tiles"])
@@ -34,7 +33,6 @@ def query_routing_gradient_kernel(
     CONFIG: tl.constexpr,
 ):
     """Gradient of one region's query and of its logits; grid (N * P, blocks of channels)."""
-    wait_for_previous_launch()
     region = tl.program_id(0) % n_regions
     image = (tl.program_id(0) // n_regions).to(tl.int64)
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
@@ -72,7 +70,6 @@ def key_routing_gradient_kernel(
     CONFIG: tl.constexpr,
 ):
     """Gradient of one region's key, from all that chose it, in order; grid (N * P, blocks of channels)."""
-    wait_for_previous_launch()
     region = tl.program_id(0) % n_regions
     image = (tl.program_id(0) // n_regions).to(tl.int64)
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
@@ -105,7 +102,6 @@ def spread_means_kernel(
 
     Grid (N * P, blocks of channels); `CONFIG` as for `region_means_kernel`, with COUNTS_PADDING.
     """
-    wait_for_previous_launch()
     region_tokens = region_height * region_width
     region = tl.program_id(0) % n_regions
     image = (tl.program_id(0) // n_regions).to(tl.int64)

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 
 from ..lib.addressing import token_of
-from ..lib.overlap import wait_for_previous_launch
 from .arguments import MARK
 
 MARKED = tl.constexpr(MARK)
@@ -74,7 +73,6 @@ def list_tokens_kernel(
 
     A list that is None is left out.
     """
-    wait_for_previous_launch()
     place = tl.program_id(0).to(tl.int64) * CONFIG.BLOCK_ENTRIES + tl.arange(0, CONFIG.BLOCK_ENTRIES)
     listed = place < n_entries
     sizes = (region_height, region_width, columns, height, width)
@@ -119,7 +117,6 @@ def mark_choices_kernel(
     The product of a query's and a key's marks is 0 where the query's region chose the key's, else -MARK**2,
     exact in bfloat16: a mask that the matrix unit adds to the scores, at no instruction a score.
     """
-    wait_for_previous_launch()
     BLOCK_ROWS: tl.constexpr = CONFIG.BLOCK_ROWS
     BLOCK_MARKS: tl.constexpr = CONFIG.BLOCK_MARKS
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -163,7 +160,6 @@ def invert_graph_kernel(
 
     Without LISTS the row is all that is written.
     """
-    wait_for_previous_launch()
     BLOCK: tl.constexpr = CONFIG.BLOCK
     region = tl.program_id(0) % n_regions
     graph = (tl.program_id(0) // n_regions).to(tl.int64)

@@ -17,7 +17,6 @@ import triton.language as tl
 
 from ..lib.addressing import token_of
 from ..lib.exponential import LOWEST
-from ..lib.overlap import wait_for_previous_launch
 from .graph import MARKED, list_regions, mark_tokens
 
 _HIGHEST = tl.constexpr(-LOWEST.value)
@@ -37,7 +36,6 @@ def region_means_kernel(
     CONFIG: tl.constexpr,
 ):
     """Means over a region's tokens of BLOCK_C of the first MEAN_DIM packed channels; grid (N*P, blocks)."""
-    wait_for_previous_launch()
     MEAN_DIM: tl.constexpr = CONFIG.MEAN_DIM
     PACKED: tl.constexpr = CONFIG.PACKED
     BLOCK_TOKENS: tl.constexpr = CONFIG.BLOCK_TOKENS
@@ -104,7 +102,6 @@ def route_kernel(
     Several query regions share the keys that they load, and are as many as a matrix unit takes. What the
     attention walks, tokens of the chosen regions or marks, is written at once, which spares launches.
     """
-    wait_for_previous_launch()
     DIM: tl.constexpr = CONFIG.DIM
     ROW_STRIDE: tl.constexpr = CONFIG.ROW_STRIDE
     BLOCK_Q: tl.constexpr = CONFIG.BLOCK_Q
@@ -134,8 +131,8 @@ def route_kernel(
     top_logits = tl.full([BLOCK_Q, BLOCK_K], float("-inf"), tl.float32)
     top_regions = tl.zeros([BLOCK_Q, BLOCK_K], tl.int32)
     for taken in tl.range(0, topk):
-        # One reduction, not one for the logit and one for the region: a row's logits lie in several warps,
-        # which meet in shared memory for each. Of equal logits it takes the first.
+        # One reduction for the logit and its region: a row's logits lie in several warps, which meet in shared
+        # memory for each reduction. Of equal logits it takes the first.
         largest, winner = tl.max(tl.where(free, logits, float("-inf")), axis=1, return_indices=True)
         free = free & (key_region != winner[:, None])
         top_logits = tl.where(slot == taken, largest[:, None], top_logits)

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from ..lib.matrix import add_matmul, matmul
-from ..lib.overlap import wait_for_previous_launch
 from .tokens import (
     chosen,
     listed_tokens,
@@ -214,7 +213,6 @@ def small_map_backward_kernel(
     CONFIG: tl.constexpr,
 ):
     """Gradients of one region's queries (even programs) or keys and values (odd ones), for HEADS heads."""
-    wait_for_previous_launch()
     image, region, first_head = locate(tl.program_id(0) // 2, n_regions, CONFIG)
     where = (image, region, first_head + tl.arange(0, CONFIG.HEADS))
     scales = (logit_scale, scale)

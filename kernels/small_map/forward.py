@@ -18,7 +18,6 @@ import triton.language as tl
 from ..lepe.convolution import convolve_tile
 from ..lib.exponential import LOWEST
 from ..lib.matrix import add_matmul, matmul
-from ..lib.overlap import wait_for_previous_launch
 from ..routing.route import ranked
 from .tokens import (
     chosen,
@@ -110,7 +109,6 @@ def small_map_forward_kernel(
     CONFIG: tl.constexpr,
 ):
     """Output and lse of the tokens of one region, for HEADS heads; `of_...` are inverses, see `tokens`."""
-    wait_for_previous_launch()
     HEADS: tl.constexpr = CONFIG.HEADS
     BLOCK_OWN: tl.constexpr = CONFIG.BLOCK_OWN
     BLOCK_V: tl.constexpr = CONFIG.BLOCK_V
