@@ -137,12 +137,10 @@ class Pieces(NamedTuple):
 
     Attributes:
         row_start: `(N, G, P_kv + 1)` int32, see `routing.graph`.
-        work: `(N, G, P_kv + extras, 4)` int32, see `routing.graph`.
         region_list: `(P_kv, S_kv)` int32, tokens of the key regions.
     """
 
     row_start: Buffer
-    work: Buffer
     region_list: Buffer
 
 

@@ -15,7 +15,7 @@ from .key_value_gradient import sum_pieces
 
 @triton.jit(
     do_not_specialize=[
-        *("kv_tokens", "n_regions", "n_pieces", "n_partials", "region_tokens", "longest"),
+        *("kv_tokens", "n_regions", "n_partials", "region_tokens", "longest"),
         *("n_shares", "n_sums"),
     ]
 )
@@ -26,7 +26,6 @@ def finish_gradients_kernel(
     sums,
     kv_tokens,
     n_regions,
-    n_pieces,
     n_partials,
     region_tokens,
     longest,
@@ -48,7 +47,6 @@ def finish_gradients_kernel(
                 results,
                 kv_tokens,
                 n_regions,
-                n_pieces,
                 n_partials,
                 region_tokens,
                 longest,

@@ -272,7 +272,6 @@ def sum_pieces(
     results,
     kv_tokens,
     n_regions,
-    n_pieces,
     n_partials,
     region_tokens,
     longest,
@@ -289,10 +288,12 @@ def sum_pieces(
     tiles = tl.cdiv(region_tokens, BLOCK_N)
     image, region, tile, head = locate_program(program, n_regions, tiles, NUM_HEADS)
     graph = graph_of(image, head, N_GRAPHS)
-    partial = tl.load(pieces.work + (graph * n_pieces + region) * 4 + 3)
     row = pieces.row_start + graph * (n_regions + 1) + region
+    first = tl.load(row)
+    length = tl.load(row + 1) - first
     # Of a row that was not cut there are none, and nothing is written.
-    n_own = tl.where(partial < 0, 0, tl.cdiv(tl.load(row + 1) - tl.load(row), longest))
+    n_own = tl.where(length > longest, tl.cdiv(length, longest), 0)
+    partial = 2 * (first // longest)  # see `_cut_row` in `routing.graph`
 
     qk_channel = tl.arange(0, BLOCK_QK)
     v_channel = tl.arange(0, BLOCK_V)

@@ -288,15 +288,15 @@ def launch_key_value_gradient(
     pieces = None
     if lists.n_partials and inverse is not None and work is not None:
         assert lists.arguments.region_list is not None
-        pieces = Pieces(inverse.row_start, work, lists.arguments.region_list)
-    numbers = (kv_tokens, n_regions, n_pieces, lists.n_partials, region_tokens, lists.longest)
+        pieces = Pieces(inverse.row_start, lists.arguments.region_list)
+    numbers = (kv_tokens, n_regions, lists.n_partials, region_tokens, lists.longest)
     return KeyValueGradient(results, pieces, numbers, n_regions * programs, config, tile)
 
 
 def launch_finish(plan: Plan, gradient: KeyValueGradient | None, lepe: LepeShares | None = None) -> None:
     """Adds the sums that dK/dV and LePE's backward have left to be made, if there are any."""
     pieces, results, config = None, None, None
-    sizes: tuple[int, ...] = (1,) * 6
+    sizes: tuple[int, ...] = (1,) * 5
     n_programs, num_warps = 0, 1 if lepe is None else _LEPE_SUM_WARPS
     if gradient is not None and gradient.pieces is not None:
         pieces, results, config = gradient.pieces, gradient.results, gradient.config

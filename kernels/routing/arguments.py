@@ -31,7 +31,7 @@ class Inverse(NamedTuple):
     Attributes:
         row_start: `(N, G, P_kv + 1)` int32.
         pairs: `(N, G, P * TOPK)` int32.
-        work: `(N, G, P_kv + extras, 4)` int32; None where only the rows are wanted.
+        work: `(N, G, extras + P_kv, 4)` int32; None where only the rows are wanted.
     """
 
     row_start: Buffer
@@ -135,11 +135,13 @@ class GraphConfig(NamedTuple):
     Attributes:
         LISTS: cut the rows into pieces, and list their queries.
         BLOCK: pairs of a step.
+        BINS: more than the key regions, a power of two, where rows are to be listed by length; else 1.
         BLOCK_ENTRIES: pairs in a step of listing their queries.
         BLOCK_TOKENS: tokens in such a step.
     """
 
     LISTS: bool
     BLOCK: int
+    BINS: int
     BLOCK_ENTRIES: int
     BLOCK_TOKENS: int

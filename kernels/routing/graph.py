@@ -11,7 +11,7 @@ program for each tile and head.
 | r_weight | (N, G, P, TOPK) fp32 | factor of each pair; None for 1 |
 | row_start | (N, G, P_kv + 1) int32 | where each key region's row starts in `pairs` |
 | pairs | (N, G, P * TOPK) int32 | the inverse graph: pairs by key region, ascending in each row |
-| work | (N, G, P_kv + extras, 4) int32 | pieces: region, first and last pair, partial sum; -1 for none |
+| work | (N, G, extras + P_kv, 4) int32 | pieces: region, first and last pair, partial sum; -1 for none |
 
 Lists and marks are described in `attention.arguments.Lists` and `arguments.Marks`.
 """
@@ -161,16 +161,20 @@ def invert_graph_kernel(
     Without LISTS the row is all that is written.
     """
     BLOCK: tl.constexpr = CONFIG.BLOCK
+    BINS: tl.constexpr = CONFIG.BINS
     region = tl.program_id(0) % n_regions
     graph = (tl.program_id(0) // n_regions).to(tl.int64)
     choices = r_idx + graph * n_pairs
     start = 0
     length = 0
+    lengths = tl.zeros([BINS], tl.int32)
     for first in tl.range(0, n_pairs, BLOCK):
         index = first + tl.arange(0, BLOCK)
         choice = tl.load(choices + index, mask=index < n_pairs, other=n_regions)
         start += tl.sum((choice < region).to(tl.int32), axis=0)
         length += tl.sum((choice == region).to(tl.int32), axis=0)
+        if BINS > 1:  # n_regions has a bin, too
+            lengths += tl.histogram(choice, BINS)
     tl.store(inverse.row_start + graph * (n_regions + 1) + region, start)
     if region == n_regions - 1:
         tl.store(inverse.row_start + graph * (n_regions + 1) + n_regions, n_pairs)
@@ -186,15 +190,13 @@ def invert_graph_kernel(
 
     if CONFIG.LISTS:
         n_extras = n_pairs // longest
-        _cut_row(
-            inverse.work + graph * (n_regions + n_extras) * 4,
-            region,
-            start,
-            length,
-            n_regions,
-            longest,
-            BLOCK,
-        )
+        rank = region
+        if BINS > 1:
+            other = tl.arange(0, BINS)
+            ahead = (lengths > length) | ((lengths == length) & (other < region))
+            rank = tl.sum((ahead & (other < n_regions)).to(tl.int32), axis=0)
+        work = inverse.work + graph * (n_extras + n_regions) * 4
+        _cut_row(work, n_extras + rank, region, start, length, longest, BLOCK)
         # The threads of this program read what others of its threads have written.
         tl.debug_barrier()
         for first in tl.range(0, length, CONFIG.BLOCK_ENTRIES):
@@ -217,10 +219,10 @@ def invert_graph_kernel(
 
 
 @triton.jit
-def _cut_row(work, region, start, length, n_regions, longest, BLOCK: tl.constexpr):
+def _cut_row(work, place, region, start, length, longest, BLOCK: tl.constexpr):
     """Cuts one region's row into pieces of at most `longest` pairs.
 
-    The first piece stands at its region's number, further ones behind the last region's. Where they go needs
+    The first piece stands at `place`, further ones, which are the longest, at the front. Where they go needs
     no word of the other rows: if all pairs are dealt out in lots of `longest`, a row that starts in lot `a`
     and ends in lot `b` has at most `b - a` further pieces, and the extra places from `a` to `b` are its own.
     Of 2 * extras partial sums those from `2 * a` are its own likewise. A row of one piece has partial sum -1.
@@ -229,15 +231,15 @@ def _cut_row(work, region, start, length, n_regions, longest, BLOCK: tl.constexp
     first_lot = start // longest
     last_lot = (start + length) // longest
     is_cut = pieces > 1
-    tl.store(work + region * 4, region)
-    tl.store(work + region * 4 + 1, start)
-    tl.store(work + region * 4 + 2, start + tl.minimum(length, longest))
-    tl.store(work + region * 4 + 3, tl.where(is_cut, 2 * first_lot, -1))
+    tl.store(work + place * 4, region)
+    tl.store(work + place * 4 + 1, start)
+    tl.store(work + place * 4 + 2, start + tl.minimum(length, longest))
+    tl.store(work + place * 4 + 3, tl.where(is_cut, 2 * first_lot, -1))
     for first in tl.range(first_lot, last_lot, BLOCK):
         lot = first + tl.arange(0, BLOCK)
         own = lot < last_lot
         piece = lot - first_lot + 1
-        at = work + (n_regions + lot) * 4
+        at = work + lot * 4
         piece_start = start + piece * longest
         tl.store(at, tl.where(piece < pieces, region, -1), mask=own)
         tl.store(at + 1, piece_start, mask=own)

@@ -131,8 +131,8 @@ def route_kernel(
     top_logits = tl.full([BLOCK_Q, BLOCK_K], float("-inf"), tl.float32)
     top_regions = tl.zeros([BLOCK_Q, BLOCK_K], tl.int32)
     for taken in tl.range(0, topk):
-        # One reduction for the logit and its region: a row's logits lie in several warps, which meet in shared
-        # memory for each reduction. Of equal logits it takes the first.
+        # One reduction for the logit and its region: a row's logits lie in several warps, which have to meet
+        # for each. Of equal logits it takes the first.
         largest, winner = tl.max(tl.where(free, logits, float("-inf")), axis=1, return_indices=True)
         free = free & (key_region != winner[:, None])
         top_logits = tl.where(slot == taken, largest[:, None], top_logits)
