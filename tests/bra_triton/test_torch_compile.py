@@ -24,8 +24,8 @@ MODES = {
 }
 # The first needs padding, the second does not: one graph serves both, and the sizes that follow. No region
 # has a single cell, which a compiler takes for a constant, and no side equals another size, which it takes
-# for one. All regions have at most 32 tokens: what the Triton backend keeps for larger ones is another graph.
-SIZES = ((9, 7), (10, 12), (11, 9), (12, 10))
+# for one. All regions have more than 16 tokens: the Triton backend keeps other things of smaller ones.
+SIZES = ((11, 9), (10, 12), (13, 9), (12, 10))
 
 
 class _Several(nn.Module):

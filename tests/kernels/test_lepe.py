@@ -371,7 +371,7 @@ def test_the_programs_shares_are_summed_and_rounded_once(kernel, n_programs, dim
     )
     config = LepeSumsConfig(dim, taps, rows, has_taps, 256, 16, HAS_PIECES=False)
     n_sums = rows * -(-dim // 16)
-    sizes = (*(1,) * 6, n_programs, n_sums)
+    sizes = (*(1,) * 5, n_programs, n_sums)
     finish_gradients_kernel[(n_sums,)](None, None, partials, sums, *sizes, CONFIG=None, SUMS=config)
     exact = partials.double().sum(0)
     if "weight" in names:
