@@ -127,23 +127,22 @@ class PackedAttention(Generic[A]):
         query = channels(self.qkv, 0, qk_dim)
         padding = None
         if self.kv is None:
-            key = channels(self.qkv, qk_dim, 2 * qk_dim)
-            value = channels(self.qkv, 2 * qk_dim, 2 * qk_dim + self.dim)
+            key_value = channels(self.qkv, qk_dim, 2 * qk_dim + self.dim)
             if self.padding is not None:
                 padding = Padding(
                     channels(self.padding, qk_dim, 2 * qk_dim),
                     channels(self.padding, 2 * qk_dim, 2 * qk_dim + self.dim),
                 )
         else:
-            key, value = channels(self.kv, 0, qk_dim), channels(self.kv, qk_dim, qk_dim + self.dim)
+            key_value = self.kv
             cells = (self.kv.shape[1] // grid.rows, self.kv.shape[2] // grid.columns)
             kv_grid = grid.pooled(*cells)
         if r_idx is None:
             grid, kv_grid = grid.merged, kv_grid.merged
         return RoutedAttention(
             query,
-            key,
-            value,
+            channels(key_value, 0, qk_dim),
+            channels(key_value, qk_dim, qk_dim + self.dim),
             r_idx,
             grid,
             kv_grid,
@@ -152,6 +151,7 @@ class PackedAttention(Generic[A]):
             factor,
             padding,
             distinct=True,
+            key_value=key_value,
         )
 
     def lepe(self) -> "Lepe[A] | None":
@@ -219,6 +219,7 @@ class RoutedAttention(Generic[A]):
             by; None for nothing. Positive.
         padding: what keys and values past the edge hold; None where `kv_grid` is not padded.
         distinct: no region chose another one twice, as routing never does. Otherwise that one counts twice.
+        key_value: `key` and `value` side by side, where they are slices of one map; else None.
     """
 
     query: A
@@ -232,6 +233,7 @@ class RoutedAttention(Generic[A]):
     factor: A | None = None
     padding: Padding[A] | None = None
     distinct: bool = False
+    key_value: A | None = None
 
     @property
     def tensors(self) -> tuple[A | None, ...]:

@@ -6,14 +6,16 @@ on the device; see `chunks`.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ...kernels.arrays import dense
+from ...kernels.grid import cdiv
 from ...kernels.problem import Gradients, Padding, RoutedAttention, SmallGradients, statistic_dtype
 from . import chunks
 from .autocast import outside_autocast
@@ -36,12 +38,13 @@ def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     kernel = _kernel(problem)
     out = empty_map(problem.query, grid, channels=problem.value.shape[-1])
     lse = out.new_empty((problem.batch, problem.num_heads, *out.shape[1:3]), dtype=statistic_dtype(out.dtype))
-    lse_map = rearrange(lse, "n m h w -> n h w m")
-    out_regions, lse_regions = (by_region(x, grid, n_graphs) for x in (out, lse_map))
+    out_regions, lse_regions = (by_region(x, grid, n_graphs) for x in (out, lse.permute(0, 2, 3, 1)))
     for chunk in _chunks(problem, chunks.regions_at_once(problem, kernel)):
         out_chunk, lse_chunk = kernel.forward(chunk.query, *chunk.keys_values(), problem.scale)
-        _write(out_regions[chunk.box], _merge_heads(out_chunk))
-        _write(lse_regions[chunk.box], rearrange(lse_chunk, "r m s -> r s m"))
+        _write(out_regions[chunk.box], out_chunk)
+        _write(lse_regions[chunk.box], lse_chunk.transpose(1, 2))
+    if not grid.is_padded:
+        return out, lse
     return without_padding(out, grid), dense(lse[..., : grid.height, : grid.width])
 
 
@@ -74,8 +77,11 @@ def attention_backward(
         needs_factor: compute the gradient of the factor, too.
     """
     grid, n_graphs, kernel = problem.query_grid, problem.n_graphs, _kernel(problem)
-    lse = rearrange(lse, "n m h w -> n h w m")
-    maps = [by_region(whole_map(x, grid), grid, n_graphs) for x in (grad_out, out, lse)]
+    *maps, lse_regions = (
+        by_region(whole_map(x, grid), grid, n_graphs) for x in (grad_out, out, lse.permute(0, 2, 3, 1))
+    )
+    lse_regions = lse_regions.permute(0, 1, 2, 3, 6, 4, 5)
+    lse_shape = (-1, problem.num_heads // n_graphs, grid.region_tokens)
     grad_query = empty_map(problem.query, grid) if grid.is_padded else gradients.query
     grad_query_regions = by_region(grad_query, grid, n_graphs)
     n_regions = problem.batch * n_graphs * problem.kv_grid.n_regions
@@ -86,19 +92,17 @@ def attention_backward(
     grad_factor = out.new_zeros(shape, dtype=dtype) if needs_factor else None
     most = chunks.regions_at_once(problem, kernel, backward=True, needs_factor=needs_factor)
     for chunk in _chunks(problem, most):
-        grad_rows, out_rows, lse_rows = (_read(x[chunk.box]) for x in maps)
+        grad_rows, out_rows = (_read(x[chunk.box], chunk.num_heads) for x in maps)
+        lse_rows = lse_regions[chunk.box].reshape(lse_shape)
         chunk_query, chunk_key, chunk_value = kernel.backward(
-            *(_split_heads(grad_rows, chunk.num_heads), chunk.query, *chunk.keys_values()),
-            *(_split_heads(out_rows, chunk.num_heads), rearrange(lse_rows, "r s m -> r m s"), problem.scale),
+            grad_rows, chunk.query, *chunk.keys_values(), out_rows, lse_rows, problem.scale
         )
-        _write(grad_query_regions[chunk.box], _merge_heads(chunk_query))
+        _write(grad_query_regions[chunk.box], chunk_query)
         if grad_factor is not None:
             part = grad_factor[chunk.box]
             part.copy_(chunk.factor_gradient(chunk_key, chunk_value, dtype).view(part.shape))
         grad_key, grad_value = (
-            chunk.choices.add(
-                rearrange(grad, "r m (t s) c -> (r t) (s m c)", t=problem.topk), total, n_regions
-            )
+            chunk.choices.add(grad.reshape(len(grad) * problem.topk, -1), total, n_regions)
             for grad, total in ((chunk_key, grad_key), (chunk_value, grad_value))
         )
     if grid.is_padded:
@@ -115,10 +119,9 @@ def _write_keys_values(
     for target, total in zip((gradients.key, gradients.value), totals, strict=True):
         if total is None:  # a batch of no image
             total = target.new_zeros(0, grid.region_tokens * target.shape[-1] // n_graphs)
-        regions = total.unflatten(1, (grid.region_tokens, -1))
-        write_map(target, regions, grid, n_graphs)
+        whole = write_map(target, total, grid, n_graphs)
         if problem.padding is not None:
-            sums.append(sum_over_padding(regions, grid, n_graphs))
+            sums.append(sum_over_padding(whole, grid))
     return Padding(*sums) if sums else None
 
 
@@ -126,7 +129,8 @@ def _kernel(problem: RoutedAttention[Tensor]) -> chunks.Kernel:
     return chunks.kernel_for(problem.query, problem.qk_head_dim, problem.v_head_dim)
 
 
-_Box = tuple[slice, ...]
+_Box = tuple[Any, ...]
+_ALL: _Box = (...,)
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,8 @@ class _Chunk:
     Attributes:
         box: where they are in `by_region`: images, graphs, rows and columns of regions.
         choices: the regions that they chose, as rows of `_key_value_regions`.
-        query: `(R, m, S, c)`.
-        gathered: their keys and values, `(R*topk, S_kv, c_k + c_v)`; where nothing was gathered, a tensor of
-            each.
+        query: `(R, S, m, c)`.
+        gathered: their keys and values, `(R*topk, S_kv, c_k + c_v)`, or a tensor of each.
         widths: `c_k` and `c_v`, channels of all heads of one graph.
     """
 
@@ -151,30 +154,30 @@ class _Chunk:
     @property
     def num_heads(self) -> int:
         """Heads of one graph, `m`."""
-        return self.query.shape[1]
+        return self.query.shape[2]
 
     @property
     def topk(self) -> int:
         """How many regions each chose."""
-        return len(self.gathered[0]) // len(self.query)
+        return self.gathered[0].shape[0] // self.query.shape[0]
 
     def keys_values(self, weighted: bool = True) -> tuple[Tensor, Tensor]:
-        """Keys and values, `(R, m, topk*S_kv, c)`, times their factor unless not `weighted`."""
+        """Keys and values, `(R, topk*S_kv, m, c)`, times their factor unless not `weighted`."""
         parts, factor = self.gathered, self.choices.factor
         if weighted and factor is not None:
             parts = [x * factor[:, None, None].to(x.dtype) for x in parts]
         if len(parts) == 1:
-            parts = list(parts[0].split(self.widths, dim=-1))
-        key, value = (
-            rearrange(x, "(r t) s (m c) -> r m (t s) c", t=self.topk, m=self.num_heads) for x in parts
-        )
+            parts = list(parts[0].split_with_sizes(self.widths, dim=-1))
+        n_regions, _, num_heads, _ = self.query.shape
+        list_length = self.topk * parts[0].shape[1]
+        key, value = (x.view(n_regions, list_length, num_heads, x.shape[-1] // num_heads) for x in parts)
         return key, value
 
     def factor_gradient(self, grad_key: Tensor, grad_value: Tensor, dtype: torch.dtype) -> Tensor:
         """Gradient of the factor, `(R, topk)`, for those of the weighted keys and values."""
         pairs = zip((grad_key, grad_value), self.keys_values(weighted=False), strict=True)
         of_key, of_value = (
-            (grad * x.to(dtype)).unflatten(2, (self.topk, -1)).sum((1, 3, 4)) for grad, x in pairs
+            (grad * x.to(dtype)).unflatten(1, (self.topk, -1)).sum((2, 3, 4)) for grad, x in pairs
         )
         return of_key + of_value
 
@@ -184,22 +187,24 @@ def _chunks(problem: RoutedAttention[Tensor], most: int) -> Iterator[_Chunk]:
     grid, topk, n_graphs = problem.query_grid, problem.topk, problem.n_graphs
     num_heads, n_key_regions = problem.num_heads // n_graphs, problem.kv_grid.n_regions
     query = by_region(whole_map(problem.query, grid), grid, n_graphs)
-    (key_value, widths), shape = _key_value_regions(problem), query.shape[:4]
+    key_value, shape = _key_value_regions(problem), query.shape[:4]
+    widths = [x.shape[-1] // n_graphs for x in (problem.key, problem.value)]
     r_idx = None
     if problem.r_idx is not None:
         r_idx = flat_index(problem.r_idx, n_key_regions).view(*shape, topk)
     factor = None if problem.factor is None else problem.factor.view(*shape, topk)
     for box in _boxes(shape, most):
-        sizes = [x.stop - x.start for x in box]
-        first = (box[0].start * n_graphs + box[1].start) * n_key_regions
+        rows = query[box]
+        sizes = rows.shape[:4]
+        first = 0 if box is _ALL else (box[0].start * n_graphs + box[1].start) * n_key_regions
         choices = Choices(
             index=None if r_idx is None else r_idx[box].flatten(),
             factor=None if factor is None else factor[box].flatten(),
             reached=range(first, first + sizes[0] * sizes[1] * n_key_regions),
-            is_complete=sizes[2:] == list(shape[2:]),
+            is_complete=sizes[2:] == shape[2:],
         )
         gathered = [_chosen(x, choices) for x in key_value]
-        yield _Chunk(box, choices, _split_heads(_read(query[box]), num_heads), gathered, widths)
+        yield _Chunk(box, choices, _read(rows, num_heads), gathered, widths)
 
 
 def _chosen(regions: Tensor, choices: Choices) -> Tensor:
@@ -209,31 +214,29 @@ def _chosen(regions: Tensor, choices: Choices) -> Tensor:
     return regions.index_select(0, choices.index)
 
 
-def _key_value_regions(problem: RoutedAttention[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """Keys and values of every region, `(N*G*P_kv, S_kv, c)`, and the channels of both.
-
-    Side by side in one tensor, so that they are gathered together; as they are where nothing is gathered.
-    """
+def _key_value_regions(problem: RoutedAttention[Tensor]) -> list[Tensor]:
+    """Keys and values of every region, `(N*G*P_kv, S_kv, c)`: in one tensor if they are side by side."""
     grid, n_graphs, padding = problem.kv_grid, problem.n_graphs, problem.padding
-    fills = (None, None) if padding is None else (padding.key, padding.value)
-    views = [
-        by_region(whole_map(x, grid, fill), grid, n_graphs)
-        for x, fill in zip((problem.key, problem.value), fills, strict=True)
+    maps = [problem.key, problem.value]
+    fills = [] if padding is None else [padding.key, padding.value]
+    if problem.key_value is not None and n_graphs == 1:
+        maps, fills = [problem.key_value], [torch.cat(fills)] if fills else []
+    wholes = [whole_map(x, grid, fill) for x, fill in itertools.zip_longest(maps, fills)]
+    return [
+        by_region(x, grid, n_graphs).reshape(-1, grid.region_tokens, x.shape[-1] // n_graphs) for x in wholes
     ]
-    widths = [view.shape[-1] for view in views]
-    if problem.r_idx is None:
-        return [_read(view) for view in views], widths
-    regions = problem.key.new_empty(*views[0].shape[:-1], sum(widths))
-    for part, view in zip(regions.split(widths, dim=-1), views, strict=True):
-        part.copy_(view)
-    return [_read(regions)], widths
 
 
 def _boxes(sizes: Sequence[int], most: int) -> Iterator[_Box]:
     """Cuts a space of these sizes into boxes of at most `most` cells, but of one at least."""
+    if 0 < math.prod(sizes) <= most:
+        yield _ALL  # slices of every axis would take the CPU three times as long
+        return
     steps: list[int] = []
     for size in reversed(sizes):
-        steps.insert(0, max(1, min(size, most)))
+        # Evenly, as the largest box decides how much memory it takes.
+        n_steps = max(1, cdiv(size, max(1, most)))
+        steps.insert(0, max(1, cdiv(size, n_steps)))
         most //= max(1, size)
     starts = itertools.product(*(range(0, size, step) for size, step in zip(sizes, steps, strict=True)))
     for start in starts:
@@ -242,19 +245,12 @@ def _boxes(sizes: Sequence[int], most: int) -> Iterator[_Box]:
         )
 
 
-def _read(regions: Tensor) -> Tensor:
-    """A box of `by_region` as `(R, S, C)`."""
-    return regions.flatten(4, 5).flatten(0, 3)
+def _read(regions: Tensor, num_heads: int) -> Tensor:
+    """A box of `by_region` as `(R, S, m, c)`."""
+    height, width, channels = regions.shape[4:]
+    return regions.reshape(-1, height * width, num_heads, channels // num_heads)
 
 
 def _write(regions: Tensor, rows: Tensor) -> None:
     """Undoes `_read`."""
-    regions.copy_(rows.view(regions.shape))
-
-
-def _split_heads(x: Tensor, num_heads: int) -> Tensor:
-    return rearrange(x, "r s (m c) -> r m s c", m=num_heads)
-
-
-def _merge_heads(x: Tensor) -> Tensor:
-    return rearrange(x, "r m s c -> r s (m c)")
+    regions.copy_(rows.reshape(regions.shape))

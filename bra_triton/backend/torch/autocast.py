@@ -17,12 +17,12 @@ def outside_autocast(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        on = [kind for kind in _KINDS if torch.is_autocast_enabled(kind)]
-        if not on:  # turning off what is not on costs 6 us a time
+        if not torch._C._is_any_autocast_enabled():  # turning off what is not on costs 6 us a time
             return function(*args, **kwargs)
         with ExitStack() as stack:
-            for kind in on:
-                stack.enter_context(torch.autocast(kind, enabled=False))
+            for kind in _KINDS:
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             return function(*args, **kwargs)
 
     return run

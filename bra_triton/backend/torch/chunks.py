@@ -3,7 +3,8 @@
 Where PyTorch has a fused kernel that hands out its lse, no scores reach memory. All kernels give the natural
 logarithm, so that the backward need not take the one that the forward took.
 
-Shapes: query `(R, m, S, c_qk)`, key `(R, m, L, c_qk)`, value `(R, m, L, c_v)`, of any strides.
+Shapes: query `(R, S, m, c_qk)`, key `(R, L, m, c_qk)`, value `(R, L, m, c_v)`, of any strides: tokens before
+heads, as maps have them.
 """
 
 import math
@@ -20,29 +21,33 @@ from . import devices, efficient
 # of float32. On two cores of an x86 server, maps of 14 to 80 tokens a side, twice and four times as many save
 # up to a sixth of a step's time, but twice as many already cost up to a fourth more memory.
 CHUNK_ELEMENTS = 1 << 19
-# Elsewhere, bytes of all that a chunk takes. Caches count for less there than launches do, and a small chunk
-# leaves most of a GPU idle.
-CHUNK_BYTES = 1 << 25
+# Elsewhere, bytes of all that a chunk takes. Launching one takes the CPU as long as a small call, and a small
+# one leaves most of a GPU idle: on an H100 a step of P3 (float16, batch 8) took 1832 us of the GPU and 7.8 ms
+# of the caller's time in chunks of 32 MiB, and 1154 us and 4.5 ms in chunks of 64 MiB; the reference took
+# 1279 us and 2.3 ms, but 376 MiB. In chunks of 128 MiB such a step is cut once.
+CHUNK_BYTES = 1 << 27
 # A chunk may take more, this many times what the maps take, so that large batches are not cut finer.
 CHUNK_MAPS = 1.0
 
 _FLASH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+_Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
 class Kernel(NamedTuple):
     """One way to attend.
 
     Attributes:
-        forward: from query, key, value and the scale: attention `(R, m, S, c_v)` and the natural logarithm of
+        forward: from query, key, value and the scale: attention `(R, S, m, c_v)` and the natural logarithm of
             its softmax's denominator `(R, m, S)`. Both are NaN where there is no softmax: an infinite score
             leads, or all scores are minus infinity.
         backward: from the output's gradient, query, key, value, and the output and `lse` that a forward gave:
             gradients of query, key and value.
     """
 
-    forward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+    forward: _Forward
+    backward: _Backward
 
 
 def kernel_for(x: Tensor, qk_head_dim: int, v_head_dim: int) -> Kernel:
@@ -71,12 +76,12 @@ def regions_at_once(
     if needs_factor:  # products of keys and their gradients, and the same of values
         needed += gathered * _score_size(x)
     if kernel is EFFICIENT:
-        maps = sum(each.numel() for each in (x, problem.key, problem.value))
+        maps = x.numel() + problem.key.numel() + problem.value.numel()
         most = max(most, int(CHUNK_MAPS * maps * size))
         if backward:
             needed += efficient.workspace_bytes(queries, num_heads, problem.qk_head_dim)
     else:  # the products copy keys and values once more, and hold scores in two precisions
-        needed += gathered * size + num_heads * queries * keys * (_score_size(x) + size) * (1 + backward)
+        needed += gathered * size + num_heads * queries * keys * _bytes_a_score(x, backward)
     return min(most // needed, efficient.MOST_REGIONS)
 
 
@@ -101,21 +106,6 @@ def _flash_backward(
     return grad_query, grad_key, grad_value
 
 
-def _efficient_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    out, lse = efficient.forward(query, key, value, scale)
-    return out.transpose(1, 2), lse
-
-
-def _efficient_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
-    gradients = efficient.backward(grad_out, query, key, value, out, lse, scale)
-    grad_query, grad_key, grad_value = (x.transpose(1, 2) for x in gradients)
-    return grad_query, grad_key, grad_value
-
-
 def _products_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     parts = [_forward_part(part, key, value) for part in _split(query * scale, key)]
     out, lse = (_joined(each) for each in zip(*parts, strict=True))
@@ -134,7 +124,7 @@ def _products_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     delta = (grad_out * out).sum(-1, keepdim=True, dtype=lse.dtype)
-    rows = (_split(x, key) for x in (grad_out, query * scale, lse[..., None], delta))
+    rows = (_split(x, key, backward=True) for x in (grad_out, query * scale, lse[..., None], delta))
     parts = [_backward_part(key, value, *part) for part in zip(*rows, strict=True)]
     grad_query, grad_key, grad_value = zip(*parts, strict=True)
     return (
@@ -155,10 +145,10 @@ def _backward_part(
     return grad_scores @ key, grad_key.to(lse.dtype), grad_value.to(lse.dtype)
 
 
-def _split(rows: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+def _split(rows: Tensor, key: Tensor, *, backward: bool = False) -> tuple[Tensor, ...]:
     """The rows `(R, m, S, c)` in parts whose scores are no more than a chunk's."""
     n_regions, num_heads, list_length, _ = key.shape
-    most = CHUNK_ELEMENTS if devices.kind(key) == "cpu" else CHUNK_BYTES // _score_size(key)
+    most = CHUNK_ELEMENTS if devices.kind(key) == "cpu" else CHUNK_BYTES // _bytes_a_score(key, backward)
     return rows.split(max(1, most // (n_regions * num_heads * list_length)), dim=2)
 
 
@@ -175,10 +165,33 @@ def _scores(scaled_query: Tensor, key: Tensor) -> Tensor:
     return (scaled_query @ key.transpose(-2, -1)).to(statistic_dtype(key.dtype))
 
 
+def _bytes_a_score(x: Tensor, backward: bool) -> int:
+    """Of scores or probabilities in two precisions, and in the backward of both."""
+    return (_score_size(x) + x.element_size()) * (1 + backward)
+
+
 def _score_size(x: Tensor) -> int:
     return statistic_dtype(x.dtype).itemsize
 
 
-FLASH = Kernel(_flash_forward, _flash_backward)
-EFFICIENT = Kernel(_efficient_forward, _efficient_backward)
-PRODUCTS = Kernel(_products_forward, _products_backward)
+def _heads_first(forward: _Forward, backward: _Backward) -> Kernel:
+    """The kernel of functions that take and give heads before tokens."""
+
+    def transposed_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = forward(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale)
+        return out.transpose(1, 2), lse
+
+    def transposed_backward(
+        grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+        gradients = backward(grad_out, query, key, value, out, lse, scale)
+        grad_query, grad_key, grad_value = (x.transpose(1, 2) for x in gradients)
+        return grad_query, grad_key, grad_value
+
+    return Kernel(transposed_forward, transposed_backward)
+
+
+FLASH = _heads_first(_flash_forward, _flash_backward)
+EFFICIENT = Kernel(efficient.forward, efficient.backward)
+PRODUCTS = _heads_first(_products_forward, _products_backward)

@@ -2,13 +2,14 @@
 
 `scaled_dot_product_attention` would keep that to itself, and its backward adds the queries' gradient
 atomically, in an order that changes. Called directly, with its keys in one split, the backward adds nothing
-atomically. Shapes are as in `chunks`, except that tokens come before heads: `(R, S, m, c)`.
+atomically. Shapes are as in `chunks`.
 """
 
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention
 
@@ -53,8 +54,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
     # Where all scores are minus infinity the kernel gives 0 for both. Such a row's first score tells it from
     # one whose denominator is 1. Nothing here waits for the GPU.
     first_score = (query * key[:, :1]).sum(-1).transpose(1, 2)
-    nan_or_0 = torch.where(lse == 0, first_score, lse) * 0
-    return out.add_(nan_or_0.transpose(1, 2)[..., None]), lse + nan_or_0
+    told = torch.where(lse == 0, first_score, lse)  # 0 times it is NaN where there is no softmax
+    return out.add_(told.transpose(1, 2).unsqueeze(-1), alpha=0), lse.add(told, alpha=0)
 
 
 def backward(
@@ -62,9 +63,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous; `lse` is `(R, m, S)`."""
     n_tokens, n_keys = query.shape[1], key.shape[1]
-    rows = math.ceil(n_tokens / _LSE_BLOCK) * _LSE_BLOCK
-    blocks = lse.new_full((*lse.shape[:2], rows), math.inf)  # probabilities of 0 past the last token
-    blocks[..., :n_tokens] = lse
+    missing = -n_tokens % _LSE_BLOCK  # past the last token probabilities are 0
+    blocks = F.pad(lse, (0, missing), value=math.inf) if missing else lse.contiguous()
     query, key, value = (_aligned(x) for x in (query, key, value))
     no_seed = lse.new_empty(0, dtype=torch.int64)
     numbers: tuple[Any, ...] = (None, None, n_tokens, n_keys, blocks, 0.0, no_seed, no_seed, 0, False)
@@ -79,8 +79,9 @@ def backward(
 
 def _aligned(x: Tensor) -> Tensor:
     """`x`, or a copy of it, at an address and with strides that the kernels take."""
-    size = x.element_size()
-    places = (x.data_ptr(), *(stride * size for stride in x.stride()[:-1]))
-    if x.stride(-1) == 1 and all(place % _ALIGNMENT_BYTES == 0 for place in places):
+    regions, tokens, heads, channels = x.stride()
+    # The lowest bit that any of them has: sizes of elements are powers of two.
+    lowest = x.data_ptr() | (regions | tokens | heads) * x.element_size()
+    if channels == 1 and lowest % _ALIGNMENT_BYTES == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)

@@ -49,7 +49,7 @@ def attend(problem: PackedAttention[Tensor], trains: bool) -> tuple[Tensor, list
     """See `FusedKernels`."""
     settings, r_weight, r_idx = problem.settings, None, None
     if not settings.chooses_all:
-        query, key = _means(problem).split(settings.qk_dim, dim=-1)
+        query, key = _means(problem).split_with_sizes([settings.qk_dim] * 2, -1)
         r_weight, r_idx = choose(query, key, settings.topk, settings.routing_scale, problem.weighs)
     out, lse = attend_routed(_routed(problem, r_weight, r_idx))
     lepe, attention = problem.lepe(), None
@@ -89,7 +89,7 @@ def attend_backward(
     qk_dim = settings.qk_dim
     widths = [qk_dim, qk_dim, problem.dim]
     grad_qkv = qkv.new_empty(qkv.shape)
-    maps, grad_kv = Gradients(*grad_qkv.split(widths, dim=-1)), None
+    maps, grad_kv = Gradients(*grad_qkv.split_with_sizes(widths, -1)), None
     if kv is not None:
         grad_qkv[..., qk_dim:] = 0
         grad_kv = kv.new_empty(kv.shape)
@@ -146,8 +146,8 @@ def _routed(
     factor = None
     if problem.settings.routing_weight == "soft":
         assert r_weight is not None
-        factor = r_weight[:, None].contiguous()
-    return problem.routed(r_idx[:, None], factor)
+        factor = r_weight.unsqueeze(1).contiguous()
+    return problem.routed(r_idx.unsqueeze(1), factor)
 
 
 def _route_gradient(grad_weight: Tensor, problem: PackedAttention[Tensor], result: _Saved) -> Tensor:

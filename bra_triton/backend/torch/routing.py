@@ -1,7 +1,6 @@
 """Routing on the torch backend: region means, the choice of regions, and their gradients."""
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ...kernels.arrays import dense
@@ -30,7 +29,8 @@ def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels
     x = qkv[..., :channels]
     if grid.is_padded:
         x = pad_map(x, grid, None if padding is None else padding[:channels])
-    tokens = rearrange(x, "n (j h) (i w) c -> n j h i w c", j=grid.rows, i=grid.columns)
+    sides = (grid.rows, grid.region_height, grid.columns, grid.region_width)
+    tokens = x.view(x.shape[0], *sides, channels)
     # Columns first: each of the two sums then runs along memory that the other left dense.
     sums = tokens.sum(4, dtype=statistic_dtype(qkv.dtype)).sum(2).flatten(1, 2)
     return sums / counted_tokens(grid, padding, qkv.device)
@@ -57,7 +57,7 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
 
 def choose(query: Tensor, key: Tensor, topk: int, scale: float, weighs: bool) -> tuple[Tensor | None, Tensor]:
     """As `route`, but `r_weight` is None unless `weighs`."""
-    top_logits, r_idx = select_topk((query * scale) @ key.transpose(-2, -1), topk)
+    top_logits, r_idx = select_topk(torch.bmm(query * scale, key.transpose(1, 2)), topk)
     return dense(top_logits.softmax(dim=-1)) if weighs else None, dense(r_idx.int())
 
 
@@ -68,7 +68,7 @@ def route_backward(
     """Gradients of `route`'s query and key, `(N, P, qk_dim)`, for the gradient of `r_weight`."""
     grad_logits = r_weight * (grad_weight - (r_weight * grad_weight).sum(-1, keepdim=True)) * scale
     rows, keys = query.flatten(0, 1), key.flatten(0, 1)
-    index, weight = flat_index(r_idx[:, None], key.shape[1]), grad_logits.flatten(0, 1)
+    index, weight = flat_index(r_idx[:, None], key.shape[1]).flatten(0, 2), grad_logits.flatten(0, 1)
     if has_bags(rows):
         topk, chosen, weight = r_idx.shape[-1], index.flatten(), weight.flatten()
         starts = torch.arange(0, len(chosen), topk, dtype=chosen.dtype, device=chosen.device)
@@ -95,5 +95,5 @@ def region_means_gradient(grad: Tensor, counts_padding: bool, grid: RegionGrid) 
     """
     counted = grid.region_tokens if counts_padding else tokens_inside(grid, grad.device).view(-1, 1)
     per_token = (grad / counted).unflatten(1, (grid.rows, grid.columns))
-    rows = per_token.repeat_interleave(grid.region_height, dim=1)[:, : grid.height]
-    return rows.repeat_interleave(grid.region_width, dim=2)[:, :, : grid.width]
+    tokens = per_token[:, :, None, :, None].expand(-1, -1, grid.region_height, -1, grid.region_width, -1)
+    return tokens.flatten(3, 4).flatten(1, 2)[:, : grid.height, : grid.width]

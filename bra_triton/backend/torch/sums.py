@@ -41,7 +41,7 @@ class Bags(NamedTuple):
             topk: how many choices share a row.
         """
         indices = self.choices if topk == 1 else self.choices // topk
-        weights = None if weight is None else weight.to(rows.dtype)[self.choices]
+        weights = None if weight is None else weight.to(rows.dtype).index_select(0, self.choices)
         return bag_sums(rows, indices, self.starts, weights)
 
 
