@@ -100,7 +100,8 @@ def gather(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Tensor:
     grid, heads = problem.grid, problem.num_heads
     size = (grid.region_height, grid.region_width)
     query, key, value = qkv.permute(0, 3, 1, 2).chunk(3, dim=1)
-    means = (F.avg_pool2d(x.detach(), size).flatten(2) for x in (query, key))
+    # Float32, as everywhere: means in half precision choose other regions where two are nearly alike.
+    means = (F.avg_pool2d(x.detach().float(), size).flatten(2) for x in (query, key))
     r_idx = torch.einsum("ncp,ncq->npq", *means).topk(problem.topk, dim=-1).indices
     axes = {"m": heads, "j": problem.n_win, "i": problem.n_win}
     query, key, value = (
