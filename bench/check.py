@@ -196,7 +196,7 @@ def _text(command: Sequence[str]) -> str:
     for name, program in PROGRAMS.items():
         if tuple(command[: len(program)]) == program:
             return shlex.join([name, *command[len(program) :]])
-    return shlex.join(command)
+    return shlex.join(["python", *command[1:]]).replace(f"{ROOT}/", "")
 
 
 def all_modes() -> list[str]:

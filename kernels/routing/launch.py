@@ -24,6 +24,8 @@ _ROUTE_TILE, _ROUTE_CHANNELS = 4096, 64
 # Listed tokens of a step, of all the regions that a program's query regions chose: 16 per thread. With their
 # factors half as many: sm_90 spilled 4 instructions at 128 channels, padded, and takes 128 registers for 168.
 _LISTED, _LISTED_WITH_FACTORS = 2048, 1024
+# Marks in a step of marking tokens. With 2048 sm_80 spills 2 instructions at BiFormer's third stage.
+_MARKED = 512
 # Elements of a tile of tokens, and the most tokens in it, of `region_means_kernel`. Regions of a few tokens,
 # as in BiFormer's later stages, take tiles of more channels instead of dead rows: six tiles from 1 to 32
 # tokens, each compiled when first met. One warp a program, which has its loads in flight at once and nothing
@@ -118,7 +120,7 @@ def launch_route(
         LISTS=lists is not None,
         BLOCK_TOKENS=max(1, listed // (block_q * block_k)),
         BLOCK_REGION_TOKENS=_LISTED // block_q,
-        BLOCK_MARKED=max(1, _LISTED // block_r),
+        BLOCK_MARKED=max(1, _MARKED // block_r),
     )
     assert marks is None or marks.key_marks.shape[-1] == block_r
     plan.launch(
