@@ -51,6 +51,11 @@ def test_every_problem_has_a_tile_that_wastes_less_than_half_of_it(
     assert tile.own == 16 or rows < 2 * tokens
 
 
+def test_a_tile_says_what_it_is():
+    assert str(Tile(64, 32, 4, 2)) == "64x32 4w 2s"
+    assert str(Tile(64, 64, 4, 5, exp_share=8, fuses_lepe=False)) == "64x64 4w 5s 1/8 exp lepe apart"
+
+
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("gfx")])
 def test_amd_gets_one_stage(arch):
     # Its compute units have 64 KiB of shared memory, too little for a second stage of wide heads.
