@@ -6,6 +6,28 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "out, lse = (_joined(each) for each in zip(*parts, strict=False))",
     ): "every part is a pair",
     (
+        "bra_triton/backend/torch/efficient.py",
+        "query, value = (x.new_empty(2, 1, 1, head_dim) for head_dim in (qk_head_dim, v_head_dim))",
+    ): "PyTorch is asked about heads, not about how many there are",
+    (
+        "kernels/routed.py",
+        "if padding_key is not None or padding_value is not None:",
+    ): "there are both or neither",
+    (
+        "kernels/routing/lists.py",
+        "lists, work, longest, grid = listing or (None, None, 2, None)",
+    ): "without lists no row is cut",
+    ("kernels/small_map/arguments.py", "BLOCK_C: int = 1"): "programs that do not route do not read it",
+    (
+        "kernels/attention/arguments.py",
+        "GRAD_VALUE_STRIDE: int = 1",
+    ): "dK/dV's launch sets it, nobody else reads it",
+    ("kernels/bounded.py", "MOST_ENTRIES = 1025"): "any bound will do",
+    (
+        "kernels/routing/arguments.py",
+        "MARK = 3.0**63",
+    ): "the product overflows to minus infinity, which masks as well as a number that is as low",
+    (
         "kernels/routing/graph.py",
         "at = place[:, None] * region_tokens + index",
     ): "places count images in 64 bits; where they are regions of a map, it has fewer than 2**31 tokens",

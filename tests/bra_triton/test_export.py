@@ -162,6 +162,14 @@ def test_onnx_by_the_default_exporter(kind, dynamic, onnx_run):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_onnx_of_the_reference_chooses_the_same_regions(onnx_run):
+    """Which has a top-k of its own there: ONNX has no stable sort."""
+    module = BiLevelRoutingAttention(16, **NUMBERS, backend="reference").eval()
+    x = _map(BiLevelRoutingAttention, 7, 8)
+    exported = onnx_run(module, x, dynamo=False, opset_version=17)
+    assert relative_error(exported(x), module.double()(x.double())) < TOLERANCE
+
+
 def test_onnx_of_pooled_keys_in_opset_11(onnx_run):
     """It has neither adaptive pooling nor minima of integers."""
     for mode in ("ada_maxpool", "fracpool"):

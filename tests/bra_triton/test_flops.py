@@ -58,6 +58,16 @@ def test_a_training_step_computes_the_scores_once_more(name):
     assert counts[0] - counts[1] == 2 * scores
 
 
+def test_the_routers_backward_counts_the_gradients_of_both_factors():
+    qkv = torch.randn(1, 8, 8, 48, requires_grad=True)
+
+    def route():
+        return functional.region_routing(qkv, n_win=4, topk=3, diff_routing=True, backend="torch")[0]
+
+    forward, step = _count(route), _count(lambda: route().sum().backward())
+    assert step == 3 * forward > 0
+
+
 def test_the_routing_and_a_given_graph():
     qkv, maps = torch.randn(1, 8, 8, 48), torch.randn(3, 1, 16, 8, 8)
     graph = torch.zeros(1, 2, 16, 3, dtype=torch.int64)

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize, prune
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.backend import select
 from bra_triton.modules import downsampling
+from bra_triton.modules.layers import is_plain_convolution
 
 SIZE = {"dim": 12, "num_heads": 2, "n_win": 2, "topk": 3}
 SOFT = {"soft_routing": True, "diff_routing": True, "param_routing": True}
@@ -54,6 +55,15 @@ def _patch_forward(layer):
     """As accelerate does."""
     forward = layer.forward
     layer.forward = lambda x: 3 * forward(x)
+
+
+@pytest.mark.parametrize("side", [1, 3, 5, 7])
+def test_a_convolution_is_plain_if_it_keeps_the_size(side):
+    """Others are called, which costs what the kernels would have fused."""
+    assert is_plain_convolution(nn.Conv2d(8, 8, side, padding=side // 2, groups=8), 8)
+    assert not is_plain_convolution(nn.Conv2d(8, 8, side, padding=side // 2 + 1, groups=8), 8)
+    assert not is_plain_convolution(nn.Conv2d(8, 8, side, padding=side // 2), 8)
+    assert not is_plain_convolution(nn.Conv2d(8, 8, side + 1, padding=side // 2, groups=8), 8)
 
 
 def _route_backwards(module):
