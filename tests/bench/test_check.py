@@ -159,7 +159,7 @@ def test_what_cannot_run_here_is_left_out_and_named(monkeypatch):
     assert options.notes == ["flex was left out: it needs a GPU"]
 
 
-def test_the_plan_begins_with_what_compiles_longest_and_has_every_file(tmp_path, monkeypatch):
+def test_the_plan_begins_with_the_modes_and_has_every_file(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     options = check._parse(["--parts", "small-maps", "peers", "modes", "suite", "flex", "largest-map"])
@@ -167,7 +167,8 @@ def test_the_plan_begins_with_what_compiles_longest_and_has_every_file(tmp_path,
     assert list(plan) == ["checks", "small-maps", "peers", "modes", "suite", "flex", "largest-map"]
     checks = {job.name: job for job in plan["checks"]}
     kinds = list(dict.fromkeys(name.split()[0] for name in checks))
-    assert kinds == [kind for kind in (*check.LONGEST_FIRST, "small-maps") if kind in kinds]
+    assert kinds == [kind for kind in (*check.ORDER_OF_CHECKS, "small-maps") if kind in kinds]
+    assert kinds[0] == "mode"
     assert {"flex", "largest-map", "peers", "mode", "small-maps"} <= {*kinds}
     assert {"largest-map issue_21", "mode identity", "mode nchw_padded"} <= checks.keys()
     assert checks["mode identity"].passes == (0,)  # on a GPU, every mode has tests
