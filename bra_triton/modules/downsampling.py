@@ -166,11 +166,13 @@ class FixedCells(KVDownsampling):
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 return self._along(side, device)
-            stream = torch.cuda.current_stream(device).cuda_stream
+            current = torch.cuda.current_stream(device)
+            device, stream = current.device, current.cuda_stream
         key = (type(self), self.numbers, side, device, stream, torch.is_inference_mode_enabled())
-        if key not in _kept:
-            _kept[key] = self._along(side, device)
-        return _kept[key]
+        found = _kept.get(key)  # asked once: another thread may empty `_kept` at any time
+        if found is None:
+            found = _kept[key] = self._along(side, device)
+        return found
 
     @property
     @abstractmethod

@@ -170,6 +170,15 @@ class TestKeptCells:
             _module("conv").cells(8, 8, "cpu")
         assert not downsampling._kept
 
+    def test_another_thread_may_drop_an_entry_at_any_time(self, monkeypatch):
+        class Forgetful(dict):
+            def __setitem__(self, key, value):
+                pass
+
+        expected = _module("conv").cells(8, 8, "cpu")[0]
+        monkeypatch.setattr(downsampling, "_kept", Forgetful())
+        assert torch.equal(_module("conv").cells(8, 8, "cpu")[0], expected)
+
 
 class TestFractionalPooling:
     def test_training_draws_anew_and_eval_does_not(self):
