@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         passes = [peer[which] for row in rows for peer in row["peers"].values() for which in PASSES]
         print(f"{sum('checked' in each for each in passes)} of {len(passes)} passes give the right result")
     found = [problem for row in rows for problem in wrong(row)]
-    print(*(f"FAILED: {failure}" for failure in found), sep="\n")
+    for failure in found:
+        print(f"FAILED: {failure}")
     return 1 if found else 0
 
 
