@@ -9,7 +9,7 @@ goes on where it was.
     bra-autotune --problem yolo_p3 --dtype bfloat16
     bra-autotune --routing-weight soft
     bra-autotune --refine                               # minutes: the tiles in use, with deeper pipelines
-    bra-autotune --shape 16x80x80x64 --num-heads 2 --n-win 8 --topk 4 --pass backward
+    bra-autotune --shape 16x80x80x64 --num-heads 2 --n-win 8 --topk 4 --kernel forward
 
 With `--arch` it needs no GPU: it compiles the configurations, predicts what they cost from the machine code
 and writes the shipped table of that architecture:
@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from bra_triton.bench.console import count
 from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.measure import DTYPES, default_device
 from bra_triton.bench.problems import MODELS, Problem
@@ -48,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             predict(args, arch)
         return 0
     if not (torch.cuda.is_available() or args.dry_run):
-        parser.error(
-            "there is no GPU to time on; --arch predicts without one, --dry-run lists what it would try"
-        )
+        parser.error("there is no GPU; --arch predicts without one, --dry-run lists what would be timed")
     try:
         problems = _problems(args)
     except ValueError as error:
@@ -64,18 +63,11 @@ def predict(args: argparse.Namespace, arch: str) -> None:
     bits = sorted({8 * DTYPES[name].itemsize for name in args.dtype})
     sizes = itertools.product(args.kernel, bits, args.head_dim, tiles.SIZES, tiles.FORMS)
     keys = [Key(*each) for each in sizes]
-    plain = [key for key in keys if key.form == tiles.PLAIN]
-    jobs = prediction.jobs_of(plain, arch, prediction.STAGES[:1])
     if args.dry_run:
-        print(*jobs, sep="\n")
+        plain = [key for key in keys if key.form == tiles.PLAIN]
+        print(*prediction.jobs_of(plain, arch, prediction.STAGES[:1]), sep="\n")
         return
-    results = prediction.compile_all(jobs, args.workers)
-    without = [key for key in plain if not prediction.rank(key, arch, results)]
-    deeper = prediction.jobs_of(without, arch, prediction.STAGES[1:])
-    results |= prediction.compile_all(deeper, args.workers)
-    while more := prediction.jobs_of_forms(keys, arch, results):
-        results |= prediction.compile_all(more, args.workers)
-    table, spilling = prediction.table(keys, arch, results)
+    table, spilling = prediction.predict_table(keys, arch, args.workers)
     for key in keys:
         entry = table.entries[key]
         print(f"{arch} {key}: takes {entry.tile}, {entry.cost}")
@@ -149,8 +141,7 @@ def _write_table(table: Table, folder: Path) -> None:
 def _trials(
     args: argparse.Namespace, problems: Sequence[Problem], dtype: str, device: torch.device
 ) -> list[timing.Trial]:
-    kernels = [kernel for kernel in timing.PASSES[args.passes] if kernel in args.kernel]
-    return timing.trials(problems, DTYPES[dtype], kernels, device, args.refine)
+    return timing.trials(problems, DTYPES[dtype], args.kernel, device, args.refine)
 
 
 def _problems(args: argparse.Namespace) -> list[Problem]:
@@ -167,8 +158,8 @@ def _problems(args: argparse.Namespace) -> list[Problem]:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    sides = tuple(int(part) for part in text.lower().split("x"))
-    if len(sides) != 4 or min(sides) < 1:
+    sides = tuple(map(count, text.lower().split("x")))
+    if len(sides) != 4:
         raise argparse.ArgumentTypeError(f"must be like 16x80x80x64 (NxHxWxDIM), got {text!r}")
     return sides
 
@@ -184,8 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     shipped = Path(tile_table.__file__).parent / "tuned"
     add("--output", type=Path, default=shipped, help="folder of the tables that --arch and --save write")
 
-    cores = min(os.cpu_count() or 1, 14)  # on a GPU, each has a context there, of half a GiB
-    add("--workers", type=int, default=cores, help="processes that compile (default: %(default)s)")
+    add("--workers", type=count, default=os.cpu_count() or 1, help="processes that compile")
 
     timed = parser.add_argument_group("on a GPU").add_argument
     timed("--problem", nargs="+", choices=MODELS, default=list(MODELS))
@@ -193,7 +183,6 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("--num-heads", "--n-win", "--topk"):
         timed(name, type=int)
     timed("--routing-weight", choices=("none", "soft", "hard"), default="none", help="of every problem")
-    timed("--pass", dest="passes", choices=timing.PASSES, default="both")
     timed("--refine", action="store_true", help="time what launches get so far, and its variants, alone")
     timed("--save", action="store_true", help="also write the shipped table of the card's architecture")
 

@@ -25,7 +25,6 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -33,10 +32,10 @@ from typing import Any, NamedTuple
 import torch
 
 from bra_triton.bench import jobs, measure
+from bra_triton.bench.console import count, parser_of, table, write_json
 from bra_triton.bench.jobs import Job
 from bra_triton.bench.measure import ROOT
 from bra_triton.bench.problems import MODELS
-from bra_triton.bench.tables import table
 
 
 class Part(NamedTuple):
@@ -82,23 +81,24 @@ PARTS = {
 REHEARSED = {
     "modes": Part(0),  # all of it is checks
     "small-maps": _peers(60, ("tiny tiny_padded", "--batch 1 2 --peers fused dense --repeats 1")),
-    "peers": _peers(60, ("tiny_padded", "--no-compile --repeats 1")),
+    "peers": _peers(60, ("tiny_padded", "--peers fused reference gather dense --repeats 1")),
     "host": Part(60, ["bra-bench host --form identity --phase 'no grad' --repeats 1"]),
     "tiles": Part(60, ["bra-autotune --refine --dry-run"]),
     "suite": Part(240),
 }
-CHECKS, SUITE = "checks", "suite"  # run beside each other, and have to finish
+BESIDE = CHECKS, SUITE = "checks", "suite"  # their commands run beside each other, and have to finish
 CHECKS_LIMIT, CHECKS_SHARE = 240.0, 0.7  # seconds; of the budget, lest a check that hangs takes all of it
 # How the names of checks begin, in their order. Modes come first: every measurement checks what it times, but
 # nothing else checks them, and on an H100, with little time left, three were not reached. Of the rest those
 # with PyTorch's compiler come first, which take longest, so that all end at about the same time.
 ORDER_OF_CHECKS = ("mode", "file", "flex", "host", "largest-map", "peers")
 IN_TREE = (sys.executable, str(ROOT / "bench" / "in_tree.py"))
-PYTEST = (*IN_TREE, "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}")
 PROGRAMS = {
     "bra-bench": (*IN_TREE, "bra_triton.bench.command_line"),
     "bra-autotune": (*IN_TREE, "bra_triton.bench.autotune"),
+    "pytest": (*IN_TREE, "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}"),
 }
+GPU_TESTS = ROOT / "tests" / "gpu"
 NO_TESTS = 5  # how pytest ends where all tests of a file were deselected
 MOST_OUTPUT = 100_000  # characters of a command's output that the report repeats
 
@@ -107,107 +107,127 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the parts; returns 1 if a command failed or a check did not finish."""
     start = time.monotonic()
     options = _parse(arguments)
-    described = measure.circumstances(torch.device(options.device))
-    name = _slug(f"{described['card'] or 'cpu'}-{described['date']}")
-    out = options.out or ROOT / "runs" / "bench" / "results" / name
-    plan = _plan(options, out)
-    checks_limit = min(CHECKS_LIMIT, CHECKS_SHARE * options.budget_seconds)
-    results: dict[str, Any] = {"versions": described, "notes": options.notes}
-    results["jobs"] = {
-        job.name: {"part": part, "command": _text(job.command), **asdict(jobs.Outcome(job.name))}
-        for part, planned in plan.items()
-        for job in planned
-    }
-    print(measure.on_one_line(described), flush=True)
+    versions = measure.circumstances(torch.device(options.device))
+    folder = _slug(f"{versions['card'] or 'cpu'}-{versions['date']}")
+    out = options.out or ROOT / "runs" / "bench" / "results" / folder
+    plan = plan_of(options, out)
+
+    def save() -> dict[str, Any]:
+        found = {job.name: _record(part, job) for part, planned in plan.items() for job in planned}
+        results = {"versions": versions, "notes": options.notes, "jobs": found}
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "results.json", results)
+        (out / "report.md").write_text(markdown(results))
+        return results
+
+    print(measure.on_one_line(versions), flush=True)
     # What was started ends with this process, too, when `timeout` or a user stops it.
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     try:
         for part, planned in plan.items():
-            limit = checks_limit if part == CHECKS else _parts_on(options.device)[part].limit
-            deadline = min(start + options.budget_seconds, time.monotonic() + limit)
-            is_alone = part not in (CHECKS, SUITE)
-            workers = 1 if is_alone else options.workers
-            environment = _environment(options.device, out / "tiles" / part, is_alone)
-            _write(results, out)
-            for outcome in jobs.run_all(planned, workers, deadline, ROOT, environment):
-                job = results["jobs"][outcome.name] | asdict(outcome)
-                results["jobs"][outcome.name] = job | (_printed(out, outcome.name) if is_alone else {})
-                _write(results, out)
-                print(f"[{time.monotonic() - start:4.0f} s] {outcome.name}: {outcome.status}", flush=True)
+            save()
+            deadline = min(start + options.budget_seconds, time.monotonic() + _limit(part, options))
+            workers = options.workers if part in BESIDE else 1
+            for job in jobs.run_all(planned, workers, deadline, ROOT, _environment(part, options, out)):
+                save()
+                print(f"[{time.monotonic() - start:4.0f} s] {job.name}: {job.status}", flush=True)
     finally:
         signal.signal(signal.SIGTERM, handler)
+    bad = failed(save())
     print((out / "report.md").read_text())
-    bad = failed(results)
     print(f"{'FAILED' if bad else 'passed'}: {out / 'report.md'}, {time.monotonic() - start:.0f} s")
     return 1 if bad else 0
 
 
-def _plan(options: argparse.Namespace, out: Path) -> dict[str, list[Job]]:
-    """What runs, in this order: the checks, then what was asked for."""
-    parts = {name: _parts_on(options.device)[name] for name in options.parts}
-    plan: dict[str, list[Job]] = {CHECKS: []}
-    for name, part in parts.items():
-        plan[CHECKS] += [_bench(out, f"{name} {what}", text) for what, text in part.first.items()]
-        plan[name] = [_bench(out, f"{name} {i}", text) for i, text in enumerate(part.commands, 1)]
-    # The interpreter leaves some modes out, and what compiles is left out where the interpreter runs.
-    passes = (0, NO_TESTS) if options.device == "cpu" and not options.modes else (0,)
-    if "modes" in parts:
-        file = options.tests / "test_modes.py"
-        others = [] if options.modes else sorted({*options.tests.glob("test_*.py")} - {file})
-        plan[CHECKS] += [_test_file(out, path, passes) for path in others]
-        for mode in options.modes or all_modes():
-            plan[CHECKS].append(_test(out, f"mode {mode}", passes, "-k", f"[{mode}-", str(file)))
-    plan[CHECKS].sort(key=lambda job: [not job.name.startswith(name) for name in ORDER_OF_CHECKS])
-    if SUITE in parts:
-        folders = (ROOT / "tests" / name for name in ("kernels", "bra_triton"))
-        tests = sorted(path for folder in folders for path in folder.glob("test_*.py"))
-        # What is marked `compiled` compiles for GPUs that are not here: `make test` does that.
-        plan[SUITE] = [_test_file(out, path, (0, NO_TESTS), "-m", "not compiled") for path in tests]
-    return plan
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = parser_of("check", __doc__, has_json=False)
+    add = parser.add_argument
+    add("--out", type=Path, help="folder (default: runs/bench/results/CARD-DATE)")
+    add("--budget-seconds", type=float, default=840.0, help="of the whole (default: 840)")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, tiny and interpreted")
+    add("--parts", nargs="+", choices=PARTS, help="in this order (default: all but suite)")
+    workers = max(1, min(14, (os.cpu_count() or 1) - 2))  # each has a context on the GPU, of half a GiB
+    add("--workers", type=count, default=workers, help="checks beside each other")
+    options = parser.parse_args(arguments)
+    if not (ROOT / "pyproject.toml").is_file():
+        parser.error(f"it runs the tests of a clone of the repository, and {ROOT} is none")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU here; --device cpu rehearses without one")
+    options.out = options.out and options.out.resolve()
+    chosen = options.parts or [name for name in PARTS if name != SUITE]
+    why_not = {name: _why_not(name, options.device) for name in chosen}
+    options.notes = [f"{name} was left out: {reason}" for name, reason in why_not.items() if reason]
+    options.parts = [name for name, reason in why_not.items() if not reason]
+    return options
+
+
+def _why_not(part: str, device: str) -> str:
+    """Why a part cannot run here; empty if it can."""
+    if part not in _parts_on(device):
+        return "it needs a GPU"
+    package = PARTS[part].needs
+    return f"no {package} here" if package and importlib.util.find_spec(package) is None else ""
 
 
 def _parts_on(device: str) -> Mapping[str, Part]:
     return PARTS if device == "cuda" else REHEARSED
 
 
-def _bench(out: Path, name: str, text: str) -> Job:
-    """A command of `PARTS`; its numbers go to a file, too, except the tuner's."""
+def plan_of(options: argparse.Namespace, out: Path) -> dict[str, list[Job]]:
+    """What runs, in this order: the checks, then what was asked for."""
+    parts = {name: _parts_on(options.device)[name] for name in options.parts}
+    plan: dict[str, list[Job]] = {CHECKS: []}
+    for name, part in parts.items():
+        plan[CHECKS] += [_job(out, f"{name} {what}", text) for what, text in part.first.items()]
+        plan[name] = [_job(out, f"{name} {i}", text) for i, text in enumerate(part.commands, 1)]
+    if "modes" in parts:
+        # The interpreter leaves some modes out, and what compiles is left out where the interpreter runs.
+        passes = (0, NO_TESTS) if options.device == "cpu" else (0,)
+        modes = GPU_TESTS / "test_modes.py"
+        plan[CHECKS] += [
+            _tests(out, file, passes) for file in sorted({*GPU_TESTS.glob("test_*.py")} - {modes})
+        ]
+        for mode in all_modes():
+            plan[CHECKS].append(_job(out, f"mode {mode}", f"pytest -k '[{mode}-' {modes}", passes))
+    plan[CHECKS].sort(key=lambda job: [not job.name.startswith(name) for name in ORDER_OF_CHECKS])
+    if SUITE in parts:
+        # What is marked `compiled` compiles for GPUs that are not here: `make test` does that.
+        files = (
+            file for name in ("kernels", "bra_triton") for file in (ROOT / "tests" / name).glob("test_*.py")
+        )
+        plan[SUITE] = [_tests(out, file, (0, NO_TESTS), "-m 'not compiled'") for file in sorted(files)]
+    return plan
+
+
+def all_modes() -> list[str]:
+    """Names of the modes of `tests/gpu/modes.py`, by which its tests are named."""
+    sys.path += [str(ROOT / "tests"), str(GPU_TESTS)]
+    return [mode.name for mode in importlib.import_module("modes").MODES]
+
+
+def _tests(out: Path, file: Path, passes: Sequence[int], flags: str = "") -> Job:
+    return _job(out, f"file {file.parent.name}/{file.stem}", f"pytest {flags} {file}", passes)
+
+
+def _job(out: Path, name: str, text: str, passes: Sequence[int] = (0,)) -> Job:
+    """A command as a user types it; `bra-bench` writes its numbers beside the log."""
+    log = out / "logs" / f"{_slug(name)}.log"
     program, *words = shlex.split(text)
-    numbers = ["--json", str(_file(out, name, ".json"))] if program == "bra-bench" else []
-    return Job(name, [*PROGRAMS[program], *words, *numbers], _file(out, name, ".log"))
-
-
-def _test(out: Path, name: str, passes: Sequence[int], *flags: str) -> Job:
-    return Job(name, [*PYTEST, *flags], _file(out, name, ".log"), passes)
-
-
-def _test_file(out: Path, path: Path, passes: Sequence[int], *flags: str) -> Job:
-    return _test(out, f"file {path.parent.name}/{path.stem}", passes, *flags, str(path))
-
-
-def _file(out: Path, name: str, ending: str) -> Path:
-    return out / "logs" / f"{_slug(name)}{ending}"
+    numbers = ["--json", str(log.with_suffix(".json"))] if program == "bra-bench" else []
+    return Job(name, text.replace(f"{ROOT}/", ""), [*PROGRAMS[program], *words, *numbers], log, passes)
 
 
 def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
 
 
-def _text(command: Sequence[str]) -> str:
-    """A command as a user types it."""
-    for name, program in PROGRAMS.items():
-        if tuple(command[: len(program)]) == program:
-            return shlex.join([name, *command[len(program) :]])
-    return shlex.join(["python", *command[1:]]).replace(f"{ROOT}/", "")
+def _limit(part: str, options: argparse.Namespace) -> float:
+    if part == CHECKS:
+        return min(CHECKS_LIMIT, CHECKS_SHARE * options.budget_seconds)
+    return _parts_on(options.device)[part].limit
 
 
-def all_modes() -> list[str]:
-    """Names of the modes of `tests/gpu/modes.py`, by which its tests are named."""
-    sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
-    return [mode.name for mode in importlib.import_module("modes").MODES]
-
-
-def _environment(device: str, tiles: Path, is_alone: bool) -> dict[str, str]:
+def _environment(part: str, options: argparse.Namespace, out: Path) -> dict[str, str]:
     environment = {
         "YOLO_OFFLINE": "true",
         "PYTHONUNBUFFERED": "1",  # what a process printed before it was ended is there
@@ -216,29 +236,26 @@ def _environment(device: str, tiles: Path, is_alone: bool) -> dict[str, str]:
         "COLUMNS": "500",  # to which pytest cuts the lines of its summary
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else every process starts as many as there are cores
         # The tiles that are shipped, not those that a tuner kept for this user.
-        "BRA_TRITON_CACHE": str(tiles),
+        "BRA_TRITON_CACHE": str(out / "tiles" / part),
     }
-    if not is_alone:
+    if part in BESIDE:
         environment["OMP_NUM_THREADS"] = "1"
-    if device == "cpu":
+    if options.device == "cpu":
         # The tests' kernels are interpreted; `host` launches compiled ones, by a stand-in for the driver.
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0" if is_alone else "1"}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1" if part in BESIDE else "0"}
     return environment
 
 
-def _printed(out: Path, name: str) -> dict[str, Any]:
-    """What a command printed, and its numbers; of one that was ended while it wrote them, none."""
-    numbers, log = _file(out, name, ".json"), _file(out, name, ".log")
-    found: dict[str, Any] = {"output": log.read_text(errors="replace")[-MOST_OUTPUT:] if log.exists() else ""}
-    with contextlib.suppress(OSError, ValueError):
-        found["numbers"] = json.loads(numbers.read_text())
+def _record(part: str, job: Job) -> dict[str, Any]:
+    """What `results.json` has of a job; of a measurement what it printed, too, and its numbers."""
+    shown = ("name", "status", "seconds", "says", "failures")
+    found = {"part": part, "command": job.text, **{name: getattr(job, name) for name in shown}}
+    if part not in BESIDE:
+        found["output"] = job.printed[-MOST_OUTPUT:]
+        # Of a command that was ended while it wrote them, there are none.
+        with contextlib.suppress(OSError, ValueError):
+            found["numbers"] = json.loads(job.log.with_suffix(".json").read_text())
     return found
-
-
-def _write(results: dict[str, Any], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "report.md").write_text(markdown(results))
 
 
 def failed(results: Mapping[str, Any]) -> list[str]:
@@ -246,7 +263,7 @@ def failed(results: Mapping[str, Any]) -> list[str]:
     return [
         job["name"]
         for job in results["jobs"].values()
-        if job["status"] == jobs.FAILED or (job["part"] in (CHECKS, SUITE) and job["status"] != jobs.PASSED)
+        if job["status"] == jobs.FAILED or (job["part"] in BESIDE and job["status"] != jobs.PASSED)
     ]
 
 
@@ -264,48 +281,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines += ["## Failures", "", *(f"- {name}: `{_on_one_line(why)}`" for name, why in failures), ""]
     for job in found:
         if output := job.get("output", "").strip():
-            is_markdown = "|--" in output
-            lines += [
-                f"# {job['part']}: {job['status']}, {job['seconds']:.0f} s",
-                "",
-                f"`{job['command']}`",
-                "",
-            ]
-            lines += [output if is_markdown else f"```\n{output}\n```", ""]
+            shown = output if "|--" in output else f"```\n{output}\n```"  # tables are Markdown already
+            title = f"# {job['part']}: {job['status']}, {job['seconds']:.0f} s"
+            lines += [title, "", f"`{job['command']}`", "", shown, ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _on_one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("`", "'")[-500:]
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bra-bench check", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, help="folder (default: runs/bench/results/CARD-DATE)")
-    parser.add_argument("--budget-seconds", type=float, default=840.0, help="of the whole (default: 840)")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, tiny and interpreted"
-    )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, help="in this order (default: all but suite)")
-    parser.add_argument("--modes", nargs="+", metavar="MODE", help="only these of tests/gpu/modes.py")
-    workers = max(1, min(14, (os.cpu_count() or 1) - 2))  # each has a context on the GPU, of half a GiB
-    parser.add_argument("--workers", type=int, default=workers, help="checks beside each other")
-    parser.add_argument("--tests", type=Path, default=ROOT / "tests" / "gpu", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if not (ROOT / "pyproject.toml").is_file():
-        parser.error(
-            f"it runs the tests of a working tree, and {ROOT} is none: run it in a clone of the repository"
-        )
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch sees no GPU here; --device cpu rehearses without one")
-    options.notes = []
-    chosen = options.parts or [name for name in PARTS if name != SUITE]
-    for name in chosen:
-        if name not in _parts_on(options.device):
-            options.notes.append(f"{name} was left out: it needs a GPU")
-        elif (package := PARTS[name].needs) and importlib.util.find_spec(package) is None:
-            options.notes.append(f"{name} was left out: no {package} here")
-    left_out = {note.split()[0] for note in options.notes}
-    options.parts = [name for name in chosen if name not in left_out]
-    options.out = options.out and options.out.resolve()
-    return options

@@ -1,14 +1,11 @@
 """The main job: `bra-yolo demo`, which learns eight photographs, and a comparison with the reference.
 
 After the demo the same model is trained from the same seed for a few steps, once on the fused backend and
-once on the einops reference, and their losses and times are printed side by side. Everything lands in one
+once on the einops reference, and their losses are printed side by side. Everything lands in one
 folder, the figures in `summary.json`.
 """
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from torch import nn
 from ultralytics import YOLO
 
 from bra_triton.bench import measure
-from bra_triton.bench.tables import table
+from bra_triton.bench.console import table, write_json
 from bra_triton.yolo_integration import demo, set_backend
 from bra_triton.yolo_integration.demo import MODEL
 from bra_triton.yolo_integration.photo_dataset import write_photo_dataset
@@ -49,9 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary: dict[str, Any] = {"versions": versions, "model": MODEL, "imgsz": options.imgsz}
 
     summary["training"] = demo.learn(options)
-    summary["steps"] = {name: compare_steps(data, name, options) for name in (*BACKENDS, CONTROL)}
-    summary["loss_distance"] = {name: _distances(summary["steps"], name) for name in ("auto", CONTROL)}
-    (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    losses = {name: compare_steps(data, name, options) for name in (*BACKENDS, CONTROL)}
+    summary["losses"] = losses
+    # Relative, of each step.
+    summary["loss_distance"] = {
+        name: [
+            abs(loss / reference - 1)
+            for loss, reference in zip(losses[name], losses["reference"], strict=True)
+        ]
+        for name in ("auto", CONTROL)
+    }
+    write_json(options.out / "summary.json", summary)
     report(summary, options.out)
     return demo.conclude(find_failures(summary, options.required_map50))
 
@@ -75,32 +80,21 @@ def find_failures(summary: dict[str, Any], required_map50: float) -> list[str]:
     return failures
 
 
-def compare_steps(data: Path, backend: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains from the seed for a few steps on a backend, or as `CONTROL`; loss and time of each step."""
-    losses, times = [], []
-    device = measure.default_device()
+def compare_steps(data: Path, backend: str, options: argparse.Namespace) -> list[float]:
+    """Trains from the seed for a few steps on a backend, or as `CONTROL`; the loss of each step."""
+    losses = []
 
     def prepare(trainer: Any) -> None:
         set_backend(trainer.model, "reference" if backend == CONTROL else backend)
         if backend == CONTROL:
             _move_weights_by_rounding(trainer.model)
 
-    def start_step(trainer: Any) -> None:
-        measure.synchronize(device)
-        times.append(time.perf_counter())
-
-    def end_step(trainer: Any) -> None:
-        measure.synchronize(device)
-        times[-1] = time.perf_counter() - times[-1]
-        losses.append(float(trainer.loss.detach()))
-
     model = YOLO(MODEL)
     model.add_callback("on_pretrain_routine_end", prepare)
-    model.add_callback("on_train_batch_start", start_step)
-    model.add_callback("on_train_batch_end", end_step)
+    model.add_callback("on_train_batch_end", lambda trainer: losses.append(float(trainer.loss.detach())))
     settings = {**demo.settings(options, f"compare-{backend}"), **COMPARISON}
     demo.fit(model, data, options.compare_steps, settings)
-    return {"loss": losses, "seconds": times}
+    return losses
 
 
 def _move_weights_by_rounding(model: nn.Module) -> None:
@@ -114,23 +108,15 @@ def _move_weights_by_rounding(model: nn.Module) -> None:
 
 def report(summary: dict[str, Any], out: Path) -> None:
     """Prints the figures of `summary.json` as tables."""
-    steps = summary["steps"]
+    losses, distances = summary["losses"], summary["loss_distance"]
     demo.report(summary["training"], out)
     print(f"\n{measure.on_one_line(summary['versions'])}\n{MODEL}, {summary['imgsz']} px\n")
-    losses = [
+    rows = [
         {"step": step}
-        | {name: f"{run['loss'][step]:.6f}" for name, run in steps.items()}
-        | {f"distance of {name}": f"{far[step]:.1e}" for name, far in summary["loss_distance"].items()}
-        for step in range(len(steps["reference"]["loss"]))
+        | {name: f"{each[step]:.6f}" for name, each in losses.items()}
+        | {f"distance of {name}": f"{each[step]:.1e}" for name, each in distances.items()}
+        for step in range(len(losses["reference"]))
     ]
-    print(table("Training from the same seed: loss of each step, and distance from the reference", losses))
+    print(table("Training from the same seed: loss of each step, and distance from the reference", rows))
     print("control: the reference with its weights moved by half a unit in the last place")
-    medians = (f"{1e3 * statistics.median(run['seconds']):.0f} ms ({name})" for name, run in steps.items())
-    print(f"median of a step: {', '.join(medians)}; `bra-bench models` times whole models")
     print(f"\nAll figures: {out / 'summary.json'}")
-
-
-def _distances(steps: dict[str, dict[str, Any]], name: str) -> list[float]:
-    """Relative distance of each step's loss from the reference's."""
-    pairs = zip(steps[name]["loss"], steps["reference"]["loss"], strict=True)
-    return [abs(loss / reference - 1) for loss, reference in pairs]

@@ -7,17 +7,16 @@ attention approaches an exponent of 2, too, though at `topk / n_win**2` of dense
 """
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bra_triton.bench import measure, peer_times
+from bra_triton.bench.console import parser_of, table
 from bra_triton.bench.problems import PROBLEMS, Problem
-from bra_triton.bench.tables import table
 
 PEERS = ["fused", "reference", "gather", "dense"]
 BASE = replace(PROBLEMS["yolo_p3"], batch=1)
@@ -38,70 +37,44 @@ SWEEPS = {
 }
 
 
-class Figure(NamedTuple):
-    """One of the figures of a row of `bra-bench peers`."""
-
-    which: str
-    key: str
-    unit: str
-    factor: float
-
-    def __str__(self) -> str:
-        return f"{self.which}, {self.unit}"
-
-
-FIGURES = (
-    Figure("forward", "work_seconds", "ms", 1e3),
-    Figure("training", "work_seconds", "ms", 1e3),
-    Figure("training", "peak_bytes", "MiB", 2**-20),
-)
-Curves = dict[Figure, dict[str, dict[int, float]]]  # figure -> peer -> value of the quantity -> figure
+# Of a row of `bra-bench peers`: which pass, which of its numbers, and its factor.
+FIGURES = {
+    "forward, ms": ("forward", "work_seconds", 1e3),
+    "training, ms": ("training", "work_seconds", 1e3),
+    "training, MiB": ("training", "peak_bytes", 2**-20),
+}
+Curves = dict[tuple[str, str], dict[int, float]]  # by peer and figure: by value of the quantity
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints a table for each sweep and draws it; returns 1 where a result was wrong."""
     options = _parse(arguments)
-    described = measure.circumstances(measure.default_device())
-    print(measure.on_one_line(described))
+    print(measure.on_one_line(measure.circumstances(measure.default_device())))
     found, failures = {}, []
     for name in options.sweep:
         rows = {
-            value: peer_times.measure_row(problem, options, lambda row: None)
+            value: peer_times.measure_row(problem, options.dtype, PEERS, options.repeats)
             for value, problem in SWEEPS[name].problems.items()
         }
         failures += [failure for row in rows.values() for failure in peer_times.wrong(row)]
         found[name] = curves_of(rows)
         print(report(name, found[name]), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    exponents = {
-        name: {
-            str(figure): {peer: exponent(points) for peer, points in peers.items()}
-            for figure, peers in curves.items()
-        }
-        for name, curves in found.items()
-    }
-    (options.out / "growth.json").write_text(
-        json.dumps({"versions": described, "exponents": exponents}, indent=2) + "\n"
-    )
     draw(found, options.out / "growth.png")
-    print(f"drawn: {options.out / 'growth.png'}")
-    for failure in failures:
-        print(f"FAILED: {failure}")
+    print(f"drawn: {options.out / 'growth.png'}", *(f"FAILED: {failure}" for failure in failures), sep="\n")
     return int(bool(failures))
 
 
-def curves_of(rows: dict[int, dict[str, Any]]) -> Curves:
+def curves_of(rows: dict[int, peer_times.Row]) -> Curves:
     """The figures of a sweep's rows, without those that a peer does not have."""
     return {
-        figure: {
-            peer: {
-                value: row["peers"][peer][figure.which][figure.key] * figure.factor
-                for value, row in rows.items()
-                if figure.key in row["peers"].get(peer, {}).get(figure.which, {})
-            }
-            for peer in PEERS
+        (peer, figure): {
+            value: row["peers"][peer][which][key] * factor
+            for value, row in rows.items()
+            if key in row["peers"].get(peer, {}).get(which, {})
         }
-        for figure in FIGURES
+        for figure, (which, key, factor) in FIGURES.items()
+        for peer in PEERS
     }
 
 
@@ -116,30 +89,30 @@ def exponent(points: dict[int, float]) -> float:
 def report(name: str, curves: Curves) -> str:
     """A sweep as text: a row for each value of its quantity, and one of exponents."""
     sweep = SWEEPS[name]
-    rows: list[dict[str, object]] = []
-    for value in sweep.problems:
-        rows.append({sweep.quantity: value})
-        for figure, peers in curves.items():
-            for peer, points in peers.items():
-                rows[-1][f"{peer} {figure}"] = f"{points[value]:.1f}" if value in points else None
-    rows.append({sweep.quantity: "exponent"})
-    for figure, peers in curves.items():
-        rows[-1] |= {f"{peer} {figure}": f"{exponent(points):.2f}" for peer, points in peers.items()}
+    columns = {f"{peer} {figure}": points for (peer, figure), points in curves.items()}
+    rows: list[dict[str, object]] = [
+        {sweep.quantity: value}
+        | {title: f"{points[value]:.1f}" if value in points else None for title, points in columns.items()}
+        for value in sweep.problems
+    ]
+    exponents = {title: f"{exponent(points):.2f}" for title, points in columns.items()}
+    rows.append({sweep.quantity: "exponent", **exponents})
     return table(f"{name}: {next(iter(sweep.problems.values()))} and on", rows)
 
 
 def draw(found: dict[str, Curves], path: Path) -> None:
     """All sweeps as one picture: a row each, with logarithmic axes."""
-    from matplotlib.figure import Figure as Picture
+    from matplotlib.figure import Figure
 
-    picture = Picture(figsize=(12, 3.5 * len(found)), layout="constrained")
+    picture = Figure(figsize=(12, 3.5 * len(found)), layout="constrained")
     axes = picture.subplots(len(found), len(FIGURES), squeeze=False)
     for line, (name, curves) in zip(axes, found.items(), strict=True):
-        for axis, (figure, peers) in zip(line, curves.items(), strict=True):
-            for peer, points in peers.items():
+        for axis, figure in zip(line, FIGURES, strict=True):
+            for peer in PEERS:
+                points = curves[peer, figure]
                 label = f"{peer}: exponent {exponent(points):.2f}"
                 axis.plot(list(points), list(points.values()), marker="o", label=label)
-            axis.set(xscale="log", yscale="log", xlabel=SWEEPS[name].quantity, title=str(figure))
+            axis.set(xscale="log", yscale="log", xlabel=SWEEPS[name].quantity, title=figure)
             ticks = list(SWEEPS[name].problems)
             axis.set_xticks(ticks, [str(tick) for tick in ticks])
             axis.minorticks_off()
@@ -150,14 +123,8 @@ def draw(found: dict[str, Curves], path: Path) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     on_gpu = measure.default_device().type == "cuda"
-    parser = argparse.ArgumentParser("bra-bench growth", description=__doc__.split("\n\n")[0])
+    parser = parser_of("growth", __doc__, repeats=3, has_json=False)
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--dtype", choices=measure.DTYPES, default="float16" if on_gpu else "float32")
-    parser.add_argument("--repeats", type=int, default=3, help="calls, of which the median counts")
-    parser.add_argument("--out", type=Path, default=Path("runs/growth"), help="folder for picture and JSON")
-    options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {options.repeats}")
-    options.device, options.backend = ("cuda", "triton") if on_gpu else ("cpu", "torch")
-    options.peers, options.no_compile, options.check_only = PEERS, False, False
-    return options
+    parser.add_argument("--out", type=Path, default=Path("runs/growth"), help="folder for the picture")
+    return parser.parse_args(arguments)

@@ -17,32 +17,31 @@ LOG_TAIL = 2000
 NAMES_A_FAILURE = ("FAILED", "ERROR", "MISSED", "not seen on the GPU")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """A command."""
+    """A command, and what became of it."""
 
     name: str  # what it is reported under
+    text: str  # what a user types
     command: Sequence[str]  # program and arguments
     log: Path  # receives what it prints; a file `.err` beside it what it prints as errors
     passes: Sequence[int] = (0,)  # the exit statuses that are no failure
-
-
-@dataclass
-class Outcome:
-    """What became of a job."""
-
-    name: str
     status: str = NOT_FINISHED  # or PASSED or FAILED
     seconds: float = 0.0
     says: str = ""  # the last line that it printed; pytest's has the numbers of tests
     # The lines in which it names a failure, as pytest's summary does; else the end of its log.
     failures: list[str] = field(default_factory=list)
 
+    @property
+    def printed(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
 
 def run_all(
     jobs: Sequence[Job], workers: int, deadline: float, cwd: Path, environment: Mapping[str, str]
-) -> Iterator[Outcome]:
-    """Runs the jobs in order, `workers` at a time, and yields their outcomes as they come.
+) -> Iterator[Job]:
+    """Runs the jobs in order, `workers` at a time, and yields each when it has ended.
 
     At the deadline (of `time.monotonic`), or when this process is stopped, what runs is ended, and what has
     not begun does not begin. Commands run in the folder `cwd`, in this process's environment with
@@ -60,11 +59,11 @@ def run_all(
 
 def run_one(
     job: Job, deadline: float, cwd: Path, environment: Mapping[str, str], stop: threading.Event
-) -> Outcome:
+) -> Job:
     """Runs one job; see `run_all`."""
-    start, outcome = time.monotonic(), Outcome(job.name)
+    start = time.monotonic()
     if start >= deadline or stop.is_set():
-        return outcome
+        return job
     job.log.parent.mkdir(parents=True, exist_ok=True)
     errors = job.log.with_suffix(".err")
     with job.log.open("wb") as log, errors.open("wb") as error_log:
@@ -80,18 +79,18 @@ def run_one(
         )
     while (code := process.poll()) is None and time.monotonic() < deadline and not stop.is_set():
         stop.wait(0.05)
-    outcome.seconds = round(time.monotonic() - start, 1)
-    lines = job.log.read_text(errors="replace").strip().splitlines() or [""]
-    outcome.says = lines[-1][:100]
+    job.seconds = round(time.monotonic() - start, 1)
+    lines = job.printed.strip().splitlines() or [""]
+    job.says = lines[-1][:100]
     if code is None:
         os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5)  # a process that waits for a GPU that hangs cannot even be killed
     elif code in job.passes:
-        outcome.status = PASSED
+        job.status = PASSED
     else:
-        outcome.status = FAILED
+        job.status = FAILED
         text = "\n".join([*lines, errors.read_text(errors="replace").strip()])
         named = [line for line in lines if line.startswith(NAMES_A_FAILURE)]
-        outcome.failures = named or [f"exit status {code}: ...{text[-LOG_TAIL:]}"]
-    return outcome
+        job.failures = named or [f"exit status {code}: ...{text[-LOG_TAIL:]}"]
+    return job

@@ -5,7 +5,6 @@ with a cold level-2 cache before every pass. Predicted: the kernel report's boun
 report's GPU. Both are of the tiles that the package ships, not of those that `bra-autotune` keeps.
 """
 
-import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 
 from bra_triton.bench import kernel_report, measure
+from bra_triton.bench.console import table, write_json
 from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.machine_code.launches import plan_pass
 from bra_triton.bench.problems import Problem
-from bra_triton.bench.tables import table
 from bra_triton.kernels import tiles
 
 REPEATS = 30
@@ -59,7 +58,7 @@ def compare(row: kernel_report.Row, times: Sequence[float]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints; returns 1 if a kernel of the report was not seen on the GPU."""
-    parser = kernel_report.parser_of("kernel-times", __doc__, list(CHOICES))
+    parser = kernel_report.kernel_options("kernel-times", __doc__, list(CHOICES))
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("there is no GPU to measure on; `bra-bench report` predicts without one")
@@ -75,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # No kernel is launched twice in a pass.
         lines += [compare(row, measured.get(row.kernel, [])) for row in rows if row.problem == problem]
     described = measure.circumstances(device)
-    if options.json:
-        options.json.write_text(json.dumps({"versions": described, "kernels": lines}, indent=1) + "\n")
+    write_json(options.json, {"versions": described, "kernels": lines})
     print(measure.on_one_line(described), end="\n\n")
     print(table(f"Kernels, {options.dtype}", lines, options.markdown))
     unseen = [f"{line['problem']}: {line['kernel']}" for line in lines if line["measured us"] is None]

@@ -39,6 +39,7 @@ DTYPES = {
 }
 Run = Callable[[], object]
 Name = TypeVar("Name")
+Figures = dict[str, float]  # "seconds" and "peak_bytes" of a call
 
 
 class WrongResultError(RuntimeError):
@@ -110,6 +111,14 @@ def interleaved_minima(
         for name in order:
             best[name] = min(best[name], wall_seconds(runs[name], device, waits=waits))
     return best
+
+
+def side_by_side(runs: Mapping[Name, Run], device: torch.device, repeats: int) -> dict[Name, Figures]:
+    """Smallest time and peak memory of each call; runs take turns."""
+    seconds = interleaved_minima(runs, device, repeats, waits=True)
+    return {
+        name: {"seconds": seconds[name], "peak_bytes": peak_bytes(run, device)} for name, run in runs.items()
+    }
 
 
 def median_device_seconds(
@@ -203,13 +212,6 @@ def process_peak_bytes() -> int:
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def resident_bytes() -> int:
-    """What this process holds resident now."""
-    import psutil  # comes with Ultralytics, which GPU checks on a bare machine do without
-
-    return int(psutil.Process().memory_info().rss)
 
 
 def circumstances(device: torch.device) -> dict[str, str | None]:

@@ -7,10 +7,8 @@ the reference of the same run: 1.5 means 1.5 times as fast, or 1/1.5 of the memo
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +18,15 @@ from torch.utils._pytree import tree_leaves
 
 from bra_triton import biformer
 from bra_triton.bench import measure
-from bra_triton.bench.tables import table
+from bra_triton.bench.console import count, parser_of, table, write_json
 
 FUSED, REFERENCE, STOCK = "fused", "reference", "stock"
-INFERENCE, STEP = "inference", "training step"
+FIGURES = INFERENCE, STEP = "inference", "training step"
+UNITS = {"seconds": ("ms", 1e3), "peak_bytes": ("MiB", 2**-20)}
 YOLO_MODELS = [f"yolo26{scale}-{kind}" for kind in ("bra", "biformer") for scale in "ns"]
 BIFORMER_MODELS = ["biformer_tiny", "biformer_small"]
 DEFAULT = ["yolo26n-bra", "yolo26n-biformer", "biformer_tiny"]
-LEAST_RATIO = 1.0
+Row = dict[str, dict[str, measure.Figures]]  # by what is measured, then by figure
 # Norm of the difference over the norm, of float32 outputs behind tens of layers; autocast rounds to half
 # precision. Other regions would give 0.1 and more.
 TOLERANCE, AUTOCAST_TOLERANCE = 1e-3, 5e-2
@@ -41,21 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(measure.on_one_line(described), flush=True)
     rows = {name: measure_model(name, options, device) for name in options.model}
     print(report(rows, options))
-    if options.json:
-        options.json.write_text(json.dumps({"versions": described, "rows": rows}, indent=2) + "\n")
+    write_json(options.json, {"versions": described, "rows": rows})
     failures = missed(rows)
-    for failure in failures:
-        print(f"MISSED: {failure}")
-    print(f"target, fused beside reference: at least {LEAST_RATIO}: {'MISSED' if failures else 'met'}")
+    print(*(f"MISSED: {failure}" for failure in failures), sep="\n")
     return int(bool(failures))
 
 
-def measure_model(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Seconds and peak bytes of each figure, by what is measured; the models take turns.
-
-    Raises:
-        WrongResultError: the fused model and the reference compute something else.
-    """
+def measure_model(name: str, options: argparse.Namespace, device: torch.device) -> Row:
+    """Seconds and peak bytes of each figure, by what is measured; the models take turns."""
     from bra_triton.yolo_integration import set_backend
 
     torch.manual_seed(0)
@@ -67,14 +59,13 @@ def measure_model(name: str, options: argparse.Namespace, device: torch.device) 
     with torch.autocast(device.type, enabled=options.amp):
         fused, reference = (_outputs(models[key], images) for key in (FUSED, REFERENCE))
         measure.check(fused, reference, AUTOCAST_TOLERANCE if options.amp else TOLERANCE)
-        found: dict[str, dict[str, Any]] = {key: {} for key in models}
-        for figure in (INFERENCE, STEP):
-            runs = {key: _run(model, images, figure) for key, model in models.items()}
-            seconds = measure.interleaved_minima(runs, device, options.repeats, waits=True)
-            for key, run in runs.items():
-                peak = measure.peak_bytes(run, device)
-                found[key][figure] = {"seconds": seconds[key], "peak_bytes": peak}
-    return found
+        figures = {
+            figure: measure.side_by_side(
+                {key: _run(model, images, figure) for key, model in models.items()}, device, options.repeats
+            )
+            for figure in FIGURES
+        }
+    return {key: {figure: found[key] for figure, found in figures.items()} for key in models}
 
 
 def _models(name: str) -> dict[str, nn.Module]:
@@ -99,7 +90,13 @@ def _run(model: Any, images: Tensor, figure: str) -> measure.Run:
     model.train(figure == STEP)
     if figure == INFERENCE:
         return torch.no_grad()(lambda: model(images))
-    labels = _labels(len(images), images.device)
+    # One object an image, in the middle; its class serves a classifier, too.
+    batch, device = len(images), images.device
+    labels = {
+        "cls": torch.zeros(batch, 1, device=device),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]], device=device).expand(batch, 4),
+        "batch_idx": torch.arange(batch, device=device),
+    }
 
     def step() -> None:
         if hasattr(model, "loss"):  # Ultralytics'
@@ -112,62 +109,46 @@ def _run(model: Any, images: Tensor, figure: str) -> measure.Run:
     return step
 
 
-def _labels(batch: int, device: torch.device) -> dict[str, Tensor]:
-    """One object an image, in the middle; its class serves a classifier, too."""
-    return {
-        "cls": torch.zeros(batch, 1, device=device),
-        "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]], device=device).expand(batch, 4),
-        "batch_idx": torch.arange(batch, device=device),
-    }
-
-
 def _outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     with torch.no_grad():
         leaves = tree_leaves(model.train()(images))
-    return {
-        "the fused model's output": torch.cat([x.flatten().float() for x in leaves if isinstance(x, Tensor)])
-    }
+    found = torch.cat([x.flatten().float() for x in leaves if isinstance(x, Tensor)])
+    return {"the fused model's output": found}
 
 
-def missed(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def missed(rows: Mapping[str, Row]) -> list[str]:
     """Where the fused model is slower or larger than the reference, in words."""
-    return [
-        f"{name}, {figure}: {key} {ratio:.2f} times as good"
+    ratios = {
+        f"{name}, {figure}: {what}": row[REFERENCE][figure][what] / row[FUSED][figure][what]
         for name, row in rows.items()
-        for figure in (INFERENCE, STEP)
-        for key in ("seconds", "peak_bytes")
-        if not (ratio := row[REFERENCE][figure][key] / row[FUSED][figure][key]) >= LEAST_RATIO
-    ]
+        for figure in FIGURES
+        for what in UNITS
+    }
+    return [f"{which} {ratio:.2f} times as good" for which, ratio in ratios.items() if not ratio >= 1]
 
 
-def report(rows: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) -> str:
+def report(rows: Mapping[str, Row], options: argparse.Namespace) -> str:
     """The rows as text, each figure with its ratio to the reference's."""
-    cells = []
+    cells: list[dict[str, object]] = []
     for name, row in rows.items():
         for key, figures in row.items():
-            line = {"model": name, "on": key}
-            for figure in (INFERENCE, STEP):
-                mine, other = figures[figure], row[REFERENCE][figure]
-                for what, unit, factor in (("seconds", "ms", 1e3), ("peak_bytes", "MiB", 2**-20)):
-                    ratio = other[what] / mine[what]
-                    line[f"{figure} {unit}"] = f"{mine[what] * factor:.1f} ({ratio:.2f}x)"
-            cells.append(line)
+            cells.append({"model": name, "on": key})
+            for figure, mine in figures.items():
+                for what, (unit, factor) in UNITS.items():
+                    ratio = row[REFERENCE][figure][what] / mine[what]
+                    cells[-1][f"{figure} {unit}"] = f"{mine[what] * factor:.1f} ({ratio:.2f}x)"
     precision = "autocast" if options.amp else "float32"
     return table(f"Whole models, batch {options.batch}, {precision}", cells)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bra-bench models", description=__doc__.split("\n\n")[0])
+    parser = parser_of("models", __doc__, repeats=5)
     choices = YOLO_MODELS + BIFORMER_MODELS
     parser.add_argument("--model", nargs="+", choices=choices, default=DEFAULT, metavar="MODEL")
     parser.add_argument("--imgsz", type=int, help="pixels a side (default: 640; 224 for BiFormer)")
-    parser.add_argument("--batch", type=int, default=2, help="images (default: 2)")
+    parser.add_argument("--batch", type=count, default=2, help="images (default: 2)")
     parser.add_argument("--amp", action="store_true", help="under autocast, as Ultralytics trains on a GPU")
-    parser.add_argument("--repeats", type=int, default=5, help="calls, of which the fastest counts")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     options = parser.parse_args(arguments)
     if options.imgsz is not None and (options.imgsz < 32 or options.imgsz % 32):
         parser.error(f"--imgsz must be a multiple of 32, got {options.imgsz}")
-    if options.batch < 1 or options.repeats < 1:
-        parser.error("--batch and --repeats must be at least 1")
     return options

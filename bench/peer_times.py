@@ -9,22 +9,20 @@ the scores that count of a peer, over its work, beside dense attention's own (1.
 
 import argparse
 import functools
-import json
 import math
 import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bra_triton.bench import measure, module_times
+from bra_triton.bench.console import count, parser_of, table, write_json
 from bra_triton.bench.peers import NAMES, Peer, dense_attention_in_parts, peers_for
 from bra_triton.bench.problems import PROBLEMS, Problem
-from bra_triton.bench.tables import table
 
 INPUT_SETS = 4
 PASSES = ("forward", "training")
@@ -41,6 +39,8 @@ CHOICES = [
 
 
 Inputs = tuple[Tensor, Tensor]  # the packed projection and the output's gradient
+Pass = Callable[[], dict[str, Tensor]]  # returns the output and, in training, the gradient
+Row = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,40 +48,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.preset:
         return module_times.report(module_times.PRESET, options.repeats)
-    rows: list[dict[str, Any]] = []
-
-    def save(row: dict[str, Any]) -> None:
-        if options.json:
-            options.json.write_text(json.dumps([*rows, row], indent=1) + "\n")
-
+    rows: list[Row] = []
     is_compact = set(options.peers or ()) == set(COMPACT)
     problems = [PROBLEMS[name] for name in options.problem]
     for problem in [replace(each, batch=n) for each in problems for n in options.batch or [each.batch]]:
-        row = measure_row(problem, options, save)
-        print(line(row, is_first=not rows) if is_compact else report([row]), flush=True)
+        repeats = 0 if options.check_only else options.repeats
+        row = measure_row(
+            *(problem, options.dtype, options.peers or NAMES, repeats),
+            save=lambda row: write_json(options.json, [*rows, row]),
+        )
+        print(line(row, is_first=not rows) if is_compact else report(row), flush=True)
         rows.append(row)
     if is_compact:
         print("", *(f"- {reason}" for row in rows for reason in reasons(row)), sep="\n")
     if options.check_only:
         passes = [peer[which] for row in rows for peer in row["peers"].values() for which in PASSES]
         print(f"{sum('checked' in each for each in passes)} of {len(passes)} passes give the right result")
-    found = [problem for row in rows for problem in wrong(row)]
-    for failure in found:
-        print(f"FAILED: {failure}")
-    return 1 if found else 0
+    failures = [failure for row in rows for failure in wrong(row)]
+    print(*(f"FAILED: {failure}" for failure in failures), sep="\n", end="\n" if failures else "")
+    return int(bool(failures))
 
 
 def measure_row(
-    problem: Problem, options: argparse.Namespace, save: Callable[[dict[str, Any]], object]
-) -> dict[str, Any]:
-    """One row: a problem in a dtype, with all peers; `save` gets it again after every pass of a peer."""
-    dtype, device = measure.DTYPES[options.dtype], torch.device(options.device)
-    padding = torch.zeros(3 * problem.dim, dtype=dtype, device=device) if problem.grid.is_padded else None
+    problem: Problem,
+    dtype: str,
+    names: Sequence[str] = NAMES,
+    repeats: int = 0,
+    save: Callable[[Row], object] = lambda row: None,
+) -> Row:
+    """One row: the peers of a problem, checked and, unless `repeats` is 0, timed.
+
+    `save` gets the row again after every pass of a peer.
+    """
+    device = measure.default_device()
     torch.manual_seed(0)
-    inputs = [make_inputs(problem, dtype, device) for _ in range(INPUT_SETS)]
+    inputs = [make_inputs(problem, measure.DTYPES[dtype], device) for _ in range(INPUT_SETS)]
+    padding = inputs[0][0].new_zeros(3 * problem.dim) if problem.grid.is_padded else None
     qkv, grad_out = (_outer_images(x).double() for x in inputs[0])
-    row: dict[str, Any] = {
-        **{"problem": problem.name, "batch": problem.batch, "dtype": options.dtype, "device": device.type},
+    row: Row = {
+        **{"problem": problem.name, "batch": problem.batch, "dtype": dtype, "device": device.type},
         "sizes": str(problem),
         "scores": {
             "routed": problem.scores_of_tokens(problem.topk * problem.kv_grid.region_tokens),
@@ -90,23 +95,19 @@ def measure_row(
         "versions": measure.circumstances(device),
         "peers": {},
     }
-    peers = peers_for(problem, options.backend, padding, compile_flex=not options.no_compile)
-    if options.peers:
-        peers = {name: peer for name, peer in peers.items() if name in options.peers}
-    if "flex" in peers and not options.no_compile:
-        # Of one function PyTorch compiles 8 shapes and then none.
-        torch.compiler.reset()
+    torch.compiler.reset()  # of one function, FlexAttention's, PyTorch compiles 8 shapes and then none
 
     @functools.cache
     def truth(is_dense: bool) -> dict[str, Tensor]:
         return _run(definition(problem, padding, is_dense), qkv, grad_out, "training")()
 
-    for name, peer in peers.items():
-        figures: dict[str, Any] = {"includes": peer.includes}
+    peers = peers_for(problem, "triton" if device.type == "cuda" else "torch", padding)
+    for name in [name for name in peers if name in names]:
+        figures: dict[str, Any] = {"includes": peers[name].includes}
         row["peers"][name] = figures
-        expected = functools.partial(truth, name == "dense")
         for which in PASSES:
-            figures[which] = _figures_or_reason(peer, which, inputs, expected, options)
+            runs = [functools.partial(_run, peers[name], *each, which) for each in inputs]
+            figures[which] = _figures_or_reason(runs, functools.partial(truth, name == "dense"), repeats)
             save(row)
     return row
 
@@ -126,24 +127,20 @@ def definition(problem: Problem, padding: Tensor | None, is_dense: bool) -> Peer
 
 
 def _figures_or_reason(
-    peer: Peer,
-    which: str,
-    inputs: list[Inputs],
-    truth: Callable[[], dict[str, Tensor]],
-    options: argparse.Namespace,
+    make_runs: Sequence[Callable[[], Pass]], truth: Callable[[], dict[str, Tensor]], repeats: int
 ) -> dict[str, Any]:
     """The figures of a pass, or why there are none: `refused` for a wrong result, `error` for any other."""
-    qkv, _ = inputs[0]
+    device = measure.default_device()
     try:
-        runs = [_run(peer, *each, which) for each in inputs]
+        runs = [make() for make in make_runs]
         found = {name: _outer_images(x) for name, x in runs[0]().items()}
-        measure.check(found, truth(), measure.TOLERANCE[qkv.dtype])
-        if options.check_only:
+        measure.check(found, truth(), measure.TOLERANCE[found["output"].dtype])
+        if not repeats:
             return {"checked": True}
         return {
-            "work_seconds": measure.median_device_seconds(runs, qkv.device, options.repeats),
-            "call_seconds": measure.median_seconds(runs[0], qkv.device, options.repeats),
-            "peak_bytes": measure.peak_bytes(runs[0], qkv.device),
+            "work_seconds": measure.median_device_seconds(runs, device, repeats),
+            "call_seconds": measure.median_seconds(runs[0], device, repeats),
+            "peak_bytes": measure.peak_bytes(runs[0], device),
         }
     except measure.WrongResultError as error:
         return {"refused": str(error)}
@@ -152,7 +149,7 @@ def _figures_or_reason(
         return {"error": f"{type(error).__name__}: {message}", "traceback": traceback.format_exc()}
 
 
-def _run(peer: Peer, qkv: Tensor, grad_out: Tensor, which: str) -> Callable[[], dict[str, Tensor]]:
+def _run(peer: Peer, qkv: Tensor, grad_out: Tensor, which: str) -> Pass:
     """The pass as a function without arguments; returns the output, and in training the gradient."""
     if which == "forward":
         return torch.no_grad()(lambda: {"output": peer.attend(qkv)})
@@ -179,7 +176,7 @@ def make_inputs(problem: Problem, dtype: torch.dtype, device: torch.device) -> I
     return qkv, torch.randn_like(qkv[..., : problem.dim])
 
 
-def reasons(row: dict[str, Any], counts: Callable[[str, str], bool] = lambda name, key: True) -> list[str]:
+def reasons(row: Row, counts: Callable[[str, str], bool] = lambda name, key: True) -> list[str]:
     """Why figures are missing, of those peers and of those `FAILURES` that count."""
     return [
         f"{row['problem']}, batch {row['batch']}, {name}, {which}: {peer[which][key]}"
@@ -190,86 +187,81 @@ def reasons(row: dict[str, Any], counts: Callable[[str, str], bool] = lambda nam
     ]
 
 
-def wrong(row: dict[str, Any]) -> list[str]:
+def wrong(row: Row) -> list[str]:
     """The peers of a row that computed something else, and the fused one if it could not run."""
     return reasons(row, lambda name, key: key == "refused" or name == "fused")
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    """The rows as markdown: times in ms, `x` how often the fused peer fits into them, `rate` as above."""
-    parts = []
-    for row in rows:
-        cells: list[dict[str, object]] = []
-        for name, peer in row["peers"].items():
-            cells.append({"peer": name, "includes": peer["includes"]})
-            for which in PASSES:
-                cells[-1] |= _cells(name, which, row)
-        title = f"{row['problem']}: {row['sizes']}, {row['dtype']}"
-        parts += [table(title, cells, markdown=True), "", measure.on_one_line(row["versions"])]
-        parts += [*(f"- {reason}" for reason in reasons(row)), ""]
-    return "\n".join(parts)
+def report(row: Row) -> str:
+    """A row as Markdown: times in ms, `x` how often the fused peer fits into them, `rate` as above."""
+    cells = [
+        {
+            "peer": name,
+            "includes": peer["includes"],
+            **_cells(name, "forward", row),
+            **_cells(name, "training", row),
+        }
+        for name, peer in row["peers"].items()
+    ]
+    title = f"{row['problem']}: {row['sizes']}, {row['dtype']}"
+    lines = [table(title, cells, markdown=True), "", measure.on_one_line(row["versions"])]
+    return "\n".join([*lines, *(f"- {reason}" for reason in reasons(row)), ""])
 
 
-def line(row: dict[str, Any], is_first: bool) -> str:
+def line(row: Row, is_first: bool) -> str:
     """A line of the table of `COMPACT` peers, work in us; the first brings title and head of the table."""
     cells: dict[str, object] = {"problem": f"{row['problem']:16}", "batch": f"{row['batch']:5}"}
     for which in PASSES:
-        figures = [row["peers"].get(name, {}).get(which, {}) for name in COMPACT]
-        for name, each in zip(COMPACT, figures, strict=True):
-            cells[f"{which}: {name}"] = f"{1e6 * each['work_seconds']:.1f}" if _timed(each) else _state(each)
-        fused, dense = (each["work_seconds"] if _timed(each) else math.nan for each in figures)
+        for name in COMPACT:
+            cells[f"{which}: {name}"] = _work(name, which, row, 1e6, 1)
+        fused, dense = (_seconds(name, which, row) for name in COMPACT)
         cells[f"{which}: dense/fused"] = f"{dense / fused:.2f}"
     lines = table(f"Work of the GPU in us, {row['dtype']}", [cells], markdown=True).splitlines()
     return "\n".join([measure.on_one_line(row["versions"]), "", *lines] if is_first else lines[-1:])
 
 
-def _timed(figures: dict[str, Any]) -> bool:
-    return "work_seconds" in figures
-
-
-def _state(figures: dict[str, Any]) -> str:
-    """Why there are no figures, in a word."""
-    return next((key for key in (*FAILURES, "checked") if key in figures), "not run")
-
-
-def _cells(name: str, which: str, row: dict[str, Any]) -> dict[str, object]:
-    figures, fused, dense = (row["peers"].get(peer, {}).get(which, {}) for peer in (name, "fused", "dense"))
-    if not _timed(figures):
-        return {
-            f"{which}: work": _state(figures),
-            **{f"{which}: {each}": None for each in ("x", "rate", "call", "peak")},
-        }
-    work, rate = figures["work_seconds"], None
-    if _timed(dense):
-        scores = row["scores"]["dense" if name == "dense" else "routed"]
-        rate = f"{scores / work / (row['scores']['dense'] / dense['work_seconds']):.2f}"
-    return {
-        f"{which}: work": f"{work * 1e3:.3f}",
-        f"{which}: x": f"{work / fused['work_seconds']:.2f}" if _timed(fused) else None,
-        f"{which}: rate": rate,
-        f"{which}: call": f"{figures['call_seconds'] * 1e3:.3f}",
-        f"{which}: peak": f"{figures['peak_bytes'] / 2**20:.1f} MiB",
+def _cells(name: str, which: str, row: Row) -> dict[str, object]:
+    figures, scores = row["peers"][name][which], row["scores"]
+    work, fused, dense = (_seconds(peer, which, row) for peer in (name, "fused", "dense"))
+    rate = scores["dense" if name == "dense" else "routed"] / work / (scores["dense"] / dense)
+    shown = {
+        "x": (work / fused, ".2f"),
+        "rate": (rate, ".2f"),
+        "call": (1e3 * figures.get("call_seconds", math.nan), ".3f"),
+        "peak": (figures.get("peak_bytes", math.nan) / 2**20, ".1f"),
     }
+    found = {key: None if math.isnan(x) else f"{x:{digits}}" for key, (x, digits) in shown.items()}
+    if found["peak"]:
+        found["peak"] += " MiB"
+    return {f"{which}: work": _work(name, which, row, 1e3, 3)} | {
+        f"{which}: {k}": x for k, x in found.items()
+    }
+
+
+def _seconds(name: str, which: str, row: Row) -> float:
+    """The work of a peer's pass; NaN where it was not timed."""
+    return float(row["peers"].get(name, {}).get(which, {}).get("work_seconds", math.nan))
+
+
+def _work(name: str, which: str, row: Row, factor: float, digits: int) -> str:
+    """The same as text, or why there is none, in a word."""
+    figures = row["peers"].get(name, {}).get(which, {})
+    if "work_seconds" in figures:
+        return f"{factor * figures['work_seconds']:.{digits}f}"
+    return next((key for key in (*FAILURES, "checked") if key in figures), "not run")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser("bra-bench peers", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--problem", nargs="+", choices=CHOICES, metavar="PROBLEM", default=["tiny"])
-    parser.add_argument("--preset", choices=["cpu"], help="whole modules on the CPU, held to their targets")
-    parser.add_argument("--batch", nargs="+", type=int, help="images (default: the problem's)")
-    parser.add_argument("--dtype", choices=measure.DTYPES, default="float16" if on_gpu else "float32")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--backend", help="fused backend (default: triton on a GPU, torch on the CPU)")
-    parser.add_argument("--peers", nargs="+", choices=NAMES, metavar="PEER", help="only these (default: all)")
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--no-compile", action="store_true", help="FlexAttention uncompiled")
-    parser.add_argument("--check-only", action="store_true", help="check every peer, time none")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser = parser_of("peers", __doc__, repeats=30)
+    add = parser.add_argument
+    add("--problem", nargs="+", choices=CHOICES, metavar="PROBLEM", default=["tiny"])
+    add("--preset", choices=["cpu"], help="whole modules on the CPU, held to their targets")
+    add("--batch", nargs="+", type=count, help="images (default: the problem's)")
+    add("--dtype", choices=measure.DTYPES, default="float16" if on_gpu else "float32")
+    add("--peers", nargs="+", choices=NAMES, metavar="PEER", help="only these (default: all)")
+    add("--check-only", action="store_true", help="check every peer, time none")
     options = parser.parse_args(arguments)
-    if min([options.repeats, *(options.batch or [])]) < 1:
-        parser.error("--batch and --repeats must be at least 1")
-    options.backend = options.backend or ("triton" if options.device.startswith("cuda") else "torch")
-    if "torch" in (options.peers or ()) and options.backend == "torch":
+    if "torch" in (options.peers or ()) and not on_gpu:
         parser.error("--peers torch: here that is the fused backend; it is a peer of triton's")
     return options

@@ -15,7 +15,7 @@ step must build the mask anew.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,24 +38,19 @@ class Peer(NamedTuple):
     attend: Callable[[Tensor], Tensor]  # the function of `qkv` that is timed
 
 
-def peers_for(
-    problem: Problem, backend: str, padding: Tensor | None = None, *, compile_flex: bool = True
-) -> dict[str, Peer]:
-    """The peers by name.
+def peers_for(problem: Problem, backend: str, padding: Tensor | None = None) -> dict[str, Peer]:
+    """The peers by name; beside the fused backend `"triton"` that of `"torch"` is one.
 
-    Args:
-        problem: what is computed; `qk_dim == dim`, no routing weight, no K/V down-sampling.
-        backend: the fused backend, `"triton"` or `"torch"`; beside the first, the second is a peer.
-        padding: `(3*dim,)`: what tokens past the map's edge hold, where regions do not divide it.
-        compile_flex: FlexAttention as a fused kernel; otherwise its definition, which holds the scores.
+    `padding` is `(3*dim,)`, what tokens past the map's edge hold, where regions do not divide it.
 
     Raises:
-        ValueError: naming the argument, its value and what is allowed.
+        ValueError: the problem has qk_dim != dim, a routing weight or K/V down-sampling.
     """
     if (problem.qk_dim, problem.routing_weight, problem.kv_per_win) != (problem.dim, "none", None):
         raise ValueError(
             f"problem must have qk_dim == dim, no routing weight and no K/V down-sampling, got {problem!r}"
         )
+
     ours = functools.partial(
         functional.bi_level_routing_attention,
         num_heads=problem.num_heads,
@@ -63,19 +58,24 @@ def peers_for(
         topk=problem.topk,
         padding=padding,
     )
-    flex = functools.partial(route_and_flex, problem=problem, padding=padding, compiled=compile_flex)
-    gathered = functools.partial(gather, problem=problem, padding=padding)
     peers = {
-        "fused": Peer(f"routing, attention ({backend})", functools.partial(ours, backend=backend)),
-        "reference": Peer("routing, attention (einops)", functools.partial(ours, backend="reference")),
-        "gather": Peer("routing, gather, attention (NCHW, as BiFormer's authors have it)", gathered),
-        "flex": Peer("routing (einops), block mask, reordering, FlexAttention", flex),
-        "dense": Peer("dense attention", functools.partial(dense_attention, num_heads=problem.num_heads)),
-    }
-    if backend == "triton":
+        "fused": (f"routing, attention ({backend})", functools.partial(ours, backend=backend)),
+        "reference": ("routing, attention (einops)", functools.partial(ours, backend="reference")),
+        "gather": (
+            "routing, gather, attention (NCHW, as BiFormer's authors have it)",
+            functools.partial(gather, problem=problem, padding=padding),
+        ),
+        "flex": (
+            "routing (einops), block mask, reordering, FlexAttention",
+            functools.partial(route_and_flex, problem=problem, padding=padding),
+        ),
+        "dense": ("dense attention", functools.partial(dense_attention, num_heads=problem.num_heads)),
         # What serves GPUs that Triton does not.
-        peers["torch"] = Peer("routing, attention (torch)", functools.partial(ours, backend="torch"))
-    return peers
+        "torch": ("routing, attention (torch)", functools.partial(ours, backend="torch")),
+    }
+    if backend == "torch":
+        del peers["torch"]  # the fused one
+    return {name: Peer(*peer) for name, peer in peers.items()}
 
 
 def dense_attention(qkv: Tensor, num_heads: int) -> Tensor:
@@ -117,15 +117,14 @@ def gather(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Tensor:
     return out[:, : problem.height, : problem.width]
 
 
-def route_and_flex(qkv: Tensor, problem: Problem, padding: Tensor | None, compiled: bool = True) -> Tensor:
+def route_and_flex(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Tensor:
     """Routing in einops, then FlexAttention over tokens in the order of their regions."""
     qkv = _whole(qkv, problem, padding)
     _, r_idx = functional.region_routing(qkv, n_win=problem.n_win, topk=problem.topk, backend="reference")
     mask = block_mask(r_idx, problem.grid.region_tokens)
     axes = {"j": problem.n_win, "i": problem.n_win, "m": problem.num_heads}
     regions = rearrange(qkv, "n (j h) (i w) (t m c) -> t n m (j i h w) c", t=3, **axes).contiguous()
-    attend = _compiled_flex_attention() if compiled else cast(Any, flex_attention)
-    out = attend(*regions.unbind(0), block_mask=mask, scale=problem.dim**-0.5)
+    out = compiled_flex_attention()(*regions.unbind(0), block_mask=mask, scale=problem.dim**-0.5)
     out = rearrange(out, "n m (j i h w) c -> n (j h) (i w) (m c)", h=problem.grid.region_height, **axes)
     return out[:, : problem.height, : problem.width]
 
@@ -141,7 +140,8 @@ def _whole(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    """FlexAttention as a fused kernel; uncompiled it holds the scores."""
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
     return compiled
 

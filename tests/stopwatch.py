@@ -7,7 +7,7 @@ from bra_triton.kernels.tiles import choice
 
 # One region of 2 x 2 tokens and few tiles: the interpreter takes its time for every program.
 TINY = ["--shape", "1x2x2x16", "--num-heads", "1", "--n-win", "1", "--topk", "1"]
-FORWARD_TINY = [*TINY, "--pass", "forward"]
+FORWARD_TINY = [*TINY, "--kernel", "forward"]
 
 
 class Stopwatch:
@@ -16,10 +16,10 @@ class Stopwatch:
     def __init__(self, milliseconds=None, stop_after=math.inf):
         self.milliseconds, self.stop_after, self.timed = milliseconds or {}, stop_after, []
 
-    def __call__(self, run, n_sets):
+    def __call__(self, runs):
         if len(self.timed) == self.stop_after:
             raise KeyboardInterrupt
-        run(n_sets - 1)
+        runs[-1]()
         tile = next(iter(choice._forced.get().values()))
         self.timed.append(tile)
         return self.milliseconds.get(tile, 1.0)

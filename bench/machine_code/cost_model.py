@@ -14,9 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.hardware import Hardware, latency
-from bra_triton.bench.machine_code.static_analysis import LoopMix
+from bra_triton.bench.machine_code.static_analysis import Analysis, LoopMix
 from bra_triton.bench.problems import Problem
 from bra_triton.kernels import tiles
 
@@ -26,9 +25,7 @@ class _Work(NamedTuple):
 
     qk_products: int  # multiply-adds of the matrix products, in query/key channels
     v_products: int  # and in value channels
-    query_maps: (
-        int  # pairs of a map as wide as the queries and one as wide as the values, on the queries' side
-    )
+    query_maps: int  # pairs of a map as wide as queries and one as wide as values, on the queries' side
     query_statistics: int  # bytes for every query and head
     key_maps: int  # such pairs on the keys' side
 
@@ -40,12 +37,6 @@ _WORK = {
     "small_map_forward": _Work(1, 1, 1, 4, 1),
     # A score is computed by a query's and by a key's program.
     "small_map_backward": _Work(4, 3, 2, 4, 2),
-}
-# Names of the kernels that have entries in tables of tiles.
-KERNEL_NAMES = {
-    tiles.FORWARD: "attention_forward",
-    tiles.QUERY_GRADIENT: "query_gradient",
-    tiles.KEY_VALUE_GRADIENT: "key_value_gradient",
 }
 
 
@@ -94,13 +85,7 @@ def predict(
 ) -> Cost:
     """Predicts a launch of an attention kernel from its counted code.
 
-    Args:
-        kernel: the name of an attention kernel, a small map's or another.
-        code: its counts.
-        problem: sizes; where every region attends to all, `Problem.merged` is what is launched.
-        hardware: rates.
-        element_bytes: 2, or 4, whose products are three of TF32 each.
-        masked: all queries meet all keys, under a mask.
+    Products of elements of 4 bytes are three of TF32 each; `masked` says that all queries meet all keys.
 
     Raises:
         ValueError: the kernel is unknown, or its code has no loop with matrix products.
@@ -111,25 +96,29 @@ def predict(
         raise ValueError(f"{kernel} has no loop with matrix instructions: not an attention kernel's code")
     problem = problem.merged()
     walk = walk_of(kernel, code, problem, masked)
+
+    def slots(count: Callable[[LoopMix], int]) -> int:
+        """Thread slots of some kind of instruction that a program executes."""
+        sections = ((code.rest, 1), (code.loop, walk.whole_tiles), (code.tail, walk.tail_steps))
+        executed = [count(mix) * times for mix, times in (*sections, (code.taps, code.n_taps)) if mix]
+        return 32 * code.num_warps * sum(executed)
+
     # The last SM to finish decides, so work counts in whole programs an SM.
     rounds = -(-walk.programs // hardware.sms)
-    per_program = 32 * code.num_warps * _executed(code, walk, lambda mix: mix.total)
-    exponentials = 32 * code.num_warps * _executed(code, walk, lambda mix: mix.counts["exponentials"])
+    issued = slots(lambda mix: mix.total)
     passes, rate = (3, hardware.tf32_fma) if element_bytes == 4 else (1, hardware.half_fma)
-    fma = walk.scores * passes * fma_per_score(kernel, problem)
-    moved = bytes_moved(kernel, problem, element_bytes)
-    bounds = {
-        "issue": rounds * per_program / hardware.issue_slots / hardware.clock,
-        "exponential": rounds * exponentials / hardware.exponentials / hardware.clock,
-        "matrix": rounds * fma / rate / hardware.clock,
-        "memory": moved / hardware.bandwidth,
+    clocks = {
+        "issue": issued / hardware.issue_slots,
+        "exponential": slots(lambda mix: mix.counts["exponentials"]) / hardware.exponentials,
+        "matrix": walk.scores * passes * fma_per_score(kernel, problem) / rate,
     }
+    moved = bytes_moved(kernel, problem, element_bytes)
+    bounds = {unit: rounds * n / hardware.clock for unit, n in clocks.items()}
+    usage = code.usage
     return Cost(
-        problem.useful_scores,
-        walk.programs * per_program,
-        moved,
-        bounds,
-        hardware.resident_warps(code.usage.registers, code.usage.shared_bytes, code.num_warps),
+        *(problem.useful_scores, walk.programs * issued, moved),
+        bounds | {"memory": moved / hardware.bandwidth},
+        hardware.resident_warps(usage.registers, usage.shared_bytes, code.num_warps),
     )
 
 
@@ -170,14 +159,3 @@ def bytes_moved(kernel: str, problem: Problem, element_bytes: int = 2) -> int:
     graph = 4 * problem.batch * problem.grid.n_regions * problem.topk
     pair = element_bytes * (problem.qk_head_dim + problem.head_dim)
     return queries * (work.query_maps * pair + work.query_statistics) + keys * work.key_maps * pair + graph
-
-
-def _executed(code: Analysis, walk: Walk, count: Callable[[LoopMix], int]) -> int:
-    """Instructions of some kind that a warp executes."""
-    times = (
-        (code.rest, 1),
-        (code.loop, walk.whole_tiles),
-        (code.tail, walk.tail_steps),
-        (code.taps, code.n_taps),
-    )
-    return sum(count(mix) * number for mix, number in times if mix is not None)

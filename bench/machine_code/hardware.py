@@ -16,6 +16,8 @@ specifications per compute capability; four warp schedulers an SM, each issues o
 import math
 from dataclasses import dataclass
 
+from triton.backends.compiler import GPUTarget
+
 # Issue slots go unused while warps wait, fewer with more warps beside each other: time goes with slots times
 # 1 + LATENCY_WARPS / resident warps. Fitted to attention on an H200 at BiFormer's and YOLO's maps, and judged
 # with 9 problems more: of 36, the configuration that it puts first takes on average 2.5 % longer than the
@@ -63,6 +65,11 @@ def latency(resident_warps: int) -> float:
     return 1 + LATENCY_WARPS / resident_warps if resident_warps else math.inf
 
 
+# What kernels can be compiled for; the last number is the threads of a warp.
+TARGETS = {
+    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 HARDWARE = {
     "sm_80": Hardware("A100 SXM4 80 GB", 108, 1.41e9, 2039e9, 1024, 512, 64, 32, 164 << 10),
     "sm_90": Hardware("H100 SXM5", 132, 1.83e9, 3352e9, 2048, 1024, 64, 32, 228 << 10),

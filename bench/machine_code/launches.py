@@ -1,69 +1,43 @@
-"""What the package launches on a GPU: its own plans, made for tensors without data, ready to be compiled."""
+"""What the package launches on a GPU: its own plans, made for tensors without data."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
 from bra_triton.bench.problems import Problem
-from bra_triton.kernels import packed
+from bra_triton.kernels import packed, tiles
 from bra_triton.kernels.arrays import Buffer
-from bra_triton.kernels.plan import Launch as PlannedLaunch
-from bra_triton.kernels.plan import Plan
+from bra_triton.kernels.plan import Launch, Plan
 from bra_triton.kernels.pooling.launch import plan_pool, plan_pool_backward, pooling_inputs
 from bra_triton.kernels.pooling.problem import MAX, WEIGHTED, RegionPooling
 from bra_triton.kernels.problem import Needs, PackedAttention
+from bra_triton.kernels.routing.lists import ROUTED
+from bra_triton.kernels.tiles import Tile
 
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel."""
-
-    specimen: KernelSpecimen  # what the compiler is given
-    grid: tuple[int, ...]  # programs along each axis
-    arguments: Mapping[str, Any]  # by name, compile-time ones included
-
-    @property
-    def programs(self) -> int:
-        """Thread blocks of the launch."""
-        return math.prod(self.grid)
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether an attention kernel gives every query all keys, under a mask."""
-        return self.arguments.get("marks") is not None
-
-    @property
-    def bytes_of_arguments(self) -> int:
-        """What its arrays hold, each counted once: about what the launch has to move."""
-        arrays = {x for _, x in _buffers(self.arguments)}
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
-
-
-def launches_of(plan: Plan) -> list[Launch]:
-    """What a plan launches, in order.
-
-    Raises:
-        TypeError: under `TRITON_INTERPRET=1`, where kernels are not compiled.
-    """
-    return [_launch(launch) for launch in plan.launches]
+# Names of the kernels that have entries in tables of tiles.
+KERNEL_NAMES = {
+    tiles.FORWARD: "attention_forward",
+    tiles.QUERY_GRADIENT: "query_gradient",
+    tiles.KEY_VALUE_GRADIENT: "key_value_gradient",
+}
 
 
 def record_attention(problem: Problem, dtype: torch.dtype) -> list[Launch]:
-    """Every launch of one forward and backward of an attention, routing and pooling included.
-
-    Raises:
-        TypeError: under `TRITON_INTERPRET=1`, where kernels are not compiled.
-    """
+    """Every launch of one forward and backward of an attention, routing and pooling included."""
     attention = problem.attention(lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
     pooling = () if problem.kv_pooling is None else _plans_of_pooling(problem, attention)
-    return [launch for plan in (*pooling, *plan_pass(attention)) for launch in launches_of(plan)]
+    return [launch for plan in (*pooling, *plan_pass(attention)) for launch in plan.launches]
+
+
+def launch_with(tile: Tile, kernel: str, problem: Problem, dtype: torch.dtype) -> Launch:
+    """The launch of a kernel of `KERNEL_NAMES` with that tile, in a forward or backward of a problem."""
+    # Other forms have tiles of their own, which are in no table.
+    with tiles.use_tiles({kernel: tile}), tiles.use_form(ROUTED):
+        launched = record_attention(problem, dtype)
+    return next(launch for launch in launched if kernel_name(launch) == KERNEL_NAMES[kernel])
 
 
 def plan_pass(attention: PackedAttention[Tensor]) -> tuple[Plan, Plan]:
@@ -102,36 +76,43 @@ def _plans_of_pooling(problem: Problem, attention: PackedAttention[Tensor]) -> I
     yield plan_pool_backward((*inputs, pooled, argmax, kv), pooling)
 
 
-def _launch(launch: PlannedLaunch) -> Launch:
-    kernel = launch.kernel
-    if not hasattr(kernel, "params"):
-        raise TypeError(f"{launch.name} is not compiled; is TRITON_INTERPRET set?")
-    bound = dict(zip(kernel.arg_names, launch.arguments, strict=True))
-    constant = {p.name for p in kernel.params if p.is_constexpr or bound[p.name] is None}
-    constexprs = {name: bound[name] for name in bound if name in constant}
-    signature = {name: _type(value) for name, value in bound.items() if name not in constant}
-    # Slices need not start at multiples of 16 bytes.
-    divisible = frozenset(name for name, x in _buffers(bound) if x.offset % 16 == 0)
-    name = launch.name.removesuffix("_kernel")
-    # Where a launch does not say how many warps and stages, the specimen's defaults are Triton's.
-    specimen = KernelSpecimen(name, kernel, signature, constexprs, divisible, **launch.options)
-    return Launch(specimen, launch.grid, bound)
+def kernel_name(launch: Launch) -> str:
+    """What reports call the kernel."""
+    return launch.name.removesuffix("_kernel")
 
 
-def _buffers(bound: Mapping[str, Any]) -> Iterator[tuple[str, Buffer]]:
-    """Arrays among arguments, those of a group named as `maps.query`."""
-    for name, value in bound.items():
-        if isinstance(value, tuple):
-            members: dict[str, Any] = value._asdict()  # type: ignore[attr-defined]
-            yield from _buffers({f"{name}.{inner}": x for inner, x in members.items()})
-        elif isinstance(value, Buffer):
-            yield name, value
+def arguments_of(launch: Launch) -> dict[str, Any]:
+    """A kernel's arguments by name, the compile-time numbers of its `CONFIG` by their own names, too."""
+    found = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
+    config = found.get("CONFIG")
+    return found if config is None else {**found, **config._asdict()}
 
 
-def _type(value: Any) -> Any:
-    """Triton's type of a run-time argument, of a group the group of its members' types."""
+def variant(launch: Launch) -> str:
+    """What Triton compiles apart, as text: launches of the same variant run the same code."""
+    kinds = [
+        value if parameter.is_constexpr else _kind(value, not parameter.do_not_specialize)
+        for parameter, value in zip(launch.kernel.params, launch.arguments, strict=True)
+    ]
+    return repr((launch.name, kinds, launch.options))
+
+
+def _kind(value: Any, specialises: bool = True) -> Any:
+    """What Triton makes of a run-time argument: of a group, of each of its members."""
     if isinstance(value, tuple):
-        return type(value)(*map(_type, value))
+        return tuple(map(_kind, value))
     if isinstance(value, Buffer):
-        return _TYPES[value.dtype]
-    return "constexpr" if value is None else "fp32" if isinstance(value, float) else "i32"
+        return value.dtype, value.offset % 16 == 0
+    return (value == 1, value % 16 == 0) if isinstance(value, int) and specialises else type(value)
+
+
+def is_masked(launch: Launch) -> bool:
+    """Whether an attention kernel gives every query all keys, under a mask."""
+    return arguments_of(launch).get("marks") is not None
+
+
+def bytes_of_arguments(launch: Launch) -> int:
+    """What a launch's arrays hold, each counted once: about what it has to move."""
+    members = (x for each in launch.pointers for x in (each if isinstance(each, tuple) else (each,)))
+    arrays = {x for x in members if x is not None}
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)

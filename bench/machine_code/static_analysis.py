@@ -1,27 +1,31 @@
 """What a Triton kernel costs on a GPU, read from its machine code: no GPU is needed.
 
-`compile_for` compiles a `KernelSpecimen` for a named architecture, `resource_usage` tells its registers,
-shared memory and spills, `sections` counts the instructions of its loops.
+`compile_for` compiles the kernel of a launch for a named architecture, `resource_usage` tells its registers,
+shared memory and spills, `sections` counts the instructions of its loops. `analyse` does all three, and
+`each` calls it for many launches in parallel processes.
 """
 
+import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-TARGETS = {
-    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)},
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+from bra_triton.bench import stand_in
+from bra_triton.bench.machine_code.hardware import TARGETS
+from bra_triton.bench.machine_code.launches import arguments_of
+from bra_triton.kernels.plan import Launch
+
+DEFAULT_WARPS = 4  # Triton's, of a launch that does not say how many
 # Opcode patterns of the classes that are counted; an instruction belongs to the first that fits.
 INSTRUCTION_CLASSES = {
     "exponentials": r"MUFU\.EX2",
@@ -33,32 +37,6 @@ INSTRUCTION_CLASSES = {
     r"|SGXT|BMSK|BREV|FLO|POPC|PRMT|P2R|R2P|VIADD|VIADDMNMX|VIMNMX|VIMNMX3",
     "other": r".*",  # shared memory, moves, conversions, barriers, branches, waits, ...
 }
-
-
-@dataclass(frozen=True)
-class KernelSpecimen:
-    """A kernel together with everything a launch would decide about it.
-
-    A launch makes constants of `None` and of the integer 1, so such arguments belong in `constexprs` even
-    where the kernel does not say `tl.constexpr`. A group of pointers has a tuple in `signature`, of the
-    group's own type, in which "constexpr" stands for an absent pointer. `divisible` names the run-time
-    arguments that are multiples of 16 (bytes for a pointer), "maps.query" in a group; `None` stands for
-    every pointer and no integer.
-    """
-
-    name: str  # for reports
-    kernel: Any  # a @triton.jit function
-    signature: Mapping[str, Any]  # Triton type of each run-time argument: "*fp16", "i32", "fp32", ...
-    constexprs: Mapping[str, object] = field(default_factory=dict)  # value of each other argument
-    divisible: frozenset[str] | None = None
-    num_warps: int = 4
-    num_stages: int = 3
-
-    @property
-    def constants(self) -> dict[str, object]:
-        """Compile-time arguments by name, those of the group `CONFIG` by their own names."""
-        config: Any = self.constexprs.get("CONFIG")
-        return {**self.constexprs, **(config._asdict() if config is not None else {})}
 
 
 @dataclass(frozen=True)
@@ -130,6 +108,104 @@ class Sections:
     rest: LoopMix
 
 
+@dataclass(frozen=True)
+class Analysis(Sections):
+    """What the machine code of one kernel says: its sections, and what they are to be multiplied by.
+
+    Only attention kernels have a `loop` and a `tail` here, and only those with a convolution `taps`.
+    """
+
+    block_m: int  # BLOCK_M of an attention kernel, else 0; of a small map's kernel the rows of all its heads
+    block_n: int  # BLOCK_N of an attention kernel, else 0; of a small map's kernel the tokens of a step
+    block_tail: int  # list positions in a step of the tail's loop, 0 without one
+    n_taps: int  # taps of a convolution in the epilogue, 0 without one
+    num_warps: int  # of a thread block
+    usage: Usage
+
+    @property
+    def slots_per_score(self) -> float:
+        """Thread instruction slots, 32 an instruction, that the loop spends on one score of a whole tile.
+
+        A loop that the compiler unrolled covers more than one tile; its `matrix` count shows it.
+
+        Raises:
+            ValueError: the kernel has no loop with matrix instructions.
+        """
+        if self.loop is None:
+            raise ValueError("slots_per_score needs a loop with matrix instructions; this kernel has none")
+        return self.loop.total * self.num_warps * 32 / (self.block_m * self.block_n)
+
+    @property
+    def serialised(self) -> bool:
+        """Whether every matrix instruction of the loop waits for the one before (sm_90)."""
+        return self.loop is not None and 0 < self.loop.counts["matrix"] <= self.loop.matrix_waits
+
+
+Result: TypeAlias = Analysis | Exception
+Job: TypeAlias = tuple[Launch, str]  # with an architecture
+K = TypeVar("K", bound=Hashable)
+R = TypeVar("R")
+
+
+def each(
+    function: Callable[[Launch, str], R], jobs: Mapping[K, Job], workers: int = 1
+) -> Iterator[tuple[K, R | Exception]]:
+    """Calls `analyse`, or what else compiles, for every job, and yields the results in their order.
+
+    Several workers are processes: the function, like the kernels, must be one of a module, so that they find
+    it. In the place of a result may be the exception that the job raised.
+    """
+    # A kernel travels to another process by its name.
+    named = [
+        replace(launch, kernel=(launch.kernel.fn.__module__, launch.name)) for launch, _ in jobs.values()
+    ]
+    call, architectures = partial(_call, function), [arch for _, arch in jobs.values()]
+    if workers == 1 or len(jobs) <= workers:
+        yield from zip(jobs, map(call, named, architectures), strict=True)
+        return
+    # Spawned, not forked: PyTorch's threads do not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from zip(jobs, pool.map(call, named, architectures), strict=True)
+
+
+def _call(function: Callable[[Launch, str], R], launch: Launch, arch: str) -> R | Exception:
+    module, name = launch.kernel
+    try:
+        return function(replace(launch, kernel=getattr(importlib.import_module(module), name)), arch)
+    except Exception as error:  # Triton's compiler raises errors of many kinds, which may not travel
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def analyse(launch: Launch, arch: str) -> Analysis:
+    """Compiles the kernel of a launch for an NVIDIA architecture, and counts."""
+    compiled = compile_for(launch, arch)
+    parts, arguments = sections(compiled), arguments_of(launch)
+    block_m, block_n, block_tail = (arguments.get(name, 0) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_TAIL"))
+    if launch.name.startswith("small_map"):  # a tile a head, and several heads
+        block_m, block_n = arguments["BLOCK_OWN"] * arguments["HEADS"], arguments["BLOCK_STEP"]
+    n_taps = max(arguments.get(name, 0) for name in ("LEPE_KERNEL", "KERNEL")) ** 2
+    loop, tail = (parts.loop, parts.tail) if block_m and block_n else (None, None)
+    found = (loop, tail, parts.taps if n_taps else None, parts.rest)
+    num_warps = launch.options.get("num_warps", DEFAULT_WARPS)
+    return Analysis(*found, block_m, block_n, block_tail, n_taps, num_warps, resource_usage(compiled))
+
+
+def compile_for(launch: Launch, arch: str) -> Compiled:
+    """Compiles a kernel for `arch`, a key of `TARGETS`, as Triton does for a launch on such a GPU.
+
+    Raises:
+        ValueError: `arch` is not such a key.
+        TypeError: the kernel was not made by `@triton.jit`; under `TRITON_INTERPRET=1` none is.
+    """
+    if arch not in TARGETS:
+        raise ValueError(f"unknown architecture {arch!r}; use one of {', '.join(TARGETS)}")
+    if not isinstance(launch.kernel, JITFunction):
+        raise TypeError(f"{launch.kernel!r} is not a @triton.jit function (is TRITON_INTERPRET set?)")
+    with stand_in.driver_of(arch, device=arch):
+        built = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
+    return Compiled(arch, built.metadata.name, built.metadata.shared, built.asm)
+
+
 def resource_usage(compiled: Compiled) -> Usage:
     """Registers, shared memory and spills of a compiled kernel."""
     if "amdgcn" in compiled.asm:
@@ -163,54 +239,6 @@ def sections(compiled: Compiled) -> Sections:
     rest = reached.difference(*(loops[header] for header in chosen if header is not None))
     loop, tail, taps = (None if header is None else mixes[header] for header in chosen)
     return Sections(loop, tail, taps, _mix_of(program, rest))
-
-
-# Only the next three functions touch Triton's own interface, which changes between its versions.
-
-
-def compile_for(specimen: KernelSpecimen, arch: str) -> Compiled:
-    """Compile a kernel for `arch`, a key of `TARGETS`, as a launch on such a GPU would.
-
-    Raises:
-        ValueError: `arch` is not such a key, or `signature` and `constexprs` are not together exactly
-            the arguments of the kernel.
-        TypeError: the kernel was not made by `@triton.jit`; under `TRITON_INTERPRET=1` none is.
-    """
-    if arch not in TARGETS:
-        raise ValueError(f"unknown architecture {arch!r}; use one of {', '.join(TARGETS)}")
-    target, kernel = TARGETS[arch], specimen.kernel
-    if not isinstance(kernel, JITFunction):
-        raise TypeError(f"{kernel!r} is not a @triton.jit function (is TRITON_INTERPRET set?)")
-    given = [*specimen.signature, *specimen.constexprs]
-    if sorted(given) != sorted(kernel.arg_names):
-        raise ValueError(f"{specimen.name} takes {kernel.arg_names}, but was given {given}")
-    signature = {name: specimen.signature.get(name, "constexpr") for name in kernel.arg_names}
-    constants: dict[tuple[int, ...], object] = {}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-    for path, name, kind in _arguments(signature):
-        if kind == "constexpr":
-            constants[path] = specimen.constexprs.get(name)  # absent members of groups are None
-            continue
-        is_pointer = kind.startswith("*")
-        is_divisible = is_pointer if specimen.divisible is None else name in specimen.divisible
-        attrs[path] = [["tt.divisibility", 16]] if is_divisible else []
-        if is_pointer and target.backend == "hip":
-            # A launch says so of tensors below 2 GiB; AMD's buffer instructions depend on it.
-            attrs[path].append(["tt.pointer_range", 32])
-    source = ASTSource(kernel, signature, constants, attrs)
-    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
-    built = triton.compile(source, target=target, options=options)
-    return Compiled(arch, built.metadata.name, built.metadata.shared, built.asm)
-
-
-def _arguments(signature: Mapping[str, Any]) -> Iterator[tuple[tuple[int, ...], str, str]]:
-    """Path, name and type of every argument, groups taken apart: ((0, 2), "maps.value", "*fp16")."""
-    for index, (name, kind) in enumerate(signature.items()):
-        if isinstance(kind, tuple):
-            for inner, (field_name, member) in enumerate(kind._asdict().items()):  # type: ignore[attr-defined]
-                yield (index, inner), f"{name}.{field_name}", member
-        else:
-            yield (index,), name, kind
 
 
 def _run_nvidia_tool(tool: str, flag: str, cubin: bytes) -> str:

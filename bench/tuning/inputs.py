@@ -1,6 +1,7 @@
 """Input sets to time a configuration on, the plans that are timed, and what they must compute."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT
 
 # Inputs are drawn in so many sets that they do not all stay in a cache.
 _SETS, _SET_BYTES = (2, 8), 256 << 20
-Run = Callable[[int], dict[str, Tensor]]
+Run = Callable[[], dict[str, Tensor]]
 
 
 class Inputs:
@@ -44,30 +45,29 @@ class Inputs:
         self.kept = [forward.run(*each.tensors)[-1] for each in self.sets]
         self.expected = self._expected()
 
-    def runner(self, kernel: str) -> Run:
-        """A pass that launches the kernel, with the tiles in force now, on one of the sets.
+    def runs(self, kernel: str) -> list[Run]:
+        """For every set a pass that launches the kernel, with the tiles in force now.
 
         It returns what the kernel computes, and what the pass adds to that: LePE and its gradient.
         """
         forward, backward = self._plans()
-        if kernel == FORWARD:
-            return lambda index: {"output": forward.run(*self.sets[index].tensors)[0]}
 
-        def run(index: int) -> dict[str, Tensor]:
-            inputs = (*self.sets[index].tensors, self.grad_out, None, self.kept[index])
-            return self._parts(kernel, *backward.run(*inputs))
+        def run(each: PackedAttention[Tensor], kept: Tensor) -> dict[str, Tensor]:
+            if kernel == FORWARD:
+                return {"output": forward.run(*each.tensors)[0]}
+            return self._parts(kernel, *backward.run(*each.tensors, self.grad_out, None, kept))
 
-        return run
+        return [partial(run, each, kept) for each, kept in zip(self.sets, self.kept, strict=True)]
 
     @tiles.use_form(ROUTED)  # others have tiles of their own, which are in no table
     def _plans(self) -> tuple[Plan, Plan]:
         return plan_pass(self.sets[0])
 
     def check(self, run: Run) -> None:
-        """Raises WrongResultError where `run`, made by `runner`, computes something else of the first set."""
+        """Raises WrongResultError where the first of `runs` computes something else."""
         torch.use_deterministic_algorithms(True, warn_only=True)  # new memory holds NaN
         try:
-            measure.check(run(0), self.expected, measure.TOLERANCE[self.grad_out.dtype])
+            measure.check(run(), self.expected, measure.TOLERANCE[self.grad_out.dtype])
         finally:
             torch.use_deterministic_algorithms(False)
 

@@ -5,23 +5,23 @@ cheapest becomes the entry. Triton keeps what it has compiled, so that a stopped
 """
 
 import re
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import geometric_mean
 from typing import NamedTuple
 
 import torch
 import triton
 
-from bra_triton.bench.machine_code.analysis import Analysis, Result, analyse_each
-from bra_triton.bench.machine_code.cost_model import KERNEL_NAMES, predict
+from bra_triton.bench.console import progress
+from bra_triton.bench.machine_code.cost_model import predict
 from bra_triton.bench.machine_code.hardware import HARDWARE, latency, table_shared_bytes
-from bra_triton.bench.machine_code.launches import record_attention
-from bra_triton.bench.machine_code.static_analysis import KernelSpecimen
+from bra_triton.bench.machine_code.launches import KERNEL_NAMES, launch_with
+from bra_triton.bench.machine_code.static_analysis import Analysis, Result, analyse, each
 from bra_triton.bench.problems import Problem
 from bra_triton.bench.tuning.search_space import candidates, problems, serves
 from bra_triton.kernels import tiles
+from bra_triton.kernels.plan import Launch
 from bra_triton.kernels.tiles import PLAIN, Key, Tile
 from bra_triton.kernels.tiles.table import Entry, Table, packaged
 
@@ -58,22 +58,29 @@ class Job(NamedTuple):
         return f"{self.arch} {key.kernel} fp{key.bits} head {key.head_dim} {self.tile}{form}"
 
 
-Results = Mapping[Job, Result]
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """One configuration of a size class: its predicted cost, that of the loop alone, and the code."""
+class Ranked(NamedTuple):
+    """One configuration of a size class."""
 
     tile: Tile
-    cost: float
-    loop: float
+    cost: float  # predicted
+    competing: float  # with which cost it competes
+    loop: float  # cost of the loop alone
     serialised: bool
 
-    @property
-    def handicapped_cost(self) -> float:
-        """What it competes with."""
-        return self.cost * (SERIALISED if self.serialised else 1)
+
+Results = dict[Job, Result]
+
+
+def predict_table(keys: Sequence[Key], arch: str, workers: int) -> tuple[Table, list[Key]]:
+    """Compiles what is worth trying for the entries, in so many processes; see `table`."""
+    results: Results = {}
+    plain = [key for key in keys if key.form == PLAIN]
+    compile_all(jobs_of(plain, arch, STAGES[:1]), results, workers)
+    without = [key for key in plain if not rank(key, arch, results)]
+    compile_all(jobs_of(without, arch, STAGES[1:]), results, workers)
+    while more := jobs_of_forms(keys, arch, results):
+        compile_all(more, results, workers)
+    return table(keys, arch, results)
 
 
 def jobs_of(keys: Iterable[Key], arch: str, stages: Sequence[int] = STAGES) -> list[Job]:
@@ -95,34 +102,28 @@ def jobs_of_forms(keys: Iterable[Key], arch: str, results: Results) -> list[Job]
     for key in keys:
         if key.form == PLAIN or len(rank(key, arch, results)) >= FORM_ENOUGH:
             continue
-        plain = replace(key, form=PLAIN)
-        ranked = rank(plain, arch, results) or rank(plain, arch, results, spilling=True)[:FORM_BATCH]
-        forms = [Job.of(arch, key, each.tile) for each in ranked]
+        as_plain = replace(key, form=PLAIN)
+        ranked = rank(as_plain, arch, results) or rank(as_plain, arch, results, spilling=True)[:FORM_BATCH]
+        forms = [Job.of(arch, key, plain.tile) for plain in ranked]
         jobs += [job for job in forms if job not in results][:FORM_BATCH]
     return list(dict.fromkeys(jobs))
 
 
-def compile_all(jobs: Sequence[Job], workers: int) -> dict[Job, Result]:
-    """Compiles and counts, and says on stderr how far it is; the compiler's errors are results, too."""
-    results: dict[Job, Result] = {}
-    todo = [(specimen(job), job.arch) for job in jobs]
-    for job, result in zip(jobs, analyse_each(todo, workers), strict=True):
+def compile_all(jobs: Sequence[Job], results: Results, workers: int) -> None:
+    """Adds the counts of every job, or the compiler's error."""
+    todo = {job: (launch_of(job), job.arch) for job in jobs}
+    for done, (job, result) in enumerate(each(analyse, todo, workers), 1):
         results[job] = result
-        print(f"\r{len(results)}/{len(jobs)} {job!s:<60}", end="", file=sys.stderr, flush=True)
-    if jobs:
-        print(file=sys.stderr)
-    return results
+        progress(done, len(jobs), str(job))
 
 
-def specimen(job: Job) -> KernelSpecimen:
-    """The kernel as a launch would give it to the compiler: the job's tile, and all that its form adds."""
+def launch_of(job: Job) -> Launch:
+    """The launch whose kernel is compiled: with the job's tile, and all that its form adds."""
     key = job.key
     side = 80 if key.form == PLAIN else 79
     routing_weight = "soft" if key.form == tiles.WEIGHTED else "none"
     problem = Problem("", 2, side, side, 2 * key.head_dim, 2, 8, 4, routing_weight)
-    with tiles.use_tiles({key.kernel: job.tile}):
-        launched = record_attention(problem, _DTYPES[key.bits])
-    return next(x.specimen for x in launched if x.specimen.name == KERNEL_NAMES[key.kernel])
+    return launch_with(job.tile, key.kernel, problem, _DTYPES[key.bits])
 
 
 def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[Ranked]:
@@ -133,25 +134,24 @@ def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[
     hardware, ranked = HARDWARE[arch], []
     for job in jobs_of([key], arch):
         code = results.get(job)
-        if isinstance(code, Analysis) and _runs_on(arch, code, spilling):
-            costs = [
-                predict(KERNEL_NAMES[key.kernel], code, problem, hardware, key.bits // 8)
-                for problem in problems(key.size, key.head_dim)
-            ]
-            loop = code.slots_per_score * latency(costs[0].resident_warps)
-            mean = geometric_mean(cost.cost for cost in costs)
-            ranked.append(Ranked(job.tile, mean, loop, code.serialised))
+        if not isinstance(code, Analysis) or code.loop is None:
+            continue
+        spills = code.usage.spills or code.usage.stack_bytes
+        if code.usage.shared_bytes > table_shared_bytes(arch) or (spills and not spilling):
+            continue
+        costs = [
+            predict(KERNEL_NAMES[key.kernel], code, problem, hardware, key.bits // 8)
+            for problem in problems(key.size, key.head_dim)
+        ]
+        mean = geometric_mean(cost.cost for cost in costs)
+        competing = mean * (SERIALISED if code.serialised else 1)
+        loop = code.slots_per_score * latency(costs[0].resident_warps)
+        ranked.append(Ranked(job.tile, mean, competing, loop, code.serialised))
     # Smaller tiles read the other side more often than the costs tell; of the widest heads no others fit.
-    ranked = [r for r in ranked if serves(r.tile, key.size)] or ranked
-    by_cost = sorted(ranked, key=lambda r: (r.handicapped_cost, r.tile.num_warps))
-    tied = [r for r in by_cost if r.handicapped_cost <= TIED * by_cost[0].handicapped_cost]
-    return sorted(tied, key=lambda r: (r.serialised, r.loop)) + by_cost[len(tied) :]
-
-
-def _runs_on(arch: str, code: Analysis, spilling: bool) -> bool:
-    """Whether code has a loop of matrix products, fits the card's shared memory and spills nothing."""
-    keeps = spilling or not (code.usage.spills or code.usage.stack_bytes)
-    return keeps and code.loop is not None and code.usage.shared_bytes <= table_shared_bytes(arch)
+    ranked = [each for each in ranked if serves(each.tile, key.size)] or ranked
+    by_cost = sorted(ranked, key=lambda each: (each.competing, each.tile.num_warps))
+    tied = [each for each in by_cost if each.competing <= TIED * by_cost[0].competing]
+    return sorted(tied, key=lambda each: (each.serialised, each.loop)) + by_cost[len(tied) :]
 
 
 def table(keys: Sequence[Key], arch: str, results: Results) -> tuple[Table, list[Key]]:

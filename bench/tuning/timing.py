@@ -11,32 +11,28 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
-from multiprocessing import get_context
+from functools import cache
 from pathlib import Path
 from statistics import geometric_mean
 
 import torch
 
 from bra_triton.bench import measure
+from bra_triton.bench.console import progress
+from bra_triton.bench.machine_code.launches import launch_with, variant
+from bra_triton.bench.machine_code.static_analysis import compile_for, each
 from bra_triton.bench.problems import Problem
-from bra_triton.bench.tuning.inputs import Inputs
+from bra_triton.bench.tuning.inputs import Inputs, Run
 from bra_triton.bench.tuning.search_space import DEEP_STAGES, EXP_SHARE, candidates, serves
 from bra_triton.kernels import tiles
+from bra_triton.kernels.plan import Launch
 from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT, Key, Tile
 from bra_triton.kernels.tiles import cache as tile_cache
 from bra_triton.kernels.tiles.table import Entry
 
-PASSES = {
-    "forward": (FORWARD,),
-    "backward": (QUERY_GRADIENT, KEY_VALUE_GRADIENT),
-    "both": (FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT),
-}
-# Milliseconds of `run(i)`, with `i` the number of an input set.
-Timer = Callable[[Callable[[int], object], int], float]
+Timer = Callable[[Sequence[Run]], float]  # milliseconds of a run, of which there is one for each input set
 
 
 @dataclass(frozen=True)
@@ -116,20 +112,20 @@ def time_all(
     kept: Path,
     workers: int = 1,
 ) -> None:
-    """Milliseconds of every trial; infinite for what does not run or computes something else.
+    """Adds the milliseconds of every trial to `results`; infinite for what does not run or is wrong.
 
     Args:
         todo: trials, those of a problem together.
-        results: gets the milliseconds of each trial as soon as they are known.
+        results: gets each as soon as it is known.
         device: the card, or the CPU under the interpreter.
         timer: see `device_milliseconds`.
-        kept: file of finished trials under these circumstances, which this run continues.
+        kept: file of finished trials, which this run continues.
         workers: processes that compile beforehand, for a GPU; 1 compiles each when it is timed.
     """
     results.update(_read_kept(kept, todo, device))
     left = [trial for trial in todo if trial not in results]
     if left and workers > 1 and device.type == "cuda":
-        compile_ahead(left, device, workers)
+        compile_ahead(left, tiles.architecture_of(device), workers)
     inputs: Inputs | None = None
     for done, trial in enumerate(left, 1):
         if inputs is None or inputs.problem != trial.problem:
@@ -139,29 +135,22 @@ def time_all(
         results[trial] = milliseconds
         row = {"trial": str(trial), "milliseconds": milliseconds, "why": refusal}
         _note(kept, _circumstances(device, trial) | row)
-        shown = refusal or f"{milliseconds:.4f} ms"
-        progress = f"[{done}/{len(left)}] {trial.kernel} {trial.tile}: {shown}"
-        print(f"\r{progress:<100.100}", end="", file=sys.stderr, flush=True)
+        progress(done, len(left), f"{trial.kernel} {trial.tile}: {refusal or f'{milliseconds:.4f} ms'}")
         if "CUDA error" in refusal or "HIP error" in refusal:
             raise RuntimeError(
                 f"{trial} broke the GPU's context ({refusal}); it is noted, run again to go on"
             )
-    if left:
-        print(file=sys.stderr)
 
 
 def winners(results: Mapping[Trial, float], todo: Sequence[Trial] = ()) -> dict[Key, Entry]:
-    """For every entry that no trial is left of the tile that is fastest over the problems that share it.
-
-    With its mean milliseconds.
-    """
+    """The fastest tile of every entry that no trial is left of, with its mean milliseconds."""
     unfinished = {trial.key for trial in todo if trial not in results}
-    best = {}
+    found = {}
     for key, by_tile in means(results).items():
         tile = min(by_tile, key=by_tile.__getitem__)
         if key not in unfinished and math.isfinite(by_tile[tile]):
-            best[key] = Entry(tile, round(by_tile[tile], 4))
-    return best
+            found[key] = Entry(tile, round(by_tile[tile], 4))
+    return found
 
 
 def means(results: Mapping[Trial, float]) -> dict[Key, dict[Tile, float]]:
@@ -179,47 +168,37 @@ def means(results: Mapping[Trial, float]) -> dict[Key, dict[Tile, float]]:
     }
 
 
-def device_milliseconds(run: Callable[[int], object], n_sets: int) -> float:
-    """Median time that the GPU works on `run`, its cache overwritten before each call, input sets in turn."""
-    runs = [partial(run, index) for index in range(n_sets)]
+def device_milliseconds(runs: Sequence[Run]) -> float:
+    """Median time that the GPU works on a run, its cache overwritten before each."""
     return 1e3 * measure.median_device_seconds(runs, torch.device("cuda"))
 
 
-def compile_ahead(todo: Sequence[Trial], device: torch.device, workers: int) -> None:
+def compile_ahead(todo: Sequence[Trial], arch: str, workers: int) -> None:
     """Fills Triton's cache on disk in processes beside each other: the compiler takes one core, and seconds.
 
     What fails here fails again when it is timed, and is noted there.
     """
-    # Spawned, not forked: a GPU's context does not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        try:
-            for done, _ in enumerate(pool.map(partial(launch_once, device=device), todo), 1):
-                print(f"\r[{done}/{len(todo)}] compiled", end="", file=sys.stderr, flush=True)
-        except BrokenProcessPool as error:
-            print(f"\ncompiling ahead ended early, the rest is compiled when timed: {error}", file=sys.stderr)
-    print(file=sys.stderr)
+    launches = [launch_with(trial.tile, trial.kernel, trial.problem, trial.dtype) for trial in todo]
+    jobs = {variant(launch): (launch, arch) for launch in launches}
+    try:
+        for done, _ in enumerate(each(compile_alone, jobs, workers), 1):
+            progress(done, len(jobs), "compiled")
+    except BrokenProcessPool as error:
+        print(f"\ncompiling ahead ended early, the rest is compiled when timed: {error}", file=sys.stderr)
 
 
-def launch_once(trial: Trial, device: torch.device) -> None:
-    """Launches a trial on two images: kernels are the same for any number of them."""
-    with contextlib.suppress(Exception), tiles.use_tiles({trial.kernel: trial.tile}):
-        inputs = _few_images(replace(trial.problem, batch=2), trial.dtype, device)
-        inputs.check(inputs.runner(trial.kernel))
-
-
-@lru_cache(maxsize=1)
-def _few_images(problem: Problem, dtype: torch.dtype, device: torch.device) -> Inputs:
-    with tiles.use_tiles({}):
-        return Inputs(problem, dtype, device)
+def compile_alone(launch: Launch, arch: str) -> None:
+    """Compiles for Triton's cache; the code itself need not travel between processes."""
+    compile_for(launch, arch)
 
 
 def _time(trial: Trial, inputs: Inputs, timer: Timer) -> tuple[float, str]:
     """Milliseconds of a trial, or infinity and why it is refused."""
     with tiles.use_tiles({trial.kernel: trial.tile}):
         try:
-            run = inputs.runner(trial.kernel)
-            inputs.check(run)
-            return timer(run, len(inputs.sets)), ""
+            runs = inputs.runs(trial.kernel)
+            inputs.check(runs[0])
+            return timer(runs), ""
         except Exception as failure:  # a wrong result, or one of the compiler's and the GPU's many errors
             return math.inf, f"refused: {type(failure).__name__}: {failure}"[:200]
 

@@ -1,13 +1,12 @@
 """The kernel report, compiled on one small problem, and that it fails where it must."""
 
-import json
+from dataclasses import replace
 
 import pytest
 
 from bra_triton.bench import kernel_report
-from bra_triton.bench.machine_code.analysis import Analysis, analyse_all
-from bra_triton.bench.machine_code.cost_model import KERNEL_NAMES
-from bra_triton.bench.machine_code.static_analysis import compile_for, sections
+from bra_triton.bench.machine_code.launches import KERNEL_NAMES, kernel_name
+from bra_triton.bench.machine_code.static_analysis import Analysis, analyse, compile_for, each, sections
 from bra_triton.bench.problems import PROBLEMS
 from bra_triton.kernels import tiles
 
@@ -16,32 +15,31 @@ ONE_PROBLEM = ["--problem", "yolo_p3", "--workers", "1"]
 
 
 @pytest.fixture(scope="module")
-def specimens():
+def launches():
     """The kernels of YOLO's P3 in float16 on sm_80, by name."""
     launched = kernel_report.shipped(PROBLEMS["yolo_p3"], kernel_report.DTYPES["float16"], "sm_80")
-    return {launch.specimen.name: launch.specimen for launch in launched}
+    return {kernel_name(launch): launch for launch in launched}
 
 
-def test_the_report_of_one_problem(tmp_path, capsys):
-    file = tmp_path / "report.json"
-    status = kernel_report.main(["--arch", "sm_90", *ONE_PROBLEM, "--json", str(file), "--markdown"])
+def test_the_report_of_one_problem(capsys):
+    status = kernel_report.main(["--arch", "sm_90", *ONE_PROBLEM, "--markdown"])
     printed = capsys.readouterr().out
-    rows = json.loads(file.read_text())
-    assert status == int(any(row["failures"] for row in rows))
+    rows = kernel_report.collect([PROBLEMS["yolo_p3"]], ["sm_90"])
+    assert status == int(any(row.failures for row in rows))
     assert "| problem" in printed
-    by_kernel = {row["kernel"]: row for row in rows}
+    by_kernel = {row.kernel: row for row in rows}
     for kernel in KERNEL_NAMES.values():
         row = by_kernel[kernel]
-        assert row["analysis"]["loop"]["counts"]["exponentials"] > 0
-        assert row["target"] == kernel_report.TARGETS[kernel, "sm_90", 32]
+        assert row.analysis.loop.counts["exponentials"] > 0
+        assert row.target == kernel_report.TARGETS[kernel, "sm_90"][32]
         # Padding, tail, prologue and epilogue come on top of the loop.
-        assert row["slots_per_useful_score"] > row["slots_per_score"]
-        assert row["cost"]["resident_warps"] > 0
+        assert row.cost.slots_per_useful_score > row.analysis.slots_per_score
+        assert row.cost.resident_warps > 0
         assert kernel in printed
     means = by_kernel["region_means"]
-    assert means["cost"] is None
-    assert means["bytes_of_arguments"] == 16 * (80 * 80 * 192 * 2 + 64 * 128 * 4)
-    assert means["bound"][1] == "memory"
+    assert means.cost is None
+    assert means.bytes_of_arguments == 16 * (80 * 80 * 192 * 2 + 64 * 128 * 4)
+    assert means.bound[1] == "memory"
 
 
 def test_small_maps_are_reported_in_both_forms(monkeypatch):
@@ -81,7 +79,7 @@ def test_a_spill_fails_the_report(monkeypatch, capsys):
 
 def test_a_missed_target_fails_the_report(monkeypatch, capsys):
     kernels_only(monkeypatch, "key_value_gradient")
-    monkeypatch.setitem(kernel_report.TARGETS, ("key_value_gradient", "sm_80", 32), 0.5)
+    monkeypatch.setitem(kernel_report.TARGETS, ("key_value_gradient", "sm_80"), {32: 0.5})
     assert kernel_report.main(["--arch", "sm_80", *ONE_PROBLEM]) == 1
     assert "issue slots per score, target 0.5" in capsys.readouterr().out
 
@@ -91,7 +89,7 @@ def kernels_only(monkeypatch, *names):
     monkeypatch.setattr(
         kernel_report,
         "shipped",
-        lambda *arguments: [x for x in shipped(*arguments) if x.specimen.name in names],
+        lambda *arguments: [x for x in shipped(*arguments) if kernel_name(x) in names],
     )
 
 
@@ -113,28 +111,28 @@ def test_targets_are_for_large_regions_half_precision_and_two_architectures():
     }
 
 
-def test_other_processes_compile_the_same_and_errors_come_back(specimens):
-    good, other = specimens["route"], specimens["invert_graph"]
-    bad = type(good)(**{**vars(good), "constexprs": {}})
-    jobs = [(good, "sm_80"), (bad, "sm_80"), (other, "sm_80"), (good, "sm_80")]
-    first, error, second, again = analyse_all(jobs, workers=2)
-    assert first is again  # compiled once
-    assert isinstance(error, RuntimeError)
-    assert "takes [" in str(error)
-    assert isinstance(second, Analysis)
-    assert first.rest == sections(compile_for(good, "sm_80")).rest != second.rest
+def test_other_processes_compile_the_same_and_errors_come_back(launches):
+    good, other = launches["route"], launches["invert_graph"]
+    bad = replace(good, numbers=())
+    jobs = {"good": (good, "sm_80"), "bad": (bad, "sm_80"), "other": (other, "sm_80")}
+    found = dict(each(analyse, jobs, workers=2))
+    assert list(found) == list(jobs)
+    assert isinstance(found["bad"], RuntimeError)
+    assert "missing" in str(found["bad"])
+    assert isinstance(found["other"], Analysis)
+    assert found["good"].rest == sections(compile_for(good, "sm_80")).rest != found["other"].rest
 
 
 def test_the_sections_of_a_kernel_as_launched():
     """With a tile whose tap loop the compiler keeps; with others it unrolls the taps into the rest."""
     with tiles.use_tiles({tiles.FORWARD: tiles.Tile(128, 64, 4, 3)}):
         launched = kernel_report.shipped(PROBLEMS["yolo_p3"], kernel_report.DTYPES["float16"], "sm_80")
-    specimen = next(x.specimen for x in launched if x.specimen.name == "attention_forward")
-    found = sections(compile_for(specimen, "sm_80"))
+    launch = next(x for x in launched if kernel_name(x) == "attention_forward")
+    found = sections(compile_for(launch, "sm_80"))
     # The tail takes the same products in narrower steps, a tap of LePE none.
     assert 0 < found.tail.counts["matrix"] < found.loop.counts["matrix"]
     assert found.taps.counts["matrix"] == 0 < found.taps.counts["global_loads"]
     # A head's channels of 128 tokens.
-    assert found.taps.counts["fp32"] >= 32 * 128 // (32 * specimen.num_warps)
+    assert found.taps.counts["fp32"] >= 32 * 128 // (32 * launch.options["num_warps"])
     assert found.rest.counts["matrix"] == 0 < found.rest.counts["global_stores"]
     assert found.loop.counts["global_stores"] == 0

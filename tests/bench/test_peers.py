@@ -32,10 +32,11 @@ def inputs(request):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", ["fused", "reference", "gather", "flex", "torch"])
-def test_routed_peers_equal_the_reference(name, inputs):
+def test_routed_peers_equal_the_reference(name, inputs, monkeypatch):
+    monkeypatch.setattr(peers, "compiled_flex_attention", lambda: peers.flex_attention)
     problem, qkv, padding = inputs
     backend = "triton" if name == "torch" else "torch"  # of which it is a peer
-    peer = peers.peers_for(problem, backend, padding, compile_flex=False)[name]
+    peer = peers.peers_for(problem, backend, padding)[name]
     expected = attend(qkv, problem, problem.topk, padding)
     torch.testing.assert_close(peer.attend(qkv), expected, rtol=1e-10, atol=1e-10)
 
@@ -55,11 +56,12 @@ def test_the_definition_of_the_largest_maps_keeps_no_scores():
     assert "torch" in peer_times.definition(PROBLEMS["issue_21"], None, is_dense=False).includes  # 238 GB
 
 
-def test_the_torch_backend_is_a_peer_of_the_triton_backend_alone(capsys):
+def test_the_torch_backend_is_a_peer_of_the_triton_backend_alone(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tuple(peers.peers_for(WHOLE, "triton")) == peers.NAMES
     assert tuple(peers.peers_for(WHOLE, "torch")) == tuple(n for n in peers.NAMES if n != "torch")
     with pytest.raises(SystemExit):
-        peer_times.main(["--device", "cpu", "--peers", "fused", "torch"])
+        peer_times.main(["--peers", "fused", "torch"])
     assert "--peers torch: here that is the fused backend" in capsys.readouterr().err
 
 
@@ -87,8 +89,12 @@ def test_peers_refuse_what_they_cannot_compare(name):
 
 
 class TestBenchmark:
+    @pytest.fixture(autouse=True)
+    def _on_the_cpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
     def options(self, *more):
-        return ["--device", "cpu", "--batch", "1", "--repeats", "1", "--no-compile", *more]
+        return ["--batch", "1", "--repeats", "1", *more]
 
     def test_figures_of_a_row(self, tmp_path, capsys):
         names, file = ["fused", "reference"], tmp_path / "rows.json"
@@ -162,9 +168,16 @@ class TestBenchmark:
         assert "2 of 4 passes give the right result" in out
         assert "checked" in out
 
-    def test_kernels_that_cannot_run_are_a_failure(self, capsys):
-        flags = ["--check-only", "--peers", "fused", "dense", "--backend", "nonsense"]
-        assert peer_times.main(self.options(*flags)) == 1
+    def test_kernels_that_cannot_run_are_a_failure(self, monkeypatch, capsys):
+        def peers_for(problem, backend, padding):
+            found = peers.peers_for(problem, "torch", padding)
+            return found | {"fused": peers.peers_for(problem, "nonsense", padding)["fused"]}
+
+        monkeypatch.setattr(peer_times, "peers_for", peers_for)
+        monkeypatch.setattr(
+            peer_times, "definition", lambda *arguments: peers.peers_for(WHOLE, "torch")["dense"]
+        )
+        assert peer_times.main(self.options("--check-only", "--peers", "fused", "dense")) == 1
         assert "FAILED: tiny, batch 1, fused, forward: ValueError: backend must be" in capsys.readouterr().out
 
     def test_data_that_routes_differently_for_every_input_set(self):

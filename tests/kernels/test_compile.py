@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from bra_triton.bench.machine_code.hardware import BLOCK_SHARED_BYTES, table_shared_bytes
-from bra_triton.bench.machine_code.launches import launches_of, record_attention
+from bra_triton.bench.machine_code.launches import arguments_of, kernel_name, record_attention, variant
 from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
 from bra_triton.bench.problems import PROBLEMS, Problem
 from bra_triton.kernels import tiles
-from bra_triton.kernels.arrays import channels
+from bra_triton.kernels.arrays import Buffer, channels
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.routed import plan_attend_routed, plan_attend_routed_backward
 from bra_triton.kernels.routing.launch import Routing, launch_route
@@ -74,35 +74,35 @@ KERNELS = {
 }
 
 
-def _for(arch, specimen):
+def _for(arch, launch):
     """What a launch on that architecture would change besides its tiles: AMD has no TF32."""
-    if not arch.startswith("gfx") or "PRECISION" not in specimen.constants:
-        return specimen
-    config = specimen.constexprs["CONFIG"]._replace(PRECISION="ieee")
-    return dataclasses.replace(specimen, constexprs={**specimen.constexprs, "CONFIG": config})
+    *numbers, config = launch.numbers
+    if not arch.startswith("gfx") or not hasattr(config, "PRECISION"):
+        return launch
+    return dataclasses.replace(launch, numbers=(*numbers, config._replace(PRECISION="ieee")))
 
 
 _usages = {}
 
 
-def _usage(specimen, arch):
-    """Kernels around the attention are the same in most modes: each is compiled once a process."""
-    key = (repr(specimen), arch)
+def _usage(launch, arch):
+    """Kernels around the attention are the same in most modes: each is taken apart once a process."""
+    key = (variant(launch), arch)
     if key not in _usages:
-        _usages[key] = resource_usage(compile_for(_for(arch, specimen), arch))
+        _usages[key] = resource_usage(compile_for(_for(arch, launch), arch))
     return _usages[key]
 
 
 def _check(problem, dtype, arch, expected=KERNELS, record=record_attention):
     with tiles.use_architecture(arch):
-        specimens = [launch.specimen for launch in record(problem, dtype)]
+        launched = record(problem, dtype)
     # Where the table has LePE apart there is a launch more.
-    assert {specimen.name for specimen in specimens} - {"lepe_forward"} == expected
-    for specimen in specimens:
-        usage = _usage(specimen, arch)
-        assert usage.shared_bytes <= BLOCK_SHARED_BYTES[arch], specimen.name
+    assert {*map(kernel_name, launched)} - {"lepe_forward"} == expected
+    for launch in launched:
+        usage = _usage(launch, arch)
+        assert usage.shared_bytes <= BLOCK_SHARED_BYTES[arch], launch.name
         if arch in SPILL_FREE:
-            assert usage.spills == 0, (specimen.name, usage)
+            assert usage.spills == 0, (launch.name, usage)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def _record_given(problem, dtype):
     out = routed.value.contiguous()
     lse = out.new_empty(problem.batch, problem.num_heads, *out.shape[1:3], dtype=torch.float32)
     backward = plan_attend_routed_backward(routed, (out, out, lse))
-    return [*launches_of(forward), *launches_of(backward)]
+    return [*forward.launches, *backward.launches]
 
 
 def test_a_graph_for_each_head_compiles_fits_and_does_not_spill():
@@ -191,10 +191,11 @@ def test_pieces_of_other_heads_are_summed_without_spills(head_dim, arch):
     """
     problem = Problem("", 2, 20, 20, 2 * head_dim, 2, 4, 4)
     with tiles.use_architecture(arch), tiles.use_form(ROUTED):
-        specimens = [launch.specimen for launch in record_attention(problem, torch.float16)]
-    (finish,) = (specimen for specimen in specimens if specimen.name == "finish_gradients")
-    assert finish.constexprs["SUMS"].HAS_PIECES
-    assert finish.constants["QK_HEAD_DIM"] == head_dim
+        launched = record_attention(problem, torch.float16)
+    (finish,) = (launch for launch in launched if kernel_name(launch) == "finish_gradients")
+    arguments = arguments_of(finish)
+    assert arguments["SUMS"].HAS_PIECES
+    assert arguments["QK_HEAD_DIM"] == head_dim
     assert _usage(finish, arch).spills == 0
 
 
@@ -207,8 +208,8 @@ def test_routing_fits_every_card_of_an_architecture(n_regions, arch):
     query, key = (channels(plan.given[0], start, start + 64) for start in (0, 64))
     r_weight, r_idx = (plan.output((2, n_regions, topk), dtype) for dtype in (torch.float32, torch.int32))
     launch_route(plan, Routing(query, key, r_weight, r_idx, 1.0))
-    (launch,) = launches_of(plan)
-    usage = _usage(launch.specimen, arch)
+    (launch,) = plan.launches
+    usage = _usage(launch, arch)
     assert usage.spills == 0
     assert usage.shared_bytes <= table_shared_bytes(arch)
 
@@ -224,13 +225,14 @@ def test_the_check_sees_a_spill():
 def test_no_kernel_is_compiled_anew_for_a_size_that_divides_well(problem):
     """Triton would compile apart for sizes of 1 and multiples of 16."""
     for launch in record_attention(problem, torch.float16):
-        specimen = launch.specimen
-        for parameter in specimen.kernel.params:
-            if specimen.signature.get(parameter.name) == "i32":
-                assert parameter.do_not_specialize, (specimen.name, parameter.name)
-        groups = [kind for kind in specimen.signature.values() if isinstance(kind, tuple)]
-        # What `do_not_specialize` says does not hold in a group: sizes must stay outside.
-        assert all(kind == "constexpr" or kind[0] == "*" for group in groups for kind in group), specimen.name
+        for parameter, value in zip(launch.kernel.params, launch.arguments, strict=True):
+            if parameter.is_constexpr:
+                continue
+            if isinstance(value, int):
+                assert parameter.do_not_specialize, (launch.name, parameter.name)
+            # What `do_not_specialize` says does not hold in a group: sizes must stay outside.
+            members = value if isinstance(value, tuple) else ()
+            assert all(member is None or isinstance(member, Buffer) for member in members), launch.name
 
 
 @pytest.mark.parametrize("name", ["yolo_p3", "padded_soft"])
@@ -242,9 +244,6 @@ def test_ten_image_sizes_are_one_compilation(name):
         # Regions of 64 to 169 tokens take one tile; the two maps of a mode stay padded or not.
         odd = 0 if name == "yolo_p3" else 1
         sized = dataclasses.replace(problem, height=side // 8 * 8 - odd, width=side // 8 * 8 + 8 - odd)
-        for launch in record_attention(sized, torch.float16):
-            specimen = launch.specimen
-            key = (specimen.name, str(specimen.signature), str(specimen.constexprs), specimen.num_warps)
-            distinct.add((*key, specimen.divisible, specimen.num_stages))
-    names = [name for name, *_ in distinct]
+        distinct |= {(launch.name, variant(launch)) for launch in record_attention(sized, torch.float16)}
+    names = [name for name, _ in distinct]
     assert sorted(names) == sorted(set(names))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bra_triton.bench.machine_code.launches import launches_of
+from bra_triton.bench.machine_code.launches import kernel_name, variant
 from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
 from bra_triton.kernels.arrays import channels
 from bra_triton.kernels.grid import RegionGrid
@@ -17,8 +17,8 @@ from bra_triton.kernels.problem import Lepe
 pytestmark = pytest.mark.compiled
 
 
-def specimens(side: int, dtype: torch.dtype, kernel: int = 3, n_win: int = 8, dim: int = 64):
-    """The kernels as a launch on a GPU would compile them."""
+def launches(side: int, dtype: torch.dtype, kernel: int = 3, n_win: int = 8, dim: int = 64):
+    """The launches of LePE's forward and backward."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -38,7 +38,7 @@ def specimens(side: int, dtype: torch.dtype, kernel: int = 3, n_win: int = 8, di
     )
     grad_value = channels(grad_qkv, 2 * dim, 3 * dim)
     planned.lepe_gradient(plan, attention, grad_value, lepe, sums)
-    return [launch.specimen for launch in launches_of(plan)]
+    return plan.launches
 
 
 @pytest.mark.parametrize(
@@ -49,24 +49,24 @@ def specimens(side: int, dtype: torch.dtype, kernel: int = 3, n_win: int = 8, di
     + [(40, 3, arch, torch.float16) for arch in ("sm_80", "sm_90")],
 )
 def test_kernels_compile_and_do_not_spill(side, kernel, dtype, arch):
-    found = specimens(side, dtype, kernel)
-    assert [specimen.name for specimen in found] == ["lepe_forward", "lepe_backward", "finish_gradients"]
-    for specimen in found:
-        usage = resource_usage(compile_for(specimen, arch))
-        assert usage.spills == 0, (specimen.name, usage)
+    found = launches(side, dtype, kernel)
+    assert [*map(kernel_name, found)] == ["lepe_forward", "lepe_backward", "finish_gradients"]
+    for launch in found:
+        usage = resource_usage(compile_for(launch, arch))
+        assert usage.spills == 0, (launch.name, usage)
 
 
 def test_the_check_sees_a_spill(monkeypatch):
     """The same check on a tile that cannot fit the registers: it must fail."""
     monkeypatch.setattr(triton_lepe, "BACKWARD_TILE", (128, 32, 1))
-    usage = resource_usage(compile_for(specimens(40, torch.float32)[1], "sm_90"))
+    usage = resource_usage(compile_for(launches(40, torch.float32)[1], "sm_90"))
     assert usage.spills > 0
 
 
 @pytest.mark.parametrize("name", ["lepe_forward", "lepe_backward"])
 def test_values_are_read_and_gradients_written_16_bytes_at_a_time(name):
-    specimen = next(s for s in specimens(20, torch.float16) if s.name == name)
-    sass = compile_for(specimen, "sm_90").sass
+    launch = next(each for each in launches(20, torch.float16) if kernel_name(each) == name)
+    sass = compile_for(launch, "sm_90").sass
     assert "LDG.E.128" in sass
     assert "STG.E.128" in sass
     # Only the weights, k * k apart, are read one by one: those of the thread's 8 channels.
@@ -75,8 +75,7 @@ def test_values_are_read_and_gradients_written_16_bytes_at_a_time(name):
 
 def test_sizes_do_not_compile_anew():
     """Ultralytics trains with changing image sizes."""
-    for small, large in zip(specimens(20, torch.float16), specimens(44, torch.float16), strict=True):
-        assert (small.signature, small.constexprs) == (large.signature, large.constexprs)
-        sizes = [p for p in small.kernel.params if small.signature.get(p.name) == "i32"]
-        assert len(sizes) == (7 if small.name == "finish_gradients" else 4)
-        assert all(size.do_not_specialize for size in sizes), small.name
+    for small, large in zip(launches(20, torch.float16), launches(44, torch.float16), strict=True):
+        assert variant(small) == variant(large)
+        sizes = [value for value in small.numbers if isinstance(value, int)]
+        assert len(sizes) == (7 if kernel_name(small) == "finish_gradients" else 4)

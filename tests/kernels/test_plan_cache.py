@@ -26,7 +26,7 @@ class _Streams(threading.local):
 @pytest.fixture
 def streams(monkeypatch):
     found = _Streams()
-    monkeypatch.setattr(stand_in._Driver, "get_current_stream", lambda self, device=0: found.current)
+    monkeypatch.setattr(stand_in, "current_stream", lambda device: found.current)
     return found
 
 

@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.cost_model import (
-    KERNEL_NAMES,
     Walk,
     bytes_moved,
     fma_per_score,
@@ -21,7 +19,8 @@ from bra_triton.bench.machine_code.hardware import (
     Hardware,
     table_shared_bytes,
 )
-from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES, LoopMix, Usage
+from bra_triton.bench.machine_code.launches import KERNEL_NAMES
+from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES, Analysis, LoopMix, Usage
 from bra_triton.bench.problems import MODELS, PROBLEMS, Problem
 
 # One SM of round rates, a clock a second.

@@ -1,14 +1,18 @@
 """What is compiled for the report is what a launch on such a GPU compiles."""
 
+from dataclasses import replace
+from itertools import combinations
+
 import pytest
 import torch
+from triton import knobs
 
 from bra_triton.bench import stand_in
-from bra_triton.bench.machine_code.launches import launches_of, record_attention
+from bra_triton.bench.machine_code.launches import bytes_of_arguments, record_attention, variant
 from bra_triton.bench.machine_code.static_analysis import compile_for
 from bra_triton.bench.problems import PROBLEMS, Problem
 from bra_triton.kernels.packed import plan_attend
-from bra_triton.kernels.problem import PackedAttention
+from bra_triton.kernels.plan import Plan
 
 # Keys and values start at 8 and 16 bytes: only the latter can be loaded 16 bytes at a time.
 NARROW = Problem("", 1, 4, 4, 4, 1, 2, 2, side_dwconv=0)
@@ -16,20 +20,45 @@ NARROW = Problem("", 1, 4, 4, 4, 1, 2, 2, side_dwconv=0)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled")
 def test_interpreted_kernels_are_refused():
-    with pytest.raises(TypeError, match="is not compiled; is TRITON_INTERPRET set"):
-        record_attention(PROBLEMS["tiny"], torch.float16)
+    launch = record_attention(PROBLEMS["tiny"], torch.float16)[0]
+    with pytest.raises(TypeError, match="is TRITON_INTERPRET set"):
+        compile_for(launch, "sm_90")
+
+
+def test_a_launch_moves_what_its_arrays_hold():
+    """A packed map of 4 x 4 tokens and 12 channels, and the means of 8 of these in 4 regions, in float32."""
+    means = record_attention(NARROW, torch.float16)[0]
+    assert bytes_of_arguments(means) == 16 * 12 * 2 + 4 * 8 * 4
 
 
 @pytest.mark.compiled
-def test_a_specimen_compiles_to_what_triton_itself_compiles_for_the_launch():
-    settings = NARROW.settings
-    qkv = torch.empty(1, 4, 4, 12, dtype=torch.float16)
-    plan = plan_attend(PackedAttention(qkv, None, None, None, None, None, settings), trains=False)
-    with stand_in.without_gpu():
-        theirs = [x.kernel.warmup(*x.arguments, grid=x.grid, **x.options) for x in plan.launches]
-    for launch, compiled in zip(launches_of(plan), theirs, strict=True):
-        ours = compile_for(launch.specimen, stand_in.ARCH)
-        assert ours.asm["ptx"] == compiled.asm["ptx"], launch.specimen.name
-    forward = launches_of(plan)[-1].specimen
-    assert forward.divisible >= {"maps.query", "maps.value"}
-    assert "maps.key" not in forward.divisible
+def test_launches_with_tensors_find_what_was_compiled_for_them(tmp_path):
+    """In Triton's cache on disk: the code is the same to the last option."""
+    plan, tensors = _forward(NARROW, "cpu")
+    hits = []
+    with knobs.cache.scope(), knobs.compilation.scope():
+        knobs.cache.dir = str(tmp_path)
+        for launch in plan.launches:
+            launch.kernel.device_caches.clear()
+            compile_for(launch, stand_in.ARCH)
+        knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+        with stand_in.without_gpu():
+            plan.run(*tensors)
+    assert hits == [True] * len(plan.launches)
+
+
+@pytest.mark.compiled
+def test_variants_are_what_triton_compiles_apart():
+    """Another batch is the same variant; wider slices, which start elsewhere, are not."""
+    problems = [NARROW, replace(NARROW, batch=16), replace(NARROW, dim=8, qk_dim=8)]
+    launches = [_forward(problem)[0].launches[-1] for problem in problems]
+    with stand_in.driver_of("sm_90", device="sm_90"):
+        codes = [each.kernel.warmup(*each.arguments, grid=each.grid, **each.options) for each in launches]
+    found = [variant(launch) for launch in launches]
+    assert [a == b for a, b in combinations(found, 2)] == [a is b for a, b in combinations(codes, 2)]
+    assert len({*found}) == 2
+
+
+def _forward(problem: Problem, device: str = "meta") -> tuple[Plan, tuple[torch.Tensor | None, ...]]:
+    attention = problem.attention(lambda *shape: torch.empty(shape, dtype=torch.float16, device=device))
+    return plan_attend(attention, trains=False), attention.tensors

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from stopwatch import FORWARD_TINY, TINY, Stopwatch, measure
+from triton import knobs
 
-from bra_triton.bench import autotune
+from bra_triton.bench import autotune, stand_in
 from bra_triton.bench import measure as measuring
+from bra_triton.bench.machine_code.launches import KERNEL_NAMES
 from bra_triton.bench.problems import Problem
-from bra_triton.bench.tuning import inputs, prediction, timing
+from bra_triton.bench.tuning import inputs, timing
 from bra_triton.bench.tuning.search_space import candidates, problems, serves
 from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import cache as tile_cache
-from bra_triton.kernels.tiles import choice
 from bra_triton.kernels.tiles import table as tile_table
 from bra_triton.kernels.tiles.table import BITS, HEAD_DIMS, KERNELS, SIZES, Key, Tile
 
@@ -104,37 +105,32 @@ def test_saving_writes_what_was_measured_into_the_shipped_table(tried, device, m
     assert table == replace(shipped, entries={**shipped.entries, key: entry})
 
 
-def test_what_compiles_ahead_launches_every_trial_and_minds_no_failure(device, monkeypatch):
-    """On two images of the problem, whatever it has: kernels are the same."""
-    problem = autotune._problems(autotune._parser().parse_args(TINY))[0]
-    good = timing.Trial(replace(problem, batch=50), torch.float16, tiles.FORWARD, Tile(16, 32, 1, 2))
-    launched, check = [], inputs.Inputs.check
+def test_a_compiler_that_dies_does_not_end_the_run(monkeypatch, capsys):
+    def die(*args):
+        raise BrokenProcessPool("terminated abruptly")
 
-    def note(self, run):
-        launched.append((self.problem.batch, choice._forced.get()))
-        if len(launched) == 1:
-            raise RuntimeError("out of resource: shared memory")
-        check(self, run)
-
-    monkeypatch.setattr(inputs.Inputs, "check", note)
-    timing.launch_once(good, device)
-    timing.launch_once(good, device)
-    assert launched == 2 * [(2, {tiles.FORWARD: good.tile})]
-
-
-def test_a_compiler_that_dies_does_not_end_the_run(device, monkeypatch, capsys):
-    class Dying:
-        def __init__(self, *args, **kwargs): ...
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *args): ...
-        def map(self, *args):
-            raise BrokenProcessPool("terminated abruptly")
-
-    monkeypatch.setattr(timing, "ProcessPoolExecutor", Dying)
-    timing.compile_ahead([], device, 2)
+    monkeypatch.setattr(timing, "each", die)
+    timing.compile_ahead([], "sm_90", 2)
     assert "compiled when timed: terminated abruptly" in capsys.readouterr().err
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("weight", ["none", "soft"])
+def test_what_is_timed_finds_what_was_compiled_ahead(kernel, weight, tmp_path):
+    """In Triton's cache on disk, where a stand-in for the driver launches what is timed."""
+    problem = Problem("", 1, 4, 4, 16, 1, 2, 2, weight)
+    trial = timing.Trial(problem, torch.float16, kernel, Tile(16, 32, 1, 2))
+    hits = []
+    with knobs.cache.scope(), knobs.compilation.scope(), stand_in.without_gpu():
+        knobs.cache.dir = str(tmp_path)
+        drawn = inputs.Inputs(problem, torch.float16, torch.device("cpu"))
+        timing.compile_ahead([trial], stand_in.ARCH, 1)
+        knobs.compilation.listener = lambda *, src, cache_hit, **_: hits.append((src.name, cache_hit))
+        with tiles.use_tiles({kernel: trial.tile}):
+            drawn.runs(kernel)[0]()
+    found = [hit for name, hit in hits if name == f"{KERNEL_NAMES[kernel]}_kernel"]
+    assert found == [True]
 
 
 def test_the_fastest_is_timed_again_with_what_else_the_table_decides(device, monkeypatch):
@@ -176,7 +172,7 @@ def test_a_backward_pass_times_both_its_kernels(device, monkeypatch):
     monkeypatch.setattr(timing, "candidates", lambda *args: [])
     monkeypatch.setattr(timing, "variants", lambda *args: [])
     timer = Stopwatch()
-    measure([*TINY, "--pass", "backward", "--dtype", "bfloat16"], timer, device)
+    measure([*TINY, "--kernel", "query_gradient", "key_value_gradient", "--dtype", "bfloat16"], timer, device)
     assert len(timer.timed) == 2  # what both use so far
     assert {key.kernel for key in tile_cache.read(timing.card_name(device))} == {
         tiles.QUERY_GRADIENT,
@@ -210,22 +206,22 @@ def test_routing_weights_are_timed_for_the_entries_that_launches_take(
 
 @pytest.mark.parametrize("fault", ["wrong", "nan", "error"])
 def test_what_computes_something_else_is_refused(fault, tried, device, monkeypatch):
-    good, broken = inputs.Inputs.runner, tried[1]
+    good, broken = inputs.Inputs.runs, tried[1]
 
-    def runner(self, kernel):
-        run = good(self, kernel)
+    def runs(self, kernel):
+        found = good(self, kernel)
         if tiles.choose(tiles.FORWARD, torch.float16, 16, 4, device) != broken:
-            return run
+            return found
 
-        def faulty(index):
+        def faulty():
             if fault == "error":
                 raise RuntimeError("out of resource: shared memory")
-            out = run(index)["output"]
+            out = found[0]()["output"]
             return {"output": out.roll(1, dims=1) if fault == "wrong" else out * math.nan}
 
-        return faulty
+        return [faulty]
 
-    monkeypatch.setattr(inputs.Inputs, "runner", runner)
+    monkeypatch.setattr(inputs.Inputs, "runs", runs)
     timer = Stopwatch({broken: 0.1, tried[2]: 0.5})
     measure(FORWARD_TINY, timer, device)
     assert broken not in timer.timed
@@ -238,10 +234,10 @@ def test_what_computes_something_else_is_refused(fault, tried, device, monkeypat
 
 
 def test_a_broken_context_ends_the_run(device, monkeypatch):
-    def runner(self, kernel):
+    def runs(self, kernel):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(inputs.Inputs, "runner", runner)
+    monkeypatch.setattr(inputs.Inputs, "runs", runs)
     with pytest.raises(RuntimeError, match="broke the GPU's context"):
         measure(FORWARD_TINY, Stopwatch(), device)
     assert len((tile_cache.folder() / "timings.jsonl").read_text().strip().splitlines()) == 1
@@ -259,9 +255,9 @@ def test_what_is_timed_launches_the_tile_in_force(kernel, device, monkeypatch):
     monkeypatch.setattr(inputs.Plan, "run", plan)
     tile = Tile(16, 32, 2, 5)
     with tiles.use_tiles({kernel: tile}), pytest.raises(RuntimeError, match="enough"):
-        drawn.runner(kernel)(0)
+        drawn.runs(kernel)[0]()
     stages = {x.name: x.options.get("num_stages") for x in planned[0].launches}
-    assert stages[f"{prediction.KERNEL_NAMES[kernel]}_kernel"] == 5
+    assert stages[f"{KERNEL_NAMES[kernel]}_kernel"] == 5
 
 
 def test_what_is_timed_adds_to_lepes_gradient_as_launches_do(device):
@@ -277,14 +273,14 @@ def test_what_is_timed_adds_to_lepes_gradient_as_launches_do(device):
 def test_what_a_launch_leaves_unwritten_is_seen(device):
     """Memory of a right result that was freed would pass for one."""
     drawn = inputs.Inputs(autotune._problems(autotune._parser().parse_args(TINY))[0], torch.float16, device)
-    right = drawn.runner(tiles.FORWARD)
+    right = drawn.runs(tiles.FORWARD)[0]
     drawn.check(right)
 
-    def nothing_written(index):
+    def nothing_written():
         torch.full((1000,), 7.0)  # freed
         new = torch.empty(1000)
         assert new.isnan().all()
-        return {"output": torch.empty_like(right(index)["output"])}
+        return {"output": torch.empty_like(right()["output"])}
 
     with pytest.raises(measuring.WrongResultError, match="output is off by nan"):
         drawn.check(nothing_written)

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from bra_triton.bench import autotune
-from bra_triton.bench.machine_code.analysis import Analysis
 from bra_triton.bench.machine_code.hardware import table_shared_bytes
-from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES, LoopMix, Usage
+from bra_triton.bench.machine_code.launches import arguments_of
+from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES, Analysis, LoopMix, Usage
 from bra_triton.bench.tuning import prediction
 from bra_triton.bench.tuning.prediction import Job
 from bra_triton.bench.tuning.search_space import candidates, serves
@@ -82,7 +82,7 @@ class TestRanking:
 @pytest.mark.parametrize("form", tiles.FORMS)
 def test_what_is_predicted_adds_to_lepes_gradient_as_launches_do(form):
     job = Job.of("sm_90", Key(tiles.KEY_VALUE_GRADIENT, 16, 32, 64, form), Tile(64, 64, 4, 3))
-    assert prediction.specimen(job).constants["ADDS_TO_VALUE"]
+    assert arguments_of(prediction.launch_of(job))["ADDS_TO_VALUE"]
 
 
 @pytest.mark.compiled
