@@ -111,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = _slug(f"{versions['card'] or 'cpu'}-{versions['date']}")
     out = options.out or ROOT / "runs" / "bench" / "results" / folder
     plan = plan_of(options, out)
+    checks_limit = min(CHECKS_LIMIT, CHECKS_SHARE * options.budget_seconds)
 
     def save() -> dict[str, Any]:
         found = {job.name: _record(part, job) for part, planned in plan.items() for job in planned}
@@ -126,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for part, planned in plan.items():
             save()
-            deadline = min(start + options.budget_seconds, time.monotonic() + _limit(part, options))
+            limit = checks_limit if part == CHECKS else _parts_on(options.device)[part].limit
+            deadline = min(start + options.budget_seconds, time.monotonic() + limit)
             workers = options.workers if part in BESIDE else 1
             for job in jobs.run_all(planned, workers, deadline, ROOT, _environment(part, options, out)):
                 save()
@@ -184,29 +186,29 @@ def plan_of(options: argparse.Namespace, out: Path) -> dict[str, list[Job]]:
         # The interpreter leaves some modes out, and what compiles is left out where the interpreter runs.
         passes = (0, NO_TESTS) if options.device == "cpu" else (0,)
         modes = GPU_TESTS / "test_modes.py"
-        plan[CHECKS] += [
-            _tests(out, file, passes) for file in sorted({*GPU_TESTS.glob("test_*.py")} - {modes})
-        ]
+        plan[CHECKS] += _files(out, sorted({*GPU_TESTS.glob("test_*.py")} - {modes}), passes)
         for mode in all_modes():
             plan[CHECKS].append(_job(out, f"mode {mode}", f"pytest -k '[{mode}-' {modes}", passes))
     plan[CHECKS].sort(key=lambda job: [not job.name.startswith(name) for name in ORDER_OF_CHECKS])
     if SUITE in parts:
-        # What is marked `compiled` compiles for GPUs that are not here: `make test` does that.
-        files = (
-            file for name in ("kernels", "bra_triton") for file in (ROOT / "tests" / name).glob("test_*.py")
-        )
-        plan[SUITE] = [_tests(out, file, (0, NO_TESTS), "-m 'not compiled'") for file in sorted(files)]
+        folders = (ROOT / "tests" / name for name in ("kernels", "bra_triton"))
+        files = sorted(file for folder in folders for file in folder.glob("test_*.py"))
+        plan[SUITE] = _files(out, files, (0, NO_TESTS))
     return plan
+
+
+def _files(out: Path, files: Sequence[Path], passes: Sequence[int]) -> list[Job]:
+    """A job for each file of tests; what is marked `compiled` needs no GPU, and `make test` runs it."""
+    return [
+        _job(out, f"file {file.parent.name}/{file.stem}", f"pytest -m 'not compiled' {file}", passes)
+        for file in files
+    ]
 
 
 def all_modes() -> list[str]:
     """Names of the modes of `tests/gpu/modes.py`, by which its tests are named."""
     sys.path += [str(ROOT / "tests"), str(GPU_TESTS)]
     return [mode.name for mode in importlib.import_module("modes").MODES]
-
-
-def _tests(out: Path, file: Path, passes: Sequence[int], flags: str = "") -> Job:
-    return _job(out, f"file {file.parent.name}/{file.stem}", f"pytest {flags} {file}", passes)
 
 
 def _job(out: Path, name: str, text: str, passes: Sequence[int] = (0,)) -> Job:
@@ -219,12 +221,6 @@ def _job(out: Path, name: str, text: str, passes: Sequence[int] = (0,)) -> Job:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
-
-
-def _limit(part: str, options: argparse.Namespace) -> float:
-    if part == CHECKS:
-        return min(CHECKS_LIMIT, CHECKS_SHARE * options.budget_seconds)
-    return _parts_on(options.device)[part].limit
 
 
 def _environment(part: str, options: argparse.Namespace, out: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The measuring module: time in medians and minima, memory, whether a result is right, and circumstances."""
 
 import datetime
-import functools
+import itertools
 import os
 import platform
 import random
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,19 +72,14 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits for a GPU; on the CPU there is nothing to wait for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def wall_seconds(run: Run, device: torch.device = CPU, *, waits: bool = True) -> float:
     """Wall time of one call, which starts on an idle device; with `waits` until the device is idle again."""
-    synchronize(device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     run()
     if waits:
-        synchronize(device)
+        wait()
     return time.perf_counter() - start
 
 
@@ -130,23 +126,22 @@ def median_device_seconds(
     Python enqueues the run, so that the time to launch kernels does not count (`median_seconds` counts it).
     On the CPU, whose caches stay as they are, it is the wall time.
     """
-    enqueued = [
-        wall_seconds(runs[index % len(runs)], device, waits=False) for index in range(max(warm_up, len(runs)))
-    ]
+    turns = itertools.cycle(runs)
+    enqueued = [wall_seconds(next(turns), device, waits=False) for _ in range(max(warm_up, len(runs)))]
     if device.type != "cuda":
-        return statistics.median(wall_seconds(runs[index % len(runs)]) for index in range(repeats))
+        return statistics.median(wall_seconds(next(turns)) for _ in range(repeats))
     least, most = HEAD_START_BOUNDS
     head_start = min(most, max(least, HEAD_START * max(enqueued[-2:])))  # the first ones compile
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
-    for index, (start_event, end_event) in enumerate(events):
-        synchronize(device)  # or a long queue would block, and Python fall behind again
+    for start, end in events:
+        torch.cuda.synchronize(device)  # or a long queue would block, and Python fall behind again
         flush.zero_()
         torch.cuda._sleep(int(head_start * CYCLES_PER_SECOND))
-        start_event.record()
-        runs[index % len(runs)]()
-        end_event.record()
-    synchronize(device)
+        start.record()
+        next(turns)()
+        end.record()
+    torch.cuda.synchronize(device)
     return statistics.median(start.elapsed_time(end) / 1e3 for start, end in events)
 
 
@@ -183,21 +178,17 @@ def peak_bytes(run: Run, device: torch.device) -> int:
     """
     run()  # caches and lazily made buffers are not the run's
     if device.type == "cuda":
-        synchronize(device)
+        torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        synchronize(device)
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with _profile(ProfilerActivity.CPU, profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
+    return max(itertools.accumulate((change for _, change in changes), initial=0))
 
 
 def _profile(activity: ProfilerActivity, *, profile_memory: bool = False) -> profile:
@@ -237,7 +228,7 @@ def on_one_line(described: Mapping[str, str | None]) -> str:
     return ", ".join(f"{key} {value}" for key, value in described.items() if value)
 
 
-@functools.cache  # `nvidia-smi` takes a second
+@cache  # `nvidia-smi` takes a second
 def _first_line(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)

@@ -1,14 +1,19 @@
-"""Times whole models on the fused backend beside the einops reference, and YOLO26 beside the stock models.
+"""Times models on the fused backend beside the einops reference, and YOLO26 beside the stock models.
 
 Inference is a forward without gradients. A training step is forward, loss and backward; the optimizer, which
 takes the same on every backend, is left out. All have the same random input, the fused model and the
 reference also the same weights, and their outputs are compared before anything is timed. Every ratio is to
 the reference of the same run: 1.5 means 1.5 times as fast, or 1/1.5 of the memory.
+
+`bra-bench peers --preset cpu` does the same with the module alone, projections and 5 x 5 LePE included, on
+the torch backend; there a step is the gradient of the sum of the output.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -16,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bra_triton import biformer
+from bra_triton import BiLevelRoutingAttention, biformer
 from bra_triton.bench import measure
 from bra_triton.bench.console import count, parser_of, table, write_json
+from bra_triton.bench.problems import PROBLEMS, Problem
 
 FUSED, REFERENCE, STOCK = "fused", "reference", "stock"
 FIGURES = INFERENCE, STEP = "inference", "training step"
@@ -30,6 +36,27 @@ Row = dict[str, dict[str, measure.Figures]]  # by what is measured, then by figu
 # Norm of the difference over the norm, of float32 outputs behind tens of layers; autocast rounds to half
 # precision. Other regions would give 0.1 and more.
 TOLERANCE, AUTOCAST_TOLERANCE = 1e-3, 5e-2
+# Of the module alone: BiFormer-T's stages at 224 pixels, YOLO26's maps at 640, and one of 1280.
+PRESET = {
+    name: replace(PROBLEMS[problem], batch=batch, n_win=n_win, side_dwconv=5)
+    for name, problem, batch, n_win in (
+        ("stage 1", "biformer_stage1", 8, 7),
+        ("stage 2", "biformer_stage2", 8, 7),
+        ("stage 3", "biformer_stage3", 8, 7),
+        ("P3", "yolo_p3", 2, 8),
+        ("P4", "yolo_p4", 2, 8),
+        ("P5", "yolo_p5", 2, 5),
+        ("160 x 160", "high_resolution", 1, 8),
+    )
+}
+
+
+# Which ratio it is, the least that its geometric mean over the maps may be, and the least of any map.
+TARGETS = {
+    "forward": ((INFERENCE, "seconds"), 2.5, 1.3),
+    "training step": ((STEP, "seconds"), 3.0, 1.8),
+    "peak memory of a step": ((STEP, "peak_bytes"), 3.5, 2.0),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,16 +83,41 @@ def measure_model(name: str, options: argparse.Namespace, device: torch.device) 
     models = {key: model.to(device) for key, model in _models(name).items()}
     for key, backend in ((FUSED, "triton" if device.type == "cuda" else "torch"), (REFERENCE, "reference")):
         set_backend(models[key], backend)
+    tolerance = AUTOCAST_TOLERANCE if options.amp else TOLERANCE
     with torch.autocast(device.type, enabled=options.amp):
-        fused, reference = (_outputs(models[key], images) for key in (FUSED, REFERENCE))
-        measure.check(fused, reference, AUTOCAST_TOLERANCE if options.amp else TOLERANCE)
-        figures = {
-            figure: measure.side_by_side(
-                {key: _run(model, images, figure) for key, model in models.items()}, device, options.repeats
-            )
-            for figure in FIGURES
-        }
+        return compare(models, images, _run, tolerance, options.repeats)
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    x: Tensor,
+    run_of: Callable[[nn.Module, Tensor, str], measure.Run],
+    tolerance: float,
+    repeats: int,
+) -> Row:
+    """The figures of every model, which take turns; `run_of` makes the call of a figure.
+
+    Raises:
+        WrongResultError: the fused model and the reference compute something else.
+    """
+    fused, reference = (_outputs(models[key], x) for key in (FUSED, REFERENCE))
+    measure.check(fused, reference, tolerance)
+    figures = {
+        figure: measure.side_by_side(
+            {key: run_of(model, x, figure) for key, model in models.items()}, x.device, repeats
+        )
+        for figure in FIGURES
+    }
     return {key: {figure: found[key] for figure, found in figures.items()} for key in models}
+
+
+def ratios(row: Row) -> dict[tuple[str, str], float]:
+    """What the reference takes over what the fused model takes, by figure and unit."""
+    return {
+        (figure, what): row[REFERENCE][figure][what] / row[FUSED][figure][what]
+        for figure in FIGURES
+        for what in UNITS
+    }
 
 
 def _models(name: str) -> dict[str, nn.Module]:
@@ -113,18 +165,17 @@ def _outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     with torch.no_grad():
         leaves = tree_leaves(model.train()(images))
     found = torch.cat([x.flatten().float() for x in leaves if isinstance(x, Tensor)])
-    return {"the fused model's output": found}
+    return {"the output on the fused backend": found}
 
 
 def missed(rows: Mapping[str, Row]) -> list[str]:
     """Where the fused model is slower or larger than the reference, in words."""
-    ratios = {
-        f"{name}, {figure}: {what}": row[REFERENCE][figure][what] / row[FUSED][figure][what]
+    return [
+        f"{name}, {figure}: {what} {ratio:.2f} times as good"
         for name, row in rows.items()
-        for figure in FIGURES
-        for what in UNITS
-    }
-    return [f"{which} {ratio:.2f} times as good" for which, ratio in ratios.items() if not ratio >= 1]
+        for (figure, what), ratio in ratios(row).items()
+        if not ratio >= 1
+    ]
 
 
 def report(rows: Mapping[str, Row], options: argparse.Namespace) -> str:
@@ -152,3 +203,41 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.imgsz is not None and (options.imgsz < 32 or options.imgsz % 32):
         parser.error(f"--imgsz must be a multiple of 32, got {options.imgsz}")
     return options
+
+
+def report_modules(problems: Mapping[str, Problem], repeats: int) -> int:
+    """Measures and prints; returns 1 where a target is missed."""
+    print(measure.on_one_line(measure.circumstances(measure.CPU)))
+    found = {name: ratios(measure_module(problem, repeats)) for name, problem in problems.items()}
+    rows = [
+        {
+            "map": f"{name}: {problems[name]}",
+            **{title: f"{row[key]:.2f}" for title, (key, *_) in TARGETS.items()},
+        }
+        for name, row in found.items()
+    ]
+    print(table("The module beside the einops reference, CPU, float32", rows))
+    all_met = True
+    for title, (key, least_mean, least) in TARGETS.items():
+        column = [row[key] for row in found.values()]
+        met = geometric_mean(column) >= least_mean and min(column) >= least
+        all_met &= met
+        print(
+            f"{title}: geometric mean {geometric_mean(column):.2f}, least {min(column):.2f}; "
+            f"target {least_mean} and {least}: {'met' if met else 'MISSED'}"
+        )
+    return int(not all_met)
+
+
+def measure_module(problem: Problem, repeats: int) -> Row:
+    """The figures of the module on both backends, with the same weights."""
+    modules: dict[str, nn.Module] = {}
+    for name, backend in ((FUSED, "torch"), (REFERENCE, "reference")):
+        torch.manual_seed(0)
+        modules[name] = BiLevelRoutingAttention(**problem.module_arguments, backend=backend)
+    x = torch.randn(problem.batch, problem.height, problem.width, problem.dim)
+
+    def run_of(module: nn.Module, x: Tensor, figure: str) -> measure.Run:
+        return measure.call_of(module, x, "step" if figure == STEP else "no grad")
+
+    return compare(modules, x, run_of, measure.TOLERANCE[x.dtype], repeats)

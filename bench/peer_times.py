@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bra_triton.bench import measure, module_times
+from bra_triton.bench import measure, models
 from bra_triton.bench.console import count, parser_of, table, write_json
 from bra_triton.bench.peers import NAMES, Peer, dense_attention_in_parts, peers_for
 from bra_triton.bench.problems import PROBLEMS, Problem
@@ -32,12 +32,8 @@ COMPACT = ("fused", "dense")  # if only these are asked for, a row of them is a 
 MOST_SCORES = 1 << 28
 # Peers know no K/V down-sampling and no routing weights.
 CHOICES = [
-    name
-    for name, problem in PROBLEMS.items()
-    if problem.kv_per_win is None and problem.routing_weight == "none"
+    name for name, each in PROBLEMS.items() if each.kv_per_win is None and each.routing_weight == "none"
 ]
-
-
 Inputs = tuple[Tensor, Tensor]  # the packed projection and the output's gradient
 Pass = Callable[[], dict[str, Tensor]]  # returns the output and, in training, the gradient
 Row = dict[str, Any]
@@ -47,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints every row as soon as it is known, and returns 1 if `wrong` finds anything."""
     options = _parse(arguments)
     if options.preset:
-        return module_times.report(module_times.PRESET, options.repeats)
+        return models.report_modules(models.PRESET, options.repeats)
     rows: list[Row] = []
     is_compact = set(options.peers or ()) == set(COMPACT)
     problems = [PROBLEMS[name] for name in options.problem]

@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from bra_triton.bench import module_times, peer_times
+from bra_triton import BiLevelRoutingAttention
+from bra_triton.bench import models, peer_times
 from bra_triton.bench.problems import PROBLEMS
 
 TINY = replace(PROBLEMS["tiny"], side_dwconv=5)
 
 
 def test_maps_of_the_preset_are_what_the_targets_are_about():
-    assert [str(problem) for problem in module_times.PRESET.values()] == [
+    assert [str(problem) for problem in models.PRESET.values()] == [
         "8x56x56x64 heads 2 n_win 7 topk 1",
         "8x28x28x128 heads 4 n_win 7 topk 4",
         "8x14x14x256 heads 8 n_win 7 topk 16",
@@ -26,9 +27,9 @@ def test_maps_of_the_preset_are_what_the_targets_are_about():
 @pytest.mark.parametrize(("factor", "status"), [(9.0, 0), (2.0, 1)])
 def test_status_and_table(factor, status, monkeypatch, capsys):
     """Times are measured; here twice or nine times what the targets are about stands for them."""
-    monkeypatch.setattr(module_times, "PRESET", {"tiny": TINY})
-    figures = {"torch": {"seconds": 1.0, "peak_bytes": 1}, "reference": {"seconds": factor, "peak_bytes": 4}}
-    monkeypatch.setattr(module_times.measure, "side_by_side", lambda *arguments: figures)
+    monkeypatch.setattr(models, "PRESET", {"tiny": TINY})
+    figures = {"fused": {"seconds": 1.0, "peak_bytes": 1}, "reference": {"seconds": factor, "peak_bytes": 4}}
+    monkeypatch.setattr(models.measure, "side_by_side", lambda *arguments: figures)
     assert peer_times.main(["--preset", "cpu", "--repeats", "1"]) == status
     out = capsys.readouterr().out
     assert f"forward: geometric mean {factor:.2f}" in out
@@ -38,14 +39,20 @@ def test_status_and_table(factor, status, monkeypatch, capsys):
 def test_both_run_and_are_measured():
     """The reference keeps its scores for the backward, on a map where these are most of what it holds."""
     wide = replace(PROBLEMS["tiny"], height=32, width=32, topk=4)
-    found = module_times.ratios(wide, repeats=1)
-    assert found.keys() == module_times.TARGETS.keys()
+    found = models.ratios(models.measure_module(wide, repeats=1))
     assert min(found.values()) > 0
-    assert found[module_times.MEMORY] > 1.5
+    assert found[models.STEP, "peak_bytes"] > 1.5
 
 
-def test_what_computes_something_else_is_not_timed():
-    modules, x = module_times._pair(TINY)
-    nn.init.zeros_(modules["torch"].wo.weight)
-    with pytest.raises(RuntimeError, match="the output is off by"):
-        module_times._check(modules, x)
+def test_what_computes_something_else_is_not_timed(monkeypatch):
+    made = []
+
+    def spoiled(*arguments, **options):
+        made.append(BiLevelRoutingAttention(*arguments, **options))
+        if len(made) == 2:
+            nn.init.zeros_(made[1].wo.weight)
+        return made[-1]
+
+    monkeypatch.setattr(models, "BiLevelRoutingAttention", spoiled)
+    with pytest.raises(RuntimeError, match="the output on the fused backend is off by"):
+        models.measure_module(TINY, repeats=1)
