@@ -88,7 +88,7 @@ def measure(
     _keep(card, {})  # what cannot be written shows before hours of timing
     kept = tile_cache.folder() / "timings.jsonl"
     for name in args.dtype:
-        trials = _trials(args, problems, name, device)
+        trials = timing.trials(problems, DTYPES[name], args.kernel, device, args.refine)
         results: dict[timing.Trial, float] = {}
         try:
             timing.time_all(trials, results, device, timer, kept, args.workers)
@@ -125,7 +125,8 @@ def _keep(card: str, found: dict[Key, Entry]) -> None:
 
 def list_trials(args: argparse.Namespace, problems: Sequence[Problem], device: torch.device) -> None:
     """Prints what `measure` would time."""
-    print(*(trial for name in args.dtype for trial in _trials(args, problems, name, device)), sep="\n")
+    for name in args.dtype:
+        print(*timing.trials(problems, DTYPES[name], args.kernel, device, args.refine), sep="\n")
     print(
         "then the fastest of each: forward with LePE apart; forward and dQ, half precision, with "
         f"1/{EXP_SHARE} of the exponentials by multiply-adds; all with {DEEP_STAGES} stages"
@@ -136,12 +137,6 @@ def _write_table(table: Table, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tile_cache.write_whole(folder / f"{table.arch}.json", tile_table.format_table(table))
     tiles.forget()
-
-
-def _trials(
-    args: argparse.Namespace, problems: Sequence[Problem], dtype: str, device: torch.device
-) -> list[timing.Trial]:
-    return timing.trials(problems, DTYPES[dtype], args.kernel, device, args.refine)
 
 
 def _problems(args: argparse.Namespace) -> list[Problem]:

@@ -86,6 +86,7 @@ REHEARSED = {
     "tiles": Part(60, ["bra-autotune --refine --dry-run"]),
     "suite": Part(240),
 }
+TABLES = {"cuda": PARTS, "cpu": REHEARSED}
 BESIDE = CHECKS, SUITE = "checks", "suite"  # their commands run beside each other, and have to finish
 CHECKS_LIMIT, CHECKS_SHARE = 240.0, 0.7  # seconds; of the budget, lest a check that hangs takes all of it
 # How the names of checks begin, in their order. Modes come first: every measurement checks what it times, but
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for part, planned in plan.items():
             save()
-            limit = checks_limit if part == CHECKS else _parts_on(options.device)[part].limit
+            limit = checks_limit if part == CHECKS else TABLES[options.device][part].limit
             deadline = min(start + options.budget_seconds, time.monotonic() + limit)
             workers = options.workers if part in BESIDE else 1
             for job in jobs.run_all(planned, workers, deadline, ROOT, _environment(part, options, out)):
@@ -165,19 +166,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _why_not(part: str, device: str) -> str:
     """Why a part cannot run here; empty if it can."""
-    if part not in _parts_on(device):
+    if part not in TABLES[device]:
         return "it needs a GPU"
     package = PARTS[part].needs
     return f"no {package} here" if package and importlib.util.find_spec(package) is None else ""
 
 
-def _parts_on(device: str) -> Mapping[str, Part]:
-    return PARTS if device == "cuda" else REHEARSED
-
-
 def plan_of(options: argparse.Namespace, out: Path) -> dict[str, list[Job]]:
     """What runs, in this order: the checks, then what was asked for."""
-    parts = {name: _parts_on(options.device)[name] for name in options.parts}
+    parts = {name: TABLES[options.device][name] for name in options.parts}
     plan: dict[str, list[Job]] = {CHECKS: []}
     for name, part in parts.items():
         plan[CHECKS] += [_job(out, f"{name} {what}", text) for what, text in part.first.items()]
@@ -273,8 +270,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     columns = ("part", "name", "status", "seconds", "says")
     cells = [{name: str(job[name]).replace("|", "/") for name in columns} for job in found]
     lines += ["", table("Commands", cells, markdown=True), ""]
-    if failures := [(job["name"], why) for job in found for why in job["failures"]]:
-        lines += ["## Failures", "", *(f"- {name}: `{_on_one_line(why)}`" for name, why in failures), ""]
+    whys = [
+        (job["name"], " ".join(why.split()).replace("`", "'")) for job in found for why in job["failures"]
+    ]
+    if whys:
+        lines += ["## Failures", "", *(f"- {name}: `{why[-500:]}`" for name, why in whys), ""]
     for job in found:
         if output := job.get("output", "").strip():
             shown = output if "|--" in output else f"```\n{output}\n```"  # tables are Markdown already
@@ -284,4 +284,4 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _on_one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("`", "'")[-500:]
+    return " ".join(text.split()).replace("`", "'")[-500:]

@@ -48,12 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary["training"] = demo.learn(options)
     losses = {name: compare_steps(data, name, options) for name in (*BACKENDS, CONTROL)}
     summary["losses"] = losses
-    # Relative, of each step.
-    summary["loss_distance"] = {
-        name: [
-            abs(loss / reference - 1)
-            for loss, reference in zip(losses[name], losses["reference"], strict=True)
-        ]
+    summary["loss_distance"] = {  # relative, of each step
+        name: [abs(a / b - 1) for a, b in zip(losses[name], losses["reference"], strict=True)]
         for name in ("auto", CONTROL)
     }
     write_json(options.out / "summary.json", summary)

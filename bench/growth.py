@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from bra_triton.bench import measure, peer_times
 from bra_triton.bench.console import parser_of, table
@@ -23,20 +22,12 @@ BASE = replace(PROBLEMS["yolo_p3"], batch=1)
 SMALL = replace(PROBLEMS["yolo_p4"], batch=1)
 
 
-class Sweep(NamedTuple):
-    """One quantity and the problems in which it, and nothing else, differs."""
-
-    quantity: str
-    problems: dict[int, Problem]  # by the quantity's value
-
-
-SWEEPS = {
-    "map": Sweep("tokens", {s * s: replace(BASE, height=s, width=s) for s in (32, 48, 64, 96, 128)}),
-    "topk": Sweep("topk", {k: replace(BASE, topk=k) for k in (1, 2, 4, 8, 16)}),
-    "batch": Sweep("images", {n: replace(SMALL, batch=n) for n in (1, 2, 4, 8)}),
+# The quantity, and the problems in which it, and nothing else, differs, by its value.
+SWEEPS: dict[str, tuple[str, dict[int, Problem]]] = {
+    "map": ("tokens", {s * s: replace(BASE, height=s, width=s) for s in (32, 48, 64, 96, 128)}),
+    "topk": ("topk", {k: replace(BASE, topk=k) for k in (1, 2, 4, 8, 16)}),
+    "batch": ("images", {n: replace(SMALL, batch=n) for n in (1, 2, 4, 8)}),
 }
-
-
 # Of a row of `bra-bench peers`: which pass, which of its numbers, and its factor.
 FIGURES = {
     "forward, ms": ("forward", "work_seconds", 1e3),
@@ -54,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.sweep:
         rows = {
             value: peer_times.measure_row(problem, options.dtype, PEERS, options.repeats)
-            for value, problem in SWEEPS[name].problems.items()
+            for value, problem in SWEEPS[name][1].items()
         }
         failures += [failure for row in rows.values() for failure in peer_times.wrong(row)]
         found[name] = curves_of(rows)
@@ -88,16 +79,16 @@ def exponent(points: dict[int, float]) -> float:
 
 def report(name: str, curves: Curves) -> str:
     """A sweep as text: a row for each value of its quantity, and one of exponents."""
-    sweep = SWEEPS[name]
+    quantity, problems = SWEEPS[name]
     columns = {f"{peer} {figure}": points for (peer, figure), points in curves.items()}
     rows: list[dict[str, object]] = [
-        {sweep.quantity: value}
+        {quantity: value}
         | {title: f"{points[value]:.1f}" if value in points else None for title, points in columns.items()}
-        for value in sweep.problems
+        for value in problems
     ]
     exponents = {title: f"{exponent(points):.2f}" for title, points in columns.items()}
-    rows.append({sweep.quantity: "exponent", **exponents})
-    return table(f"{name}: {next(iter(sweep.problems.values()))} and on", rows)
+    rows.append({quantity: "exponent", **exponents})
+    return table(f"{name}: {next(iter(problems.values()))} and on", rows)
 
 
 def draw(found: dict[str, Curves], path: Path) -> None:
@@ -107,14 +98,14 @@ def draw(found: dict[str, Curves], path: Path) -> None:
     picture = Figure(figsize=(12, 3.5 * len(found)), layout="constrained")
     axes = picture.subplots(len(found), len(FIGURES), squeeze=False)
     for line, (name, curves) in zip(axes, found.items(), strict=True):
+        quantity, problems = SWEEPS[name]
         for axis, figure in zip(line, FIGURES, strict=True):
             for peer in PEERS:
                 points = curves[peer, figure]
                 label = f"{peer}: exponent {exponent(points):.2f}"
                 axis.plot(list(points), list(points.values()), marker="o", label=label)
-            axis.set(xscale="log", yscale="log", xlabel=SWEEPS[name].quantity, title=figure)
-            ticks = list(SWEEPS[name].problems)
-            axis.set_xticks(ticks, [str(tick) for tick in ticks])
+            axis.set(xscale="log", yscale="log", xlabel=quantity, title=figure)
+            axis.set_xticks(list(problems), [*map(str, problems)])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.legend(fontsize="small")

@@ -14,15 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from bra_triton.bench.console import count, parser_of, table
+from bra_triton.bench.machine_code import launches
 from bra_triton.bench.machine_code.cost_model import Cost, predict
 from bra_triton.bench.machine_code.hardware import HARDWARE
-from bra_triton.bench.machine_code.launches import (
-    bytes_of_arguments,
-    is_masked,
-    kernel_name,
-    record_attention,
-    variant,
-)
+from bra_triton.bench.machine_code.launches import record_attention, variant
 from bra_triton.bench.machine_code.static_analysis import Analysis, Result, analyse, each
 from bra_triton.bench.measure import DTYPES
 from bra_triton.bench.problems import MODELS, MODES, Problem
@@ -57,8 +52,8 @@ in flight: copies of later steps that a step does not wait for; 0: every step wa
 slots/useful: whole kernel, padding of tiles, list tail, prologue and epilogue included, over the scores that
 count; every loop as often as the problem runs it.
 Bounds are microseconds a launch at peak rates, each as if nothing else took time.
-Other kernels: code is all their instructions; MB what their tensor arguments hold, each once (a launch that
-reads a part of a packed map moves less); memory us the time of those bytes."""
+MB: what a launch's arrays hold, each once (one that reads a part of a packed map moves less); memory us the
+time of those bytes. code, of other kernels: all their instructions."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +71,15 @@ class Row:
     cost: Cost | None = None  # prediction, for attention kernels
 
     @property
-    def bound(self) -> tuple[float, str]:
-        """Seconds that the launch takes at least on the unit that binds, and the unit."""
-        if self.cost is not None:
-            return self.cost.bounds[self.cost.binding], self.cost.binding
-        return self.bytes_of_arguments / HARDWARE[self.arch].bandwidth, "memory"
+    def bounds(self) -> dict[str, float]:
+        """Seconds that the launch takes at least on each unit."""
+        memory = self.bytes_of_arguments / HARDWARE[self.arch].bandwidth
+        return {**(self.cost.bounds if self.cost else {}), "memory": memory}
+
+    @property
+    def binding(self) -> str:
+        """The unit that takes longest."""
+        return max(self.bounds, key=self.bounds.__getitem__)
 
     @property
     def target(self) -> float | None:
@@ -140,13 +139,14 @@ def collect(
 
 
 def _row(problem: Problem, dtype: str, arch: str, launch: Launch, result: Result) -> Row:
-    kernel = kernel_name(launch)
-    sizes = (problem, dtype, arch, kernel, math.prod(launch.grid), bytes_of_arguments(launch))
+    kernel = launches.kernel_name(launch)
+    sizes = (problem, dtype, arch, kernel, math.prod(launch.grid), launches.bytes_of_arguments(launch))
     if isinstance(result, Exception):
         return Row(*sizes, error=str(result))
     if result.loop is None:
         return Row(*sizes, result)
-    element_bytes, masked = DTYPES[dtype].itemsize, is_masked(launch)
+    # Under a mask, which some attention kernels have, every query meets all keys.
+    element_bytes, masked = DTYPES[dtype].itemsize, launches.arguments_of(launch).get("marks") is not None
     return Row(*sizes, result, cost=predict(kernel, result, problem, HARDWARE[arch], element_bytes, masked))
 
 
@@ -207,9 +207,9 @@ def _launch_cells(row: Row) -> dict[str, object]:
     assert row.cost is not None
     return {
         "slots/useful": f"{row.cost.slots_per_useful_score:.2f}",
-        "MB moved": f"{row.cost.bytes_moved / 1e6:.2f}",
-        **{f"{unit} us": f"{1e6 * seconds:.2f}" for unit, seconds in row.cost.bounds.items()},
-        "binds": row.cost.binding,
+        "MB moved": f"{row.bytes_of_arguments / 1e6:.2f}",
+        **{f"{unit} us": f"{1e6 * seconds:.2f}" for unit, seconds in row.bounds.items()},
+        "binds": row.binding,
     }
 
 
@@ -219,7 +219,7 @@ def _other_cells(row: Row) -> dict[str, object]:
         "code": sum(mix.total for mix in (row.analysis.taps, row.analysis.rest) if mix is not None),
         "programs": row.programs,
         "MB": f"{row.bytes_of_arguments / 1e6:.3f}",
-        "memory us": f"{1e6 * row.bound[0]:.3f}",
+        "memory us": f"{1e6 * row.bounds['memory']:.3f}",
     }
 
 

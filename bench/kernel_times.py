@@ -42,17 +42,16 @@ def times_of(
 
 def compare(row: kernel_report.Row, times: Sequence[float]) -> dict[str, Any]:
     """One line: medians in us; `ratio` is measured over predicted."""
-    seconds, unit = row.bound
-    median = statistics.median(times) if times else None
-    code = row.analysis
+    predicted, code = row.bounds[row.binding], row.analysis
+    measured = statistics.median(times) if times else None
     return {
         "problem": row.problem.name,
         "kernel": row.kernel,
         "tile": f"{code.block_m}x{code.block_n}, {code.num_warps}" if code and code.loop else "",
-        "measured us": None if median is None else round(1e6 * median, 2),
-        "predicted us": round(1e6 * seconds, 2),
-        "binds": unit,
-        "ratio": None if median is None else round(median / seconds, 2),
+        "measured us": measured and round(1e6 * measured, 2),
+        "predicted us": round(1e6 * predicted, 2),
+        "binds": row.binding,
+        "ratio": measured and round(measured / predicted, 2),
     }
 
 

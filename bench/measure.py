@@ -83,12 +83,6 @@ def wall_seconds(run: Run, device: torch.device = CPU, *, waits: bool = True) ->
     return time.perf_counter() - start
 
 
-def median_seconds(run: Run, device: torch.device, repeats: int = 10) -> float:
-    """Median wall time of `run` over `repeats` calls, after one that is not counted."""
-    run()
-    return statistics.median(wall_seconds(run, device) for _ in range(repeats))
-
-
 def interleaved_minima(
     runs: Mapping[Name, Run], device: torch.device, repeats: int, *, waits: bool = False
 ) -> dict[Name, float]:
@@ -123,7 +117,7 @@ def median_device_seconds(
     """Median time that a GPU works on one of `runs`, which are the same work on different inputs.
 
     The runs take turns. Before each the GPU's level-2 cache is overwritten, and the GPU is kept busy while
-    Python enqueues the run, so that the time to launch kernels does not count (`median_seconds` counts it).
+    Python enqueues the run, so that the time to launch kernels does not count.
     On the CPU, whose caches stay as they are, it is the wall time.
     """
     turns = itertools.cycle(runs)

@@ -14,6 +14,7 @@ import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -102,8 +103,8 @@ def measure_row(
         figures: dict[str, Any] = {"includes": peers[name].includes}
         row["peers"][name] = figures
         for which in PASSES:
-            runs = [functools.partial(_run, peers[name], *each, which) for each in inputs]
-            figures[which] = _figures_or_reason(runs, functools.partial(truth, name == "dense"), repeats)
+            expected = functools.partial(truth, name == "dense")
+            figures[which] = _figures_or_reason(peers[name], which, inputs, expected, repeats)
             save(row)
     return row
 
@@ -123,20 +124,20 @@ def definition(problem: Problem, padding: Tensor | None, is_dense: bool) -> Peer
 
 
 def _figures_or_reason(
-    make_runs: Sequence[Callable[[], Pass]], truth: Callable[[], dict[str, Tensor]], repeats: int
+    peer: Peer, which: str, inputs: Sequence[Inputs], truth: Pass, repeats: int
 ) -> dict[str, Any]:
     """The figures of a pass, or why there are none: `refused` for a wrong result, `error` for any other."""
-    device = measure.default_device()
+    qkv, _ = inputs[0]
     try:
-        runs = [make() for make in make_runs]
+        runs = [_run(peer, *each, which) for each in inputs]
         found = {name: _outer_images(x) for name, x in runs[0]().items()}
-        measure.check(found, truth(), measure.TOLERANCE[found["output"].dtype])
+        measure.check(found, truth(), measure.TOLERANCE[qkv.dtype])
         if not repeats:
             return {"checked": True}
         return {
-            "work_seconds": measure.median_device_seconds(runs, device, repeats),
-            "call_seconds": measure.median_seconds(runs[0], device, repeats),
-            "peak_bytes": measure.peak_bytes(runs[0], device),
+            "work_seconds": measure.median_device_seconds(runs, qkv.device, repeats),
+            "call_seconds": median(measure.wall_seconds(runs[0], qkv.device) for _ in range(repeats)),
+            "peak_bytes": measure.peak_bytes(runs[0], qkv.device),
         }
     except measure.WrongResultError as error:
         return {"refused": str(error)}

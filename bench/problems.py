@@ -86,12 +86,9 @@ class Problem:
 
     @property
     def _spec_arguments(self) -> dict[str, Any]:
-        names = ("dim", "qk_dim", "num_heads", "n_win", "topk")
-        weight = {
-            "soft_routing": self.routing_weight == "soft",
-            "diff_routing": self.routing_weight != "none",
-        }
-        return {name: getattr(self, name) for name in names} | weight
+        sizes = {name: getattr(self, name) for name in ("dim", "qk_dim", "num_heads", "n_win", "topk")}
+        weight = self.routing_weight
+        return {**sizes, "soft_routing": weight == "soft", "diff_routing": weight != "none"}
 
     @property
     def module_arguments(self) -> dict[str, Any]:
@@ -127,46 +124,42 @@ class Problem:
         return replace(self, height=height, width=width, n_win=1, topk=1, kv_per_win=keys)
 
 
+def _by_name(*problems: Problem) -> dict[str, Problem]:
+    return {problem.name: problem for problem in problems}
+
+
 # Maps as models run them: what is tuned, timed and reported unless something else is asked for.
-MODELS = {
-    problem.name: problem
-    for problem in (
-        Problem("yolo_p3", 16, 80, 80, 64, 2, 8, 4),  # YOLO26 at 640 pixels: stride 8
-        Problem("yolo_p4", 16, 40, 40, 128, 4, 8, 4),
-        Problem("yolo_p5", 16, 20, 20, 256, 8, 8, 4),  # padded to 24 x 24
-        Problem("biformer_stage1", 64, 56, 56, 64, 2, 7, 1),  # BiFormer-T at 224 pixels
-        Problem("biformer_stage2", 64, 28, 28, 128, 4, 7, 4),
-        Problem("biformer_stage3", 64, 14, 14, 256, 8, 7, 16),
-        Problem("biformer_stage4", 64, 7, 7, 512, 16, 7, 49),  # every region attends to all
-        Problem("high_resolution", 4, 160, 160, 64, 2, 8, 4),  # YOLO26 at 1280 pixels: stride 8
-        Problem("yolo_p3_head64", 16, 80, 80, 128, 2, 8, 4),
-        Problem("high_resolution_head64", 4, 160, 160, 128, 2, 8, 4),
-    )
-}
+MODELS = _by_name(
+    Problem("yolo_p3", 16, 80, 80, 64, 2, 8, 4),  # YOLO26 at 640 pixels: stride 8
+    Problem("yolo_p4", 16, 40, 40, 128, 4, 8, 4),
+    Problem("yolo_p5", 16, 20, 20, 256, 8, 8, 4),  # padded to 24 x 24
+    Problem("biformer_stage1", 64, 56, 56, 64, 2, 7, 1),  # BiFormer-T at 224 pixels
+    Problem("biformer_stage2", 64, 28, 28, 128, 4, 7, 4),
+    Problem("biformer_stage3", 64, 14, 14, 256, 8, 7, 16),
+    Problem("biformer_stage4", 64, 7, 7, 512, 16, 7, 49),  # every region attends to all
+    Problem("high_resolution", 4, 160, 160, 64, 2, 8, 4),  # YOLO26 at 1280 pixels: stride 8
+    Problem("yolo_p3_head64", 16, 80, 80, 128, 2, 8, 4),
+    Problem("high_resolution_head64", 4, 160, 160, 128, 2, 8, 4),
+)
 _P3 = MODELS["yolo_p3"]
 # Modes with kernels that the models above do not launch, for the report.
-MODES = {
-    problem.name: problem
-    for problem in (
-        replace(_P3, name="yolo_p3_soft", routing_weight="soft"),
-        replace(_P3, name="yolo_p3_meanpool", kv_per_win=5, kv_pooling=MEAN),
-        replace(_P3, name="yolo_p3_maxpool", kv_per_win=5, kv_pooling=MAX),
-        replace(_P3, name="yolo_p3_conv", kv_per_win=5, kv_pooling=WEIGHTED),
-    )
-}
-PROBLEMS = {
-    **MODELS,
-    **MODES,
+MODES = _by_name(
+    replace(_P3, name="yolo_p3_soft", routing_weight="soft"),
+    replace(_P3, name="yolo_p3_meanpool", kv_per_win=5, kv_pooling=MEAN),
+    replace(_P3, name="yolo_p3_maxpool", kv_per_win=5, kv_pooling=MAX),
+    replace(_P3, name="yolo_p3_conv", kv_per_win=5, kv_pooling=WEIGHTED),
+)
+_OTHERS = _by_name(
     # As yaml rows without `n_win` have them at 640 pixels: regions of 256, 64 and 16 tokens, in full tiles.
-    **{
-        f"{name}_n_win_5": replace(MODELS[name], name=f"{name}_n_win_5", n_win=5)
-        for name in ("yolo_p3", "yolo_p4", "yolo_p5")
-    },
+    replace(_P3, name="yolo_p3_n_win_5", n_win=5),
+    replace(MODELS["yolo_p4"], name="yolo_p4_n_win_5", n_win=5),
+    replace(MODELS["yolo_p5"], name="yolo_p5_n_win_5", n_win=5),
     # To see a bench run.
-    "tiny": Problem("tiny", 1, 8, 8, 32, 1, 2, 2),
-    "tiny_padded": Problem("tiny_padded", 1, 7, 7, 32, 1, 2, 2),
+    Problem("tiny", 1, 8, 8, 32, 1, 2, 2),
+    Problem("tiny_padded", 1, 7, 7, 32, 1, 2, 2),
     # So small that a call costs what Python costs.
-    "host": Problem("host", 1, 8, 8, 64, 2, 4, 2),
+    Problem("host", 1, 8, 8, 64, 2, 4, 2),
     # rayleizhu/BiFormer's issue 21: gathered keys and values took about 100 GB.
-    "issue_21": Problem("issue_21", 1, 600, 500, 20, 4, 7, 4),
-}
+    Problem("issue_21", 1, 600, 500, 20, 4, 7, 4),
+)
+PROBLEMS = MODELS | MODES | _OTHERS

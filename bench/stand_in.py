@@ -17,7 +17,7 @@ from triton.runtime import driver as triton_driver
 
 from bra_triton import functional
 from bra_triton.backend import select
-from bra_triton.bench.machine_code.hardware import BLOCK_SHARED_BYTES, HARDWARE, TARGETS
+from bra_triton.bench.machine_code.hardware import BLOCK_SHARED_BYTES, TARGETS
 from bra_triton.call import Request
 from bra_triton.kernels import calls
 
@@ -41,16 +41,10 @@ def current_stream(device: Any = 0) -> int:
 
 def _driver(arch: str, device: Any) -> SimpleNamespace:
     """What Triton asks of a driver, answered without one."""
-    properties = {
-        "max_shared_mem": BLOCK_SHARED_BYTES[arch],
-        "multiprocessor_count": HARDWARE[ARCH].sms,
-        "warpSize": TARGETS[arch].warp_size,
-        "max_num_regs": HARDWARE[ARCH].registers,
-    }
     utils = SimpleNamespace(
         load_binary=lambda *_: (1, 1, 32, 0, 1024),  # module, function, registers, spills, most threads
         unload_module=lambda module: None,
-        get_device_properties=lambda device: properties,
+        get_device_properties=lambda device: {"max_shared_mem": BLOCK_SHARED_BYTES[arch]},
     )
     return SimpleNamespace(
         launcher_cls=_NoLauncher,

@@ -19,24 +19,13 @@ from bra_triton.bench.machine_code.static_analysis import Analysis, LoopMix
 from bra_triton.bench.problems import Problem
 from bra_triton.kernels import tiles
 
-
-class _Work(NamedTuple):
-    """What a kernel does for a score, and which maps it reads and writes."""
-
-    qk_products: int  # multiply-adds of the matrix products, in query/key channels
-    v_products: int  # and in value channels
-    query_maps: int  # pairs of a map as wide as queries and one as wide as values, on the queries' side
-    query_statistics: int  # bytes for every query and head
-    key_maps: int  # such pairs on the keys' side
-
-
-_WORK = {
-    "attention_forward": _Work(1, 1, 1, 4, 1),
-    "query_gradient": _Work(2, 1, 2, 4 + 8, 1),  # query, out, grad_out, lse; writes dQ and the statistics
-    "key_value_gradient": _Work(2, 2, 1, 8, 2),
-    "small_map_forward": _Work(1, 1, 1, 4, 1),
-    # A score is computed by a query's and by a key's program.
-    "small_map_backward": _Work(4, 3, 2, 4, 2),
+# Multiply-adds of the matrix products for one score, in query/key channels and in value channels.
+_PRODUCTS = {
+    "attention_forward": (1, 1),
+    "query_gradient": (2, 1),
+    "key_value_gradient": (2, 2),
+    "small_map_forward": (1, 1),
+    "small_map_backward": (4, 3),  # a score is computed by a query's and by a key's program
 }
 
 
@@ -55,8 +44,7 @@ class Cost:
 
     useful_scores: int  # `Problem.useful_scores`
     issue_slots: float  # thread instruction slots, all programs
-    bytes_moved: int  # every map read or written once
-    bounds: dict[str, float]  # seconds by unit: issue, exponential, matrix, memory
+    bounds: dict[str, float]  # seconds by unit: issue, exponential, matrix
     resident_warps: int  # an SM; 0 where a block does not fit
 
     @property
@@ -68,11 +56,6 @@ class Cost:
     def cost(self) -> float:
         """What configurations compete with: `slots_per_useful_score`, and the time that warps wait."""
         return self.slots_per_useful_score * latency(self.resident_warps)
-
-    @property
-    def binding(self) -> str:
-        """The unit that takes longest."""
-        return max(self.bounds, key=self.bounds.__getitem__)
 
 
 def predict(
@@ -90,8 +73,8 @@ def predict(
     Raises:
         ValueError: the kernel is unknown, or its code has no loop with matrix products.
     """
-    if kernel not in _WORK:
-        raise ValueError(f"kernel is {kernel!r}; the cost model knows {', '.join(_WORK)}")
+    if kernel not in _PRODUCTS:
+        raise ValueError(f"kernel is {kernel!r}; the cost model knows {', '.join(_PRODUCTS)}")
     if code.loop is None:
         raise ValueError(f"{kernel} has no loop with matrix instructions: not an attention kernel's code")
     problem = problem.merged()
@@ -112,14 +95,10 @@ def predict(
         "exponential": slots(lambda mix: mix.counts["exponentials"]) / hardware.exponentials,
         "matrix": walk.scores * passes * fma_per_score(kernel, problem) / rate,
     }
-    moved = bytes_moved(kernel, problem, element_bytes)
     bounds = {unit: rounds * n / hardware.clock for unit, n in clocks.items()}
-    usage = code.usage
-    return Cost(
-        *(problem.useful_scores, walk.programs * issued, moved),
-        bounds | {"memory": moved / hardware.bandwidth},
-        hardware.resident_warps(usage.registers, usage.shared_bytes, code.num_warps),
-    )
+    registers, shared_bytes = code.usage.registers, code.usage.shared_bytes
+    resident_warps = hardware.resident_warps(registers, shared_bytes, code.num_warps)
+    return Cost(problem.useful_scores, walk.programs * issued, bounds, resident_warps)
 
 
 def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False) -> Walk:
@@ -149,13 +128,5 @@ def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False)
 def fma_per_score(kernel: str, problem: Problem) -> int:
     """Multiply-adds of the matrix products for one score, heads as wide as their tiles."""
     qk, v = (tiles.channel_block(width) for width in (problem.qk_head_dim, problem.head_dim))
-    return _WORK[kernel].qk_products * qk + _WORK[kernel].v_products * v
-
-
-def bytes_moved(kernel: str, problem: Problem, element_bytes: int = 2) -> int:
-    """Bytes of a launch that reads and writes every map once, each head's part of a map in every head."""
-    work, each = _WORK[kernel], problem.batch * problem.num_heads * problem.grid.n_regions
-    queries, keys = each * problem.grid.region_tokens, each * problem.kv_grid.region_tokens
-    graph = 4 * problem.batch * problem.grid.n_regions * problem.topk
-    pair = element_bytes * (problem.qk_head_dim + problem.head_dim)
-    return queries * (work.query_maps * pair + work.query_statistics) + keys * work.key_maps * pair + graph
+    qk_products, v_products = _PRODUCTS[kernel]
+    return qk_products * qk + v_products * v

@@ -47,12 +47,9 @@ class Hardware:
     reserved_shared_bytes: int = 1024  # of every block, by the system
 
     def resident_warps(self, registers: int, shared_bytes: int, num_warps: int) -> int:
-        """Warps that an SM holds of a kernel at once; 0 when not even one block fits.
+        """Warps that an SM holds at once of thread blocks that take so much; 0 when not even one fits.
 
-        Args:
-            registers: per thread.
-            shared_bytes: per thread block.
-            num_warps: per thread block.
+        `registers` is per thread, the others are per block.
         """
         per_warp = -(-max(registers, 1) * 32 // self.register_unit) * self.register_unit
         by_registers = self.registers // SUBPARTITIONS // per_warp * SUBPARTITIONS // num_warps

@@ -106,11 +106,6 @@ def _kind(value: Any, specialises: bool = True) -> Any:
     return (value == 1, value % 16 == 0) if isinstance(value, int) and specialises else type(value)
 
 
-def is_masked(launch: Launch) -> bool:
-    """Whether an attention kernel gives every query all keys, under a mask."""
-    return arguments_of(launch).get("marks") is not None
-
-
 def bytes_of_arguments(launch: Launch) -> int:
     """What a launch's arrays hold, each counted once: about what it has to move."""
     members = (x for each in launch.pointers for x in (each if isinstance(each, tuple) else (each,)))

@@ -25,7 +25,6 @@ from bra_triton.bench.machine_code.hardware import TARGETS
 from bra_triton.bench.machine_code.launches import arguments_of
 from bra_triton.kernels.plan import Launch
 
-DEFAULT_WARPS = 4  # Triton's, of a launch that does not say how many
 # Opcode patterns of the classes that are counted; an instruction belongs to the first that fits.
 INSTRUCTION_CLASSES = {
     "exponentials": r"MUFU\.EX2",
@@ -41,9 +40,8 @@ INSTRUCTION_CLASSES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel compiled for one architecture."""
+    """A kernel compiled for an architecture."""
 
-    arch: str  # a key of TARGETS
     symbol: str  # the kernel's name in the machine code
     shared_bytes: int  # shared memory that a launch asks for, per thread block
     asm: Mapping[str, Any]  # ttir, ttgir, llir; then ptx and cubin, or amdgcn and hsaco
@@ -52,7 +50,7 @@ class Compiled:
     def sass(self) -> str:
         """The listing that `nvdisasm -c` prints; raises `ValueError` for an AMD architecture."""
         if "cubin" not in self.asm:
-            raise ValueError(f"{self.arch} has no SASS; only the sm_ architectures do")
+            raise ValueError("an AMD kernel has no SASS; only the sm_ architectures do")
         return _run_nvidia_tool("nvdisasm", "-c", self.asm["cubin"])
 
 
@@ -186,7 +184,7 @@ def analyse(launch: Launch, arch: str) -> Analysis:
     n_taps = max(arguments.get(name, 0) for name in ("LEPE_KERNEL", "KERNEL")) ** 2
     loop, tail = (parts.loop, parts.tail) if block_m and block_n else (None, None)
     found = (loop, tail, parts.taps if n_taps else None, parts.rest)
-    num_warps = launch.options.get("num_warps", DEFAULT_WARPS)
+    num_warps = launch.options.get("num_warps", 4)  # Triton's default
     return Analysis(*found, block_m, block_n, block_tail, n_taps, num_warps, resource_usage(compiled))
 
 
@@ -203,7 +201,7 @@ def compile_for(launch: Launch, arch: str) -> Compiled:
         raise TypeError(f"{launch.kernel!r} is not a @triton.jit function (is TRITON_INTERPRET set?)")
     with stand_in.driver_of(arch, device=arch):
         built = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
-    return Compiled(arch, built.metadata.name, built.metadata.shared, built.asm)
+    return Compiled(built.metadata.name, built.metadata.shared, built.asm)
 
 
 def resource_usage(compiled: Compiled) -> Usage:

@@ -59,11 +59,11 @@ class Job(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """One configuration of a size class."""
+    """One configuration of a size class: with which cost it competes, and what it is predicted to cost."""
 
     tile: Tile
-    cost: float  # predicted
-    competing: float  # with which cost it competes
+    competing: float
+    cost: float
     loop: float  # cost of the loop alone
     serialised: bool
 
@@ -146,7 +146,7 @@ def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[
         mean = geometric_mean(cost.cost for cost in costs)
         competing = mean * (SERIALISED if code.serialised else 1)
         loop = code.slots_per_score * latency(costs[0].resident_warps)
-        ranked.append(Ranked(job.tile, mean, competing, loop, code.serialised))
+        ranked.append(Ranked(job.tile, competing, mean, loop, code.serialised))
     # Smaller tiles read the other side more often than the costs tell; of the widest heads no others fit.
     ranked = [each for each in ranked if serves(each.tile, key.size)] or ranked
     by_cost = sorted(ranked, key=lambda each: (each.competing, each.tile.num_warps))

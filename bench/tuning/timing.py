@@ -13,25 +13,31 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import geometric_mean
 
 import torch
+from torch import Tensor
 
+from bra_triton.backend import torch as torch_kernels
 from bra_triton.bench import measure
 from bra_triton.bench.console import progress
-from bra_triton.bench.machine_code.launches import launch_with, variant
+from bra_triton.bench.machine_code.launches import launch_with, plan_pass, variant
 from bra_triton.bench.machine_code.static_analysis import compile_for, each
 from bra_triton.bench.problems import Problem
-from bra_triton.bench.tuning.inputs import Inputs, Run
 from bra_triton.bench.tuning.search_space import DEEP_STAGES, EXP_SHARE, candidates, serves
 from bra_triton.kernels import tiles
-from bra_triton.kernels.plan import Launch
+from bra_triton.kernels.plan import Plan
+from bra_triton.kernels.problem import Needs, PackedAttention
+from bra_triton.kernels.routing.lists import ROUTED
 from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT, Key, Tile
 from bra_triton.kernels.tiles import cache as tile_cache
 from bra_triton.kernels.tiles.table import Entry
 
+# Inputs are drawn in so many sets that they do not all stay in a cache.
+_SETS, _SET_BYTES = (2, 8), 256 << 20
+Run = Callable[[], dict[str, Tensor]]
 Timer = Callable[[Sequence[Run]], float]  # milliseconds of a run, of which there is one for each input set
 
 
@@ -102,6 +108,75 @@ def variants(kernel: str, bits: int, tile: Tile) -> list[Tile]:
     if not torch.version.hip:
         found += [replace(tile, num_stages=n) for n in DEEP_STAGES if n != tile.num_stages]
     return found[1:]
+
+
+class Inputs:
+    """Input sets of one problem, and what the first of them must give."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
+        self.problem = problem
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        def draw_set() -> PackedAttention[Tensor]:
+            # Region queries and keys are given, in float32: of rounded means another tile, or the float32
+            # computation, might choose other regions.
+            means = draw(problem.batch, problem.grid.n_regions, 2 * problem.qk_dim, dtype=torch.float32)
+            return problem.attention(draw, means)
+
+        first = draw_set()
+        n_sets = min(max(_SET_BYTES // (2 * first.qkv.nbytes), _SETS[0]), _SETS[1])
+        self.sets = [first, *(draw_set() for _ in range(n_sets - 1))]
+        self.grad_out = draw(problem.batch, problem.height, problem.width, problem.dim)
+        forward, _ = self._plans()
+        self.kept = [forward.run(*each.tensors)[-1] for each in self.sets]
+        self.expected = self._expected()
+
+    def runs(self, kernel: str) -> list[Run]:
+        """For every set a pass that launches the kernel, with the tiles in force now.
+
+        It returns what the kernel computes, and what the pass adds to that: LePE and its gradient.
+        """
+        forward, backward = self._plans()
+
+        def run(each: PackedAttention[Tensor], kept: Tensor) -> dict[str, Tensor]:
+            if kernel == FORWARD:
+                return {"output": forward.run(*each.tensors)[0]}
+            return self._parts(kernel, *backward.run(*each.tensors, self.grad_out, None, kept))
+
+        return [partial(run, each, kept) for each, kept in zip(self.sets, self.kept, strict=True)]
+
+    @tiles.use_form(ROUTED)  # others have tiles of their own, which are in no table
+    def _plans(self) -> tuple[Plan, Plan]:
+        return plan_pass(self.sets[0])
+
+    def check(self, run: Run) -> None:
+        """Raises WrongResultError where the first of `runs` computes something else."""
+        torch.use_deterministic_algorithms(True, warn_only=True)  # new memory holds NaN
+        try:
+            measure.check(run(), self.expected, measure.TOLERANCE[self.grad_out.dtype])
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def _parts(self, kernel: str, grad_qkv: Tensor, *others: Tensor | None) -> dict[str, Tensor]:
+        """What a kernel computes of the gradients of a pass; of others the first is that of the means."""
+        qk_dim = self.problem.qk_dim
+        query, key, value = grad_qkv.split((qk_dim, qk_dim, self.problem.dim), dim=-1)
+        if kernel == KEY_VALUE_GRADIENT:
+            return {"dK": key, "dV": value}
+        learns, grad_means = self.problem.settings.diff_routing, others[0]
+        return {"dQ": query, **({"dR": grad_means} if learns and grad_means is not None else {})}
+
+    def _expected(self) -> dict[str, Tensor]:
+        first = self.sets[0]
+        single = (None if x is None else x.float() for x in first.tensors)
+        exact: PackedAttention[Tensor] = PackedAttention(*single, first.settings)  # type: ignore[arg-type, call-arg]
+        out, saved = torch_kernels.attend(exact, trains=True)
+        found = torch_kernels.attend_backward(self.grad_out.float(), exact, None, saved, Needs(means=True))
+        maps = (found.qkv, found.means)
+        return {"output": out} | self._parts(QUERY_GRADIENT, *maps) | self._parts(KEY_VALUE_GRADIENT, *maps)
 
 
 def time_all(
@@ -181,15 +256,10 @@ def compile_ahead(todo: Sequence[Trial], arch: str, workers: int) -> None:
     launches = [launch_with(trial.tile, trial.kernel, trial.problem, trial.dtype) for trial in todo]
     jobs = {variant(launch): (launch, arch) for launch in launches}
     try:
-        for done, _ in enumerate(each(compile_alone, jobs, workers), 1):
+        for done, _ in enumerate(each(compile_for, jobs, workers), 1):
             progress(done, len(jobs), "compiled")
     except BrokenProcessPool as error:
         print(f"\ncompiling ahead ended early, the rest is compiled when timed: {error}", file=sys.stderr)
-
-
-def compile_alone(launch: Launch, arch: str) -> None:
-    """Compiles for Triton's cache; the code itself need not travel between processes."""
-    compile_for(launch, arch)
 
 
 def _time(trial: Trial, inputs: Inputs, timer: Timer) -> tuple[float, str]:

@@ -232,7 +232,7 @@ class TestRun:
 
         def run(*flags, **parts):
             parts = {name.replace("_", "-"): check.Part(*part) for name, part in parts.items()}
-            monkeypatch.setattr(check, "REHEARSED", {"modes": check.Part(0), **parts})
+            monkeypatch.setitem(check.TABLES, "cpu", {"modes": check.Part(0), **parts})
             common = ["--device", "cpu", "--out", str(tmp_path / "out")]
             status = check.main([*common, "--workers", "2", *flags])
             capsys.readouterr()

@@ -11,8 +11,8 @@ from bra_triton.bench.problems import PROBLEMS
 
 
 def test_every_sweep_varies_one_quantity():
-    for sweep in growth.SWEEPS.values():
-        first, *others = sweep.problems.values()
+    for _, problems in growth.SWEEPS.values():
+        first, *others = problems.values()
         assert others
         names = {
             name for other in others for name in vars(first) if getattr(first, name) != getattr(other, name)
@@ -29,7 +29,7 @@ def test_the_exponent_of_a_power(power):
 @pytest.fixture
 def tiny(monkeypatch):
     problems = {n: replace(PROBLEMS["tiny"], batch=n) for n in (1, 2)}
-    monkeypatch.setitem(growth.SWEEPS, "batch", growth.Sweep("images", problems))
+    monkeypatch.setitem(growth.SWEEPS, "batch", ("images", problems))
 
 
 @pytest.mark.usefixtures("tiny")

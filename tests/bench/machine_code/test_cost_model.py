@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from bra_triton.bench.machine_code.cost_model import (
     Walk,
-    bytes_moved,
     fma_per_score,
     predict,
     walk_of,
@@ -109,10 +108,8 @@ def test_bounds():
             "issue": programs * 1000 * 256 / 128,
             "exponential": programs * (3 * 64 + 16 + 2) * 256 / 16,
             "matrix": programs * scores * (32 + 32) / 64,
-            "memory": cost.bytes_moved,
         }
     )
-    assert cost.binding == "matrix"
     in_float32 = predict("attention_forward", code(), P3, UNIT, element_bytes=4)
     assert in_float32.bounds["matrix"] == pytest.approx(3 * 2 * cost.bounds["matrix"])  # at half the rate
 
@@ -123,17 +120,15 @@ def test_bounds():
         ({"issue_slots": 1}, "issue"),
         ({"exponentials": 1, "half_fma": 1024}, "exponential"),
         ({"half_fma": 1}, "matrix"),
-        ({"bandwidth": 1e-3}, "memory"),
     ],
 )
 def test_the_slow_unit_binds(change, binding):
-    assert predict("query_gradient", code(), P3, replace(UNIT, **change)).binding == binding
+    bounds = predict("query_gradient", code(), P3, replace(UNIT, **change)).bounds
+    assert max(bounds, key=bounds.get) == binding
 
 
 def test_a_launch_takes_whole_programs_an_sm():
-    one, many = (
-        predict("attention_forward", code(), P3, replace(UNIT, sms=sms, bandwidth=1e9)) for sms in (256, 200)
-    )
+    one, many = (predict("attention_forward", code(), P3, replace(UNIT, sms=sms)) for sms in (256, 200))
     assert many.bounds["issue"] == 2 * one.bounds["issue"]  # 256 programs on 200 SMs: some take two
 
 
@@ -148,16 +143,6 @@ def test_products_of_each_kernel():
     assert fma_per_score("attention_forward", wide) == 32 + 64
     assert fma_per_score("query_gradient", wide) == 2 * 32 + 64
     assert fma_per_score("key_value_gradient", wide) == 2 * 32 + 2 * 64
-
-
-def test_bytes_of_one_image_by_hand():
-    tiny = Problem("", 1, 4, 10, 32, 1, 2, 2, qk_dim=16)  # 40 tokens, rows of 32 and 64 bytes
-    graph = 4 * 4 * 2
-    assert bytes_moved("attention_forward", tiny) == 40 * (32 + 32 + 64 + 64 + 4) + graph
-    assert bytes_moved("query_gradient", tiny) == 40 * (3 * 32 + 3 * 64 + 12) + graph
-    assert bytes_moved("key_value_gradient", tiny) == 40 * (3 * 32 + 3 * 64 + 8) + graph
-    assert bytes_moved("small_map_forward", tiny) == bytes_moved("attention_forward", tiny)
-    assert bytes_moved("small_map_backward", tiny) == 40 * (4 * 32 + 4 * 64 + 4) + graph
 
 
 @given(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bra_triton.bench.tuning import inputs, timing
+from bra_triton.bench.tuning import timing
 from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles.table import Tile
 
@@ -15,7 +15,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _few_sets(monkeypatch):
-    monkeypatch.setattr(inputs, "_SETS", (2, 2))
+    monkeypatch.setattr(timing, "_SETS", (2, 2))
 
 
 @pytest.fixture

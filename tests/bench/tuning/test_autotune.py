@@ -16,7 +16,7 @@ from bra_triton.bench import autotune, stand_in
 from bra_triton.bench import measure as measuring
 from bra_triton.bench.machine_code.launches import KERNEL_NAMES
 from bra_triton.bench.problems import Problem
-from bra_triton.bench.tuning import inputs, timing
+from bra_triton.bench.tuning import timing
 from bra_triton.bench.tuning.search_space import candidates, problems, serves
 from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import cache as tile_cache
@@ -124,7 +124,7 @@ def test_what_is_timed_finds_what_was_compiled_ahead(kernel, weight, tmp_path):
     hits = []
     with knobs.cache.scope(), knobs.compilation.scope(), stand_in.without_gpu():
         knobs.cache.dir = str(tmp_path)
-        drawn = inputs.Inputs(problem, torch.float16, torch.device("cpu"))
+        drawn = timing.Inputs(problem, torch.float16, torch.device("cpu"))
         timing.compile_ahead([trial], stand_in.ARCH, 1)
         knobs.compilation.listener = lambda *, src, cache_hit, **_: hits.append((src.name, cache_hit))
         with tiles.use_tiles({kernel: trial.tile}):
@@ -187,13 +187,13 @@ def test_routing_weights_are_timed_for_the_entries_that_launches_take(
     """With the factor's gradient, which the result of dQ is checked by, too; hard routing has no factor."""
     monkeypatch.setattr(timing, "candidates", lambda *args: [])
     monkeypatch.setattr(timing, "variants", lambda *args: [])
-    timer, checked, good = Stopwatch(), [], inputs.measure.check
+    timer, checked, good = Stopwatch(), [], timing.measure.check
 
     def check(found, expected, tolerance):
         checked.append(set(found))
         good(found, expected, tolerance)
 
-    monkeypatch.setattr(inputs.measure, "check", check)
+    monkeypatch.setattr(timing.measure, "check", check)
     # Of a single choice the weight is 1, and has no gradient.
     argv = ["--shape", "1x4x4x16", "--num-heads", "1", "--n-win", "2", "--topk", "2"]
     measure([*argv, "--routing-weight", weight], timer, device)
@@ -206,7 +206,7 @@ def test_routing_weights_are_timed_for_the_entries_that_launches_take(
 
 @pytest.mark.parametrize("fault", ["wrong", "nan", "error"])
 def test_what_computes_something_else_is_refused(fault, tried, device, monkeypatch):
-    good, broken = inputs.Inputs.runs, tried[1]
+    good, broken = timing.Inputs.runs, tried[1]
 
     def runs(self, kernel):
         found = good(self, kernel)
@@ -221,7 +221,7 @@ def test_what_computes_something_else_is_refused(fault, tried, device, monkeypat
 
         return [faulty]
 
-    monkeypatch.setattr(inputs.Inputs, "runs", runs)
+    monkeypatch.setattr(timing.Inputs, "runs", runs)
     timer = Stopwatch({broken: 0.1, tried[2]: 0.5})
     measure(FORWARD_TINY, timer, device)
     assert broken not in timer.timed
@@ -237,7 +237,7 @@ def test_a_broken_context_ends_the_run(device, monkeypatch):
     def runs(self, kernel):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(inputs.Inputs, "runs", runs)
+    monkeypatch.setattr(timing.Inputs, "runs", runs)
     with pytest.raises(RuntimeError, match="broke the GPU's context"):
         measure(FORWARD_TINY, Stopwatch(), device)
     assert len((tile_cache.folder() / "timings.jsonl").read_text().strip().splitlines()) == 1
@@ -251,8 +251,8 @@ def test_what_is_timed_launches_the_tile_in_force(kernel, device, monkeypatch):
         planned.append(self)
         raise RuntimeError("enough is known")
 
-    drawn = inputs.Inputs(autotune._problems(autotune._parser().parse_args(TINY))[0], torch.float16, device)
-    monkeypatch.setattr(inputs.Plan, "run", plan)
+    drawn = timing.Inputs(autotune._problems(autotune._parser().parse_args(TINY))[0], torch.float16, device)
+    monkeypatch.setattr(timing.Plan, "run", plan)
     tile = Tile(16, 32, 2, 5)
     with tiles.use_tiles({kernel: tile}), pytest.raises(RuntimeError, match="enough"):
         drawn.runs(kernel)[0]()
@@ -262,7 +262,7 @@ def test_what_is_timed_launches_the_tile_in_force(kernel, device, monkeypatch):
 
 def test_what_is_timed_adds_to_lepes_gradient_as_launches_do(device):
     """Where regions are routed dK/dV adds to what LePE's backward has written, which takes registers."""
-    drawn = inputs.Inputs(Problem("", 1, 4, 4, 16, 1, 2, 2), torch.float16, device)
+    drawn = timing.Inputs(Problem("", 1, 4, 4, 16, 1, 2, 2), torch.float16, device)
     _, backward = drawn._plans()
     names = [launch.name for launch in backward.launches]
     launch = backward.launches[names.index("key_value_gradient_kernel")]
@@ -272,7 +272,7 @@ def test_what_is_timed_adds_to_lepes_gradient_as_launches_do(device):
 
 def test_what_a_launch_leaves_unwritten_is_seen(device):
     """Memory of a right result that was freed would pass for one."""
-    drawn = inputs.Inputs(autotune._problems(autotune._parser().parse_args(TINY))[0], torch.float16, device)
+    drawn = timing.Inputs(autotune._problems(autotune._parser().parse_args(TINY))[0], torch.float16, device)
     right = drawn.runs(tiles.FORWARD)[0]
     drawn.check(right)
 
