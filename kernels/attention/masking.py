@@ -23,9 +23,8 @@ def is_cheaper(problem: RoutedAttention) -> bool:
     slots a query in the forward, 1,000 + 8.6 x and 1,000 + 10.1 x in the gradients (in tiles of 128 x 64 and
     128 x 32), queries rounded up to tiles of 128. The rule is one for all three kernels, on the side of the
     routed ones. On an H200 the kernels of a forward of BiFormer's third stage take 55 us masked
-    (docs/kernel_times.md); a forward that is routed takes 73 at best (docs/measured). Timed by hand on an
-    H100 (batch 8, LePE included): a forward takes 30 us masked, 33 routed, 33 as a small map; a training step
-    62, 82 and 75.
+    (docs/kernel_times.md); a forward that is routed takes 73 at best (docs/measured). On an H100, too, the
+    masked form was the fastest there, beside lists and the kernels of small maps.
 
     One thing differs: a key that is not finite reaches all queries of its head, times a weight of 0.
 

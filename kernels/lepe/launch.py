@@ -13,13 +13,14 @@ from .arguments import LepeConfig, LepeParts, LepeSums, LepeSumsConfig
 from .convolution import lepe_backward_kernel, lepe_forward_kernel
 
 # Tokens and channels of a tile, and warps. The backward's sums over tokens stay within a warp: on an H200 it
-# takes 37 us at YOLO's P3 (batch 16), and 61 in the forward's tiles. The partial sums of so small tiles take
-# 0.6 of a map in half precision for 3 x 3 taps; more would take several, and have the forward's tile.
+# takes 37 us at YOLO's P3, and 61 in the forward's tiles (docs/kernel_times.md). The partial sums of so small
+# tiles take 0.6 of a map in half precision for 3 x 3 taps; more would take several, and have the forward's
+# tile.
 FORWARD_TILE = (128, 32, 4)
 BACKWARD_TILE = (32, 32, 1)
 MOST_TAPS = 9
 # Programs' shares and channels in a step of their sum. The sum has few programs, so each must have many loads
-# in flight: with 256 shares and 16 channels it takes 10 us at YOLO's P3 (batch 8) on an H100, and so 7.5.
+# in flight: on an H100 this was faster than 256 shares and 16 channels (`bra-bench kernel-times`).
 _SUM_TILE = (1024, 8)
 
 

@@ -14,12 +14,12 @@ from .gradient import key_routing_gradient_kernel, query_routing_gradient_kernel
 from .route import region_means_kernel, route_kernel
 
 # Query regions of a program of `route_kernel`: the least that a matrix unit takes. Routing of BiFormer's
-# third stage (batch 64) took 44 us on an H200 with products off the matrix units, and takes 13 with them.
+# third stage took 44 us on an H200 with products off the matrix units, and takes 13 (docs/kernel_times.md).
 _ROUTE_QUERIES = 16
 # So many key regions fit shared memory as an operand; with more a query region has a program of its own.
 _ROUTE_OPERAND = 256
-# Elements of an operand, and the most channels in it: of 16, 32 and 64, timed by hand on an H200, the fastest
-# for 49 and 64 regions.
+# Elements of an operand, and the most channels in it: of 16, 32 and 64 the fastest on an H200, for 49 and 64
+# regions.
 _ROUTE_TILE, _ROUTE_CHANNELS = 4096, 64
 # Listed tokens of a step, of all the regions that a program's query regions chose: 16 per thread. With their
 # factors half as many: sm_90 spilled 4 instructions at 128 channels, padded, and takes 128 registers for 168.
@@ -29,7 +29,8 @@ _MARKED = 512
 # Elements of a tile of tokens, and the most tokens in it, of `region_means_kernel`. Regions of a few tokens,
 # as in BiFormer's later stages, take tiles of more channels instead of dead rows: six tiles from 1 to 32
 # tokens, each compiled when first met. One warp a program, which has its loads in flight at once and nothing
-# to wait for: on an H200 the means of BiFormer's second stage take 11 us, with four warps 34.
+# to wait for: on an H200 the means of BiFormer's second stage take 11 us, with four warps 34
+# (docs/kernel_times.md).
 _MEANS_TILE, _MEANS_TOKENS = 2048, 32
 
 

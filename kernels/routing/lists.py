@@ -29,9 +29,9 @@ ROUTED, MASKED, WHOLE, SMALL_MAP = "routed", "masked", "whole", "small_map"
 # keys and values.
 LONGEST_TO_MEAN = 4
 BLOCK_ENTRIES, BLOCK_TOKENS, _BLOCK_PAIRS = 8, 32, 256
-# Key regions of a graph up to which the longest rows come first, so that no long one is begun last: dK/dV at
-# YOLO's P3 (batch 8) takes 79 us on an H100 in any order, 73 so, and 70 if all rows are equal. For that each
-# program of `invert_graph_kernel` counts the rows of its whole graph, which takes 0.4 us more.
+# Key regions of a graph up to which the longest rows come first, so that no long one is begun last: on an
+# H100 dK/dV was faster so, and nearly as fast as with equal rows (`bra-bench kernel-times`). For that each
+# program of `invert_graph_kernel` counts the rows of its whole graph, which takes far less than it saves.
 _MOST_SORTED = 255
 
 

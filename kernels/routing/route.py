@@ -49,8 +49,8 @@ def region_means_kernel(
 
     total = tl.zeros([BLOCK_TOKENS, BLOCK_C], tl.float32)
     n_counted = tl.zeros([BLOCK_TOKENS], tl.int32)
-    # Timed by hand on an H100, batch 8: with the loads of two steps in flight the means of BiFormer's third
-    # stage take 3.3 us for 4.8, those of YOLO's P3 the same; with four steps P3's take 11.8 for 9.4.
+    # The loads of two steps are in flight: on an H100 that made the means of small regions faster, and those
+    # of large ones no slower, while four steps made these slower (`bra-bench kernel-times`).
     for start in tl.range(0, region_tokens, BLOCK_TOKENS, loop_unroll_factor=2):
         index = start + tl.arange(0, BLOCK_TOKENS)
         token = token_of(region, index, region_height, region_width, columns, height, width)

@@ -9,9 +9,8 @@ MOST_REGIONS = 64
 # Keys that a region attends to.
 MOST_KEYS = 256
 # Rows of a program's tile: the least that a matrix product takes, and so the most tokens of a region. Beyond
-# it lists are faster. On an H100 (float16, batch 8) a forward and a training step of 40 x 40 x 128 in regions
-# of 25 tokens take 36 and 98 us with lists, by a program a region 40 and 105; of 20 x 20 x 256 in regions of
-# 16 tokens 24 and 62 with lists, 19 and 52 by a program a region.
+# it lists are faster: on an H100 they were with regions of 25 tokens, and with regions of 16 they were not
+# (`bra-bench kernel-times`, with and without `--form routed`).
 BLOCK_OWN = 16
 # Channels of a head, by bytes of an element: with twice as many the backward spills (compiled for sm_80 and
 # sm_90).

@@ -24,11 +24,11 @@ from .forward import small_map_forward_kernel
 _MOST_HEADS = 4
 # Keys or queries of a step, by bytes of an element. With 64 keys a thread takes 148 registers at YOLO's P5
 # instead of 116, so an SM holds half as many warps; with 16 queries dK/dV takes twice the instructions
-# (counted by hand, sm_90). In float32 a step of 32 spills.
+# (`bra-bench report --arch sm_90`, with the step changed here). In float32 a step of 32 spills.
 _STEP = {2: 32, 4: 16}
 # Programs times regions up to which programs choose for themselves. Beyond, what they compute more than once
-# takes longer than a launch of the router (3 us on an H200): at YOLO's P5, 5 windows, batch 16, 830 of 2461
-# instructions, 3.6 us (counted by hand and predicted for an H100).
+# takes longer than a launch of the router: at YOLO's P5 with 5 windows and batch 16 routing is a third of the
+# instructions (compiled for sm_90), and so of the time that `bra-bench report` predicts.
 MOST_ROUTED = 2**14
 # Elements in a step of the router's product.
 _ROUTER_STEP = 2048

@@ -37,9 +37,9 @@ _architecture: ContextVar[str | None] = ContextVar("architecture", default=None)
 _forced: ContextVar[Mapping[str, Tile]] = ContextVar("forced", default={})  # noqa: B039 (never written to)
 _forced_form: ContextVar[str | None] = ContextVar("forced_form", default=None)
 
-# Tiles of masked attention, half precision, heads of at most 32 channels. Eleven were timed by hand on an
-# H200 at BiFormer's third stage; for the forward and dQ these are the fastest. For dK/dV, 128 x 64 is 6 %
-# faster than this one, but spills registers under Triton 3.8.
+# Tiles of masked attention, half precision, heads of at most 32 channels: of eleven the fastest on an H200 at
+# BiFormer's third stage (`bra-bench kernel-times`), except that for dK/dV 128 x 64 was a little faster, but
+# spills registers under Triton 3.8.
 MASKED = {
     FORWARD: Tile(64, 64, 4, 2),
     QUERY_GRADIENT: Tile(64, 64, 4, 2),

@@ -36,27 +36,32 @@ def test_launches_with_tensors_find_what_was_compiled_for_them(tmp_path):
     """In Triton's cache on disk: the code is the same to the last option."""
     plan, tensors = _forward(NARROW, "cpu")
     hits = []
-    with knobs.cache.scope(), knobs.compilation.scope():
+    with knobs.cache.scope(), knobs.compilation.scope(), stand_in.without_gpu():
         knobs.cache.dir = str(tmp_path)
         for launch in plan.launches:
             launch.kernel.device_caches.clear()
             compile_for(launch, stand_in.ARCH)
         knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-        with stand_in.without_gpu():
-            plan.run(*tensors)
+        plan.run(*tensors)
     assert hits == [True] * len(plan.launches)
 
 
 @pytest.mark.compiled
 def test_variants_are_what_triton_compiles_apart():
-    """Another batch is the same variant; wider slices, which start elsewhere, are not."""
-    problems = [NARROW, replace(NARROW, batch=16), replace(NARROW, dim=8, qk_dim=8)]
-    launches = [_forward(problem)[0].launches[-1] for problem in problems]
+    """Another batch is the same variant; an array that starts in between, and another type, are not."""
+    first, larger = (_forward(replace(NARROW, batch=n))[0].launches[0] for n in (1, 16))
+    (qkv, *others) = first.pointers
+    launches = [
+        first,
+        larger,
+        replace(first, pointers=(replace(qkv, offset=2), *others)),
+        replace(first, pointers=(replace(qkv, dtype=torch.float32), *others)),
+    ]
     with stand_in.driver_of("sm_90", device="sm_90"):
         codes = [each.kernel.warmup(*each.arguments, grid=each.grid, **each.options) for each in launches]
     found = [variant(launch) for launch in launches]
     assert [a == b for a, b in combinations(found, 2)] == [a is b for a, b in combinations(codes, 2)]
-    assert len({*found}) == 2
+    assert len({*found}) == 3
 
 
 def _forward(problem: Problem, device: str = "meta") -> tuple[Plan, tuple[torch.Tensor | None, ...]]:
