@@ -6,7 +6,6 @@ proportional to its square. With a fixed `n_win` the regions grow with the map, 
 attention approaches an exponent of 2, too, though at `topk / n_win**2` of dense attention's.
 """
 
-import argparse
 import math
 import statistics
 from collections.abc import Sequence
@@ -39,7 +38,12 @@ Curves = dict[tuple[str, str], dict[int, float]]  # by peer and figure: by value
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints a table for each sweep and draws it; returns 1 where a result was wrong."""
-    options = _parse(arguments)
+    on_gpu = measure.default_device().type == "cuda"
+    parser = parser_of("growth", __doc__, repeats=3, has_json=False)
+    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
+    parser.add_argument("--dtype", choices=measure.DTYPES, default="float16" if on_gpu else "float32")
+    parser.add_argument("--out", type=Path, default=Path("runs/growth"), help="folder for the picture")
+    options = parser.parse_args(arguments)
     print(measure.on_one_line(measure.circumstances(measure.default_device())))
     found, failures = {}, []
     for name in options.sweep:
@@ -110,12 +114,3 @@ def draw(found: dict[str, Curves], path: Path) -> None:
             axis.grid(alpha=0.3)
             axis.legend(fontsize="small")
     picture.savefig(path, dpi=80)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    on_gpu = measure.default_device().type == "cuda"
-    parser = parser_of("growth", __doc__, repeats=3, has_json=False)
-    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
-    parser.add_argument("--dtype", choices=measure.DTYPES, default="float16" if on_gpu else "float32")
-    parser.add_argument("--out", type=Path, default=Path("runs/growth"), help="folder for the picture")
-    return parser.parse_args(arguments)

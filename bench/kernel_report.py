@@ -52,8 +52,8 @@ in flight: copies of later steps that a step does not wait for; 0: every step wa
 slots/useful: whole kernel, padding of tiles, list tail, prologue and epilogue included, over the scores that
 count; every loop as often as the problem runs it.
 Bounds are microseconds a launch at peak rates, each as if nothing else took time.
-MB: what a launch's arrays hold, each once (one that reads a part of a packed map moves less); memory us the
-time of those bytes. code, of other kernels: all their instructions."""
+MB: what a launch's arrays hold, each once (one that reads a part of a packed map moves less), of an attention
+kernel without scratch; memory us: the time of those bytes. code, of other kernels: all their instructions."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,12 @@ def collect(
 
 
 def _row(problem: Problem, dtype: str, arch: str, launch: Launch, result: Result) -> Row:
-    kernel = launches.kernel_name(launch)
-    sizes = (problem, dtype, arch, kernel, math.prod(launch.grid), launches.bytes_of_arguments(launch))
+    kernel, is_attention = launches.kernel_name(launch), isinstance(result, Analysis) and bool(result.loop)
+    n_bytes = launches.bytes_of_arguments(launch, scratch=not is_attention)
+    sizes = (problem, dtype, arch, kernel, math.prod(launch.grid), n_bytes)
     if isinstance(result, Exception):
         return Row(*sizes, error=str(result))
-    if result.loop is None:
+    if not is_attention:
         return Row(*sizes, result)
     # Under a mask, which some attention kernels have, every query meets all keys.
     element_bytes, masked = DTYPES[dtype].itemsize, launches.arguments_of(launch).get("marks") is not None

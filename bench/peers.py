@@ -41,15 +41,10 @@ class Peer(NamedTuple):
 def peers_for(problem: Problem, backend: str, padding: Tensor | None = None) -> dict[str, Peer]:
     """The peers by name; beside the fused backend `"triton"` that of `"torch"` is one.
 
-    `padding` is `(3*dim,)`, what tokens past the map's edge hold, where regions do not divide it.
-
-    Raises:
-        ValueError: the problem has qk_dim != dim, a routing weight or K/V down-sampling.
+    `padding` is `(3*dim,)`, what tokens past the map's edge hold, where regions do not divide it. The problem
+    has no routing weight and no K/V down-sampling.
     """
-    if (problem.qk_dim, problem.routing_weight, problem.kv_per_win) != (problem.dim, "none", None):
-        raise ValueError(
-            f"problem must have qk_dim == dim, no routing weight and no K/V down-sampling, got {problem!r}"
-        )
+    assert (problem.qk_dim, problem.routing_weight, problem.kv_per_win) == (problem.dim, "none", None)
 
     ours = functools.partial(
         functional.bi_level_routing_attention,

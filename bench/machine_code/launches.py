@@ -10,7 +10,7 @@ from torch import Tensor
 from bra_triton.bench.problems import Problem
 from bra_triton.kernels import packed, tiles
 from bra_triton.kernels.arrays import Buffer
-from bra_triton.kernels.plan import Launch, Plan
+from bra_triton.kernels.plan import _WORKSPACE, Launch, Plan
 from bra_triton.kernels.pooling.launch import plan_pool, plan_pool_backward, pooling_inputs
 from bra_triton.kernels.pooling.problem import MAX, WEIGHTED, RegionPooling
 from bra_triton.kernels.problem import Needs, PackedAttention
@@ -106,8 +106,11 @@ def _kind(value: Any, specialises: bool = True) -> Any:
     return (value == 1, value % 16 == 0) if isinstance(value, int) and specialises else type(value)
 
 
-def bytes_of_arguments(launch: Launch) -> int:
-    """What a launch's arrays hold, each counted once: about what it has to move."""
+def bytes_of_arguments(launch: Launch, scratch: bool = True) -> int:
+    """What a launch's arrays hold, each counted once: about what it has to move.
+
+    Scratch arrays have room for the worst case: for partial sums of all rows that may be cut.
+    """
     members = (x for each in launch.pointers for x in (each if isinstance(each, tuple) else (each,)))
-    arrays = {x for x in members if x is not None}
+    arrays = {x for x in members if x is not None and (scratch or x.source != _WORKSPACE)}
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)

@@ -82,12 +82,6 @@ def test_block_mask_is_that_of_create_block_mask(n_win, tokens, topk):
     assert actual.seq_lengths == expected.seq_lengths
 
 
-@pytest.mark.parametrize("name", ["yolo_p3_soft", "yolo_p3_conv"])
-def test_peers_refuse_what_they_cannot_compare(name):
-    with pytest.raises(ValueError, match="problem must have qk_dim == dim, no routing weight and no K/V"):
-        peers.peers_for(PROBLEMS[name], "torch")
-
-
 class TestBenchmark:
     @pytest.fixture(autouse=True)
     def _on_the_cpu(self, monkeypatch):
