@@ -19,10 +19,10 @@ from ..kernels.grid import RegionGrid, is_sure, larger
 from ..kernels.pooling.problem import MAX, MEAN, WEIGHTED
 from ..operators import pooling as operators
 from ..operators.library import is_seen
+from .cells import Cells, fractional_cells, mean_matrix, window_maxima
 from .layers import is_plain
 
 MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool", "fracpool", "conv")
-Cells = tuple[Tensor, Tensor]
 # Random samples are multiples of 1 / SAMPLE_STEPS, which float32 adds to whole numbers without rounding: so
 # no cell's start is off by one, which would leave a token out.
 SAMPLE_STEPS = 1024
@@ -221,9 +221,9 @@ class AdaptivePooling(FixedCells):
         height, width = x.shape[-2:]
         row_cells, column_cells = self.cells(height, width, x.device)
         if self.mode == MEAN:
-            return _mean_matrix(row_cells, height, x) @ x @ _mean_matrix(column_cells, width, x).t()
-        x = _window_maxima(x, 3, column_cells, self.largest(width))
-        return _window_maxima(x, 2, row_cells, self.largest(height))
+            return mean_matrix(row_cells, height, x) @ x @ mean_matrix(column_cells, width, x).t()
+        x = window_maxima(x, 3, column_cells, self.largest(width))
+        return window_maxima(x, 2, row_cells, self.largest(height))
 
     def extra_repr(self) -> str:
         """Mode and cells a side."""
@@ -316,8 +316,8 @@ class FractionalMaxPooling(KVDownsampling):
         """See `KVDownsampling`."""
         # Not F.fractional_max_pool2d: it computes the cells in the dtype of x, and cannot be exported.
         row_cells, column_cells = cells or self.cells(x.shape[-2], x.shape[-1], x.device)
-        x = _window_maxima(x, 3, column_cells, self.window(x.shape[3]))
-        return _window_maxima(x, 2, row_cells, self.window(x.shape[2]))
+        x = window_maxima(x, 3, column_cells, self.window(x.shape[3]))
+        return window_maxima(x, 2, row_cells, self.window(x.shape[2]))
 
     def extra_repr(self) -> str:
         """Ratio and window."""
@@ -373,43 +373,6 @@ def may_be_bypassed(kv_down: Any) -> bool:
     return isinstance(kv_down, KVDownsampling) and all(
         is_plain(layer, type(kv_down) if layer is kv_down else nn.Conv2d) for layer in kv_down.modules()
     )
-
-
-def fractional_cells(side: int, count: int, window: int, sample: Tensor) -> Tensor:
-    """Cells of fractional max-pooling along one side, as PyTorch's `fractional_max_pool2d` places them.
-
-    Args:
-        side: tokens along the side.
-        count: cells.
-        window: tokens in each cell.
-        sample: float32 scalar in `[0, 1)`, on the device where the cells shall be.
-
-    Returns:
-        `(count, 2)` int32.
-    """
-    index = torch.arange(count, dtype=torch.float32, device=sample.device)
-    distance = (side - window) / larger(1, count - 1)
-    starts = ((index + sample) * distance).int() - (sample * distance).int()
-    starts = torch.where(index == count - 1, side - window, starts)
-    return torch.stack((starts, starts + window), dim=1)
-
-
-def _window_maxima(x: Tensor, dim: int, cells: Tensor, window: int) -> Tensor:
-    """Maxima over the cells along a dimension, all of at most `window` tokens."""
-    position = cells[:, :1] + torch.arange(window, dtype=torch.int32, device=x.device)
-    last = cells[:, 1:] - 1  # taken again and again in smaller cells
-    # Neither torch.minimum nor unflatten: in opset 11 there is no minimum of integers, and no unflatten.
-    position = torch.where(position < last, position, last)
-    shape = (*x.shape[:dim], cells.shape[0], window, *x.shape[dim + 1 :])
-    windows = x.index_select(dim, position.flatten()).reshape(shape)
-    return windows.max(dim + 1).values  # the gradient goes to one of equals; amax would share it out
-
-
-def _mean_matrix(cells: Tensor, side: int, like: Tensor) -> Tensor:
-    """`(cells, side)`: one over the cell's size where it contains the token, else 0."""
-    token = torch.arange(side, dtype=torch.int32, device=cells.device)
-    start, end = cells[:, :1], cells[:, 1:]
-    return ((token >= start) & (token < end)).to(like.dtype) / (end - start).to(like.dtype)
 
 
 def _whole(ratio: float) -> int:

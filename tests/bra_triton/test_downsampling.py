@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from bra_triton import BiLevelRoutingAttention
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.modules import downsampling
+from bra_triton.modules.cells import fractional_cells
 from bra_triton.operators import pooling as operators
 
 BACKENDS = ("torch", "triton")
@@ -92,7 +93,7 @@ class TestCells:
         count = module.count(side)
         window = min(side - count + 1, module.window(side) + wider)  # PyTorch takes no wider ones
         sample = torch.tensor(step / downsampling.SAMPLE_STEPS)
-        cells = downsampling.fractional_cells(side, count, window, sample)
+        cells = fractional_cells(side, count, window, sample)
         token = torch.arange(side, dtype=torch.float32)
         ends = F.fractional_max_pool2d(
             token.expand(1, 1, side, side),

@@ -16,6 +16,7 @@ from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.pooling import launch
 from bra_triton.kernels.pooling.problem import MAX, RegionPooling
 from bra_triton.modules import downsampling
+from bra_triton.modules.cells import fractional_cells
 
 BACKENDS = {"triton": calls, "torch": torch_kernels}
 QK_DIM, DIM = 3, 5  # a slice that starts at an odd channel and whose channels fill no block
@@ -48,7 +49,7 @@ def _pooling(module, grid, device):
     sides = (grid.region_height, grid.region_width)
     if isinstance(module, downsampling.FractionalMaxPooling):
         cells = [
-            downsampling.fractional_cells(
+            fractional_cells(
                 side, module.count(side), module.window(side), torch.tensor(sample, device=device)
             )
             for side, sample in zip(sides, SAMPLES, strict=True)
