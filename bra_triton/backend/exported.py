@@ -80,9 +80,11 @@ def _route(regions: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     settings, grid = call.settings, call.grid
     n_regions = grid.n_regions
     # In float32 at least, as everywhere: half precision would choose other regions.
-    means = regions.sum(1, dtype=torch.promote_types(regions.dtype, torch.float32))
+    # Means, not sums that are divided: in those OpenVINO 2026.4 adds up along another axis.
+    means = regions.mean(1, dtype=torch.promote_types(regions.dtype, torch.float32))
     means = means.reshape(-1, n_regions, 2 * settings.qk_dim)
-    means = means / (grid.region_tokens if settings.counts_padding else _tokens_inside(grid, means.device))
+    if not settings.counts_padding:
+        means = means * (grid.region_tokens / _tokens_inside(grid, means.device))
     query, key = (call.emb(x) for x in means.split(settings.qk_dim, dim=-1))
     logits = (query * settings.routing_scale) @ key.transpose(1, 2)
     # topk may choose among equal logits as it likes, and few runtimes sort stably. So it chooses once more,

@@ -177,3 +177,32 @@ def test_onnx_of_pooled_keys_in_opset_11(onnx_run):
         x = _map(BiLevelRoutingAttention, 7, 8)
         run = onnx_run(module, x, dynamo=False, opset_version=11)
         _check(module, run, ((7, 8),), (1,))
+
+
+@pytest.fixture(scope="session")
+def openvino():
+    """The package, in float32: on processors that have bfloat16 it takes that by default."""
+    package = pytest.importorskip("openvino")
+
+    def convert(module, x, **arguments):
+        model = package.convert_model(module, example_input=x, **arguments)
+        compiled = package.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return lambda x: torch.from_numpy(compiled(x.numpy())[0])
+
+    return convert
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+@both_kinds
+def test_openvino(kind, openvino):
+    module = kind(16, **NUMBERS).eval()
+    _check(module, openvino(module, _map(kind, 7, 8)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "mode"), [*((KINDS[0], mode) for mode in ("", *MODES)), (KINDS[1], "")])
+def test_openvino_for_one_size(kind, mode, openvino):
+    """Then OpenVINO folds what follows from the size, and fuses other operators."""
+    module = kind(16, **{**NUMBERS, **MODES.get(mode, {})}).eval()
+    x = _map(kind, 7, 8)
+    _check(module, openvino(module, x, input=[x.shape]), ((7, 8),), (1,))

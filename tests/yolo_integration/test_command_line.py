@@ -62,6 +62,19 @@ def test_onnx_export_computes_the_same(trained: Path, tmp_path: Path, dynamic: b
     torch.testing.assert_close(torch.from_numpy(out), expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_openvino_export_computes_the_same(trained: Path, tmp_path: Path, dynamic: bool) -> None:
+    openvino = pytest.importorskip("openvino")
+    model = YOLO(shutil.copy(trained / "best.pt", tmp_path))
+    (file,) = Path(model.export(format="openvino", imgsz=96, dynamic=dynamic)).glob("*.xml")
+    # In float32: on processors that have bfloat16 it takes that by default.
+    run = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    x = torch.rand(1, 3, 64, 128) if dynamic else torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        expected = model.model.eval()(x)[0]
+    torch.testing.assert_close(torch.from_numpy(run(x.numpy())[0]), expected, atol=1e-4, rtol=1e-5)
+
+
 def test_torchscript_export_computes_the_same(trained: Path, tmp_path: Path) -> None:
     model = YOLO(shutil.copy(trained / "best.pt", tmp_path))
     exported = torch.jit.load(model.export(format="torchscript", imgsz=96))
