@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..arguments import dense_floats, flag, whole_pair
 from ..call import Call
+from ..export import is_eager
 from ..kernels.grid import RegionGrid
 from .nhwc import BiLevelRoutingAttention
 
@@ -37,7 +38,7 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
         super().__setattr__(name, value)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, attn_mask: Any = None, is_causal: bool = False, *, ret_attn_mask: bool = False
+        self, x: Tensor, attn_mask: Any = None, is_causal: bool = False, ret_attn_mask: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
         """`BiLevelRoutingAttention.forward` for `x` `(N, H * W, dim)`; the output has that shape, too.
 
@@ -52,7 +53,9 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
         """
         if not isinstance(x, Tensor):
             return self._leaf(x)
-        if attn_mask is not None or flag("is_causal", is_causal):
+        if is_eager():  # ONNX's legacy exporter passes a tensor
+            is_causal = flag("is_causal", is_causal)
+        if attn_mask is not None or is_causal:
             raise ValueError(
                 "attn_mask must be None and is_causal False, as the routing chooses what is attended to, got "
                 f"attn_mask={attn_mask!r} and is_causal={is_causal!r}"

@@ -6,6 +6,7 @@ from problems import relative_error
 from torch.export import Dim
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, functional
+from bra_triton.modules.tokens import TokenBiLevelRoutingAttention
 
 # Rounding of float32 gives 1e-6, another choice of a region 1e-1.
 TOLERANCE = 1e-5
@@ -149,6 +150,15 @@ def test_onnx_in_half_precision(kind, onnx_run):
     run = onnx_run(module, _map(kind, 7, 8).half(), dynamo=False)
     # Half precision rounds to 5e-4, and the eager reference is asked in float64 with the weights rounded.
     _check(module, lambda x: run(x.half()), ((7, 8),), (1,), 5e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_of_tokens(onnx_run):
+    """The legacy exporter passes the defaults of all arguments by position."""
+    module = TokenBiLevelRoutingAttention(16, **NUMBERS, size=(7, 8)).eval()
+    run, x = onnx_run(module, torch.randn(1, 7 * 8, 16), dynamo=False), torch.randn(1, 7 * 8, 16)
+    module.backend = "reference"
+    assert relative_error(run(x), module.double()(x.double())) < TOLERANCE
 
 
 @after_2_8
