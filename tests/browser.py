@@ -84,6 +84,8 @@ def opened(file: Path, profile: Path) -> Iterator[Page]:
         loaded = "document.readyState == 'complete' || new Promise(done => addEventListener('load', done))"
         page.evaluate(loaded)
         yield page
+        page.send("Browser.close")  # one that is terminated leaves temporary files
+        process.wait(30)
     finally:
         process.terminate()
         process.wait(30)

@@ -4,12 +4,26 @@
 tests so marked, which compile the kernels for GPUs that need not be there).
 """
 
+import os
 import shutil
 import subprocess
+import tempfile
 
 import pytest
 import torch
 from interpreter import INTERPRETED
+
+# Ultralytics reads them when it is imported, hence they are not set in a fixture: its settings and runs stay
+# out of the user's home, and it looks for no network.
+_ultralytics_folder = tempfile.TemporaryDirectory(prefix="bra_triton_ultralytics_")
+os.environ["YOLO_CONFIG_DIR"] = _ultralytics_folder.name
+os.environ["YOLO_OFFLINE"] = "true"
+os.environ["YOLO_AUTOINSTALL"] = "false"
+
+
+def pytest_unconfigure():
+    """Not at the exit of the process, which pytest-xdist's workers leave out."""
+    _ultralytics_folder.cleanup()
 
 
 def pytest_collection_modifyitems(config, items):

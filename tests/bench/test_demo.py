@@ -2,13 +2,8 @@
 
 import json
 import os
-import tempfile
 
 import pytest
-
-# Read by Ultralytics when it is imported.
-os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="bra_triton_ultralytics_"))
-os.environ["YOLO_OFFLINE"] = "true"
 
 from bra_triton.bench import demo
 from bra_triton.yolo_integration import demo as yolo_demo

@@ -1,22 +1,15 @@
-"""Keeps Ultralytics' settings and runs out of the user's home and out of the repository."""
+"""A small data set, a model that was trained on it, and processes of their own."""
 
 import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_data import write_data
-
-# Read by Ultralytics when it is imported, hence here and not in a fixture.
-_config_dir = tempfile.TemporaryDirectory(prefix="bra_triton_ultralytics_")
-os.environ["YOLO_CONFIG_DIR"] = _config_dir.name
-os.environ["YOLO_OFFLINE"] = "true"
-os.environ["YOLO_AUTOINSTALL"] = "false"
 
 
 @contextlib.contextmanager
