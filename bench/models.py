@@ -11,8 +11,10 @@ the torch backend; there a step is the gradient of the sum of the output.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
+from multiprocessing import get_context
 from statistics import geometric_mean
 from typing import Any
 
@@ -49,8 +51,6 @@ PRESET = {
         ("160 x 160", "high_resolution", 1, 8),
     )
 }
-
-
 # Which ratio it is, the least that its geometric mean over the maps may be, and the least of any map.
 TARGETS = {
     "forward": ((INFERENCE, "seconds"), 2.5, 1.3),
@@ -230,14 +230,49 @@ def report_modules(problems: Mapping[str, Problem], repeats: int) -> int:
 
 
 def measure_module(problem: Problem, repeats: int) -> Row:
-    """The figures of the module on both backends, with the same weights."""
+    """The figures of the module on both backends; what a step adds to a fresh process is its peak of memory.
+
+    Raises:
+        WrongResultError: the two compute something else.
+    """
+    modules, x = module_pair(problem)
+    fused, reference = ({"the gradient on the fused backend": _gradient(m, x)} for m in modules.values())
+    measure.check(fused, reference, measure.TOLERANCE[x.dtype])
+    row = compare(modules, x, _module_run, measure.TOLERANCE[x.dtype], repeats)
+    for name in modules:
+        row[name][STEP]["peak_bytes"] = _in_fresh_process(_step_bytes, problem, name)
+    return row
+
+
+def module_pair(problem: Problem) -> tuple[dict[str, nn.Module], Tensor]:
+    """The module on both backends, with the same weights, and a map."""
     modules: dict[str, nn.Module] = {}
     for name, backend in ((FUSED, "torch"), (REFERENCE, "reference")):
         torch.manual_seed(0)
         modules[name] = BiLevelRoutingAttention(**problem.module_arguments, backend=backend)
-    x = torch.randn(problem.batch, problem.height, problem.width, problem.dim)
+    return modules, torch.randn(problem.batch, problem.height, problem.width, problem.dim)
 
-    def run_of(module: nn.Module, x: Tensor, figure: str) -> measure.Run:
-        return measure.call_of(module, x, "step" if figure == STEP else "no grad")
 
-    return compare(modules, x, run_of, measure.TOLERANCE[x.dtype], repeats)
+def _module_run(module: nn.Module, x: Tensor, figure: str) -> measure.Run:
+    return measure.call_of(module, x, "step" if figure == STEP else "no grad")
+
+
+def _gradient(module: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(module(x).square().sum(), x)[0]
+
+
+def _in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _step_bytes(problem: Problem, name: str) -> int:
+    """The most memory that a training step adds to what the process holds resident before."""
+    import psutil  # comes with Ultralytics, which GPU checks on a bare machine do without
+
+    modules, x = module_pair(problem)
+    run = _module_run(modules[name], x, STEP)
+    before = psutil.Process().memory_info().rss
+    run()
+    return measure.process_peak_bytes() - int(before)

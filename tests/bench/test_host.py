@@ -1,4 +1,4 @@
-"""The host's cost: every form and plain attention are what they are called."""
+"""The host's cost: what its targets judge; every form and plain attention are what they are called."""
 
 import contextlib
 
@@ -8,6 +8,21 @@ import torch
 from bra_triton.bench import host, measure, stand_in
 
 CPU = torch.device("cpu")
+
+
+def row(form, phase, fused, plain=1.0, compiled=False):
+    seconds = {host.OURS: fused, host.PLAIN: plain}
+    return {"form": form, "phase": phase, "compiled": compiled, "seconds": seconds}
+
+
+def test_targets_are_ratios_to_plain_attention_or_to_the_identity_form():
+    rows = [row("identity", "no grad", 2.0, 2.0), row("padded", "no grad", 2.6), row("soft", "no grad", 2.7)]
+    assert host.missed(rows) == ["soft, no grad: 1.35 times identity fused, at most 1.3"]
+    rows = [row("identity", "step", 1.16), row("identity", "step", 1.16, compiled=True)]
+    assert host.missed(rows) == [
+        "identity, step: 1.16 times identity plain, at most 1.15",
+        "compiled identity, step: 1.16 times identity plain, at most 1.0",
+    ]
 
 
 def test_what_cannot_be_measured_is_printed_and_a_failure(monkeypatch, capsys):
