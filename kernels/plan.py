@@ -12,7 +12,7 @@ compile-time numbers as one group.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from math import prod
 from operator import itemgetter, or_
 from typing import Any
@@ -93,9 +93,11 @@ class Plan:
         self.launches: list[Launch] = []
         self.wanted: list[bool] = []
         self.workspace_bytes = self.kept_bytes = 0
-        self._outputs: list[tuple[tuple[int, ...], torch.dtype, bool]] = []
+        self._outputs: list[tuple[Buffer, bool]] = []
         self._direct: _DirectLaunches | None = None
         self._index = (device.index or 0) if device.type == "cuda" else 0
+        # In three quarters of the time that `torch.empty` takes.
+        self._allocate = partial(torch.empty_strided, device=device)
 
     @property
     def given(self) -> tuple[Buffer, ...]:
@@ -104,8 +106,9 @@ class Plan:
 
     def output(self, shape: tuple[int, ...], dtype: torch.dtype, zeroed: bool = False) -> Buffer:
         """An array that `run` allocates, fills with zeros if asked for, and returns."""
-        self._outputs.append((shape, dtype, zeroed))
-        return Buffer(len(self.inputs) + len(self._outputs) - 1, 0, shape, contiguous_strides(shape), dtype)
+        source = len(self.inputs) + len(self._outputs)
+        self._outputs.append((Buffer(source, 0, shape, contiguous_strides(shape), dtype), zeroed))
+        return self._outputs[-1][0]
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
         """An array that is dropped at the end of `run`."""
@@ -138,11 +141,12 @@ class Plan:
             The outputs and, if there is any, what is kept.
         """
         tensors: list[Tensor | None] = [*inputs]
-        for shape, dtype, zeroed in self._outputs:
-            allocate = torch.zeros if zeroed else torch.empty
-            tensors.append(allocate(shape, dtype=dtype, device=self.device))
+        allocate = self._allocate
+        for x, zeroed in self._outputs:
+            made = allocate(x.shape, x.strides, dtype=x.dtype)
+            tensors.append(made.zero_() if zeroed else made)
         for n_bytes in (self.kept_bytes, self.workspace_bytes):
-            tensors.append(torch.empty(n_bytes, dtype=torch.uint8, device=self.device) if n_bytes else None)
+            tensors.append(allocate((n_bytes,), (1,), dtype=torch.uint8) if n_bytes else None)
         if self.device.type == "cuda" and driver.active.get_current_device() != self._index:
             with torch.cuda.device(self._index):
                 self._launch(tensors)

@@ -219,10 +219,7 @@ def _backward(
         _, *others = zip(problem.tensors, needs, strict=True)
         zeros = [x.new_zeros(x.shape) if x is not None and needed else None for x, needed in others]
         return PackedGradients(problem.qkv.new_zeros(problem.qkv.shape), *zeros)
-    with torch.no_grad():  # create_graph=True runs a backward with gradients enabled
-        return fused_kernels(backend).attend_backward(
-            grad_out.contiguous(), problem, out, saved, Needs(*needs)
-        )
+    return fused_kernels(backend).attend_backward(grad_out.contiguous(), problem, out, saved, Needs(*needs))
 
 
 def _parts(

@@ -73,8 +73,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem, backend = _problem(*arguments)
-    with torch.no_grad():  # create_graph=True runs a backward with gradients enabled
-        gradients = fused_kernels(backend).attend_routed_backward(grad_out.contiguous(), problem, out, lse)
+    gradients = fused_kernels(backend).attend_routed_backward(grad_out.contiguous(), problem, out, lse)
     return gradients.query, gradients.key, gradients.value
 
 
@@ -93,7 +92,7 @@ class _AttendRegional(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         out, *saved = ctx.saved_tensors
         if ctx.witness.sees_change:
-            with torch.no_grad():  # as in `_backward`
+            with torch.no_grad():  # create_graph=True runs a backward with gradients enabled
                 out = _forward(*saved[1:], *ctx.numbers)[0]
         gradients = _backward(grad_out, out, *saved, *ctx.numbers)
         return *refusing_second_derivative(gradients, grad_out, *saved), *(None,) * (1 + _N_NUMBERS)

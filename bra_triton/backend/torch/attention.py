@@ -48,6 +48,7 @@ def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     return without_padding(out, grid), dense(lse[..., : grid.height, : grid.width])
 
 
+@torch.no_grad()  # create_graph=True runs a backward with gradients enabled
 @outside_autocast
 def attend_routed_backward(
     grad_out: Tensor, problem: RoutedAttention[Tensor], out: Tensor, lse: Tensor

@@ -74,6 +74,7 @@ def saved_like(problem: PackedAttention[Tensor]) -> list[Tensor]:
     return tensors
 
 
+@torch.no_grad()  # create_graph=True runs a backward with gradients enabled
 @outside_autocast
 def attend_backward(
     grad_out: Tensor,
