@@ -5,6 +5,11 @@ backend; under a compiler, a dispatch mode or a transform it is another one over
 the same. The operators themselves have no gradient, and trust their callers: arguments are checked, and
 contiguous.
 
+What a forward takes and leaves for its backward is kept from having four axes (`_set_apart`): before a
+convolution Inductor takes every tensor of four axes for images and brings what is kept of them into
+channels-last memory. That would copy the packed projection in the forward and back in the backward, and fails
+for sizes that are symbols (PyTorch 2.14).
+
 This file is the only one that takes a `PackedAttention` apart for a schema and puts it together again.
 """
 
@@ -39,7 +44,7 @@ from .library import (
 )
 
 _TENSORS = "Tensor qkv, Tensor? kv, Tensor? padding, Tensor? means, Tensor? lepe_weight, Tensor? lepe_bias"
-_N_TENSORS = 6
+_N_TENSORS, _N_MAPS = 6, 2
 _NUMBERS = "SymInt[] sizes, float[] scales, str routing_weight, bool[] flags, str backend"
 _N_NUMBERS = 5
 
@@ -60,9 +65,9 @@ def attend(problem: PackedAttention[Tensor], backend: str, eager: bool) -> Tenso
         numbers = _numbers(problem.settings, backend)
         if trains:
             function = _AttendTransformed if eager else _AttendByOperator
-            out = function.apply(*tensors, *numbers)[0]
+            out = function.apply(*map(_set_apart, tensors[:_N_MAPS]), *tensors[_N_MAPS:], *numbers)[0]
             # The backward's own output may not be changed in place. Inductor drops the copy.
-            return out.clone() if problem.lepe_weight is None else out
+            return _put_back(out).clone() if problem.lepe_weight is None else out
         return torch.ops.bra_triton.attend(*tensors, *numbers, False)[0]
     if trains:
         return _Attend.apply(problem.settings, problem.plans, backend, *tensors)
@@ -120,11 +125,14 @@ class _AttendByOperator(torch.autograd.Function):
         if grad_out is None:
             return (None,) * (_N_TENSORS + _N_NUMBERS)
         tensors, out, saved = _parts(ctx.saved_tensors)
-        needs = ctx.needs_input_grad[:_N_TENSORS]
+        wanted = _wanted(tensors, ctx.needs_input_grad)
         found = iter(
-            torch.ops.bra_triton.attend_backward(grad_out, *tensors, out, saved, *ctx.numbers, needs)
+            torch.ops.bra_triton.attend_backward(
+                _put_back(grad_out), *tensors, out, saved, *ctx.numbers, wanted
+            )
         )
-        gradients = [next(found) if is_wanted else None for is_wanted in _wanted(tensors, needs)]
+        gradients = [next(found) if is_wanted else None for is_wanted in wanted]
+        gradients[:_N_MAPS] = map(_set_apart, gradients[:_N_MAPS])
         return *refusing_second_derivative(gradients, grad_out, *tensors), *(None,) * _N_NUMBERS
 
 
@@ -139,15 +147,25 @@ def _attend_operator(*given: Any) -> tuple[Tensor, list[Tensor]]:
     """See `attend`: the output, and what the backward reads."""
     *arguments, trains = given
     problem, backend = _known_problem(arguments)
-    return fused_kernels(backend).attend(problem, trains)
+    return _kept_apart(problem, *fused_kernels(backend).attend(problem, trains), trains)
+
+
+def _kept_apart(
+    problem: PackedAttention[Tensor], out: Tensor, saved: Sequence[Tensor], trains: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """A forward's results, set apart as far as the backward reads them."""
+    reads_output = trains and problem.lepe_weight is None
+    return _set_apart(out) if reads_output else out, [_set_apart(x) for x in saved]
 
 
 @fake_of(_attend_operator)
 def _(*given: Any) -> tuple[Tensor, list[Tensor]]:
     *arguments, backend, trains = given
-    problem = _problem(arguments[:_N_TENSORS], _settings(*arguments[_N_TENSORS:]))
+    tensors = [_put_back(x) for x in arguments[:_N_MAPS]] + arguments[_N_MAPS:_N_TENSORS]
+    problem = _problem(tensors, _settings(*arguments[_N_TENSORS:]))
     out = problem.qkv.new_empty(*problem.qkv.shape[:3], problem.dim)
-    return out, fused_kernels(backend).saved_like(problem) if trains else []
+    saved = fused_kernels(backend).saved_like(problem) if trains else []
+    return _kept_apart(problem, out, saved, trains)
 
 
 @flops_of(_attend_operator)
@@ -160,26 +178,24 @@ def _(*given: Any, **_: Any) -> int:
 
 @operator(
     "attend_backward",
-    f"(Tensor grad_out, {_TENSORS}, Tensor? out, Tensor[] saved, {_NUMBERS}, bool[] needs) -> Tensor[]",
+    f"(Tensor grad_out, {_TENSORS}, Tensor? out, Tensor[] saved, {_NUMBERS}, bool[] wanted) -> Tensor[]",
     has_gradient=False,
 )
 def _attend_backward_operator(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
-    """Gradients of the tensors that `attend` takes, in its order: of `qkv`, and of those that are needed."""
-    tensors, (out, saved, *numbers, needs) = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
+    """Gradients of the tensors that `attend` takes, in its order: of those that are wanted."""
+    tensors, (out, saved, *numbers, wanted) = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
     problem, backend = _known_problem((*tensors, *numbers))
-    wanted = _wanted(tensors, needs)
-    found = _backward(grad_out, problem, out, saved, (backend, wanted))
+    found = _backward(grad_out, problem, _put_back(out), [_put_back(x) for x in saved], (backend, wanted))
     return [
         torch.zeros_like(x) if gradient is None else gradient  # of a padding that pads nothing
         for x, gradient, is_wanted in zip(tensors, found, wanted, strict=True)
-        if x is not None and is_wanted
+        if is_wanted
     ]
 
 
 @fake_of(_attend_backward_operator)
 def _(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
-    tensors, needs = arguments[:_N_TENSORS], arguments[-1]
-    wanted = zip(tensors, _wanted(tensors, needs), strict=True)
+    wanted = zip(map(_put_back, arguments[:_N_TENSORS]), arguments[-1], strict=True)
     return [x.new_empty(x.shape) for x, is_wanted in wanted if is_wanted]
 
 
@@ -204,7 +220,18 @@ def _counts(shapes: Sequence[Any]) -> tuple[Settings, int, int, int]:
 
 def _wanted(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[bool]:
     """Which of the tensors get a gradient."""
-    return [True, *(x is not None and n for x, n in zip(tensors[1:_N_TENSORS], needs[1:], strict=True))]
+    others = zip(tensors[1:], needs[1:_N_TENSORS], strict=True)
+    return [True, *(x is not None and is_needed for x, is_needed in others)]
+
+
+def _set_apart(x: Any) -> Any:
+    """A tensor of four axes with one more, of one entry, before the last; others, and None, as they are."""
+    return x if x is None or x.dim() != 4 else x.unsqueeze(-2)
+
+
+def _put_back(x: Any) -> Any:
+    """Undoes `_set_apart`."""
+    return x if x is None or x.dim() != 5 else x.squeeze(-2)
 
 
 def _backward(
@@ -265,15 +292,16 @@ def _known_problem(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], s
     """The problem of an operator's tensors and numbers, with a place for its plans; and the backend."""
     tensors, (*numbers, backend) = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
     sizes, scales, routing_weight, flags = numbers
+    qkv, kv, padding, means, lepe_weight, lepe_bias = tensors
     key = (
-        *(backend, routing_weight, tuple(sizes), tuple(scales), tuple(flags), tensors[0].dtype),
-        *(None if x is None else x.shape for x in tensors),
-        tensors[0].device,
+        *(backend, routing_weight, *sizes, *scales, *flags, qkv.shape, qkv.dtype, qkv.device),
+        *(None if x is None else x.shape for x in (kv, lepe_weight)),
+        *(x is None for x in (padding, means, lepe_bias)),
     )
     known = _known.get(key)
     if known is None:
         known = _known[key] = _settings(*numbers), Bounded()
-    problem = _problem(tensors, *known)
+    problem = _problem([*map(_put_back, tensors[:_N_MAPS]), *tensors[_N_MAPS:]], *known)
     if problem.padding is not None and not problem.settings.grid.is_padded:
         problem.padding = None  # a graph that serves several sizes gives it to those that need none, too
     return problem, backend

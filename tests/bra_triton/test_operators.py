@@ -125,7 +125,7 @@ ALLOWED = {
     *("aten::addmm", "aten::mm", "aten::sum", "aten::mul", "aten::ones_like"),  # projections, loss
     *("aten::convolution", "aten::convolution_backward"),  # projections of NCHW maps
     *("aten::view", "aten::_unsafe_view", "aten::t", "aten::detach", "aten::expand"),  # no memory moves
-    *("aten::permute", "aten::sym_size"),
+    *("aten::permute", "aten::sym_size", "aten::squeeze", "aten::unsqueeze"),
 }
 
 

@@ -12,6 +12,7 @@ from problems import relative_error, worst
 from torch import nn
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bra_triton.modules.permuted import PermutedBiLevelRoutingAttention
 
 DIFF = {"diff_routing": True}
 MODES = {
@@ -106,6 +107,28 @@ def test_a_seen_size_is_not_compiled_again(kind, backend, device):
         actual = list(run(compiled, x, grad_out).values())
         assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(actual, expected, strict=True))
     assert counter.frame_count <= 2
+
+
+@torch._inductor.config.patch(fx_graph_cache=False)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler of C++")
+def test_beside_a_convolution_maps_are_kept_as_they_are(device):
+    """Inductor takes tensors of four axes for images there, and would keep copies of maps as such.
+
+    Also where the attention reads its output again, as it does without LePE. The map is 6 x 8.
+    """
+    layers = [nn.Conv2d(3, 16, 3, 2, 1)]
+    for lepe in (3, 0):
+        numbers = {"num_heads": 1, "n_win": 2, "topk": 2, "side_dwconv": lepe, "backend": "torch"}
+        layers += [PermutedBiLevelRoutingAttention(16, **numbers), NCHWBiLevelRoutingAttention(16, **numbers)]
+    model = nn.Sequential(*layers, nn.Conv2d(16, 4, 3, 1, 1)).to(device)
+    torch._dynamo.reset()
+    out = torch.compile(model, fullgraph=True)(torch.randn(2, 3, 12, 16, device=device))
+    maps = [x for x in out.grad_fn.saved_tensors if (6, 8) in (x.shape[1:3], x.shape[2:4])]
+    projections = [x for x in maps if x.shape[-1] == 48]
+    assert len(projections) == 4
+    for x in maps:
+        channels = 1 if x.shape[2:] == (6, 8) and x.shape[1] == 16 else -1  # of a convolution's image
+        assert x.stride(channels) == 1, (x.shape, x.stride())
 
 
 def test_operators_called_where_dynamo_watches_but_does_not_compile():
