@@ -131,6 +131,20 @@ def test_beside_a_convolution_maps_are_kept_as_they_are(device):
         assert x.stride(channels) == 1, (x.shape, x.stride())
 
 
+@torch._inductor.config.patch(fx_graph_cache=False, layout_optimization=False)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler of C++")
+def test_changing_sizes_between_convolutions_with_the_setting_that_the_guide_names():
+    """On the CPU, where PyTorch 2.14 fails without it, even for a linear layer in the attention's place."""
+    attention = PermutedBiLevelRoutingAttention(16, 1, n_win=2, topk=2, backend="torch")
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), attention, nn.Conv2d(16, 4, 3, 1, 1))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    for size in ((12, 12), (16, 20)):
+        x, grad_out = torch.randn(2, 3, *size), torch.randn(2, 4, size[0] // 2, size[1] // 2)
+        expected, actual = (run(each, x, grad_out).values() for each in (model, compiled))
+        assert all(torch.allclose(a, e, atol=1e-4) for a, e in zip(actual, expected, strict=True))
+
+
 def test_operators_called_where_dynamo_watches_but_does_not_compile():
     """After a break in a `try` Dynamo runs the frame as it is, and sees what the operators do inside."""
     module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend="torch")
