@@ -1,7 +1,9 @@
-"""Outputs may be changed in place, as those of the original may."""
+"""Outputs may be changed in place, as those of the original may; inputs in training where they are copied."""
 
 import pytest
 import torch
+from other_implementations import AuthorsNCHW
+from seed_module import BiLevelRoutingAttention as Original
 from torch.utils.checkpoint import checkpoint
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, functional
@@ -120,6 +122,57 @@ def test_in_a_compiled_graph(name, device):
     y = run(x, p)
     actual = [y, *torch.autograd.grad(y.square().sum(), [x, p])]
     assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(actual, expected, strict=True))
+
+
+def _gradients_of_an_added_input(module, learns, changes=True, is_contiguous=True):
+    """Gradients, of `x += module(x)` or `x = x + module(x)`, of what `x` is made of and of the parameters."""
+    leaf = torch.randn(2, 12, 4, 6, generator=torch.Generator().manual_seed(1)).requires_grad_(learns)
+    leaf = leaf.to(next(module.parameters()).device)
+    takes_nchw = isinstance(module, AuthorsNCHW | NCHWBiLevelRoutingAttention)
+    x = 2 * (leaf if takes_nchw else leaf.permute(0, 2, 3, 1))
+    x = x.to(memory_format=torch.channels_last) if takes_nchw else x.contiguous() if is_contiguous else x
+    if changes:
+        x += module(x)
+    else:
+        x = x + module(x)
+    return torch.autograd.grad(x.square().sum(), [*([leaf] if learns else []), *module.parameters()])
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("side", [3, 0])
+@pytest.mark.parametrize("form", ["qkv", "qkvo"])
+def test_an_input_that_the_projection_keeps_may_not_be_changed_in_training(form, side, learns, device):
+    """The original copies the map, so that `x += attention(x)` works. Ours does not, and autograd raises.
+
+    A map that the projection must copy, because it is not NHWC in memory, may be changed with ours, too.
+    """
+    arguments = {"param_attention": form, "side_dwconv": side, "n_win": 2, "topk": 2}
+    original = Original(12, 2, **arguments).to(device)
+    expected = _gradients_of_an_added_input(original, learns, changes=False)
+    module = BiLevelRoutingAttention(12, 2, **arguments, backend="torch").to(device)
+    module.load_state_dict(original.state_dict())
+
+    def agrees(actual):
+        return all(torch.allclose(a, e, atol=1e-4) for a, e in zip(actual, expected, strict=True))
+
+    assert agrees(_gradients_of_an_added_input(original, learns))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        _gradients_of_an_added_input(module, learns)
+    assert agrees(_gradients_of_an_added_input(module, learns, is_contiguous=False))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("kind", [Original, BiLevelRoutingAttention])
+def test_an_input_of_one_region_may_not_be_changed_with_the_original_either(kind, learns, device):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        _gradients_of_an_added_input(kind(12, 2, n_win=1, topk=1).to(device), learns)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("kind", [AuthorsNCHW, NCHWBiLevelRoutingAttention])
+def test_an_nchw_input_may_not_be_changed_with_the_original_either(kind, learns, device):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        _gradients_of_an_added_input(kind(12, 2, n_win=2, topk=2).to(device), learns)
 
 
 def test_a_witness_holds_no_memory(device):
