@@ -69,10 +69,13 @@ def without_gpu() -> Iterator[None]:
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels do not take Triton's launch path")
     with driver_of(ARCH):
         _forget()
+        # What memory held may be denormal numbers, whose products take a CPU many times as long.
+        torch.set_flush_denormal(True)
         try:
             with mock.patch.object(select.BACKENDS["triton"], "why_not", _no_reason):
                 yield
         finally:
+            torch.set_flush_denormal(False)
             _forget()  # while there is a driver: Triton 3.8 unloads a kernel's code when it is dropped
 
 
