@@ -31,11 +31,13 @@ class Inverse(NamedTuple):
     Attributes:
         row_start: `(N, G, P_kv + 1)` int32.
         pairs: `(N, G, P * TOPK)` int32.
+        choices: `(N, G, P * TOPK)` int32; None where no finer inverse is to be made.
         work: `(N, G, extras + P_kv, 4)` int32; None where only the rows are wanted.
     """
 
     row_start: Buffer
     pairs: Buffer
+    choices: Buffer | None
     work: Buffer | None
 
 
@@ -136,6 +138,8 @@ class GraphConfig(NamedTuple):
         LISTS: cut the rows into pieces, and list their queries.
         BLOCK: pairs of a step.
         BINS: more than the key regions, a power of two, where rows are to be listed by length; else 1.
+        SHIFT: a row holds 2**SHIFT key regions.
+        FAN_BITS: a row of a coarser inverse holds 2**FAN_BITS rows.
         BLOCK_ENTRIES: pairs in a step of listing their queries.
         BLOCK_TOKENS: tokens in such a step.
     """
@@ -143,5 +147,7 @@ class GraphConfig(NamedTuple):
     LISTS: bool
     BLOCK: int
     BINS: int
+    SHIFT: int
+    FAN_BITS: int
     BLOCK_ENTRIES: int
     BLOCK_TOKENS: int

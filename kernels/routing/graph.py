@@ -11,6 +11,7 @@ program for each tile and head.
 | r_weight | (N, G, P, TOPK) fp32 | factor of each pair; None for 1 |
 | row_start | (N, G, P_kv + 1) int32 | where each key region's row starts in `pairs` |
 | pairs | (N, G, P * TOPK) int32 | the inverse graph: pairs by key region, ascending in each row |
+| choices | (N, G, P * TOPK) int32 | the key region of each of `pairs`, which a finer inverse is made from |
 | work | (N, G, extras + P_kv, 4) int32 | pieces: region, first and last pair, partial sum; -1 for none |
 
 Lists and marks are described in `attention.arguments.Lists` and `arguments.Marks`.
@@ -132,7 +133,7 @@ def mark_choices_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("n_pairs", "n_regions", "topk", "longest"),
+        *("n_pairs", "n_rows", "topk", "longest"),
         *("region_height", "region_width", "columns", "height", "width"),
     ]
 )
@@ -140,9 +141,10 @@ def invert_graph_kernel(
     r_idx,
     r_weight,
     inverse,
+    coarser,
     lists,
     n_pairs,
-    n_regions,
+    n_rows,
     topk,
     longest,
     region_height,
@@ -152,57 +154,70 @@ def invert_graph_kernel(
     width,
     CONFIG: tl.constexpr,
 ):
-    """One key region's row: who chose it, its pieces, and the queries of its pairs; grid (N * G * P_kv,).
+    """One row: who chose it, its pieces, and the queries of its pairs; grid (N * G * n_rows,).
 
-    A stable counting sort without atomics: every program counts the choices of smaller regions to find its
-    row's start, then writes its own in order. All programs of a graph read 2 * P_kv * P * TOPK numbers: 19
-    thousand at 49 regions and topk 4, a billion at 4096 regions and topk 32, where a sort would be due.
+    A stable counting sort without atomics: every program counts the choices of smaller rows to find its row's
+    start, then writes its own in order. What it reads for that, twice, is the whole graph or, where `coarser`
+    holds rows of 2**FAN_BITS rows each, the one that its own is a part of. A row is a key region, or in a
+    coarser inverse 2**SHIFT of them; see `lists.launch_inverse`.
 
     Without LISTS the row is all that is written.
     """
     BLOCK: tl.constexpr = CONFIG.BLOCK
     BINS: tl.constexpr = CONFIG.BINS
-    region = tl.program_id(0) % n_regions
-    graph = (tl.program_id(0) // n_regions).to(tl.int64)
+    SHIFT: tl.constexpr = CONFIG.SHIFT
+    row = tl.program_id(0) % n_rows
+    graph = (tl.program_id(0) // n_rows).to(tl.int64)
     choices = r_idx + graph * n_pairs
-    start = 0
+    first, last = 0, n_pairs
+    if coarser is not None:
+        choices = coarser.choices + graph * n_pairs
+        n_coarser = ((n_rows - 1) >> CONFIG.FAN_BITS) + 1
+        bounds = coarser.row_start + graph * (n_coarser + 1) + (row >> CONFIG.FAN_BITS)
+        first, last = tl.load(bounds), tl.load(bounds + 1)
+    start = first
     length = 0
     lengths = tl.zeros([BINS], tl.int32)
-    for first in tl.range(0, n_pairs, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        choice = tl.load(choices + index, mask=index < n_pairs, other=n_regions)
-        start += tl.sum((choice < region).to(tl.int32), axis=0)
-        length += tl.sum((choice == region).to(tl.int32), axis=0)
-        if BINS > 1:  # n_regions has a bin, too
+    for step in tl.range(first, last, BLOCK):
+        index = step + tl.arange(0, BLOCK)
+        choice = tl.load(choices + index, mask=index < last, other=n_rows << SHIFT) >> SHIFT
+        start += tl.sum((choice < row).to(tl.int32), axis=0)
+        length += tl.sum((choice == row).to(tl.int32), axis=0)
+        if BINS > 1:  # n_rows has a bin, too
             lengths += tl.histogram(choice, BINS)
-    tl.store(inverse.row_start + graph * (n_regions + 1) + region, start)
-    if region == n_regions - 1:
-        tl.store(inverse.row_start + graph * (n_regions + 1) + n_regions, n_pairs)
+    tl.store(inverse.row_start + graph * (n_rows + 1) + row, start)
+    if row == n_rows - 1:
+        tl.store(inverse.row_start + graph * (n_rows + 1) + n_rows, n_pairs)
 
-    row = inverse.pairs + graph * n_pairs + start
-    next_free = row
-    for first in tl.range(0, n_pairs, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        choice = tl.load(choices + index, mask=index < n_pairs, other=n_regions)
-        chosen = (choice == region).to(tl.int32)
-        tl.store(next_free + tl.cumsum(chosen, axis=0) - 1, index, mask=chosen != 0)
-        next_free += tl.sum(chosen, axis=0)
+    next_free = graph * n_pairs + start
+    for step in tl.range(first, last, BLOCK):
+        index = step + tl.arange(0, BLOCK)
+        choice = tl.load(choices + index, mask=index < last, other=n_rows << SHIFT)
+        chosen = (choice >> SHIFT) == row
+        pair = index
+        if coarser is not None:
+            pair = tl.load(coarser.pairs + graph * n_pairs + index, mask=chosen, other=0)
+        place = next_free + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+        tl.store(inverse.pairs + place, pair, mask=chosen)
+        if inverse.choices is not None:
+            tl.store(inverse.choices + place, choice, mask=chosen)
+        next_free += tl.sum(chosen.to(tl.int32), axis=0)
 
     if CONFIG.LISTS:
         n_extras = n_pairs // longest
-        rank = region
+        rank = row
         if BINS > 1:
             other = tl.arange(0, BINS)
-            ahead = (lengths > length) | ((lengths == length) & (other < region))
-            rank = tl.sum((ahead & (other < n_regions)).to(tl.int32), axis=0)
-        work = inverse.work + graph * (n_extras + n_regions) * 4
-        _cut_row(work, n_extras + rank, region, start, length, longest, BLOCK)
+            ahead = (lengths > length) | ((lengths == length) & (other < row))
+            rank = tl.sum((ahead & (other < n_rows)).to(tl.int32), axis=0)
+        work = inverse.work + graph * (n_extras + n_rows) * 4
+        _cut_row(work, n_extras + rank, row, start, length, longest, BLOCK)
         # The threads of this program read what others of its threads have written.
         tl.debug_barrier()
-        for first in tl.range(0, length, CONFIG.BLOCK_ENTRIES):
-            index = first + tl.arange(0, CONFIG.BLOCK_ENTRIES)
+        for step in tl.range(0, length, CONFIG.BLOCK_ENTRIES):
+            index = step + tl.arange(0, CONFIG.BLOCK_ENTRIES)
             live = index < length
-            pair = tl.load(row + index, mask=live, other=0)
+            pair = tl.load(inverse.pairs + graph * n_pairs + start + index, mask=live, other=0)
             factor = None
             if lists.factors is not None:
                 factor = tl.load(r_weight + graph * n_pairs + pair, mask=live, other=0.0)

@@ -33,6 +33,11 @@ BLOCK_ENTRIES, BLOCK_TOKENS, _BLOCK_PAIRS = 8, 32, 256
 # H100 dK/dV was faster so, and nearly as fast as with equal rows (`bra-bench kernel-times`). For that each
 # program of `invert_graph_kernel` counts the rows of its whole graph, which takes far less than it saves.
 _MOST_SORTED = 255
+# Choices that one launch may read to invert all graphs: 34 MB, which an H100's memory moves in 10 us. Every
+# key region's program reads its graph twice, which makes 2 * P_kv reads of each choice. Above, coarser
+# inverses go before, with rows of 64, 64**2, ... key regions: each costs a launch and at most 128 reads of
+# each choice. Their rows are long, and read in larger steps.
+_MOST_READ, _FAN_BITS, _MOST_BLOCK = 2**23, 6, 2048
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ def launch_inverse(
     factor: Buffer | None = None,
     listing: tuple[Lists, Buffer, int, RegionGrid] | None = None,
 ) -> Inverse:
-    """Adds the launch that inverts the routing graph into compressed rows.
+    """Adds the launches that invert the routing graph into compressed rows: one, if there are few regions.
 
     Args:
         plan: where to add it.
@@ -172,28 +177,56 @@ def launch_inverse(
         listing: lists of the queries to write, pieces of rows, pairs in the longest piece, and the grid of
             the queries; None for the rows alone.
     """
-    batch, n_graphs, n_rows, topk = r_idx.shape
+    coarser = None
+    for shift in _coarse_shifts(prod(r_idx.shape), n_regions):
+        coarser = _launch_rows(plan, r_idx, n_regions, coarser, shift)
+    return _launch_rows(plan, r_idx, n_regions, coarser, 0, factor, listing)
+
+
+def _launch_rows(
+    plan: Plan,
+    r_idx: Buffer,
+    n_regions: int,
+    coarser: Inverse | None,
+    shift: int,
+    factor: Buffer | None = None,
+    listing: tuple[Lists, Buffer, int, RegionGrid] | None = None,
+) -> Inverse:
+    """Adds a launch that writes rows of `2**shift` key regions each, of `coarser` or else of the graph."""
+    batch, n_graphs, n_queries, topk = r_idx.shape
+    n_pairs, n_rows = n_queries * topk, cdiv(n_regions, 1 << shift)
     lists, work, longest, grid = listing or (None, None, 1, None)
-    bins = next_power_of_2(n_regions + 1)
-    if lists is None or n_regions > _MOST_SORTED:
-        bins = 1
+    is_split = shift > 0 or coarser is not None
+    bins = next_power_of_2(n_rows + 1) if lists is not None and n_rows <= _MOST_SORTED and not is_split else 1
+    n_read = n_pairs if coarser is None else cdiv(n_pairs, coarser.row_start.shape[-1] - 1)
+    block = min(_MOST_BLOCK, max(_BLOCK_PAIRS, next_power_of_2(n_read))) if is_split else _BLOCK_PAIRS
     inverse = Inverse(
-        plan.scratch((batch, n_graphs, n_regions + 1), torch.int32),
-        plan.scratch((batch, n_graphs, n_rows * topk), torch.int32),
+        plan.scratch((batch, n_graphs, n_rows + 1), torch.int32),
+        plan.scratch((batch, n_graphs, n_pairs), torch.int32),
+        plan.scratch((batch, n_graphs, n_pairs), torch.int32) if shift else None,
         work,
     )
     plan.launch(
         invert_graph_kernel,
-        (batch * n_graphs * n_regions,),
-        (r_idx, factor, inverse, lists),
+        (batch * n_graphs * n_rows,),
+        (r_idx, factor, inverse, coarser, lists),
         (
-            *(n_rows * topk, n_regions, topk, longest),
+            *(n_pairs, n_rows, topk, longest),
             *(grid.geometry if grid else (1,) * 5),
-            GraphConfig(lists is not None, _BLOCK_PAIRS, bins, BLOCK_ENTRIES, BLOCK_TOKENS),
+            GraphConfig(lists is not None, block, bins, shift, _FAN_BITS, BLOCK_ENTRIES, BLOCK_TOKENS),
         ),
         num_warps=4,
     )
     return inverse
+
+
+def _coarse_shifts(n_choices: int, n_regions: int) -> list[int]:
+    """Logarithms of the key regions in a row, of each inverse to be made before the one that is asked for."""
+    shifts: list[int] = []
+    if n_regions > _MOST_SORTED and 2 * n_regions * n_choices > _MOST_READ:
+        while cdiv(n_regions, 1 << _FAN_BITS * len(shifts)) > 1 << _FAN_BITS:
+            shifts.insert(0, _FAN_BITS * (len(shifts) + 1))
+    return shifts
 
 
 def _launch_list_tokens(plan: Plan, problem: RoutedAttention[Buffer], grid: RegionGrid, lists: Lists) -> None:

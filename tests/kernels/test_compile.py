@@ -199,6 +199,18 @@ def test_pieces_of_other_heads_are_summed_without_spills(head_dim, arch):
     assert _usage(finish, arch).spills == 0
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_inverses_of_many_regions_do_not_spill(arch):
+    """4900 regions: two rows of 4096, 77 of 64, and those of one, which are cut and listed."""
+    problem = Problem("", 1, 140, 140, 64, 2, 70, 8)
+    with tiles.use_architecture(arch):
+        specimens = [launch.specimen for launch in record_attention(problem, torch.float16)]
+    inverses = [specimen for specimen in specimens if specimen.name == "invert_graph"]
+    assert [specimen.constants["SHIFT"] for specimen in inverses] == [12, 6, 0]
+    for specimen in inverses:
+        assert _usage(specimen, arch).spills == 0, specimen.constants
+
+
 @pytest.mark.parametrize("n_regions", [1, 100, 256, 400])
 @pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
 def test_routing_fits_every_card_of_an_architecture(n_regions, arch):

@@ -2,7 +2,9 @@
 
 import itertools
 from collections import defaultdict
+from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import planned
 import pytest
 import torch
@@ -12,6 +14,7 @@ from properties import profile
 
 from bra_triton.kernels.attention.arguments import Lists
 from bra_triton.kernels.grid import RegionGrid
+from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import RoutedAttention
 from bra_triton.kernels.routing import launch as routing_launch
 from bra_triton.kernels.routing import lists
@@ -45,6 +48,7 @@ def _pairs_by_region(chosen, n_regions):
     return rows
 
 
+@pytest.mark.parametrize("split", [nullcontext, lambda: _split(1)], ids=["at once", "by way of coarser"])
 @profile(15)
 @given(
     data=st.data(),
@@ -55,14 +59,15 @@ def _pairs_by_region(chosen, n_regions):
     weighs=st.booleans(),
 )
 def test_lists_hold_the_tokens_of_the_routed_regions_in_order(
-    data, query_grid, kv_grid, batch, n_graphs, weighs, device
+    data, query_grid, kv_grid, batch, n_graphs, weighs, split, device
 ):
     topk = data.draw(st.integers(1, min(3, kv_grid.n_regions)))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     shape = (batch, n_graphs, query_grid.n_regions, topk)
     r_idx = torch.randint(kv_grid.n_regions, shape, generator=generator, dtype=torch.int32).to(device)
     factor = torch.rand(shape, generator=generator).to(device) if weighs else None
-    keys, queries = planned.lists_of(_problem(r_idx, query_grid, kv_grid, factor))
+    with split():
+        keys, queries = planned.lists_of(_problem(r_idx, query_grid, kv_grid, factor))
 
     assert keys.query_regions.flatten().tolist() == _expected_tokens(query_grid, range(query_grid.n_regions))
     assert keys.key_regions.flatten().tolist() == _expected_tokens(kv_grid, range(kv_grid.n_regions))
@@ -190,6 +195,15 @@ def _invert(r_idx, n_regions):
     return planned.run(lists.launch_inverse, r_idx, n_regions)
 
 
+@contextmanager
+def _split(fan_bits):
+    """Within, every graph is inverted by way of coarser inverses, if it has more than 2**fan_bits regions."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_MOST_READ", 0), ("_MOST_SORTED", 0), ("_FAN_BITS", fan_bits)):
+            patch.setattr(lists, name, value)
+        yield
+
+
 def _check_inverse(r_idx, n_regions):
     inverse = _invert(r_idx, n_regions)
     batch, n_graphs = r_idx.shape[:2]
@@ -264,6 +278,51 @@ def graphs(draw):
     return torch.tensor(entries, dtype=torch.int32).view(batch, n_graphs, n_rows, topk), n_regions
 
 
+@pytest.mark.parametrize(("fan_bits", "block"), [(1, 16), (2, 4), (3, 2048)])
+@profile(12)
+@given(drawn=graphs())
+def test_inverse_by_way_of_coarser_ones(drawn, fan_bits, block, device):
+    """Of 16 regions four inverses, or two. There are rows longer than a step, and shorter ones."""
+    r_idx, n_regions = drawn
+    with _split(fan_bits), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lists, "_BLOCK_PAIRS", min(block, 16))
+        patch.setattr(lists, "_MOST_BLOCK", block)
+        _check_inverse(r_idx.to(device), n_regions)
+        _check_pieces(r_idx.to(device), n_regions)
+
+
+@pytest.mark.parametrize(
+    ("n_graphs", "n_regions", "topk", "inverses"),
+    [
+        (1, 256, 64, 1),  # 2 * 256 * 256 * 64 choices, the most that one launch may read
+        (2, 256, 64, 2),
+        (1, 257, 64, 2),
+        (64, 255, 4, 1),  # more, but its programs count the rows of the whole graph in any case
+        (1, 4096, 1, 2),  # 64 rows of 64 regions
+        (1, 4097, 1, 3),  # two rows of 4096 regions, 65 of 64
+    ],
+)
+def test_one_inverse_serves_graphs_that_are_soon_read(n_graphs, n_regions, topk, inverses):
+    plan = Plan([torch.empty(n_graphs, 1, n_regions, topk, dtype=torch.int32)], torch.device("cpu"))
+    lists.launch_inverse(plan, plan.given[0], n_regions)
+    assert len(plan.launches) == inverses
+
+
+@pytest.mark.parametrize("most_read", [0, 2**23], ids=["two inverses", "one"])
+def test_inverse_of_many_regions_is_numpys_stable_sort(most_read, device, monkeypatch):
+    """With rows of as many regions as ever; a fifth of the choices is one region."""
+    monkeypatch.setattr(lists, "_MOST_READ", most_read)
+    n_regions, generator = 300, np.random.default_rng(0)
+    chosen = generator.integers(n_regions, size=(2, n_regions * 9)).astype(np.int32)
+    chosen[generator.random(chosen.shape) < 0.2] = n_regions - 2
+    inverse = _invert(torch.from_numpy(chosen).view(2, 1, n_regions, 9).to(device), n_regions)
+    for graph in range(2):
+        pairs = np.argsort(chosen[graph], kind="stable")
+        assert np.array_equal(inverse.pairs[graph, 0].cpu(), pairs)
+        starts = np.searchsorted(chosen[graph][pairs], np.arange(n_regions + 1))
+        assert np.array_equal(inverse.row_start[graph, 0].cpu(), starts)
+
+
 @profile(20)
 @given(drawn=graphs())
 def test_pieces_cover_every_row_once_and_none_is_long(drawn, device):
@@ -304,8 +363,9 @@ def _check_pieces(r_idx, n_regions):
 def _check_pieces_of_graph(work, starts, longest, n_partials):
     n_regions, pieces, taken = len(starts) - 1, defaultdict(list), []
     assert sorted(region for region, *_ in work[-n_regions:]) == list(range(n_regions))
-    whole = [starts[region + 1] - starts[region] for region, *_ in work[-n_regions:]]
-    assert whole == sorted(whole, reverse=True)
+    if n_regions <= lists._MOST_SORTED:
+        whole = [starts[region + 1] - starts[region] for region, *_ in work[-n_regions:]]
+        assert whole == sorted(whole, reverse=True)
     assert all(-1 <= region < n_regions for region, *_ in work)
     for region, first, last, partial in work:
         if region >= 0:
