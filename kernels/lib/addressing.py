@@ -47,13 +47,27 @@ def graph_of(image, head, N_GRAPHS: tl.constexpr):
 
 
 @triton.jit
+def corner_of(region, region_height, region_width, columns):
+    """Row and column of the map at which `region` begins."""
+    region_row = region // columns
+    return region_row * region_height, (region - region_row * columns) * region_width
+
+
+@triton.jit
+def token_at(corner, index, region_width, height, width):
+    """Row-major position in the map of token `index` of the region at `corner`, -1 for padding."""
+    top, left = corner
+    in_row = index // region_width
+    row = top + in_row
+    column = left + index - in_row * region_width
+    return tl.where((row < height) & (column < width), row * width + column, -1)
+
+
+@triton.jit
 def token_of(region, index, region_height, region_width, columns, height, width):
     """Row-major position in the map of token `index` of `region`, -1 for padding."""
-    in_row = index // region_width
-    region_row = region // columns
-    row = region_row * region_height + in_row
-    column = (region - region_row * columns) * region_width + index - in_row * region_width
-    return tl.where((row < height) & (column < width), row * width + column, -1)
+    corner = corner_of(region, region_height, region_width, columns)
+    return token_at(corner, index, region_width, height, width)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ Lists and marks are described in `attention.arguments.Lists` and `arguments.Mark
 import triton
 import triton.language as tl
 
-from ..lib.addressing import token_of
+from ..lib.addressing import corner_of, token_at
 from .arguments import MARK
 
 MARKED = tl.constexpr(MARK)
@@ -42,9 +42,10 @@ def list_regions(tokens, factors, place, region, factor, live, sizes, BLOCK_TOKE
     """
     region_height, region_width, columns, height, width = sizes
     region_tokens = region_height * region_width
+    corner = corner_of(region[:, None], region_height, region_width, columns)
     for start in tl.range(0, region_tokens, BLOCK_TOKENS):
         index = start + tl.arange(0, BLOCK_TOKENS)[None, :]
-        token = token_of(region[:, None], index, region_height, region_width, columns, height, width)
+        token = token_at(corner, index, region_width, height, width)
         at = place.to(tl.int64)[:, None] * region_tokens + index
         written = live[:, None] & (index < region_tokens)
         tl.store(tokens + at, token, mask=written)
