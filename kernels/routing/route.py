@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 
 from ..lib.addressing import token_of
-from ..lib.exponential import LOWEST
 from .graph import MARKED, list_regions, mark_tokens
 
-_HIGHEST = tl.constexpr(-LOWEST.value)
+# In the order of logits: NaN, the highest, and what is below all logits.
+_NAN = tl.constexpr(0x7FC00000)
+_NONE = tl.constexpr(-(2**31))
 
 
 @triton.jit(do_not_specialize=["region_height", "region_width", "columns", "height", "width", "n_regions"])
@@ -67,14 +68,48 @@ def region_means_kernel(
 
 
 @triton.jit
-def ranked(logits):
-    """Numbers to compare logits by: NaN comes before +inf, as torch.sort has it, and that before all others.
+def in_order(logits):
+    """Integers that compare as the logits do: NaN before +inf, as torch.sort has it, and -0 equal to 0.
 
     Above all NaN must not yield an index out of range: a model whose training diverges should report a NaN
-    loss, not an illegal memory access. So NaN becomes +inf, and infinities the finite numbers next to them:
-    minus infinity stands for what cannot be chosen.
+    loss, not an illegal memory access.
     """
-    return tl.where(logits == logits, tl.minimum(tl.maximum(logits, LOWEST), _HIGHEST), float("inf"))
+    bits = tl.where(logits == logits, (logits + 0.0).to(tl.int32, bitcast=True), _NAN)
+    return _from_sign(bits)
+
+
+@triton.jit
+def _from_sign(bits):
+    """Turns the bits of floats into integers of their order, and back: negative floats are reversed."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _take_largest(order, column, topk, BLOCK_K: tl.constexpr):
+    """The `topk` largest numbers of every row, descending, of equal ones the first.
+
+    Integers, since NVIDIA's GPUs find the largest of a warp's in one instruction, of floats by exchanges.
+
+    Args:
+        order: (rows, columns) int32; _NONE for what must not be taken.
+        column: (rows, columns), the number of each column.
+        topk: how many; a row must have as many.
+        BLOCK_K: `topk` or more.
+
+    Returns:
+        Numbers and columns, (rows, BLOCK_K), and `order` with _NONE in the place of what was taken.
+    """
+    ROWS: tl.constexpr = order.shape[0]
+    slot = tl.arange(0, BLOCK_K)[None, :]
+    largest = tl.full([ROWS, BLOCK_K], _NONE, tl.int32)
+    columns = tl.zeros([ROWS, BLOCK_K], tl.int32)
+    for taken in tl.range(0, topk):
+        best = tl.max(order, axis=1)[:, None]
+        first = tl.min(tl.where(order == best, column, order.shape[1]), axis=1)[:, None]
+        order = tl.where(column == first, _NONE, order)
+        largest = tl.where(slot == taken, best, largest)
+        columns = tl.where(slot == taken, first, columns)
+    return largest, columns, order
 
 
 @triton.jit(
@@ -127,22 +162,15 @@ def route_kernel(
             logits += tl.sum(of_keys * of_queries, axis=1)[None, :]
         else:
             logits = tl.dot(of_queries, tl.trans(of_keys), logits, input_precision=CONFIG.PRECISION)
-    logits = ranked(logits)
-    free = key_region < n_regions
+    order = in_order(logits)
+    if BLOCK_Q > 1:
+        # Changes nothing but where the numbers lie: for a gather Triton puts each row into one warp. After
+        # the product a row lies in all warps, which would have to meet for each of the topk, twice.
+        order = tl.gather(order, key_region, 1)
+    order = tl.where(key_region < n_regions, order, _NONE)
+    top, top_regions, order = _take_largest(order, key_region, topk, BLOCK_K)
     slot = tl.arange(0, BLOCK_K)[None, :]
-    top_logits = tl.full([BLOCK_Q, BLOCK_K], float("-inf"), tl.float32)
-    top_regions = tl.zeros([BLOCK_Q, BLOCK_K], tl.int32)
-    for taken in tl.range(0, topk):
-        # One reduction for the logit and its region: a row's logits lie in several warps, which have to meet
-        # for each. Of equal logits it takes the first.
-        largest, winner = tl.max(tl.where(free, logits, float("-inf")), axis=1, return_indices=True)
-        free = free & (key_region != winner[:, None])
-        top_logits = tl.where(slot == taken, largest[:, None], top_logits)
-        top_regions = tl.where(slot == taken, winner[:, None], top_regions)
-
-    # What was infinite or NaN makes all weights of its row NaN, as a softmax does.
-    top_logits = tl.where(top_logits == _HIGHEST, float("inf"), top_logits)
-    top_logits = tl.where(top_logits == LOWEST, float("-inf"), top_logits)
+    top_logits = tl.where(slot < topk, _from_sign(top).to(tl.float32, bitcast=True), float("-inf"))
     weight = tl.exp(top_logits - tl.max(top_logits, axis=1)[:, None])
     weight = weight / tl.sum(weight, axis=1)[:, None]
     place = (image * n_regions + query_region[:, None]) * topk + slot
@@ -151,16 +179,19 @@ def route_kernel(
         tl.store(r_weight + place, weight, mask=stored)
     tl.store(r_idx + place, top_regions, mask=stored)
     if marks is not None:
-        own_marks = tl.where(free, -MARKED, 0.0).to(tl.bfloat16)
+        own_marks = tl.where(order == _NONE, 0.0, -MARKED).to(tl.bfloat16)
         at = (image * n_regions + query_region[:, None]) * BLOCK_R + key_region
         tl.store(marks.query_marks + at, own_marks, mask=exists[:, None])
-        if image == 0:
-            region_tokens = region_height * region_width
-            first = tl.program_id(1) * BLOCK_Q * region_tokens
-            last = tl.minimum(first + BLOCK_Q * region_tokens, n_regions * region_tokens)
-            for start in tl.range(first, last, CONFIG.BLOCK_MARKED):
-                row = start + tl.arange(0, CONFIG.BLOCK_MARKED)
-                mark_tokens(marks, row, last, region_tokens, last, region_tokens, BLOCK_R)
+        # By programs of many images: those of one would take as long for it as for all else.
+        region_tokens = region_height * region_width
+        n_tokens = n_regions * region_tokens
+        n_images = tl.minimum(tl.num_programs(0), n_tokens)
+        if image < n_images:
+            BLOCK: tl.constexpr = CONFIG.BLOCK_MARKED
+            program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+            for start in tl.range(program * BLOCK, n_tokens, n_images * tl.num_programs(1) * BLOCK):
+                row = start + tl.arange(0, BLOCK)
+                mark_tokens(marks, row, n_tokens, region_tokens, n_tokens, region_tokens, BLOCK_R)
     if CONFIG.LISTS:
         if lists.token_list is not None:
             ENTRIES: tl.constexpr = BLOCK_Q * BLOCK_K

@@ -18,7 +18,7 @@ import triton.language as tl
 from ..lepe.convolution import convolve_tile
 from ..lib.exponential import LOWEST
 from ..lib.matrix import add_matmul, matmul
-from ..routing.route import ranked
+from ..routing.route import in_order
 from .tokens import (
     chosen,
     listed_tokens,
@@ -53,7 +53,7 @@ def _choose(rows, choices, image, region, stores, topk, n_regions, scale, CONFIG
         products += tl.load(key_rows + start + channel[None, :], mask=key_mask, other=0.0) * of_query[None, :]
     logits = tl.sum(products, axis=1)
     logits = tl.where(exists, logits, float("-inf"))
-    rank = ranked(logits)
+    rank = in_order(logits)
     others = tl.reshape(rank, [BLOCK_P, 1])
     ahead = (others > rank[None, :]) | (
         (others == rank[None, :]) & (key_region[:, None] < key_region[None, :])
