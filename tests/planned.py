@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from bra_triton.kernels.lepe.arguments import LepeSums
 from bra_triton.kernels.lepe.launch import launch_lepe_gradient
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import Lepe, RoutedAttention
+from bra_triton.kernels.routing import launch as routing_launch
 from bra_triton.kernels.routing import lists
 
 
@@ -74,6 +76,23 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def routed_in_steps() -> Iterator[None]:
+    """Within, `route_kernel` walks key regions in steps of 16: of 256, where there are many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing_launch, "_ROUTE_OPERAND", 16)
+        yield
+
+
+@contextmanager
+def routed_apart() -> Iterator[None]:
+    """Within, every query region has a program of its own, as where many of many regions are chosen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing_launch, "_ROUTE_OPERAND", 0)
+        patch.setattr(routing_launch, "_ROUTE_KEPT", 0)
+        yield
 
 
 def _tensors_in(arguments: Any) -> list[Tensor]:

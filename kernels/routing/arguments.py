@@ -66,10 +66,11 @@ class RouteConfig(NamedTuple):
         DIM: channels of a region's query.
         ROW_STRIDE: elements from one region's row to the next.
         BLOCK_Q: query regions of a program.
-        BLOCK_R: all key regions, rounded up to a power of two.
+        BLOCK_R: all key regions, rounded up to a power of two, or with IN_BLOCKS those of a step.
         BLOCK_C: channels in a step of the product.
         BLOCK_K: `topk`, rounded up to a power of two.
         PRECISION: of the float32 product, as `tl.dot` names it.
+        IN_BLOCKS: walk the key regions in steps.
         LISTS: list tokens: of the chosen regions, if there is a list for them, and of all regions.
         BLOCK_TOKENS: tokens of a chosen region in a step of listing them.
         BLOCK_REGION_TOKENS: tokens of a query region in a step of listing them.
@@ -83,6 +84,7 @@ class RouteConfig(NamedTuple):
     BLOCK_C: int
     BLOCK_K: int
     PRECISION: str
+    IN_BLOCKS: bool
     LISTS: bool
     BLOCK_TOKENS: int
     BLOCK_REGION_TOKENS: int

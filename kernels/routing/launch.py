@@ -16,8 +16,9 @@ from .route import region_means_kernel, route_kernel
 # Query regions of a program of `route_kernel`: the least that a matrix unit takes. Routing of BiFormer's
 # third stage took 44 us on an H200 with products off the matrix units, and takes 13 (docs/kernel_times.md).
 _ROUTE_QUERIES = 16
-# So many key regions fit shared memory as an operand; with more a query region has a program of its own.
-_ROUTE_OPERAND = 256
+# So many key regions fit shared memory as an operand; more are walked in steps of so many. If more are chosen
+# than registers can keep meanwhile, a query region has a program of its own, off the matrix units.
+_ROUTE_OPERAND, _ROUTE_KEPT = 256, 256
 # Elements of an operand, and the most channels in it: of 16, 32 and 64 the fastest on an H200, for 49 and 64
 # regions.
 _ROUTE_TILE, _ROUTE_CHANNELS = 4096, 64
@@ -106,9 +107,11 @@ def launch_route(
         grid: with `lists`, the regions of keys and queries.
     """
     batch, n_regions, topk = routing.r_idx.shape
-    block_r = max(16, next_power_of_2(n_regions))
+    block_r, block_k = max(16, next_power_of_2(n_regions)), next_power_of_2(topk)
+    in_blocks = block_r > _ROUTE_OPERAND and block_k <= _ROUTE_KEPT
+    if in_blocks:
+        block_r = _ROUTE_OPERAND
     block_q = _ROUTE_QUERIES if block_r <= _ROUTE_OPERAND else 1
-    block_k = next_power_of_2(topk)
     listed = _LISTED if lists is None or lists.factors is None else _LISTED_WITH_FACTORS
     config = RouteConfig(
         DIM=routing.query.shape[-1],
@@ -118,6 +121,7 @@ def launch_route(
         BLOCK_C=max(1, min(_ROUTE_CHANNELS, _ROUTE_TILE // block_r)),
         BLOCK_K=block_k,
         PRECISION="ieee" if torch.version.hip else "tf32x3",
+        IN_BLOCKS=in_blocks,
         LISTS=lists is not None,
         BLOCK_TOKENS=max(1, listed // (block_q * block_k)),
         BLOCK_REGION_TOKENS=_LISTED // block_q,

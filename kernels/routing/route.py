@@ -18,9 +18,9 @@ import triton.language as tl
 from ..lib.addressing import token_of
 from .graph import MARKED, list_regions, mark_tokens
 
-# In the order of logits: NaN, the highest, and what is below all logits.
+# In the order of logits: NaN, the highest; what is below all logits, and what is above.
 _NAN = tl.constexpr(0x7FC00000)
-_NONE = tl.constexpr(-(2**31))
+_NONE, _ABOVE = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 
 
 @triton.jit(do_not_specialize=["region_height", "region_width", "columns", "height", "width", "n_regions"])
@@ -85,6 +85,16 @@ def _from_sign(bits):
 
 
 @triton.jit
+def _each_row_in_a_warp(x):
+    """`x`, (rows, columns), moved between the threads: for a gather Triton puts each row into one warp.
+
+    After a product a row lies in all warps, which would have to meet for its largest number.
+    """
+    column = tl.zeros([x.shape[0], 1], tl.int32) + tl.arange(0, x.shape[1])[None, :]
+    return tl.gather(x, column, 1)
+
+
+@triton.jit
 def _take_largest(order, column, topk, BLOCK_K: tl.constexpr):
     """The `topk` largest numbers of every row, descending, of equal ones the first.
 
@@ -105,11 +115,80 @@ def _take_largest(order, column, topk, BLOCK_K: tl.constexpr):
     columns = tl.zeros([ROWS, BLOCK_K], tl.int32)
     for taken in tl.range(0, topk):
         best = tl.max(order, axis=1)[:, None]
-        first = tl.min(tl.where(order == best, column, order.shape[1]), axis=1)[:, None]
+        first = tl.min(tl.where(order == best, column, _ABOVE), axis=1)[:, None]
         order = tl.where(column == first, _NONE, order)
         largest = tl.where(slot == taken, best, largest)
         columns = tl.where(slot == taken, first, columns)
     return largest, columns, order
+
+
+@triton.jit
+def _keep_larger(kept, kept_columns, order, column, topk):
+    """Exchanges the least of the numbers that are kept for larger ones; of equal ones those before stay.
+
+    Args:
+        kept: (rows, slots) int32; _ABOVE where nothing may be kept.
+        kept_columns: (rows, slots), different ones.
+        order: (rows, columns) int32.
+        column: (rows, columns), ascending, above all that are kept.
+        topk: numbers that are kept of every row.
+
+    Returns:
+        `kept` and `kept_columns`, in no order.
+    """
+    kept, kept_columns = _each_row_in_a_warp(kept), _each_row_in_a_warp(kept_columns)
+    larger = (order > tl.min(kept, axis=1)[:, None]).to(tl.int32)
+    for _ in tl.range(0, tl.minimum(tl.max(tl.sum(larger, axis=1), axis=0), topk)):
+        best = tl.max(order, axis=1)[:, None]
+        first = tl.min(tl.where(order == best, column, _ABOVE), axis=1)[:, None]
+        order = tl.where(column == first, _NONE, order)
+        least = tl.min(kept, axis=1)[:, None]
+        last = tl.max(tl.where(kept == least, kept_columns, _NONE), axis=1)[:, None]
+        exchanged = (kept_columns == last) & (best > least)
+        kept = tl.where(exchanged, best, kept)
+        kept_columns = tl.where(exchanged, first, kept_columns)
+    return kept, kept_columns
+
+
+@triton.jit
+def _order_of_logits(query_rows, key_rows, exists, key_region, n_regions, scale, CONFIG: tl.constexpr):
+    """Logits of BLOCK_Q query regions against BLOCK_R key regions as integers, and the key region of each."""
+    DIM: tl.constexpr = CONFIG.DIM
+    BLOCK_Q: tl.constexpr = CONFIG.BLOCK_Q
+    BLOCK_R: tl.constexpr = CONFIG.BLOCK_R
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
+    logits = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
+    for start in tl.range(0, DIM, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C)[None, :]
+        of_queries = tl.load(query_rows + channel, mask=exists[:, None] & (channel < DIM), other=0.0) * scale
+        key_mask = (key_region < n_regions)[:, None] & (channel < DIM)
+        of_keys = tl.load(key_rows + channel, mask=key_mask, other=0.0)
+        if BLOCK_Q == 1:
+            logits += tl.sum(of_keys * of_queries, axis=1)[None, :]
+        else:
+            logits = tl.dot(of_queries, tl.trans(of_keys), logits, input_precision=CONFIG.PRECISION)
+    order = in_order(logits)
+    column = tl.zeros([BLOCK_Q, 1], tl.int32) + key_region[None, :]
+    if BLOCK_Q > 1:
+        order = _each_row_in_a_warp(order)
+    return tl.where(column < n_regions, order, _NONE), column
+
+
+@triton.jit
+def _largest_of_blocks(query_rows, key_rows, exists, n_regions, topk, scale, CONFIG: tl.constexpr):
+    """As `_order_of_logits`, but the topk largest of all key regions, in no order, and _NONE behind them."""
+    BLOCK_Q: tl.constexpr = CONFIG.BLOCK_Q
+    BLOCK_R: tl.constexpr = CONFIG.BLOCK_R
+    SLOTS: tl.constexpr = CONFIG.BLOCK_K if CONFIG.BLOCK_K > 32 else 32  # at least one a thread of a warp
+    slot = tl.zeros([BLOCK_Q, 1], tl.int32) + tl.arange(0, SLOTS)[None, :]
+    kept = tl.where(slot < topk, _NONE, _ABOVE)
+    regions = slot - SLOTS
+    for first in tl.range(0, n_regions, BLOCK_R):
+        key_region = first + tl.arange(0, BLOCK_R)
+        order, column = _order_of_logits(query_rows, key_rows, exists, key_region, n_regions, scale, CONFIG)
+        kept, regions = _keep_larger(kept, regions, order, column, topk)
+        key_rows += BLOCK_R * CONFIG.ROW_STRIDE
+    return tl.where(slot < topk, kept, _NONE), regions
 
 
 @triton.jit(
@@ -136,39 +215,26 @@ def route_kernel(
 ):
     """Logits of BLOCK_Q query regions against all key regions, and each one's topk largest; grid (N, blocks).
 
-    Several query regions share the keys that they load, and are as many as a matrix unit takes. What the
-    attention walks, tokens of the chosen regions or marks, is written at once, which spares launches.
+    Several query regions share the keys that they load, and are as many as a matrix unit takes. Key regions
+    that are too many for one product are walked IN_BLOCKS. What the attention walks, tokens of the chosen
+    regions or marks, is written at once, which spares launches.
     """
-    DIM: tl.constexpr = CONFIG.DIM
     ROW_STRIDE: tl.constexpr = CONFIG.ROW_STRIDE
     BLOCK_Q: tl.constexpr = CONFIG.BLOCK_Q
     BLOCK_R: tl.constexpr = CONFIG.BLOCK_R
-    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     image = tl.program_id(0).to(tl.int64)
     query_region = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    key_region = tl.zeros([BLOCK_Q, 1], tl.int32) + tl.arange(0, BLOCK_R)[None, :]
+    key_region = tl.arange(0, BLOCK_R)
     exists = query_region < n_regions
     query_rows = query + (image * n_regions + query_region[:, None]) * ROW_STRIDE
-    key_rows = key + (image * n_regions + tl.arange(0, BLOCK_R)[:, None]) * ROW_STRIDE
+    key_rows = key + (image * n_regions + key_region[:, None]) * ROW_STRIDE
 
-    logits = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
-    for start in tl.range(0, DIM, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C)[None, :]
-        of_queries = tl.load(query_rows + channel, mask=exists[:, None] & (channel < DIM), other=0.0) * scale
-        key_mask = (tl.arange(0, BLOCK_R) < n_regions)[:, None] & (channel < DIM)
-        of_keys = tl.load(key_rows + channel, mask=key_mask, other=0.0)
-        if BLOCK_Q == 1:  # for many regions: operands of a product would not fit shared memory
-            logits += tl.sum(of_keys * of_queries, axis=1)[None, :]
-        else:
-            logits = tl.dot(of_queries, tl.trans(of_keys), logits, input_precision=CONFIG.PRECISION)
-    order = in_order(logits)
-    if BLOCK_Q > 1:
-        # Changes nothing but where the numbers lie: for a gather Triton puts each row into one warp. After
-        # the product a row lies in all warps, which would have to meet for each of the topk, twice.
-        order = tl.gather(order, key_region, 1)
-    order = tl.where(key_region < n_regions, order, _NONE)
-    top, top_regions, order = _take_largest(order, key_region, topk, BLOCK_K)
+    if CONFIG.IN_BLOCKS:
+        order, column = _largest_of_blocks(query_rows, key_rows, exists, n_regions, topk, scale, CONFIG)
+    else:
+        order, column = _order_of_logits(query_rows, key_rows, exists, key_region, n_regions, scale, CONFIG)
+    top, top_regions, order = _take_largest(order, column, topk, BLOCK_K)
     slot = tl.arange(0, BLOCK_K)[None, :]
     top_logits = tl.where(slot < topk, _from_sign(top).to(tl.float32, bitcast=True), float("-inf"))
     weight = tl.exp(top_logits - tl.max(top_logits, axis=1)[:, None])
@@ -180,7 +246,7 @@ def route_kernel(
     tl.store(r_idx + place, top_regions, mask=stored)
     if marks is not None:
         own_marks = tl.where(order == _NONE, 0.0, -MARKED).to(tl.bfloat16)
-        at = (image * n_regions + query_region[:, None]) * BLOCK_R + key_region
+        at = (image * n_regions + query_region[:, None]) * BLOCK_R + key_region[None, :]
         tl.store(marks.query_marks + at, own_marks, mask=exists[:, None])
         # By programs of many images: those of one would take as long for it as for all else.
         region_tokens = region_height * region_width

@@ -16,7 +16,6 @@ from bra_triton.kernels.attention.arguments import Lists
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import RoutedAttention
-from bra_triton.kernels.routing import launch as routing_launch
 from bra_triton.kernels.routing import lists
 from bra_triton.kernels.routing.launch import Routing, launch_route
 
@@ -143,16 +142,13 @@ def _route_with_lists(plan, query, key, r_weight, r_idx, factors, grid):
         (RegionGrid.of_windows(40, 54, 4), 16, 1, False),
     ],
 )
-@pytest.mark.parametrize("one_a_program", [False, True])
-def test_lists_made_while_routing_are_those_of_the_graph(
-    grid, topk, batch, factors, one_a_program, device, monkeypatch
-):
-    if one_a_program:  # as where there are many regions
-        monkeypatch.setattr(routing_launch, "_ROUTE_OPERAND", 0)
+@pytest.mark.parametrize("form", [nullcontext, planned.routed_in_steps, planned.routed_apart])
+def test_lists_made_while_routing_are_those_of_the_graph(grid, topk, batch, factors, form, device):
     query, key = torch.randn(2, batch, grid.n_regions, 8, device=device)
     r_idx = torch.full((batch, grid.n_regions, topk), -1, dtype=torch.int32, device=device)
     r_weight = torch.full(r_idx.shape, torch.nan, device=device)
-    at_once, apart = planned.run(_route_with_lists, query, key, r_weight, r_idx, factors, grid)
+    with form():
+        at_once, apart = planned.run(_route_with_lists, query, key, r_weight, r_idx, factors, grid)
     expected = _expected_tokens(grid, range(grid.n_regions))
     assert at_once.region_list.flatten().tolist() == expected
     assert at_once.token_list[-1, 0, -1].tolist() == _expected_tokens(grid, r_idx[-1, -1].tolist())

@@ -1,5 +1,7 @@
 """Routing: the choice, ties, NaN, and the gradient of the weights."""
 
+from contextlib import nullcontext
+
 import planned
 import pytest
 import torch
@@ -14,7 +16,6 @@ from bra_triton.backend.torch.regions import pad_map
 from bra_triton.call import Call
 from bra_triton.kernels.arrays import channels
 from bra_triton.kernels.grid import RegionGrid
-from bra_triton.kernels.routing import launch as routing_launch
 from bra_triton.kernels.routing.launch import Routing, launch_route_gradient, launch_spread_means
 from bra_triton.kernels.routing.lists import launch_inverse
 from bra_triton.kernels.routing.plans import plan_route
@@ -128,8 +129,9 @@ def test_routing_operators_meet_pytorchs_own_checks(backend, device):
         (1, 1),  # one program for one region
         (4, 3),  # fewer regions than a program takes elsewhere
         (49, 16),  # 7 programs of 8 query regions, the last of a single one
-        (150, 3),  # 4 query regions a program
-        (260, 1),  # one, whose logits are sums, not products
+        (150, 3),  # a row of logits of 256 columns
+        (260, 5),  # key regions in two steps, the second of 4
+        (513, 2),  # in three, the last of a single one
     ],
 )
 @pytest.mark.filterwarnings("ignore:All-NaN")  # NumPy's maximum, in the interpreter
@@ -150,19 +152,20 @@ def test_every_cut_of_the_query_regions_into_programs(n_regions, topk, device):
     assert torch.allclose(r_weight.double(), weight, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("one_a_program", [False, True])
+FORMS = {"at once": nullcontext, "in steps": planned.routed_in_steps, "apart": planned.routed_apart}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data(), n_regions=st.integers(1, 40))
 @pytest.mark.filterwarnings("ignore:All-NaN")
-def test_choice_among_many_equal_logits_is_a_stable_sorts(data, n_regions, one_a_program, device):
+def test_choice_among_many_equal_logits_is_a_stable_sorts(data, n_regions, form, device):
     """Up to all regions chosen, of logits of both signs, zeros and NaN, most of them equal to others."""
     topk = data.draw(st.integers(1, n_regions))
     logit = st.sampled_from([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 2.0, float("nan")])
     logits = torch.tensor(data.draw(st.lists(logit, min_size=n_regions, max_size=n_regions)), device=device)
     key, query = logits.view(1, n_regions, 1), torch.ones(1, n_regions, 1, device=device)
-    with pytest.MonkeyPatch.context() as patch:
-        if one_a_program:  # as where there are many regions
-            patch.setattr(routing_launch, "_ROUTE_OPERAND", 0)
+    with FORMS[form]():
         r_weight, r_idx = plan_route((query, key), topk, 1.0).run(query, key)
     expected = logits.sort(descending=True, stable=True)
     assert (r_idx == expected.indices[:topk]).all()
