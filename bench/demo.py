@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare-steps", type=int, default=5, help="steps on each backend")
     options = parser.parse_args(arguments)
     print(
-        f"{demo.INTRODUCTION}Then the fused backend is compared with the reference. Both take some five "
+        f"{demo.INTRODUCTION}Then the fused backend is compared with the reference. Both take some six "
         f"minutes of CPU time. Everything goes to {options.out}.\n"
     )
     data = write_photo_dataset(options.out / "photos")

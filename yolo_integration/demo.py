@@ -30,7 +30,7 @@ same pictures: that shows that the blocks learn, not how well they do on others.
 """
 # The users' recipe; then what eight photographs need instead of a large data set: no augmentation, a high
 # learning rate without a long warm-up, and one validation at the end. Not MuSGD, the recipe's optimizer: a
-# step takes a fourth more time on a CPU, and after 200 from the same seed mAP50-95 was 0.82, AdamW's 0.95.
+# step takes a fourth more time on a CPU, and after 200 at 320 pixels mAP50-95 was 0.82, AdamW's 0.95.
 RECIPE = {"cache": False, "single_cls": False, "close_mosaic": 10, "workers": 0, "amp": False}
 FEW_PHOTOGRAPHS = {
     **dict.fromkeys(("mosaic", "fliplr", "scale", "translate", "hsv_h", "hsv_s", "hsv_v", "erasing"), 0.0),
@@ -43,9 +43,11 @@ FEW_PHOTOGRAPHS = {
 # over some 33 steps, in which the weights have changed: mAP50 was 0.13 where the batch's own gave 0.88.
 NORM_MOMENTUM = 0.3
 CONFIDENCE, OVERLAP = 0.25, 0.5
-# Nine trainings of 200 to 350 steps from three seeds had mAP50 0.90 to 0.995 and missed none to three of 23
-# objects: a tie, and two bottles of some 8 pixels.
-LEAST_MAP50, MOST_MISSED = 0.85, 0.2
+# Every object has to be found as well. Seeds 0, 1 and 2 find all 23 and reach 0.995, Ultralytics' highest.
+LEAST_MAP50 = 0.95
+# Trainings at 320 pixels, where the smaller bottle has 8 x 11, missed up to three objects after 200 to 350
+# steps: a bottle whose boxes had yet to shrink to its size, or a tie whose class was not learned.
+STEPS, IMAGE_SIZE = 150, 480
 PAGE = "pointer.html"
 STEPS_PER_LINE = 10
 
@@ -53,7 +55,7 @@ STEPS_PER_LINE = 10
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns 0 if the model learned the photographs."""
     options = parser("bra-yolo demo", __doc__).parse_args(arguments)
-    print(f"{INTRODUCTION}It takes some four minutes of CPU time. Everything goes to {options.out}.\n")
+    print(f"{INTRODUCTION}It takes some five minutes of CPU time. Everything goes to {options.out}.\n")
     learned = learn(options)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "summary.json").write_text(json.dumps(learned, indent=2) + "\n")
@@ -65,8 +67,8 @@ def parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """The options of `learn`."""
     made = argparse.ArgumentParser(command, description=(description or "").split("\n\n")[0])
     made.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
-    made.add_argument("--epochs", type=int, default=200, help="training steps: a batch holds all photos")
-    made.add_argument("--imgsz", type=int, default=320, help="side of the training images in pixels")
+    made.add_argument("--epochs", type=int, default=STEPS, help="training steps: a batch holds all photos")
+    made.add_argument("--imgsz", type=int, default=IMAGE_SIZE, help="side of the training images in pixels")
     made.add_argument("--seed", type=int, default=0, help="of the weights")
     made.add_argument("--required-map50", type=float, default=LEAST_MAP50, help="fail under this mAP50")
     return made
@@ -165,11 +167,11 @@ def report(learned: dict[str, Any], out: Path) -> None:
 
 
 def find_failures(learned: dict[str, Any], required_map50: float) -> list[str]:
-    """What the figures say against the demo; NaN fails."""
+    """What the figures say against the demo: mAP50 too low (NaN fails), or a labelled object not found."""
     failures = []
     if not learned["mAP50"] >= required_map50:
         failures.append(f"mAP50 {learned['mAP50']:.3f} is under {required_map50}")
-    if len(learned["missed"]) > MOST_MISSED * learned["objects"]:
+    if learned["missed"]:
         failures.append(f"not found: {', '.join(learned['missed'])}")
     return failures
 
