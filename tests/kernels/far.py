@@ -42,7 +42,7 @@ def far(x, images):
 
 def run(plan, inputs, first_block=False):
     """`Plan.run`, of the first and last `PROGRAMS` programs of every launch; of axis 1 all or the first."""
-    outputs = [reserve(shape, dtype) for shape, dtype, _ in plan._outputs]
+    outputs = [reserve(x.shape, x.dtype) for x, _ in plan._outputs]
     sizes = (plan.kept_bytes, plan.workspace_bytes)
     tensors = [*inputs, *outputs, *(reserve((size + 1,), torch.uint8) for size in sizes)]
     for launch in plan.launches:
