@@ -177,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report(rows))
     write_json(options.json, {"versions": described, "rows": rows})
     failures = missed(rows) if options.check else []
-    print(*(f"MISSED: {failure}" for failure in failures), sep="\n")
+    for failure in failures:
+        print(f"MISSED: {failure}")
     return int(bool(failures) or any("error" in row for row in rows))
 
 

@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report(rows, options))
     write_json(options.json, {"versions": described, "rows": rows})
     failures = missed(rows)
-    print(*(f"MISSED: {failure}" for failure in failures), sep="\n")
+    for failure in failures:
+        print(f"MISSED: {failure}")
     return int(bool(failures))
 
 

@@ -204,11 +204,11 @@ def test_inverses_of_many_regions_do_not_spill(arch):
     """4900 regions: two rows of 4096, 77 of 64, and those of one, which are cut and listed."""
     problem = Problem("", 1, 140, 140, 64, 2, 70, 8)
     with tiles.use_architecture(arch):
-        specimens = [launch.specimen for launch in record_attention(problem, torch.float16)]
-    inverses = [specimen for specimen in specimens if specimen.name == "invert_graph"]
-    assert [specimen.constants["SHIFT"] for specimen in inverses] == [12, 6, 0]
-    for specimen in inverses:
-        assert _usage(specimen, arch).spills == 0, specimen.constants
+        launched = record_attention(problem, torch.float16)
+    inverses = [launch for launch in launched if kernel_name(launch) == "invert_graph"]
+    assert [arguments_of(launch)["CONFIG"].SHIFT for launch in inverses] == [12, 6, 0]
+    for launch in inverses:
+        assert _usage(launch, arch).spills == 0, arguments_of(launch)["CONFIG"]
 
 
 @pytest.mark.parametrize(
