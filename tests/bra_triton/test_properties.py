@@ -264,7 +264,8 @@ def _call_errors(drawn, backend):
     (expected, _, leaves), (actual, r_idx, _) = run("reference", torch.float64), run(backend, drawn.dtype)
     routed = {name: x for name, x in leaves.items() if not name.startswith("lepe")}
     _check_routes(r_idx, Call(**routed, spec=spec))
-    return relative_errors(actual, expected, ("qkv",))
+    # With padding: on a map of few tokens all that is routed to may be padding.
+    return relative_errors(actual, expected, [name for name in ("qkv", "padding") if name in expected])
 
 
 def _every_other(x):
