@@ -75,7 +75,10 @@ def _onnx_runtime(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     with TemporaryDirectory() as folder:
         file = f"{folder}/module.onnx"
         torch.onnx.export(module, (x,), file, input_names=["x"], dynamo=False, opset_version=17)
-        session = onnxruntime.InferenceSession(file)
+        options = onnxruntime.SessionOptions()
+        # Else its threads, waiting for more work, keep the other export's from running.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = onnxruntime.InferenceSession(file, options)
     return lambda: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 

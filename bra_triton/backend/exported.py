@@ -3,7 +3,7 @@
 An exported graph cannot hold the operators of this package, and it need not save memory for a backward: it
 gathers keys and values of all regions at once. Runtimes differ in the operators that they have, so it makes
 do with few: no tensor has more than four axes, and nothing is sorted. Sizes of the map may be symbols, which
-are not compared: maps are padded, cut and put together again by computed indices.
+are not compared: maps are padded, and their padding is cut off, by computed indices.
 """
 
 import torch
@@ -42,50 +42,47 @@ def _attend(call: Call) -> Tensor:
     qkv, padding = call.qkv, call.padding if grid.is_padded else None
     if padding is not None:
         qkv = _padded(qkv, padding, grid)
-    regions = qkv.flatten(1, 2)[:, _tokens(grid, qkv.device)].flatten(0, 1)
-    weight, chosen = _route(regions[..., : 2 * spec.qk_dim], call)
-    query, key_value = regions.split([spec.qk_dim, spec.qk_dim + spec.dim], dim=-1)
+    regions = _cut(qkv, grid)
+    query, key, value = regions.split([spec.qk_dim, spec.qk_dim, spec.dim], dim=-1)
+    weight, chosen = _route(query, key, call)
     if call.kv_downsampling is not None:
-        maps = key_value.transpose(1, 2)
+        maps = regions[..., spec.qk_dim :].transpose(1, 2)
         maps = maps.reshape(*maps.shape[:2], grid.region_height, grid.region_width)
-        key_value = call.kv_downsampling(maps).flatten(2).transpose(1, 2)
-    gathered = key_value[chosen]
+        pooled = call.kv_downsampling(maps).flatten(2).transpose(1, 2)
+        key, value = pooled.split([spec.qk_dim, spec.dim], dim=-1)
+    # Each by itself: ONNX Runtime takes as long to split what was gathered as for all products.
+    key, value = key[chosen], value[chosen]
     if spec.soft_routing:
-        gathered = gathered * weight[..., None, None].to(gathered.dtype)
-    key, value = gathered.flatten(1, 2).split([spec.qk_dim, spec.dim], dim=-1)
+        key, value = (x * weight[..., None, None].to(x.dtype) for x in (key, value))
+    key, value = key.flatten(1, 2), value.flatten(1, 2)
     query, key, value = (
         x.reshape(*x.shape[:2], spec.num_heads, -1).transpose(1, 2) for x in (query, key, value)
     )
     # Not scaled_dot_product_attention: opsets before 14 have none, and later ones none of a negative scale.
     scores = (query * spec.scale) @ key.transpose(2, 3)
     out = (scores.softmax(dim=-1) @ value).transpose(1, 2)
-    out = out.reshape(-1, grid.n_regions * grid.region_tokens, spec.dim)[:, _positions(grid, qkv.device)]
+    out = _put_together(out, grid, spec.dim)
     if call.lepe_weight is not None:
         v, side = qkv[..., 2 * spec.qk_dim :].permute(0, 3, 1, 2), call.lepe_weight.shape[-1]
         # Twice, since PyTorch 2.8 takes one size that it traces for none.
         lepe = F.conv2d(v, call.lepe_weight, call.lepe_bias, padding=(side // 2, side // 2), groups=spec.dim)
-        if padding is not None:
-            rows, columns = (torch.arange(side, device=v.device) for side in (grid.height, grid.width))
-            lepe = lepe.index_select(2, rows).index_select(3, columns)
         out = out + lepe.permute(0, 2, 3, 1)
-    return out
+    if padding is None:
+        return out
+    rows, columns = (torch.arange(side, device=out.device) for side in (grid.height, grid.width))
+    return out.index_select(1, rows).index_select(2, columns)
 
 
-def _route(regions: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Routing weights and chosen regions, both `(N*P, topk)`, of `(N*P, S, 2*qk_dim)`.
+def _route(query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Routing weights and chosen regions, both `(N*P, topk)`, of queries and keys `(N*P, S, qk_dim)`.
 
     Regions are counted through all images. Of equal logits that with the smaller index is chosen; the chosen
     ones are in no particular order.
     """
     settings, grid = call.settings, call.grid
     n_regions = grid.n_regions
-    # In float32 at least, as everywhere: half precision would choose other regions.
-    # Means, not sums that are divided: in those OpenVINO 2026.4 adds up along another axis.
-    means = regions.mean(1, dtype=torch.promote_types(regions.dtype, torch.float32))
-    means = means.reshape(-1, n_regions, 2 * settings.qk_dim)
-    if not settings.counts_padding:
-        means = means * (grid.region_tokens / _tokens_inside(grid, means.device))
-    query, key = (call.emb(x) for x in means.split(settings.qk_dim, dim=-1))
+    first = torch.arange(query.shape[0] // n_regions, device=query.device) * n_regions
+    query, key = (call.emb(_means(x, call)) for x in (query, key))
     logits = (query * settings.routing_scale) @ key.transpose(1, 2)
     # topk may choose among equal logits as it likes, and few runtimes sort stably. So it chooses once more,
     # where nothing is equal: what is above the least chosen logit, then what equals it, then the rest.
@@ -94,8 +91,20 @@ def _route(regions: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     index = torch.arange(n_regions, device=logits.device)
     chosen = (above * n_regions - index).topk(settings.topk).indices
     weight = logits.gather(2, chosen).softmax(dim=-1)
-    first = torch.arange(regions.shape[0] // n_regions, device=logits.device) * n_regions
     return weight.flatten(0, 1), (chosen + first[:, None, None]).flatten(0, 1)
+
+
+def _means(x: Tensor, call: Call) -> Tensor:
+    """Means over the tokens of regions `(N*P, S, C)`: `(N, P, C)`.
+
+    In float32 at least, as everywhere: half precision would choose other regions. Means, not sums that are
+    divided: in those OpenVINO 2026.4 adds up along another axis.
+    """
+    means = x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    means = means.reshape(-1, call.grid.n_regions, x.shape[-1])
+    if not call.settings.counts_padding:
+        means = means * (call.grid.region_tokens / _tokens_inside(call.grid, x.device))
+    return means
 
 
 def _tokens_inside(grid: RegionGrid, device: torch.device) -> Tensor:
@@ -119,6 +128,32 @@ def _padded(x: Tensor, padding: Tensor, grid: RegionGrid) -> Tensor:
     return torch.where((in_rows[:, None] & in_columns)[..., None], x, padding.to(x.dtype))
 
 
+def _cut(x: Tensor, grid: RegionGrid) -> Tensor:
+    """A map of whole regions `(N, rows * h, columns * w, C)` as regions, `(N * P, h * w, C)`."""
+    channels = x.shape[-1]
+    if _is_symbolic(grid):
+        return x.flatten(1, 2)[:, _tokens(grid, x.device)].flatten(0, 1)
+    rows = x.reshape(-1, grid.region_height, grid.columns, grid.region_width * channels)
+    return rows.transpose(1, 2).reshape(-1, grid.region_tokens, channels)
+
+
+def _put_together(x: Tensor, grid: RegionGrid, channels: int) -> Tensor:
+    """Undoes `_cut`, of any shape with the elements of `(N * P, h * w, C)` in their order."""
+    if _is_symbolic(grid):
+        return x.reshape(-1, grid.n_regions * grid.region_tokens, channels)[:, _positions(grid, x.device)]
+    rows = x.reshape(-1, grid.columns, grid.region_height, grid.region_width * channels)
+    height, width = grid.rows * grid.region_height, grid.columns * grid.region_width
+    return rows.transpose(1, 2).reshape(-1, height, width, channels)
+
+
+def _is_symbolic(grid: RegionGrid) -> bool:
+    """Whether `torch.export` records sizes as symbols, which reshaping would compare as `_cut` does it.
+
+    Indices compare nothing, but runtimes take longer to gather by them than to transpose.
+    """
+    return any(isinstance(number, torch.SymInt) for number in grid.numbers)
+
+
 def _tokens(grid: RegionGrid, device: torch.device) -> Tensor:
     """Where the tokens of the regions lie on the padded map: `(P, S)`; `RegionGrid.token` of all."""
     region_height, region_width, columns = _as_tensors(grid, device)
@@ -130,10 +165,10 @@ def _tokens(grid: RegionGrid, device: torch.device) -> Tensor:
 
 
 def _positions(grid: RegionGrid, device: torch.device) -> Tensor:
-    """Where the map's tokens lie among those of the regions, `(H, W)`: undoes `_tokens`, without padding."""
+    """Where the tokens of the padded map lie among those of the regions, `(rows * h, columns * w)`."""
     region_height, region_width, columns = _as_tensors(grid, device)
-    row = torch.arange(grid.height, device=device)[:, None]
-    column = torch.arange(grid.width, device=device)
+    row = torch.arange(grid.rows * grid.region_height, device=device)[:, None]
+    column = torch.arange(grid.columns * grid.region_width, device=device)
     region = row // region_height * columns + column // region_width
     return (region * region_height + row % region_height) * region_width + column % region_width
 
