@@ -31,4 +31,12 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "kernels/routing/graph.py",
         "at = place[:, None] * region_tokens + index",
     ): "places count images in 64 bits; where they are regions of a map, it has fewer than 2**31 tokens",
+    (
+        "kernels/routing/plans.py",
+        "plan = Plan(tensors, tensors[1].device)",
+    ): "all tensors of an operator are on one device",
+    (
+        "kernels/routing/arguments.py",
+        "COUNTS_PADDING: bool = False",
+    ): "the launch of the gradient sets it, nobody else reads it",
 }
