@@ -8,6 +8,7 @@ one run on the CPU: 1.1 means 1.1 times as fast.
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from itertools import product
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -27,15 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("exports", __doc__, repeats=9)
     parser.add_argument("--map", nargs="+", choices=PRESET, default=list(PRESET), metavar="MAP")
     options = parser.parse_args(arguments)
+    exporters = {name: export for name, (package, export) in RUNTIMES.items() if find_spec(package)}
+    if not exporters:
+        parser.error(f"none of {', '.join(package for package, _ in RUNTIMES.values())} is installed")
     described = measure.circumstances(measure.CPU)
     print(measure.on_one_line(described), flush=True)
     rows: list[dict[str, Any]] = []
-    warnings.simplefilter("ignore")  # of exporters, about their own code
-    for name in options.map:
-        for runtime, (package, export) in RUNTIMES.items():
-            if find_spec(package):
-                seconds = measure_exports(PRESET[name], export, options.repeats)
-                rows.append({"map": f"{name}: {PRESET[name]}", "runtime": runtime, **seconds})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of exporters, about their own code
+        for name, (runtime, export) in product(options.map, exporters.items()):
+            seconds = measure_exports(PRESET[name], export, options.repeats)
+            rows.append({"map": f"{name}: {PRESET[name]}", "runtime": runtime, **seconds})
     cells = [
         {
             **{key: row[key] for key in ("map", "runtime")},

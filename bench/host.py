@@ -154,11 +154,11 @@ def missed(rows: Sequence[Row]) -> list[str]:
     }
     failures = []
     for (form, phase, compiled), most in TARGETS.items():
-        other, name = ("identity", PLAIN) if form == "identity" else ("identity", OURS)
-        ours, others = seconds.get((form, phase, compiled)), seconds.get((other, phase, compiled))
-        if ours and others and not ours[OURS] <= most * others[name]:
-            what = f"{'compiled ' if compiled else ''}{form}, {phase}"
-            failures.append(f"{what}: {ours[OURS] / others[name]:.2f} times {other} {name}, at most {most}")
+        ours, identity = (seconds.get((each, phase, compiled)) for each in (form, "identity"))
+        other = PLAIN if form == "identity" else OURS
+        if ours and identity and not ours[OURS] <= most * identity[other]:
+            what, ratio = f"{'compiled ' if compiled else ''}{form}, {phase}", ours[OURS] / identity[other]
+            failures.append(f"{what}: {ratio:.2f} times identity {other}, at most {most}")
     return failures
 
 

@@ -5,7 +5,6 @@ and the attention matrix of 24 thousand keys for each of 300 thousand queries. T
 are no multiples of 7.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ import torch
 
 from bra_triton import BiLevelRoutingAttention
 from bra_triton.bench import measure
+from bra_triton.bench.console import parser_of
 from bra_triton.bench.problems import PROBLEMS
 
 GIB = 2**30
@@ -22,7 +22,7 @@ LIMIT_GIB = 3.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it and prints the figures; returns 1 if the process held more than the limit."""
     given = PROBLEMS["issue_21"]
-    parser = argparse.ArgumentParser("bra-bench large-map", description=__doc__.split("\n\n")[0])
+    parser = parser_of("large-map", __doc__, has_json=False)
     parser.add_argument("--height", type=int, default=given.height)
     parser.add_argument("--width", type=int, default=given.width)
     parser.add_argument("--limit", type=float, default=LIMIT_GIB, help="GiB; more is a failure")

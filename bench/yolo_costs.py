@@ -4,13 +4,13 @@ First the attention alone, for maps of the backbone: multiply-adds of routing an
 dense attention over the same map. Then the packaged models beside the stock ones.
 """
 
-import argparse
 import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from bra_triton import BiLevelRoutingAttention
+from bra_triton.bench.console import parser_of
 from bra_triton.kernels.grid import RegionGrid
 
 STRIDES = {"P3": 8, "P4": 16, "P5": 32}
@@ -60,7 +60,7 @@ def model_rows(names: Sequence[str], imgsz: int) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints both tables."""
-    parser = argparse.ArgumentParser("bra-bench yolo-costs", description=__doc__.split("\n\n")[0])
+    parser = parser_of("yolo-costs", __doc__, has_json=False)
     parser.add_argument("--imgsz", type=int, default=640, help="pixels a side (default: 640)")
     parser.add_argument("--scale", default="n", choices="nsmlx", help="of the models (default: n)")
     options = parser.parse_args(arguments)

@@ -35,3 +35,10 @@ def test_status_says_whether_the_export_is_as_fast(fused, status, verdict, monke
     monkeypatch.setattr(exports, "measure_exports", lambda *_: {"fused": fused, "reference": 1.0})
     assert exports.main([]) == status
     assert verdict in capsys.readouterr().out
+
+
+def test_without_a_runtime_there_is_nothing_to_time(monkeypatch, capsys):
+    monkeypatch.setattr(exports, "RUNTIMES", {"a runtime": ("no_such_package", None)})
+    with pytest.raises(SystemExit):
+        exports.main([])
+    assert "none of no_such_package is installed" in capsys.readouterr().err
