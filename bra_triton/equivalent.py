@@ -90,7 +90,7 @@ def _class_for(original: nn.Module) -> type[nn.Module]:
         kinds = (NCHWBiLevelRoutingAttention,)
     _with_layers_of(original, kinds[0], "auto")  # what is wrong for every class needs no trial
     failures = []
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         trial = _trial_copy(original)
         for kind in kinds:
             ours = _with_layers_of(trial, kind, "torch")

@@ -186,6 +186,13 @@ class TestWhatIsKept:
         }
         assert not replace_attention(original(**SIZE).eval()).model.training
 
+    def test_nothing_is_lost_by_inference_mode(self):
+        """The trial needs gradients, and tensors that were made in that mode never have any."""
+        with torch.inference_mode():
+            ours = replace_attention(original(**SIZE)).model
+            assert type(ours) is BiLevelRoutingAttention
+            ours(clear_map((6, 8)))
+
     def test_nothing_of_the_original_prevents_pickling(self):
         """Without LePE the original holds a function that has no name."""
         ours = replace_attention(original(**SIZE, side_dwconv=0)).model
