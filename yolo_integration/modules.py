@@ -85,7 +85,7 @@ def _with_defaults(dim: int, arguments: Mapping[str, Any] | None) -> dict[str, A
 
 def _check_padding(attention: Any, x: Tensor) -> None:
     """Warns of much padding in training: Ultralytics builds and measures models in eval, on other sizes."""
-    if attention.training and is_eager():
+    if attention.training and is_eager() and isinstance(x, Tensor):  # torch.fx traces without a map
         _warn_of_padding(x.shape[2], x.shape[3], *attention.spec.windows)
 
 

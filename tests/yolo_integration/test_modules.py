@@ -229,6 +229,17 @@ def test_half_precision_model_and_scaled_training_in_autocast(name: str, dtype: 
     assert (half - out).norm() < tolerance * out.norm()
 
 
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "c3k2bra"])
+@pytest.mark.parametrize("training", [True, False])
+def test_torch_fx_traces_a_block_with_the_attention_as_a_leaf(name: str, training: bool) -> None:
+    """Not `C3k2BRA`: of Ultralytics' `C2f`, which it is made of, `torch.fx` has no graph."""
+    block = BLOCKS[name]().train(training)
+    traced = torch.fx.symbolic_trace(block)
+    assert any(target.endswith("attn") for target in (str(node.target) for node in traced.graph.nodes))
+    x = torch.randn(2, 32, 9, 10)
+    torch.testing.assert_close(traced(x), block(x))
+
+
 @block_names
 def test_trace_serves_new_inputs(name: str) -> None:
     block = BLOCKS[name]().eval()
