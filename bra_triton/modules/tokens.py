@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..arguments import dense_floats, flag, whole_pair
@@ -60,27 +61,33 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
                 "attn_mask must be None and is_causal False, as the routing chooses what is attended to, got "
                 f"attn_mask={attn_mask!r} and is_causal={is_causal!r}"
             )
-        result = super().forward(x.unflatten(1, self._size_of(x)), ret_attn_mask)
+        result = super().forward(self._map_of(x), ret_attn_mask)
         if isinstance(result, Tensor):
             return result.flatten(1, 2)
         return result[0].flatten(1, 2), *result[1:]
 
     def grid(self, x: Tensor) -> RegionGrid:
         """See `BiLevelRoutingAttention.grid`."""
-        return super().grid(x.unflatten(1, self._size_of(x)))
+        return super().grid(self._map_of(x))
 
     def call_of(self, x: Tensor) -> Call:
         """See `BiLevelRoutingAttention.call_of`."""
-        return super().call_of(x.unflatten(1, self._size_of(x)))
+        return super().call_of(self._map_of(x))
 
-    def _size_of(self, x: Tensor) -> tuple[int, int]:
+    def _map_of(self, x: Tensor) -> Tensor:
+        """The tokens as an NHWC map, without `unflatten`, which ONNX's opset 11 lacks."""
         if dense_floats("x", x).dim() != 3:
             raise ValueError(f"x must be (N, H * W, dim), got shape {tuple(x.shape)}")
-        side = math.isqrt(x.shape[1]) if self.size is None else 0
+        side = 0 if self.size else _root(x.shape[1])
         height, width = self.size or (side, side)
         if x.shape[1] != height * width:
             raise ValueError(
                 f"x must have the {height} x {width} tokens of the map, got {x.shape[1]}; `size` gives "
                 "another map's height and width, and a class token has no place on it"
             )
-        return height, width
+        return x.reshape(x.shape[0], height, width, x.shape[2])
+
+
+def _root(tokens: Any) -> Any:
+    """The side of a square map, rounded down; also of a number that is a symbol, which has no `isqrt`."""
+    return torch.sym_int(tokens**0.5) if torch.compiler.is_compiling() else math.isqrt(tokens)

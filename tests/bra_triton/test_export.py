@@ -153,12 +153,27 @@ def test_onnx_in_half_precision(kind, onnx_run):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_onnx_of_tokens(onnx_run):
+@pytest.mark.parametrize("opset", [11, 20])
+def test_onnx_of_tokens(opset, onnx_run):
     """The legacy exporter passes the defaults of all arguments by position."""
     module = TokenBiLevelRoutingAttention(16, **NUMBERS, size=(7, 8)).eval()
-    run, x = onnx_run(module, torch.randn(1, 7 * 8, 16), dynamo=False), torch.randn(1, 7 * 8, 16)
+    run = onnx_run(module, torch.randn(1, 7 * 8, 16), dynamo=False, opset_version=opset)
+    x = torch.randn(1, 7 * 8, 16)
     module.backend = "reference"
     assert relative_error(run(x), module.double()(x.double())) < TOLERANCE
+
+
+@after_2_8
+def test_torch_export_of_tokens_of_square_maps_of_any_size():
+    """Their number is a symbol, of which PyTorch has no `isqrt`."""
+    module = TokenBiLevelRoutingAttention(16, **NUMBERS).eval()
+    sizes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
+    exported = torch.export.export(module, (torch.randn(2, 8 * 8, 16),), dynamic_shapes=sizes).module()
+    module.backend = "reference"
+    for side in (8, 9, 13):
+        x = torch.randn(3, side * side, 16)
+        assert relative_error(exported(x), module.double()(x.double())) < TOLERANCE, side
+        module.float()
 
 
 @after_2_8

@@ -13,6 +13,7 @@ from torch import nn
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.modules.permuted import PermutedBiLevelRoutingAttention
+from bra_triton.modules.tokens import TokenBiLevelRoutingAttention
 
 DIFF = {"diff_routing": True}
 MODES = {
@@ -107,6 +108,20 @@ def test_a_seen_size_is_not_compiled_again(kind, backend, device):
         actual = list(run(compiled, x, grad_out).values())
         assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(actual, expected, strict=True))
     assert counter.frame_count <= 2
+
+
+def test_tokens_of_square_maps_of_changing_size():
+    """The side is the root of a number that becomes a symbol; 9 x 9 needs padding."""
+    module = TokenBiLevelRoutingAttention(16, 1, 2, topk=2, auto_pad=True, backend="torch")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for side in (8, 9, 12, 8):
+        x, grad_out = torch.randn(2, 2, side * side, 16)
+        expected = list(run(module, x, grad_out).values())
+        actual = list(run(compiled, x, grad_out).values())
+        assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(actual, expected, strict=True))
+    assert counter.frame_count == 2
 
 
 @torch._inductor.config.patch(fx_graph_cache=False)
