@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,12 +56,21 @@ class DenseAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attends over a map `(N, H, W, dim)`; returns the same shape."""
-        qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, DENSE_HEADS, -1))
+        batch, height, width, dim = x.shape
+        # Not unflatten: ONNX's opset 11 has none.
+        qkv = self.qkv(x).reshape(batch, height * width, 3, DENSE_HEADS, dim // DENSE_HEADS)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
-        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
+        out = _attend(query, key, value).transpose(1, 2).reshape(x.shape)
         if self.lepe is not None:
             out = out + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj(out)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    if torch.onnx.is_in_onnx_export():  # opsets before 14 have no scaled_dot_product_attention
+        scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        return scores.softmax(-1) @ value
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 class BiFormer(nn.Module):

@@ -6,6 +6,7 @@ from problems import relative_error
 from torch.export import Dim
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, functional
+from bra_triton.biformer import BiFormer
 from bra_triton.modules.tokens import TokenBiLevelRoutingAttention
 
 # Rounding of float32 gives 1e-6, another choice of a region 1e-1.
@@ -174,6 +175,20 @@ def test_torch_export_of_tokens_of_square_maps_of_any_size():
         x = torch.randn(3, side * side, 16)
         assert relative_error(exported(x), module.double()(x.double())) < TOLERANCE, side
         module.float()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("opset", [11, 20])
+def test_onnx_of_biformer(opset, onnx_run):
+    """Its last stage is dense attention, which opsets before 14 have no operator for; sizes may change."""
+    stages = {"depth": (1, 1), "embed_dim": (16, 16), "head_dim": 8, "n_win": 3, "topks": (3, -2)}
+    model = BiFormer(**stages, num_classes=4, auto_pad=True).eval()
+    axes = {"x": {0: "batch", 2: "height", 3: "width"}}
+    run = onnx_run(model, torch.randn(1, 3, 40, 48), dynamo=False, opset_version=opset, dynamic_axes=axes)
+    for size in ((1, 3, 40, 48), (2, 3, 64, 36)):
+        x = torch.randn(size)
+        assert relative_error(run(x), model.double()(x.double())) < TOLERANCE, size
+        model.float()
 
 
 @after_2_8
