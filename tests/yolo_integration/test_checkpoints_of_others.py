@@ -1,15 +1,21 @@
 """Weights of other people's YOLO models and of BiFormer reach the blocks, whatever they are called."""
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml as pyyaml
 from other_implementations import AuthorsBlock, AuthorsNCHW, Permuting, original
 from torch import nn
 from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn import tasks
 from ultralytics.utils import LOGGER
 
-from bra_triton import BiLevelRoutingAttention
+from bra_triton import BiLevelRoutingAttention, replace_attention
+from bra_triton.modules.permuted import PermutedBiLevelRoutingAttention
 from bra_triton.yolo_integration import (
     BiFormerBlock,
     BiLevelRoutingAttention2d,
@@ -71,3 +77,35 @@ def test_load_of_a_yolo_model_with_a_paste(caplog, monkeypatch) -> None:
     assert f"Transferred {items}/{items} items" in caplog.text
     for theirs, ours in zip(paste.parameters(), model.model[11].parameters(), strict=True):
         assert torch.equal(theirs, ours)
+
+
+class Paste(Permuting):
+    """The class of a yaml's row, with what pastes take by position."""
+
+    def __init__(self, dim: int, num_heads: int, n_win: int) -> None:
+        super().__init__(dim=dim, num_heads=num_heads, n_win=n_win, auto_pad=True)
+
+
+class ReplacingTrainer(DetectionTrainer):
+    """The trainer of docs/migration.md."""
+
+    def get_model(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return replace_attention(super().get_model(*args, **kwargs)).model
+
+
+@pytest.mark.usefixtures("short_training")
+def test_a_trainer_that_replaces_trains_ours_from_a_yaml_that_names_a_paste(
+    train_arguments: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was replaced before: Ultralytics builds the model of a training anew."""
+    monkeypatch.setattr(tasks, "Paste", Paste, raising=False)
+    yaml = {**tasks.yaml_model_load("yolo26n-bra.yaml"), "scale": "n"}
+    yaml["backbone"][-1] = [-1, 1, "Paste", [256, 8, 7]]
+    path = tmp_path / "yolo26n-paste.yaml"
+    path.write_text(pyyaml.safe_dump(yaml))
+    model = YOLO(path, verbose=False)
+    model.train(**train_arguments, trainer=ReplacingTrainer, epochs=1, project=str(tmp_path), name="train")
+    for trained in (model.trainer.model, model.trainer.ema.ema):
+        assert type(trained.model[11]) is PermutedBiLevelRoutingAttention
+    saved = YOLO(tmp_path / "train" / "weights" / "last.pt").model
+    assert type(saved.model[11]) is PermutedBiLevelRoutingAttention
