@@ -1,12 +1,15 @@
-"""What Ultralytics does to a model in training: freezes rows, changes sizes, averages, dies and resumes."""
+"""Ultralytics freezes rows, changes sizes, averages, dies and resumes, tunes, benchmarks and tracks."""
 
 import csv
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml as pyyaml
 from ultralytics import YOLO
 
 import bra_triton.yolo_integration  # noqa: F401
@@ -75,3 +78,28 @@ def test_hyperparameters_are_tuned(trained: Path, train_arguments: dict, tmp_pat
     model = YOLO(trained / "best.pt")
     model.tune(**train_arguments, epochs=1, iterations=1, val=False, project=str(tmp_path), name="tune")
     assert (tmp_path / "tune" / "best_hyperparameters.yaml").is_file()
+
+
+def test_the_benchmark_exports_and_validates(
+    trained: Path, data_yaml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It catches what goes wrong, and says so in its table alone."""
+    monkeypatch.chdir(tmp_path)  # where it writes a log
+    weights = shutil.copy(trained / "best.pt", tmp_path)  # and beside which the export
+    (row,) = YOLO(weights).benchmark(data=data_yaml, imgsz=64, format="onnx").rows()
+    assert {"ONNX", "✅"} <= set(row), row
+
+
+def test_objects_are_tracked(trained: Path, tmp_path: Path) -> None:
+    """Of a detector that is sure of nothing, so that the tracker has to take everything."""
+    pytest.importorskip("lap")  # without it Ultralytics has no tracker
+    thresholds = {"track_high_thresh": 1e-4, "track_low_thresh": 1e-5, "new_track_thresh": 1e-4}
+    others = {"tracker_type": "bytetrack", "track_buffer": 30, "match_thresh": 0.8, "fuse_score": False}
+    tracker = tmp_path / "tracker.yaml"
+    tracker.write_text(pyyaml.safe_dump(thresholds | others))
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    arguments = {"imgsz": 96, "conf": 1e-4, "max_det": 5, "verbose": False}
+    model = YOLO(trained / "best.pt")
+    frames = [model.track(image, tracker=str(tracker), persist=True, **arguments)[0] for _ in range(3)]
+    assert frames[0].boxes.id is not None
+    assert all(set(frame.boxes.id.tolist()) == set(frames[0].boxes.id.tolist()) for frame in frames)
