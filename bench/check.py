@@ -136,10 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"[{time.monotonic() - start:4.0f} s] {job.name}: {job.status}", flush=True)
     finally:
         signal.signal(signal.SIGTERM, handler)
-    bad = failed(save())
+    bad = is_failed(save())
     print((out / "report.md").read_text())
     print(f"{'FAILED' if bad else 'passed'}: {out / 'report.md'}, {time.monotonic() - start:.0f} s")
-    return 1 if bad else 0
+    return int(bad)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -251,13 +251,16 @@ def _record(part: str, job: Job) -> dict[str, Any]:
     return found
 
 
-def failed(results: Mapping[str, Any]) -> list[str]:
-    """The names of the commands that failed, and of the checks that did not finish."""
-    return [
-        job["name"]
+def is_failed(results: Mapping[str, Any]) -> bool:
+    """Whether a command failed, or a check did not finish."""
+    return any(
+        job["status"] == jobs.FAILED or (job["part"] in BESIDE and job["status"] != jobs.PASSED)
         for job in results["jobs"].values()
-        if job["status"] == jobs.FAILED or (job["part"] in BESIDE and job["status"] != jobs.PASSED)
-    ]
+    )
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split()).replace("`", "'")[-500:]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -270,18 +273,12 @@ def markdown(results: Mapping[str, Any]) -> str:
     columns = ("part", "name", "status", "seconds", "says")
     cells = [{name: str(job[name]).replace("|", "/") for name in columns} for job in found]
     lines += ["", table("Commands", cells, markdown=True), ""]
-    whys = [
-        (job["name"], " ".join(why.split()).replace("`", "'")) for job in found for why in job["failures"]
-    ]
+    whys = [f"- {job['name']}: `{_on_one_line(why)}`" for job in found for why in job["failures"]]
     if whys:
-        lines += ["## Failures", "", *(f"- {name}: `{why[-500:]}`" for name, why in whys), ""]
+        lines += ["## Failures", "", *whys, ""]
     for job in found:
         if output := job.get("output", "").strip():
             shown = output if "|--" in output else f"```\n{output}\n```"  # tables are Markdown already
             title = f"# {job['part']}: {job['status']}, {job['seconds']:.0f} s"
             lines += [title, "", f"`{job['command']}`", "", shown, ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _on_one_line(text: str) -> str:
-    return " ".join(text.split()).replace("`", "'")[-500:]

@@ -34,6 +34,13 @@ def write_json(file: Path | None, data: object) -> None:
         file.write_text(json.dumps(data, indent=1) + "\n")
 
 
+def conclude(failures: Sequence[str], word: str = "MISSED") -> int:
+    """Prints the failures, a line each; the exit status is 1 if there are any."""
+    for failure in failures:
+        print(f"{word}: {failure}")
+    return int(bool(failures))
+
+
 def table(title: str, rows: Sequence[Mapping[str, object]], markdown: bool = False) -> str:
     """A table under its title, from what each row has by column; empty without rows.
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bra_triton.bench import measure, peer_times
-from bra_triton.bench.console import parser_of, table
+from bra_triton.bench.console import conclude, parser_of, table
 from bra_triton.bench.problems import PROBLEMS, Problem
 
 PEERS = ["fused", "reference", "gather", "dense"]
@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(report(name, found[name]), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     draw(found, options.out / "growth.png")
-    print(f"drawn: {options.out / 'growth.png'}", *(f"FAILED: {failure}" for failure in failures), sep="\n")
-    return int(bool(failures))
+    print(f"drawn: {options.out / 'growth.png'}")
+    return conclude(failures, "FAILED")
 
 
 def curves_of(rows: dict[int, peer_times.Row]) -> Curves:

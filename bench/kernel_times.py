@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bra_triton.bench import kernel_report, measure
-from bra_triton.bench.console import table, write_json
+from bra_triton.bench.console import conclude, table, write_json
 from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.machine_code.launches import plan_pass
 from bra_triton.bench.problems import Problem
@@ -77,5 +77,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(measure.on_one_line(described), end="\n\n")
     print(table(f"Kernels, {options.dtype}", lines, options.markdown))
     unseen = [f"{line['problem']}: {line['kernel']}" for line in lines if line["measured us"] is None]
-    print(*(f"not seen on the GPU: {name}" for name in unseen), sep="\n")
-    return 1 if unseen else 0
+    return conclude(unseen, "not seen on the GPU")

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from bra_triton import BiLevelRoutingAttention, biformer
 from bra_triton.bench import measure
-from bra_triton.bench.console import count, parser_of, table, write_json
+from bra_triton.bench.console import conclude, count, parser_of, table, write_json
 from bra_triton.bench.problems import PROBLEMS, Problem
 
 FUSED, REFERENCE, STOCK = "fused", "reference", "stock"
@@ -68,10 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = {name: measure_model(name, options, device) for name in options.model}
     print(report(rows, options))
     write_json(options.json, {"versions": described, "rows": rows})
-    failures = missed(rows)
-    for failure in failures:
-        print(f"MISSED: {failure}")
-    return int(bool(failures))
+    return conclude(missed(rows))
 
 
 def measure_model(name: str, options: argparse.Namespace, device: torch.device) -> Row:
