@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from bra_triton.bench import measure, models
-from bra_triton.bench.console import count, parser_of, table, write_json
-from bra_triton.bench.peers import NAMES, Peer, dense_attention_in_parts, peers_for
+from bra_triton.bench.console import conclude, count, parser_of, table, write_json
+from bra_triton.bench.peers import NAMES, Peer, dense_attention, peers_for
 from bra_triton.bench.problems import PROBLEMS, Problem
 
 INPUT_SETS = 4
@@ -31,6 +31,7 @@ FAILURES = ("refused", "error")
 COMPACT = ("fused", "dense")  # if only these are asked for, a row of them is a line
 # What the reference may hold in float64: 2 GiB of scores, and a few tensors as large.
 MOST_SCORES = 1 << 28
+ROWS_AT_ONCE = 1024  # of dense attention's queries in float64
 # Peers know no K/V down-sampling and no routing weights.
 CHOICES = [
     name for name, each in PROBLEMS.items() if each.kv_per_win is None and each.routing_weight == "none"
@@ -38,6 +39,7 @@ CHOICES = [
 Inputs = tuple[Tensor, Tensor]  # the packed projection and the output's gradient
 Pass = Callable[[], dict[str, Tensor]]  # returns the output and, in training, the gradient
 Row = dict[str, Any]
+Save = Callable[[Row], object]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,17 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check_only:
         passes = [peer[which] for row in rows for peer in row["peers"].values() for which in PASSES]
         print(f"{sum('checked' in each for each in passes)} of {len(passes)} passes give the right result")
-    failures = [failure for row in rows for failure in wrong(row)]
-    print(*(f"FAILED: {failure}" for failure in failures), sep="\n", end="\n" if failures else "")
-    return int(bool(failures))
+    return conclude([failure for row in rows for failure in wrong(row)], "FAILED")
 
 
 def measure_row(
-    problem: Problem,
-    dtype: str,
-    names: Sequence[str] = NAMES,
-    repeats: int = 0,
-    save: Callable[[Row], object] = lambda row: None,
+    problem: Problem, dtype: str, names: Sequence[str], repeats: int, save: Save = lambda row: None
 ) -> Row:
     """One row: the peers of a problem, checked and, unless `repeats` is 0, timed.
 
@@ -100,11 +96,10 @@ def measure_row(
 
     peers = peers_for(problem, "triton" if device.type == "cuda" else "torch", padding)
     for name in [name for name in peers if name in names]:
-        figures: dict[str, Any] = {"includes": peers[name].includes}
-        row["peers"][name] = figures
+        expected = functools.partial(truth, name == "dense")
+        row["peers"][name] = {"includes": peers[name].includes}
         for which in PASSES:
-            expected = functools.partial(truth, name == "dense")
-            figures[which] = _figures_or_reason(peers[name], which, inputs, expected, repeats)
+            row["peers"][name][which] = _figures(peers[name], which, inputs, expected, repeats)
             save(row)
     return row
 
@@ -116,16 +111,14 @@ def definition(problem: Problem, padding: Tensor | None, is_dense: bool) -> Peer
     keeps none.
     """
     if is_dense:
-        attend = functools.partial(dense_attention_in_parts, num_heads=problem.num_heads)
+        attend = functools.partial(dense_attention, num_heads=problem.num_heads, rows=ROWS_AT_ONCE)
         return Peer("dense attention", attend)
     scores = replace(problem, batch=min(problem.batch, 2)).useful_scores
     exact = peers_for(problem, "torch", None if padding is None else padding.double())
     return exact["reference" if scores <= MOST_SCORES else "fused"]
 
 
-def _figures_or_reason(
-    peer: Peer, which: str, inputs: Sequence[Inputs], truth: Pass, repeats: int
-) -> dict[str, Any]:
+def _figures(peer: Peer, which: str, inputs: Sequence[Inputs], truth: Pass, repeats: int) -> dict[str, Any]:
     """The figures of a pass, or why there are none: `refused` for a wrong result, `error` for any other."""
     qkv, _ = inputs[0]
     try:
@@ -192,12 +185,8 @@ def wrong(row: Row) -> list[str]:
 def report(row: Row) -> str:
     """A row as Markdown: times in ms, `x` how often the fused peer fits into them, `rate` as above."""
     cells = [
-        {
-            "peer": name,
-            "includes": peer["includes"],
-            **_cells(name, "forward", row),
-            **_cells(name, "training", row),
-        }
+        {"peer": name, "includes": peer["includes"]}
+        | {title: x for which in PASSES for title, x in _cells(name, which, row).items()}
         for name, peer in row["peers"].items()
     ]
     title = f"{row['problem']}: {row['sizes']}, {row['dtype']}"
@@ -221,18 +210,15 @@ def _cells(name: str, which: str, row: Row) -> dict[str, object]:
     figures, scores = row["peers"][name][which], row["scores"]
     work, fused, dense = (_seconds(peer, which, row) for peer in (name, "fused", "dense"))
     rate = scores["dense" if name == "dense" else "routed"] / work / (scores["dense"] / dense)
+    call, peak = (figures.get(key, math.nan) for key in ("call_seconds", "peak_bytes"))
     shown = {
-        "x": (work / fused, ".2f"),
-        "rate": (rate, ".2f"),
-        "call": (1e3 * figures.get("call_seconds", math.nan), ".3f"),
-        "peak": (figures.get("peak_bytes", math.nan) / 2**20, ".1f"),
+        "work": _work(name, which, row, 1e3, 3),
+        "x": f"{work / fused:.2f}",
+        "rate": f"{rate:.2f}",
+        "call": f"{1e3 * call:.3f}",
+        "peak": f"{peak / 2**20:.1f} MiB",
     }
-    found = {key: None if math.isnan(x) else f"{x:{digits}}" for key, (x, digits) in shown.items()}
-    if found["peak"]:
-        found["peak"] += " MiB"
-    return {f"{which}: work": _work(name, which, row, 1e3, 3)} | {
-        f"{which}: {k}": x for k, x in found.items()
-    }
+    return {f"{which}: {key}": "" if text.startswith("nan") else text for key, text in shown.items()}
 
 
 def _seconds(name: str, which: str, row: Row) -> float:

@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from bra_triton import functional
+from bra_triton.backend.torch.regions import whole_map
 from bra_triton.bench.problems import Problem
 
 BLOCK = 128
@@ -45,7 +46,6 @@ def peers_for(problem: Problem, backend: str, padding: Tensor | None = None) -> 
     has no routing weight and no K/V down-sampling.
     """
     assert (problem.qk_dim, problem.routing_weight, problem.kv_per_win) == (problem.dim, "none", None)
-
     ours = functools.partial(
         functional.bi_level_routing_attention,
         num_heads=problem.num_heads,
@@ -54,44 +54,42 @@ def peers_for(problem: Problem, backend: str, padding: Tensor | None = None) -> 
         padding=padding,
     )
     peers = {
-        "fused": (f"routing, attention ({backend})", functools.partial(ours, backend=backend)),
-        "reference": ("routing, attention (einops)", functools.partial(ours, backend="reference")),
-        "gather": (
+        "fused": Peer(f"routing, attention ({backend})", functools.partial(ours, backend=backend)),
+        "reference": Peer("routing, attention (einops)", functools.partial(ours, backend="reference")),
+        "gather": Peer(
             "routing, gather, attention (NCHW, as BiFormer's authors have it)",
             functools.partial(gather, problem=problem, padding=padding),
         ),
-        "flex": (
+        "flex": Peer(
             "routing (einops), block mask, reordering, FlexAttention",
             functools.partial(route_and_flex, problem=problem, padding=padding),
         ),
-        "dense": ("dense attention", functools.partial(dense_attention, num_heads=problem.num_heads)),
-        # What serves GPUs that Triton does not.
-        "torch": ("routing, attention (torch)", functools.partial(ours, backend="torch")),
+        "dense": Peer("dense attention", functools.partial(dense_attention, num_heads=problem.num_heads)),
     }
-    if backend == "torch":
-        del peers["torch"]  # the fused one
-    return {name: Peer(*peer) for name, peer in peers.items()}
+    if backend != "torch":  # which serves GPUs that Triton does not
+        peers["torch"] = Peer("routing, attention (torch)", functools.partial(ours, backend="torch"))
+    return peers
 
 
-def dense_attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """Every token to every token by PyTorch's fused kernels."""
+def dense_attention(qkv: Tensor, num_heads: int, rows: int | None = None) -> Tensor:
+    """Every token to every token by PyTorch's fused kernels.
+
+    With `rows` so many rows of queries at a time, and twice: of float64 PyTorch would keep all scores.
+    """
     query, key, value = rearrange(qkv, "n h w (t m c) -> t n m (h w) c", t=3, m=num_heads).unbind(0)
     # The modules' scale is of all heads together.
-    out = F.scaled_dot_product_attention(query, key, value, scale=(qkv.shape[-1] // 3) ** -0.5)
-    return rearrange(out, "n m (h w) c -> n h w (m c)", h=qkv.shape[1])
-
-
-def dense_attention_in_parts(qkv: Tensor, num_heads: int, rows: int = 1024) -> Tensor:
-    """The same for float64, whose scores PyTorch keeps: so many rows of queries at a time, and twice."""
-    query, key, value = rearrange(qkv, "n h w (t m c) -> t n m (h w) c", t=3, m=num_heads).unbind(0)
     attend = functools.partial(F.scaled_dot_product_attention, scale=(qkv.shape[-1] // 3) ** -0.5)
-    parts = [checkpoint(attend, part, key, value, use_reentrant=False) for part in query.split(rows, 2)]
-    return rearrange(torch.cat(parts, 2), "n m (h w) c -> n h w (m c)", h=qkv.shape[1])
+    if rows is None:
+        out = attend(query, key, value)
+    else:
+        parts = query.split(rows, 2)
+        out = torch.cat([checkpoint(attend, part, key, value, use_reentrant=False) for part in parts], 2)
+    return rearrange(out, "n m (h w) c -> n h w (m c)", h=qkv.shape[1])
 
 
 def gather(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Tensor:
     """The authors' NCHW form, written afresh: `torch.gather` of every chosen region's keys and values."""
-    qkv = _whole(qkv, problem, padding)
+    qkv = whole_map(qkv, problem.grid, padding)
     grid, heads = problem.grid, problem.num_heads
     size = (grid.region_height, grid.region_width)
     query, key, value = qkv.permute(0, 3, 1, 2).chunk(3, dim=1)
@@ -114,7 +112,7 @@ def gather(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Tensor:
 
 def route_and_flex(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Tensor:
     """Routing in einops, then FlexAttention over tokens in the order of their regions."""
-    qkv = _whole(qkv, problem, padding)
+    qkv = whole_map(qkv, problem.grid, padding)
     _, r_idx = functional.region_routing(qkv, n_win=problem.n_win, topk=problem.topk, backend="reference")
     mask = block_mask(r_idx, problem.grid.region_tokens)
     axes = {"j": problem.n_win, "i": problem.n_win, "m": problem.num_heads}
@@ -122,16 +120,6 @@ def route_and_flex(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Ten
     out = compiled_flex_attention()(*regions.unbind(0), block_mask=mask, scale=problem.dim**-0.5)
     out = rearrange(out, "n m (j i h w) c -> n (j h) (i w) (m c)", h=problem.grid.region_height, **axes)
     return out[:, : problem.height, : problem.width]
-
-
-def _whole(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Tensor:
-    """The map with its padding, if it has any."""
-    if padding is None:
-        return qkv
-    sides = (problem.n_win * problem.grid.region_height, problem.n_win * problem.grid.region_width)
-    whole = padding.expand(len(qkv), *sides, -1).clone()
-    whole[:, : problem.height, : problem.width] = qkv
-    return whole
 
 
 @functools.cache

@@ -45,7 +45,7 @@ def test_dense_peer_is_attention_to_all_regions_and_sees_no_padding(inputs):
     problem, qkv, _ = inputs
     one_region = Problem("", 2, problem.height, problem.width, 32, 2, 1, 1)
     expected = attend(qkv, one_region, 1)
-    in_parts = peers.dense_attention_in_parts(qkv, problem.num_heads, rows=10)  # of 64 or 81, the last cut
+    in_parts = peers.dense_attention(qkv, problem.num_heads, rows=10)  # of 64 or 81, the last cut
     for actual in (peers.peers_for(problem, "torch")["dense"].attend(qkv), in_parts):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
