@@ -5,15 +5,16 @@ shared memory and spills, `sections` counts the instructions of its loops. `anal
 `each` calls it for many launches in parallel processes.
 """
 
-import importlib
+import copyreg
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing import get_context
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -146,23 +147,22 @@ def each(
     Several workers are processes: the function, like the kernels, must be one of a module, so that they find
     it. In the place of a result may be the exception that the job raised.
     """
-    # A kernel travels to another process by its name.
-    named = [
-        replace(launch, kernel=(launch.kernel.fn.__module__, launch.name)) for launch, _ in jobs.values()
-    ]
-    call, architectures = partial(_call, function), [arch for _, arch in jobs.values()]
+    call = partial(_call, function)
     if workers == 1 or len(jobs) <= workers:
-        yield from zip(jobs, map(call, named, architectures), strict=True)
+        yield from zip(jobs, map(call, jobs.values()), strict=True)
         return
     # Spawned, not forked: PyTorch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from zip(jobs, pool.map(call, named, architectures), strict=True)
+        yield from zip(jobs, pool.map(call, jobs.values()), strict=True)
 
 
-def _call(function: Callable[[Launch, str], R], launch: Launch, arch: str) -> R | Exception:
-    module, name = launch.kernel
+# A kernel travels to another process by its name.
+copyreg.pickle(JITFunction, attrgetter("__name__"))
+
+
+def _call(function: Callable[[Launch, str], R], job: Job) -> R | Exception:
     try:
-        return function(replace(launch, kernel=getattr(importlib.import_module(module), name)), arch)
+        return function(*job)
     except Exception as error:  # Triton's compiler raises errors of many kinds, which may not travel
         return RuntimeError(f"{type(error).__name__}: {error}")
 
