@@ -35,22 +35,17 @@ TIED = 1.05
 SERIALISED = 1.1
 # Depths of the pipeline that are tried, the second one where nothing of the first fits.
 STAGES = (3, 2)
-# Of the forms that are not plain so many spill-free configurations are enough, looked for in such batches;
-# in one batch alone where the plain kernel spills in every tile, since a form only adds to it.
-FORM_ENOUGH, FORM_BATCH = 1, 2
+# Of the forms that are not plain one spill-free configuration is enough, looked for in such batches; in one
+# batch alone where the plain kernel spills in every tile, since a form only adds to it.
+FORM_BATCH = 2
 
 
 class Job(NamedTuple):
-    """One configuration to compile: for an entry of any size, since code does not depend on that."""
+    """One configuration to compile."""
 
     arch: str
-    key: Key
+    key: Key  # of the largest size, for entries of all sizes: code does not depend on that
     tile: Tile
-
-    @classmethod
-    def of(cls, arch: str, key: Key, tile: Tile) -> "Job":
-        """What is to be compiled for an entry."""
-        return cls(arch, replace(key, size=tiles.SIZES[-1]), tile)
 
     def __str__(self) -> str:
         key = self.key
@@ -87,7 +82,7 @@ def jobs_of(keys: Iterable[Key], arch: str, stages: Sequence[int] = STAGES) -> l
     """All configurations worth compiling for these entries, each once."""
     return list(
         dict.fromkeys(
-            Job.of(arch, key, tile)
+            Job(arch, replace(key, size=tiles.SIZES[-1]), tile)
             for key in keys
             for num_stages in stages
             for tile in candidates(key.kernel, key.bits, key.head_dim, num_stages)
@@ -100,11 +95,11 @@ def jobs_of_forms(keys: Iterable[Key], arch: str, results: Results) -> list[Job]
     """What to compile next for the entries that are not plain: the best plain ones, a few at a time."""
     jobs = []
     for key in keys:
-        if key.form == PLAIN or len(rank(key, arch, results)) >= FORM_ENOUGH:
+        if key.form == PLAIN or rank(key, arch, results):
             continue
-        as_plain = replace(key, form=PLAIN)
+        as_plain, by_tile = replace(key, form=PLAIN), {job.tile: job for job in jobs_of([key], arch)}
         ranked = rank(as_plain, arch, results) or rank(as_plain, arch, results, spilling=True)[:FORM_BATCH]
-        forms = [Job.of(arch, key, plain.tile) for plain in ranked]
+        forms = [by_tile[plain.tile] for plain in ranked]
         jobs += [job for job in forms if job not in results][:FORM_BATCH]
     return list(dict.fromkeys(jobs))
 

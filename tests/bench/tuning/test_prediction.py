@@ -24,12 +24,16 @@ def code(loop, spills=0, shared=1024, rest=100, waits=0, registers=100):
     return Analysis(loop, None, None, rest, 128, 64, 32, 0, 4, usage)
 
 
+def job_of(key, tile):
+    return Job("sm_90", replace(key, size=tiles.SIZES[-1]), tile)
+
+
 class TestRanking:
     KEY = Key(tiles.FORWARD, 16, 32, 128)
     TILES = [tile for tile in candidates(tiles.FORWARD, 16, 32) if serves(tile, 128)][:3]
 
     def job(self, tile):
-        return Job.of("sm_90", self.KEY, tile)
+        return job_of(self.KEY, tile)
 
     def best(self, codes):
         results = {self.job(self.TILES[index]): found for index, found in codes.items()}
@@ -71,7 +75,7 @@ class TestRanking:
         shipped = tile_table.Table("sm_90", "predicted", "", "", entries)
         monkeypatch.setattr(prediction, "packaged", lambda arch: shipped)
         results = {self.job(self.TILES[0]): code(900, spills=1), self.job(self.TILES[1]): code(800, spills=1)}
-        results |= {Job.of("sm_90", measured, job.tile): found for job, found in results.items()}
+        results |= {job_of(measured, job.tile): found for job, found in results.items()}
         made, spilling = prediction.table([self.KEY, measured], "sm_90", results)
         assert made.entries[self.KEY].tile == replace(self.TILES[1], fuses_lepe=False)
         assert made.entries[measured] == entries[measured]
@@ -81,7 +85,7 @@ class TestRanking:
 @pytest.mark.compiled
 @pytest.mark.parametrize("form", tiles.FORMS)
 def test_what_is_predicted_adds_to_lepes_gradient_as_launches_do(form):
-    job = Job.of("sm_90", Key(tiles.KEY_VALUE_GRADIENT, 16, 32, 64, form), Tile(64, 64, 4, 3))
+    job = job_of(Key(tiles.KEY_VALUE_GRADIENT, 16, 32, 64, form), Tile(64, 64, 4, 3))
     assert arguments_of(prediction.launch_of(job))["ADDS_TO_VALUE"]
 
 
