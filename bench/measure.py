@@ -35,9 +35,7 @@ HEAD_START, HEAD_START_BOUNDS, CYCLES_PER_SECOND = 2.0, (1e-3, 0.1), 2e9
 # Norm of the difference over the norm, for outputs and gradients whose scores and sums are kept in float32 or
 # rounded to the dtype; a region missed or mistaken gives 0.1 and more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)
-}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Run = Callable[[], object]
 Name = TypeVar("Name")
 Figures = dict[str, float]  # "seconds" and "peak_bytes" of a call

@@ -65,11 +65,6 @@ class Problem:
         return RegionGrid.of_windows(side, side, self.n_win)
 
     @property
-    def chooses_all(self) -> bool:
-        """Whether every region attends to every region, so that launches merge them into one."""
-        return self.routing_weight == "none" and self.topk == self.n_win**2
-
-    @property
     def useful_scores(self) -> int:
         """Scores that the result depends on: every query with each of its keys, in every head."""
         pairs = self.grid.region_tokens * self.topk * self.kv_grid.region_tokens
@@ -117,7 +112,7 @@ class Problem:
 
     def merged(self) -> "Problem":
         """The problem as launches see it: one region where every region attends to all."""
-        if not self.chooses_all:
+        if not self.settings.chooses_all:
             return self
         keys = None if self.kv_per_win is None else self.n_win * self.kv_per_win
         height, width = self.n_win * self.grid.region_height, self.n_win * self.grid.region_width

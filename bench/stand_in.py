@@ -39,25 +39,6 @@ def current_stream(device: Any = 0) -> int:
     return 0
 
 
-def _driver(arch: str, device: Any) -> SimpleNamespace:
-    """What Triton asks of a driver, answered without one."""
-    utils = SimpleNamespace(
-        load_binary=lambda *_: (1, 1, 32, 0, 1024),  # module, function, registers, spills, most threads
-        unload_module=lambda module: None,
-        get_device_properties=lambda device: {"max_shared_mem": BLOCK_SHARED_BYTES[arch]},
-    )
-    return SimpleNamespace(
-        launcher_cls=_NoLauncher,
-        utils=utils,
-        get_current_target=lambda: TARGETS[arch],
-        get_current_device=lambda: device,
-        get_current_stream=lambda device=0: current_stream(device),
-        set_current_device=lambda device: None,
-        get_active_torch_device=lambda: torch.device("cpu"),
-        map_python_to_cpp_type=str,
-    )
-
-
 @contextmanager
 def without_gpu() -> Iterator[None]:
     """Within, the Triton backend serves tensors on the CPU, and its kernels do not run.
@@ -82,10 +63,25 @@ def without_gpu() -> Iterator[None]:
 @contextmanager
 def driver_of(arch: str, device: Any = 0) -> Iterator[None]:
     """Within, Triton finds such a GPU under that number, by which it keeps compiled kernels."""
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (1, 1, 32, 0, 1024),  # module, function, registers, spills, most threads
+        unload_module=lambda module: None,
+        get_device_properties=lambda device: {"max_shared_mem": BLOCK_SHARED_BYTES[arch]},
+    )
+    driver = SimpleNamespace(
+        launcher_cls=_NoLauncher,
+        utils=utils,
+        get_current_target=lambda: TARGETS[arch],
+        get_current_device=lambda: device,
+        get_current_stream=lambda device=0: current_stream(device),
+        set_current_device=lambda device: None,
+        get_active_torch_device=lambda: torch.device("cpu"),
+        map_python_to_cpp_type=str,
+    )
     # Reading the property `active` would look for a GPU; Triton 3.4 has a plain attribute of that name.
     slot = "_active" if hasattr(triton_driver, "_active") else "active"
     before = getattr(triton_driver, slot)
-    triton_driver.set_active(_driver(arch, device))
+    triton_driver.set_active(driver)
     try:
         yield
     finally:
