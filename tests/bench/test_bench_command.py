@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 import bra_triton
-from bra_triton.bench import command_line
+from bra_triton.bench import command_line, large_map
 
 COMMAND = [sys.executable, "-m", "bra_triton.bench.command_line"]
 
@@ -62,13 +63,19 @@ def test_help_imports_no_bench():
     assert done.stdout.splitlines()[-1] == "['bra_triton.bench.command_line']"
 
 
-def test_large_map_prints_time_and_peak_and_fails_past_the_limit():
+def test_large_map_prints_time_and_peak_and_fails_past_the_limit(monkeypatch, capsys):
     """On a map small enough for a test."""
-    done = run("large-map", "--height", "60", "--width", "50", "--limit", "0.01")
-    assert done.returncode == 1
-    assert "1 x 20 x 60 x 50" in done.stdout
-    assert "peak of the process" in done.stdout
-    assert "FAILED: more than 0.01 GiB" in done.stdout
+    small = replace(large_map.PROBLEMS["issue_21"], height=60, width=50)
+    monkeypatch.setitem(large_map.PROBLEMS, "issue_21", small)
+    monkeypatch.setattr(large_map, "LIMIT", 0.01)
+    assert command_line.main(["large-map"]) == 1
+    printed = capsys.readouterr().out
+    assert "1 x 20 x 60 x 50" in printed
+    assert "peak of the process" in printed
+    assert "FAILED: more than 0.01 GiB" in printed
+    monkeypatch.setattr(large_map, "LIMIT", 1000.0)
+    assert command_line.main(["large-map"]) == 0
+    assert "FAILED" not in capsys.readouterr().out
 
 
 @pytest.mark.compiled
