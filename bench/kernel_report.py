@@ -105,9 +105,9 @@ class Row:
         return found
 
 
-def shipped(problem: Problem, dtype: torch.dtype, arch: str, form: str | None = None) -> list[Launch]:
+def shipped(problem: Problem, dtype: torch.dtype, arch: str) -> list[Launch]:
     """What a forward and backward of a problem launches on an architecture, every kernel once."""
-    with tiles.use_architecture(arch), tiles.use_form(form):
+    with tiles.use_architecture(arch):
         launched = record_attention(problem, dtype)
     found: dict[str, Launch] = {}
     for launch in launched:
@@ -116,18 +116,14 @@ def shipped(problem: Problem, dtype: torch.dtype, arch: str, form: str | None = 
 
 
 def collect(
-    problems: Sequence[Problem],
-    architectures: Sequence[str],
-    dtype: str = "float16",
-    workers: int = 1,
-    form: str | None = None,
+    problems: Sequence[Problem], architectures: Sequence[str], dtype: str = "float16", workers: int = 1
 ) -> list[Row]:
-    """Compiles what the problems launch, in so many processes; `form` replaces the problems' own."""
+    """Compiles what the problems launch, in so many processes."""
     launched = [
         (problem, arch, launch)
         for arch in architectures
         for problem in problems
-        for launch in shipped(problem, DTYPES[dtype], arch, form)
+        for launch in shipped(problem, DTYPES[dtype], arch)
     ]
     # Problems share kernels: each is compiled once.
     jobs = {(variant(launch), arch): (launch, arch) for _, arch, launch in launched}
@@ -242,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=HARDWARE, default=list(CHECKED_ARCHITECTURES))
     options = parser.parse_args(arguments)
     problems = [REPORTED[name] for name in options.problem]
-    rows = collect(problems, options.arch, options.dtype, options.workers, options.form)
+    with tiles.use_form(options.form):
+        rows = collect(problems, options.arch, options.dtype, options.workers)
     print(render(rows, options.markdown))
     failures = [failure for row in rows for failure in row.failures]
     print(*failures or ["All targets are met, and nothing spills where that is checked."], sep="\n")

@@ -23,13 +23,11 @@ REPEATS = 30
 CHOICES = {name: problem for name, problem in kernel_report.REPORTED.items() if problem.kv_pooling is None}
 
 
-def times_of(
-    problem: Problem, dtype: torch.dtype, device: torch.device, form: str | None = None
-) -> dict[str, list[float]]:
+def times_of(problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every launch on a GPU, by the kernel's name, over `REPEATS` forward and backward passes."""
     attention = problem.attention(lambda *shape: torch.randn(shape, device=device, dtype=dtype))
     tensors, grad_out = attention.tensors, torch.randn_like(attention.qkv[..., : problem.dim])
-    with tiles.use_architecture(tiles.architecture_of(device)), tiles.use_form(form):
+    with tiles.use_architecture(tiles.architecture_of(device)):
         forward, backward = plan_pass(attention)
 
     def run() -> None:
@@ -66,12 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arch not in HARDWARE:
         parser.error(f"this GPU is {arch}; the cost model knows {', '.join(HARDWARE)}")
     problems = [CHOICES[name] for name in options.problem]
-    rows = kernel_report.collect(problems, [arch], options.dtype, options.workers, options.form)
     lines = []
-    for problem in problems:
-        measured = times_of(problem, measure.DTYPES[options.dtype], device, options.form)
-        # No kernel is launched twice in a pass.
-        lines += [compare(row, measured.get(row.kernel, [])) for row in rows if row.problem == problem]
+    with tiles.use_form(options.form):
+        rows = kernel_report.collect(problems, [arch], options.dtype, options.workers)
+        for problem in problems:
+            measured = times_of(problem, measure.DTYPES[options.dtype], device)
+            # No kernel is launched twice in a pass.
+            lines += [compare(row, measured.get(row.kernel, [])) for row in rows if row.problem == problem]
     described = measure.circumstances(device)
     write_json(options.json, {"versions": described, "kernels": lines})
     print(measure.on_one_line(described), end="\n\n")
