@@ -132,8 +132,7 @@ def compiled_flex_attention() -> Callable[..., Tensor]:
 def chosen_pairs(r_idx: Tensor) -> Tensor:
     """Whether a region attends to another: `(N, P, P)`, bool."""
     batch, n_regions, _ = r_idx.shape
-    pairs = torch.zeros(batch, n_regions, n_regions, dtype=torch.bool, device=r_idx.device)
-    return pairs.scatter_(2, r_idx, torch.ones_like(r_idx, dtype=torch.bool))
+    return r_idx.new_zeros(batch, n_regions, n_regions, dtype=torch.bool).scatter_(2, r_idx, True)
 
 
 def mask_of_regions(chosen: Tensor, tokens: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -59,10 +59,7 @@ class Problem:
     @property
     def kv_grid(self) -> RegionGrid:
         """Regions of the keys."""
-        if self.kv_per_win is None:
-            return self.grid
-        side = self.n_win * self.kv_per_win
-        return RegionGrid.of_windows(side, side, self.n_win)
+        return self.grid if self.kv_per_win is None else self.grid.pooled(self.kv_per_win, self.kv_per_win)
 
     @property
     def useful_scores(self) -> int:

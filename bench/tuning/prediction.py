@@ -25,8 +25,6 @@ from bra_triton.kernels.plan import Launch
 from bra_triton.kernels.tiles import PLAIN, Key, Tile
 from bra_triton.kernels.tiles.table import Entry, Table, packaged
 
-_DTYPES = {16: torch.float16, 32: torch.float32}
-
 # The model is no closer than this. Among costs within it the cheapest loop wins: it alone decides for lists
 # longer than those of the problems that the costs are of.
 TIED = 1.05
@@ -118,7 +116,8 @@ def launch_of(job: Job) -> Launch:
     side = 80 if key.form == PLAIN else 79
     routing_weight = "soft" if key.form == tiles.WEIGHTED else "none"
     problem = Problem("", 2, side, side, 2 * key.head_dim, 2, 8, 4, routing_weight)
-    return launch_with(job.tile, key.kernel, problem, _DTYPES[key.bits])
+    dtype = torch.float16 if key.bits == 16 else torch.float32
+    return launch_with(job.tile, key.kernel, problem, dtype)
 
 
 def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[Ranked]:
