@@ -13,10 +13,7 @@ COMMANDS = {
     "peers": ("peer_times", "time and memory beside FlexAttention, dense attention and the einops reference"),
     "growth": ("growth", "how time and memory grow with the map, topk and batch: tables and a plot"),
     "models": ("models", "whole models beside the einops reference and the stock YOLO26: time and memory"),
-    "exports": (
-        "exports",
-        "the module in ONNX Runtime and OpenVINO, beside an export of the einops reference",
-    ),
+    "exports": ("exports", "the module in ONNX Runtime and OpenVINO, beside the reference's export"),
     "report": ("kernel_report", "registers, spills, issue slots and bounds of every kernel; needs no GPU"),
     "kernel-times": ("kernel_times", "on a GPU: what every kernel takes, beside its bound"),
     "large-map": ("large_map", "1 x 20 x 600 x 500 on the CPU: time and peak memory"),

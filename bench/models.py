@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     described = measure.circumstances(device)
     print(measure.on_one_line(described), flush=True)
     rows = {name: measure_model(name, options, device) for name in options.model}
-    print(report(rows, options))
+    precision = "autocast" if options.amp else "float32"
+    print(report(f"Whole models, batch {options.batch}, {precision}", "model", rows))
     write_json(options.json, {"versions": described, "rows": rows})
     return conclude(missed(rows))
 
@@ -176,18 +177,17 @@ def missed(rows: Mapping[str, Row]) -> list[str]:
     ]
 
 
-def report(rows: Mapping[str, Row], options: argparse.Namespace) -> str:
-    """The rows as text, each figure with its ratio to the reference's."""
+def report(title: str, kind: str, rows: Mapping[str, Row]) -> str:
+    """The rows as text, each figure with its ratio to the reference's; `kind` is what they are named by."""
     cells: list[dict[str, object]] = []
     for name, row in rows.items():
         for key, figures in row.items():
-            cells.append({"model": name, "on": key})
+            cells.append({kind: name, "on": key})
             for figure, mine in figures.items():
                 for what, (unit, factor) in UNITS.items():
                     ratio = row[REFERENCE][figure][what] / mine[what]
                     cells[-1][f"{figure} {unit}"] = f"{mine[what] * factor:.1f} ({ratio:.2f}x)"
-    precision = "autocast" if options.amp else "float32"
-    return table(f"Whole models, batch {options.batch}, {precision}", cells)
+    return table(title, cells)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -206,18 +206,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def report_modules(problems: Mapping[str, Problem], repeats: int) -> int:
     """Measures and prints; returns 1 where a target is missed."""
     print(measure.on_one_line(measure.circumstances(measure.CPU)))
-    found = {name: ratios(measure_module(problem, repeats)) for name, problem in problems.items()}
-    rows = [
-        {
-            "map": f"{name}: {problems[name]}",
-            **{title: f"{row[key]:.2f}" for title, (key, *_) in TARGETS.items()},
-        }
-        for name, row in found.items()
-    ]
-    print(table("The module beside the einops reference, CPU, float32", rows))
+    rows = {f"{name}: {problem}": measure_module(problem, repeats) for name, problem in problems.items()}
+    print(report("The module beside the einops reference, CPU, float32", "map", rows))
     all_met = True
     for title, (key, least_mean, least) in TARGETS.items():
-        column = [row[key] for row in found.values()]
+        column = [ratios(row)[key] for row in rows.values()]
         met = geometric_mean(column) >= least_mean and min(column) >= least
         all_met &= met
         print(
