@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import product
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bra_triton.bench import measure
-from bra_triton.bench.console import parser_of, table, write_json
-from bra_triton.bench.models import FUSED, PRESET, REFERENCE, module_pair
+from bra_triton.bench.console import parser_of, write_json
+from bra_triton.bench.models import INFERENCE, PRESET, REFERENCE, Row, module_pair, ratios, report
 from bra_triton.bench.problems import Problem
 
 LEAST_RATIO = 0.95  # runs of one export vary by as much
@@ -33,30 +32,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"none of {', '.join(package for package, _ in RUNTIMES.values())} is installed")
     described = measure.circumstances(measure.CPU)
     print(measure.on_one_line(described), flush=True)
-    rows: list[dict[str, Any]] = []
+    rows = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of exporters, about their own code
         for name, (runtime, export) in product(options.map, exporters.items()):
-            seconds = measure_exports(PRESET[name], export, options.repeats)
-            rows.append({"map": f"{name}: {PRESET[name]}", "runtime": runtime, **seconds})
-    cells = [
-        {
-            **{key: row[key] for key in ("map", "runtime")},
-            **{f"{key} ms": f"{1e3 * row[key]:.1f}" for key in (FUSED, REFERENCE)},
-            "ratio": f"{row[REFERENCE] / row[FUSED]:.2f}",
-        }
-        for row in rows
-    ]
-    print(table("The module's export beside that of the einops reference, CPU, float32", cells))
+            problem = PRESET[name]
+            rows[f"{name}: {problem}, {runtime}"] = measure_exports(problem, export, options.repeats)
+    title = "The module's export beside that of the einops reference, CPU, float32"
+    print(report(title, "map, runtime", rows))
     write_json(options.json, {"versions": described, "rows": rows})
-    slow = [row for row in rows if not row[REFERENCE] / row[FUSED] >= LEAST_RATIO]
+    slow = [name for name, row in rows.items() if not min(ratios(row).values()) >= LEAST_RATIO]
     print(f"at least {LEAST_RATIO} times as fast as the reference's: {'MISSED' if slow else 'met'}")
     return int(bool(slow))
 
 
 def measure_exports(
     problem: Problem, export: Callable[[nn.Module, Tensor], Callable[[], Tensor]], repeats: int
-) -> dict[str, float]:
+) -> Row:
     """Seconds of our export and of the reference's, which take turns.
 
     Raises:
@@ -69,7 +61,8 @@ def measure_exports(
     for name, run in runs.items():
         what = f"the output of the export, {name},"
         measure.check({what: run()}, {what: expected}, measure.TOLERANCE[x.dtype])
-    return measure.interleaved_minima(runs, measure.CPU, repeats)
+    seconds = measure.interleaved_minima(runs, measure.CPU, repeats)
+    return {name: {INFERENCE: {"seconds": each}} for name, each in seconds.items()}
 
 
 def _onnx_runtime(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:

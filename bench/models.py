@@ -113,9 +113,9 @@ def compare(
 def ratios(row: Row) -> dict[tuple[str, str], float]:
     """What the reference takes over what the fused model takes, by figure and unit."""
     return {
-        (figure, what): row[REFERENCE][figure][what] / row[FUSED][figure][what]
-        for figure in FIGURES
-        for what in UNITS
+        (figure, what): row[REFERENCE][figure][what] / mine
+        for figure, found in row[FUSED].items()
+        for what, mine in found.items()
     }
 
 
@@ -184,9 +184,9 @@ def report(title: str, kind: str, rows: Mapping[str, Row]) -> str:
         for key, figures in row.items():
             cells.append({kind: name, "on": key})
             for figure, mine in figures.items():
-                for what, (unit, factor) in UNITS.items():
-                    ratio = row[REFERENCE][figure][what] / mine[what]
-                    cells[-1][f"{figure} {unit}"] = f"{mine[what] * factor:.1f} ({ratio:.2f}x)"
+                for what, amount in mine.items():
+                    (unit, factor), ratio = UNITS[what], row[REFERENCE][figure][what] / amount
+                    cells[-1][f"{figure} {unit}"] = f"{amount * factor:.1f} ({ratio:.2f}x)"
     return table(title, cells)
 
 
