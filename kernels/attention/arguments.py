@@ -53,12 +53,14 @@ class PaddingRows(NamedTuple):
 class Lists(NamedTuple):
     """Which tokens a kernel owns, and which ones of the other side it walks; -1 is padding.
 
+    Where a side is one region without padding there is no list of it: its tokens are the map's, as they lie.
+
     Attributes:
         region_list: tokens of every region that programs own: `(P, S)` int32 of queries; in dK/dV
             `(P_kv, S_kv)` of keys.
         token_list: tokens that each region walks: `(N, G, P, TOPK * S_kv)` int32 of keys; in dK/dV
-            `(N, G, P * TOPK * S)` of queries, pair after pair in the order of the inverse graph. With marks
-            one list of all tokens, `(P_kv * S_kv,)` or `(P * S,)`.
+            `(N, G, P * TOPK * S)` of queries, pair after pair in the order of the inverse graph. With marks,
+            or where the map is one region, a list of all tokens, `(P_kv * S_kv,)` or `(P * S,)`.
         factors: of the same shape, float32: factor of each listed key and value, or of each listed query's
             pair; None for 1.
     """

@@ -27,7 +27,15 @@ import triton
 import triton.language as tl
 
 from ..lepe.convolution import convolve_tile
-from ..lib.addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
+from ..lib.addressing import (
+    graph_of,
+    load_rows,
+    locate_program,
+    own_tokens,
+    places_of,
+    store_rows,
+    tokens_at,
+)
 from ..lib.exponential import LOWEST, exp2, larger_or_nan
 from ..lib.matrix import add_matmul, matmul
 from ..routing.arguments import MARK
@@ -164,10 +172,10 @@ def attention_forward_kernel(
 
     # Full tiles carry no key mask; the rest of the list is peeled off as one masked tile.
     position = tl.arange(0, BLOCK_N)
-    place = lists.token_list + list_start + position
+    place = places_of(lists.token_list, list_start + position)
     full = list_length - list_length % BLOCK_N
     for start in tl.range(0, full, BLOCK_N):
-        token = tl.load(place)
+        token = tokens_at(lists.token_list, place, None)
         place += BLOCK_N
         k = load_rows(key_base, key_padding, token, qk_channel, None, KEY_STRIDE, QK_HEAD_DIM)
         v = load_rows(value_base, value_padding, token, v_channel, None, VALUE_STRIDE, V_HEAD_DIM)
@@ -183,7 +191,8 @@ def attention_forward_kernel(
     position = tl.arange(0, BLOCK_TAIL)
     for start in tl.range(full, list_length, BLOCK_TAIL, num_stages=1):
         live = start + position < list_length
-        token = tl.load(lists.token_list + list_start + start + position, mask=live, other=-1)
+        at = places_of(lists.token_list, list_start + start + position)
+        token = tokens_at(lists.token_list, at, live)
         k = load_rows(key_base, key_padding, token, qk_channel, live, KEY_STRIDE, QK_HEAD_DIM)
         v = load_rows(value_base, value_padding, token, v_channel, live, VALUE_STRIDE, V_HEAD_DIM)
         factor = None

@@ -17,7 +17,15 @@ graph, the queries that chose a region, may be cut into pieces; then each piece 
 import triton
 import triton.language as tl
 
-from ..lib.addressing import graph_of, load_rows, locate_program, own_tokens, store_rows
+from ..lib.addressing import (
+    graph_of,
+    load_rows,
+    locate_program,
+    own_tokens,
+    places_of,
+    store_rows,
+    tokens_at,
+)
 from ..lib.matrix import add_matmul, matmul
 
 
@@ -204,10 +212,10 @@ def key_value_gradient_kernel(
         own_marks = load_rows(marks.key_marks, None, index, mark, exists, BLOCK_MARKS, BLOCK_MARKS)
 
     position = tl.arange(0, BLOCK_M)
-    place = lists.token_list + list_start + position
+    place = places_of(lists.token_list, list_start + position)
     full = list_length - list_length % BLOCK_M
     for start in tl.range(0, full, BLOCK_M):
-        token = tl.load(place)
+        token = tokens_at(lists.token_list, place, None)
         place += BLOCK_M
         live = token >= 0 if QUERY_IS_PADDED else None
         q = load_rows(query_base, None, token, qk_channel, live, QUERY_STRIDE, QK_HEAD_DIM)
@@ -224,7 +232,8 @@ def key_value_gradient_kernel(
     position = tl.arange(0, BLOCK_TAIL)
     for start in tl.range(full, list_length, BLOCK_TAIL, num_stages=1):
         in_list = start + position < list_length
-        token = tl.load(lists.token_list + list_start + start + position, mask=in_list, other=-1)
+        at = places_of(lists.token_list, list_start + start + position)
+        token = tokens_at(lists.token_list, at, in_list)
         live = token >= 0
         q = load_rows(query_base, None, token, qk_channel, live, QUERY_STRIDE, QK_HEAD_DIM)
         do = load_rows(grad_out_base, None, token, v_channel, live, DIM, V_HEAD_DIM)

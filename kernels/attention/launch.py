@@ -110,7 +110,7 @@ class Attention:
             image_tokens(problem.key),
             problem.query_grid.n_regions,
             self.owned(problem.query_grid)[1],
-            self.lists.key_list.shape[-1],
+            self.owned(problem.kv_grid)[1] * (1 if self.form == MASKED else problem.topk),
         )
 
 

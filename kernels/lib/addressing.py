@@ -74,13 +74,41 @@ def token_of(region, index, region_height, region_width, columns, height, width)
 def own_tokens(region_list, region, tile, region_tokens, BLOCK: tl.constexpr, AGAIN: tl.constexpr = False):
     """The BLOCK tokens of a region that a tile owns: (index in the region, whether it exists, token number).
 
-    The token numbers are read from the list of all regions' tokens. After a loop, call this with AGAIN to
-    read them a second time: that is cheaper than keeping them in registers during the loop.
+    The token numbers are read from the list of all regions' tokens; without a list the region is the map, as
+    it lies. After a loop, call this with AGAIN to read them a second time: that is cheaper than keeping them
+    in registers during the loop.
     """
     index = tile * BLOCK + tl.arange(0, BLOCK)
     exists = index < region_tokens
-    token = tl.load(region_list + region * region_tokens + index, mask=exists, other=-1, volatile=AGAIN)
+    if region_list is None:
+        token = tl.where(exists, index, -1)
+    else:
+        token = tl.load(region_list + region * region_tokens + index, mask=exists, other=-1, volatile=AGAIN)
     return index, exists, token
+
+
+@triton.jit
+def places_of(token_list, position):
+    """Where the tokens at some positions of a list stand; without a list, which is the map as it lies, the
+    positions themselves. A loop adds to the places, and reads `tokens_at` them.
+    """
+    if token_list is None:
+        place = position
+    else:
+        place = token_list + position
+    return place
+
+
+@triton.jit
+def tokens_at(token_list, place, live):
+    """The tokens that stand at some places, -1 where not live; `live` is None if all are."""
+    if token_list is None:
+        token = place if live is None else tl.where(live, place, -1)
+    elif live is None:
+        token = tl.load(place)
+    else:
+        token = tl.load(place, mask=live, other=-1)
+    return token
 
 
 @triton.jit

@@ -15,9 +15,11 @@ class Marks(NamedTuple):
     float16 ends at 2**16, and scores of bfloat16 maps may differ by more than its square.
 
     Attributes:
-        query_regions: `(P * S,)` int32, the region of every query, in the order of the regions.
+        query_regions: `(P * S,)` int32, the region of every query, in the order in which queries are owned:
+            that of the list of all queries, or without one as they lie in the map.
         query_marks: `(N, G, P, BLOCK_MARKS)` bfloat16, 0 at the key regions that a region chose, else -MARK.
-        key_marks: `(P_kv * S_kv, BLOCK_MARKS)` bfloat16, MARK at the region of every key, else 0.
+        key_marks: `(P_kv * S_kv, BLOCK_MARKS)` bfloat16, MARK at the region of every key, else 0; keys in
+            the order in which they are walked.
     """
 
     query_regions: Buffer

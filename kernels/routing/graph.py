@@ -93,25 +93,48 @@ def list_tokens_kernel(
 
 
 @triton.jit
-def mark_tokens(marks, row, n_queries, region_tokens, n_keys, kv_region_tokens, BLOCK_MARKS: tl.constexpr):
-    """Writes the rows `row` of the tables of regions: of each query its region, of each key its marks."""
+def _region_of(token, sizes):
+    """The region of a token; `sizes` are region height and width, columns, and the map's width."""
+    region_height, region_width, columns, width = sizes
+    row = token // width
+    return row // region_height * columns + (token - row * width) // region_width
+
+
+@triton.jit
+def mark_tokens(marks, row, n_queries, sizes, n_keys, kv_sizes, BLOCK_MARKS: tl.constexpr):
+    """Writes the rows `row` of the tables of regions: of each query its region, of each key its marks.
+
+    `sizes` and `kv_sizes` are those of `_region_of`; of tokens in the order of regions of S tokens they are
+    (1, S, 1, S): as if every region were a row of the map.
+    """
     region = tl.arange(0, BLOCK_MARKS)[None, :]
-    tl.store(marks.query_regions + row, row // region_tokens, mask=row < n_queries)
-    own = tl.where((row // kv_region_tokens)[:, None] == region, MARKED, 0.0).to(tl.bfloat16)
+    tl.store(marks.query_regions + row, _region_of(row, sizes), mask=row < n_queries)
+    own = tl.where(_region_of(row, kv_sizes)[:, None] == region, MARKED, 0.0).to(tl.bfloat16)
     at = row.to(tl.int64)[:, None] * BLOCK_MARKS + region
     tl.store(marks.key_marks + at, own, mask=(row < n_keys)[:, None])
 
 
-@triton.jit(do_not_specialize=["n_rows", "topk", "n_queries", "region_tokens", "n_keys", "kv_region_tokens"])
+@triton.jit(
+    do_not_specialize=[
+        *("n_rows", "topk", "n_queries", "region_height", "region_width", "columns", "width"),
+        *("n_keys", "kv_region_height", "kv_region_width", "kv_columns", "kv_width"),
+    ]
+)
 def mark_choices_kernel(
     r_idx,
     marks,
     n_rows,
     topk,
     n_queries,
-    region_tokens,
+    region_height,
+    region_width,
+    columns,
+    width,
     n_keys,
-    kv_region_tokens,
+    kv_region_height,
+    kv_region_width,
+    kv_columns,
+    kv_width,
     CONFIG: tl.constexpr,
 ):
     """Tables for masked attention under a graph that is given; each program writes BLOCK_ROWS rows of all.
@@ -129,7 +152,9 @@ def mark_choices_kernel(
         own_marks = tl.where(choice[:, None] == region, 0.0, own_marks)
     at = row.to(tl.int64)[:, None] * BLOCK_MARKS + region
     tl.store(marks.query_marks + at, own_marks.to(tl.bfloat16), mask=(row < n_rows)[:, None])
-    mark_tokens(marks, row, n_queries, region_tokens, n_keys, kv_region_tokens, BLOCK_MARKS)
+    sizes = (region_height, region_width, columns, width)
+    kv_sizes = (kv_region_height, kv_region_width, kv_columns, kv_width)
+    mark_tokens(marks, row, n_queries, sizes, n_keys, kv_sizes, BLOCK_MARKS)
 
 
 @triton.jit(

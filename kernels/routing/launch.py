@@ -103,8 +103,9 @@ def launch_route(
         plan: where to add it.
         routing: what is routed, and where the choice goes.
         lists: tokens to be listed, too: of the regions and, unless that list is None, of the chosen ones.
-        marks: the choice as a mask, to be written, too; with `lists` of the regions alone.
-        grid: with `lists`, the regions of keys and queries.
+        marks: the choice as a mask, to be written, too, of tokens in the order of `lists`, of the regions
+            alone, or without it of the map as it lies.
+        grid: with `lists` or `marks`, the regions of keys and queries.
     """
     batch, n_regions, topk = routing.r_idx.shape
     block_r, block_k = max(16, next_power_of_2(n_regions)), next_power_of_2(topk)

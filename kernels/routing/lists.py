@@ -3,7 +3,8 @@
 An attention has one of four forms. "routed": every region has a list of the tokens that it attends to.
 "masked": all regions share one list, and marks say which tokens a region chose. "whole": the map is one
 region, which attends to itself. "small_map": programs choose regions for themselves and walk them without a
-list, see `small_map`.
+list, see `small_map`. Where all tokens are walked and none is padding, there is no list either: "masked" and
+"whole" read such maps as they lie.
 """
 
 from dataclasses import dataclass
@@ -45,16 +46,16 @@ class KeyLists:
     """What the kernels that own queries walk; see `attention.arguments.Lists`.
 
     Attributes:
-        query_regions: `(P, S)` int32, tokens of the query regions.
+        query_regions: `(P, S)` int32, tokens of the query regions; None where the map is read as it lies.
         key_regions: `(P_kv, S_kv)` int32, tokens of the key regions; `query_regions` where the grids agree.
         key_list: `(N, G, P, topk * S_kv)` int32, keys of every region; else `key_regions` as one row.
         factors: of the shape of `key_list`, float32; None for 1.
         marks: what masked attention needs; None in the other forms.
     """
 
-    query_regions: Buffer
-    key_regions: Buffer
-    key_list: Buffer
+    query_regions: Buffer | None
+    key_regions: Buffer | None
+    key_list: Buffer | None
     factors: Buffer | None
     marks: Marks | None
 
@@ -64,9 +65,11 @@ class KeyLists:
         return Lists(self.query_regions, self.key_list, self.factors)
 
     @property
-    def of_choice(self) -> tuple[Lists, Marks | None]:
+    def of_choice(self) -> tuple[Lists | None, Marks | None]:
         """What the router writes along with its choice, where keys and queries have the same regions."""
-        return (self.arguments if self.marks is None else Lists(self.query_regions, None, None)), self.marks
+        if self.marks is None:
+            return self.arguments, None
+        return None if self.query_regions is None else Lists(self.query_regions, None, None), self.marks
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,11 @@ def form_of(problem: RoutedAttention[Buffer], routing_learns: bool = False, choo
 def take_key_lists(problem: RoutedAttention[Buffer], form: str, take: Take) -> KeyLists:
     """The lists in arrays that `take` makes, or finds where an earlier plan has kept them."""
     grid, kv_grid = problem.query_grid, problem.kv_grid
-    query_regions = key_regions = take((grid.n_regions, grid.region_tokens), torch.int32)
+    query_regions = key_regions = _take_regions(grid, form, take)
     if kv_grid != grid:
-        key_regions = take((kv_grid.n_regions, kv_grid.region_tokens), torch.int32)
-    key_list, factors, marks = key_regions.view(prod(key_regions.shape)), None, None
+        key_regions = _take_regions(kv_grid, form, take)
+    key_list = None if key_regions is None else key_regions.view(prod(key_regions.shape))
+    factors = marks = None
     if form == ROUTED:
         listed = (problem.batch, problem.n_graphs, grid.n_regions, problem.topk * kv_grid.region_tokens)
         key_list = take(listed, torch.int32)
@@ -129,15 +133,23 @@ def take_key_lists(problem: RoutedAttention[Buffer], form: str, take: Take) -> K
     return KeyLists(query_regions, key_regions, key_list, factors, marks)
 
 
+def _take_regions(grid: RegionGrid, form: str, take: Take) -> Buffer | None:
+    """The list of the tokens of a grid's regions; None where a form reads its map as it lies."""
+    if form in (MASKED, WHOLE) and not grid.is_padded:
+        return None
+    return take((grid.n_regions, grid.region_tokens), torch.int32)
+
+
 def launch_key_lists(plan: Plan, problem: RoutedAttention[Buffer], lists: KeyLists) -> None:
     """Adds the launches that write the lists."""
     routed = lists.marks is None and problem.r_idx is not None
     of_keys = Lists(lists.key_regions, lists.key_list if routed else None, lists.factors)
-    _launch_list_tokens(plan, problem, problem.kv_grid, of_keys)
-    if problem.query_grid != problem.kv_grid:
+    if of_keys.region_list is not None:
+        _launch_list_tokens(plan, problem, problem.kv_grid, of_keys)
+    if lists.query_regions is not None and problem.query_grid != problem.kv_grid:
         _launch_list_tokens(plan, problem, problem.query_grid, Lists(lists.query_regions, None, None))
     if lists.marks is not None:
-        _launch_marks(plan, problem, lists.marks)
+        _launch_marks(plan, problem, lists)
 
 
 def launch_query_lists(plan: Plan, problem: RoutedAttention[Buffer], key_lists: KeyLists) -> QueryLists:
@@ -145,9 +157,8 @@ def launch_query_lists(plan: Plan, problem: RoutedAttention[Buffer], key_lists: 
     grid, kv_grid = problem.query_grid, problem.kv_grid
     own = key_lists.key_regions
     if key_lists.marks is not None or problem.r_idx is None:
-        return QueryLists(
-            Lists(own, key_lists.query_regions.view(grid.n_regions * grid.region_tokens), None), None
-        )
+        walked = key_lists.query_regions
+        return QueryLists(Lists(own, walked and walked.view(grid.n_regions * grid.region_tokens), None), None)
     batch, n_graphs, n_rows, topk = problem.r_idx.shape
     n_pairs, n_regions = n_rows * topk, kv_grid.n_regions
     longest = LONGEST_TO_MEAN * cdiv(n_pairs, n_regions)
@@ -244,8 +255,9 @@ def _launch_list_tokens(plan: Plan, problem: RoutedAttention[Buffer], grid: Regi
     )
 
 
-def _launch_marks(plan: Plan, problem: RoutedAttention[Buffer], marks: Marks) -> None:
-    grid, kv_grid = problem.query_grid, problem.kv_grid
+def _launch_marks(plan: Plan, problem: RoutedAttention[Buffer], lists: KeyLists) -> None:
+    grid, kv_grid, marks = problem.query_grid, problem.kv_grid, lists.marks
+    assert marks is not None
     n_rows = problem.batch * problem.n_graphs * grid.n_regions
     n_queries, n_keys = grid.n_regions * grid.region_tokens, kv_grid.n_regions * kv_grid.region_tokens
     plan.launch(
@@ -253,8 +265,17 @@ def _launch_marks(plan: Plan, problem: RoutedAttention[Buffer], marks: Marks) ->
         (cdiv(max(n_rows, n_queries, n_keys), BLOCK_ENTRIES),),
         (problem.r_idx, marks),
         (
-            *(n_rows, problem.topk, n_queries, grid.region_tokens, n_keys, kv_grid.region_tokens),
+            *(n_rows, problem.topk),
+            *(n_queries, *_marked_sizes(grid, lists.query_regions)),
+            *(n_keys, *_marked_sizes(kv_grid, lists.key_regions)),
             MarkConfig(BLOCK_ENTRIES, marks.key_marks.shape[-1]),
         ),
         num_warps=1,
     )
+
+
+def _marked_sizes(grid: RegionGrid, region_list: Buffer | None) -> tuple[int, int, int, int]:
+    """What `mark_tokens` needs to find a token's region, in the map or, if there is one, in the list."""
+    if region_list is not None:
+        return 1, grid.region_tokens, 1, grid.region_tokens
+    return grid.region_height, grid.region_width, grid.columns, grid.width

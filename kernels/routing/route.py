@@ -251,13 +251,17 @@ def route_kernel(
         # By programs of many images: those of one would take as long for it as for all else.
         region_tokens = region_height * region_width
         n_tokens = n_regions * region_tokens
+        if CONFIG.LISTS:
+            sizes = (1, region_tokens, 1, region_tokens)
+        else:
+            sizes = (region_height, region_width, columns, width)
         n_images = tl.minimum(tl.num_programs(0), n_tokens)
         if image < n_images:
             BLOCK: tl.constexpr = CONFIG.BLOCK_MARKED
             program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
             for start in tl.range(program * BLOCK, n_tokens, n_images * tl.num_programs(1) * BLOCK):
                 row = start + tl.arange(0, BLOCK)
-                mark_tokens(marks, row, n_tokens, region_tokens, n_tokens, region_tokens, BLOCK_R)
+                mark_tokens(marks, row, n_tokens, sizes, n_tokens, sizes, BLOCK_R)
     if CONFIG.LISTS:
         if lists.token_list is not None:
             ENTRIES: tl.constexpr = BLOCK_Q * BLOCK_K

@@ -33,8 +33,10 @@ MODES = {
     "pooled": dataclasses.replace(YOLO_P3, kv_per_win=4, side_dwconv=0),
     "unequal_heads": Problem("", 2, 80, 80, 96, 4, 8, 4, qk_dim=64),
     "masked": dataclasses.replace(PROBLEMS["biformer_stage3"], batch=2),
+    "masked_padded": dataclasses.replace(PROBLEMS["biformer_stage3"], batch=2, height=13),
     "masked_pooled": dataclasses.replace(PROBLEMS["biformer_stage3"], batch=2, kv_per_win=1, side_dwconv=0),
-    "whole": dataclasses.replace(PADDED, topk=64),
+    "whole": dataclasses.replace(YOLO_P3, topk=64),
+    "whole_padded": dataclasses.replace(PADDED, topk=64),
 }
 _ROUTING_GRADIENT = {"query_routing_gradient", "key_routing_gradient", "spread_means"}
 _LEPE, _ROUTING = {"lepe_backward"}, {"region_means", "route"}
@@ -43,14 +45,16 @@ BESIDES = {
     "padded_hard": _ROUTING_GRADIENT,
     "padded_soft": _ROUTING_GRADIENT,
     "pooled": {"list_tokens"},  # of queries and keys apart
-    "masked_pooled": {"list_tokens", "mark_choices"},
-    "whole": {"list_tokens"},
+    "masked_pooled": {"mark_choices"},
+    "whole_padded": {"list_tokens"},
 }
 WITHOUT = {
     "pooled": _LEPE,
     "masked": {"invert_graph"},
+    "masked_padded": {"invert_graph"},
     "masked_pooled": {"invert_graph", "finish_gradients", *_LEPE},
     "whole": {"invert_graph", *_ROUTING},
+    "whole_padded": {"invert_graph", *_ROUTING},
 }
 # Maps of few tokens, each with what it brings: padding, a router's launch of its own, a single head a
 # program, wide and narrow heads, pooled keys.

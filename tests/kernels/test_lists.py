@@ -17,6 +17,7 @@ from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import RoutedAttention
 from bra_triton.kernels.routing import lists
+from bra_triton.kernels.routing.arguments import MARK
 from bra_triton.kernels.routing.launch import Routing, launch_route
 
 
@@ -97,15 +98,22 @@ def test_a_region_larger_than_a_block_of_the_kernel(device):
     assert queries.arguments.token_list.flatten().tolist() == _expected_tokens(grid, range(4))
 
 
-def test_one_region_needs_no_graph(device):
-    """Where all attend to all, the map's tokens are the one list of every kernel."""
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_one_region_needs_no_graph(is_padded, device):
+    """Where all attend to all, one list of the map serves all kernels; without padding there is none."""
     grid, kv_grid = RegionGrid.of_windows(5, 6, 3).merged, RegionGrid.of_windows(3, 4, 2).merged
+    if not is_padded:
+        grid, kv_grid = RegionGrid.of_windows(6, 6, 3).merged, RegionGrid.of_windows(4, 4, 2).merged
     query, kv = (torch.zeros(2, g.height, g.width, 1, device=device) for g in (grid, kv_grid))
     problem = RoutedAttention(query, kv, kv, None, grid, kv_grid, 1, 1.0)
     keys, queries = planned.lists_of(problem)
+    assert queries.inverse is None
+    if not is_padded:
+        assert keys == lists.KeyLists(None, None, None, None, None)
+        assert queries.arguments == Lists(None, None, None)
+        return
     assert keys.key_list.tolist() == keys.key_regions.flatten().tolist() == _expected_tokens(kv_grid, [0])
     assert queries.arguments.token_list.tolist() == _expected_tokens(grid, [0])
-    assert queries.inverse is None
 
 
 def _route_with_lists(plan, query, key, r_weight, r_idx, factors, grid):
@@ -157,7 +165,10 @@ def test_lists_made_while_routing_are_those_of_the_graph(grid, topk, batch, fact
 
 
 def _route_with_marks(plan, query, key, r_idx, grid):
-    """What `route_kernel` marks, and what `mark_choices_kernel` marks of the graph that it chose."""
+    """What `route_kernel` marks, and what `mark_choices_kernel` marks of the graph that it chose.
+
+    Of each: the list of the queries, if there is one, then the marks.
+    """
     batch, n_regions, topk = r_idx.shape
     maps = plan.output((batch, grid.height, grid.width, 1), torch.float32)
     problem = RoutedAttention(maps, maps, maps, r_idx.view(batch, 1, n_regions, topk), grid, grid, 1, 1.0)
@@ -179,12 +190,24 @@ def test_marks_made_while_routing_are_those_of_the_graph(grid, topk, device):
     query, key = torch.randn(2, 2, grid.n_regions, 8, device=device)
     r_idx = torch.full((2, grid.n_regions, topk), -1, dtype=torch.int32, device=device)
     at_once, apart = planned.run(_route_with_marks, query, key, r_idx, grid)
-    # No key has the marks of regions that there are not.
-    at_once, apart = (
-        [x[..., : grid.n_regions] if x.dim() == 4 else x for x in each] for each in (at_once, apart)
-    )
-    for one, other in zip(at_once, apart, strict=True):
-        assert torch.equal(one, other)
+    order = range(grid.height * grid.width)  # as the map lies
+    assert (at_once[0] is None) != grid.is_padded
+    if grid.is_padded:
+        order = _expected_tokens(grid, range(grid.n_regions))
+        assert at_once[0].flatten().tolist() == apart[0].flatten().tolist() == order
+    region_of = {token: r for r in range(grid.n_regions) for token in _expected_tokens(grid, [r])}
+    # Tokens of the padding have no number that would tell their regions; the list has them region by region.
+    expected = [
+        at // grid.region_tokens if grid.is_padded else region_of[token] for at, token in enumerate(order)
+    ]
+    for _, query_regions, query_marks, key_marks in (at_once, apart):
+        assert query_regions.tolist() == expected
+        # No key has the marks of regions that there are not.
+        products = query_marks[:, 0].double() @ key_marks.double().T
+        for image, row in enumerate(r_idx.tolist()):
+            is_chosen = torch.tensor([[key in chosen for key in expected] for chosen in row], device=device)
+            assert torch.equal(products[image] == 0, is_chosen)
+            assert (products[image][~is_chosen] == -(MARK**2)).all()
 
 
 def _invert(r_idx, n_regions):
