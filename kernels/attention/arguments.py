@@ -171,7 +171,7 @@ class AttentionConfig(NamedTuple):
         BLOCK_SLOTS: dQ: TOPK, rounded up to a power of two.
         GRAD_KEY_STRIDE: dK/dV: elements from one token of the keys' gradient to the next.
         GRAD_VALUE_STRIDE: dK/dV: likewise of the values'.
-        QUERY_IS_PADDED: dK/dV: some listed queries are padding.
+        QUERY_IS_PADDED: some queries are padding.
         ADDS_TO_VALUE: dK/dV: the values' gradient holds LePE's share already.
     """
 

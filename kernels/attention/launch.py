@@ -94,6 +94,7 @@ class Attention:
             BLOCK_V=tiles.channel_block(problem.v_head_dim),
             BLOCK_MARKS=16 if marks is None else marks.key_marks.shape[-1],
             PRECISION=dot_precision(problem.query.dtype),
+            QUERY_IS_PADDED=problem.query_grid.is_padded,
         )
 
     @property
@@ -262,7 +263,6 @@ def launch_key_value_gradient(
     config = attention.config(tile, tile.step, tile.own)._replace(
         GRAD_KEY_STRIDE=row_stride(gradients.key),
         GRAD_VALUE_STRIDE=row_stride(gradients.value),
-        QUERY_IS_PADDED=problem.query_grid.is_padded,
         ADDS_TO_VALUE=adds_to_value,
     )
     kv_tokens, n_pieces = image_tokens(problem.key), lists.n_pieces

@@ -23,6 +23,7 @@ from ..lib.addressing import (
     places_of,
     store_rows,
     tokens_at,
+    walked_length,
 )
 from ..lib.exponential import exp2
 from ..lib.matrix import add_matmul, matmul
@@ -139,10 +140,13 @@ def query_gradient_kernel(
     value_padding = None if padding is None else padding.value + head * V_HEAD_DIM
     first_row = graph_of(image, head, N_GRAPHS) * n_regions
     list_start = 0
+    walked = list_length
     own_marks = None
     mark = tl.arange(0, BLOCK_MARKS)
     if marks is None:
         list_start = (first_row + region) * list_length
+        if CONFIG.QUERY_IS_PADDED:
+            walked = walked_length(lists.region_list, region, region_tokens, list_length)
     else:
         row = first_row + tl.load(marks.query_regions + index, mask=exists, other=0)
         own_marks = load_rows(marks.query_marks, None, row, mark, exists, BLOCK_MARKS, BLOCK_MARKS)
@@ -151,7 +155,7 @@ def query_gradient_kernel(
 
     position = tl.arange(0, BLOCK_N)
     place = places_of(lists.token_list, list_start + position)
-    full = list_length - list_length % BLOCK_N
+    full = walked - walked % BLOCK_N
     for start in tl.range(0, full, BLOCK_N):
         token = tokens_at(lists.token_list, place, None)
         place += BLOCK_N
@@ -169,8 +173,8 @@ def query_gradient_kernel(
         if results.grad_factor is not None:
             by_slot = _add_by_slot(by_slot, of_values, of_scores, scale, start + position, kv_region_tokens)
     position = tl.arange(0, BLOCK_TAIL)
-    for start in tl.range(full, list_length, BLOCK_TAIL, num_stages=1):
-        live = start + position < list_length
+    for start in tl.range(full, walked, BLOCK_TAIL, num_stages=1):
+        live = start + position < walked
         at = places_of(lists.token_list, list_start + start + position)
         token = tokens_at(lists.token_list, at, live)
         k = load_rows(key_base, key_padding, token, qk_channel, live, KEY_STRIDE, QK_HEAD_DIM)

@@ -88,6 +88,12 @@ def own_tokens(region_list, region, tile, region_tokens, BLOCK: tl.constexpr, AG
 
 
 @triton.jit
+def walked_length(region_list, region, region_tokens, list_length):
+    """How much of its list a region walks: nothing if its first token, and so each of them, is padding."""
+    return tl.where(tl.load(region_list + region * region_tokens) < 0, 0, list_length)
+
+
+@triton.jit
 def places_of(token_list, position):
     """Where the tokens at some positions of a list stand; without a list, which is the map as it lies, the
     positions themselves. A loop adds to the places, and reads `tokens_at` them.

@@ -32,8 +32,8 @@ class Inverse(NamedTuple):
 
     Attributes:
         row_start: `(N, G, P_kv + 1)` int32.
-        pairs: `(N, G, P * TOPK)` int32.
-        choices: `(N, G, P * TOPK)` int32; None where no finer inverse is to be made.
+        pairs: `(N, G, P * TOPK)` int32; nothing is written past the last row.
+        choices: `(N, G, P * TOPK)` int32, likewise; None where no finer inverse is to be made.
         work: `(N, G, extras + P_kv, 4)` int32; None where only the rows are wanted.
     """
 
@@ -144,6 +144,7 @@ class GraphConfig(NamedTuple):
         BINS: more than the key regions, a power of two, where rows are to be listed by length; else 1.
         SHIFT: a row holds 2**SHIFT key regions.
         FAN_BITS: a row of a coarser inverse holds 2**FAN_BITS rows.
+        SKIPS_PADDING: leave out the pairs of regions whose queries are all padding.
         BLOCK_ENTRIES: pairs in a step of listing their queries.
         BLOCK_TOKENS: tokens in such a step.
     """
@@ -153,5 +154,6 @@ class GraphConfig(NamedTuple):
     BINS: int
     SHIFT: int
     FAN_BITS: int
+    SKIPS_PADDING: bool
     BLOCK_ENTRIES: int
     BLOCK_TOKENS: int

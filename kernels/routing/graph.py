@@ -2,8 +2,9 @@
 
 A "graph" is one image's, or one head's of an image (`G` an image). A "pair" is one choice, numbered
 `query_region * TOPK + slot`; every graph has exactly `P * TOPK`, so all shapes are static. A "row" is what a
-key region has in the inverse graph: the pairs that chose it. A "piece" is a part of a row, the work of one
-program for each tile and head.
+key region has in the inverse graph: the pairs that chose it, without those of regions whose queries are all
+padding. These hold the same and choose the same regions, whose rows they would make the longest of all, for
+nothing. A "piece" is a part of a row, the work of one program for each tile and head.
 
 | array | shape | meaning |
 |---|---|---|
@@ -157,6 +158,17 @@ def mark_choices_kernel(
     mark_tokens(marks, row, n_queries, sizes, n_keys, kv_sizes, BLOCK_MARKS)
 
 
+@triton.jit
+def _load_choices(choices, pair, last, nobody, topk, sizes, CONFIG: tl.constexpr):
+    """Key regions of some pairs; `nobody` past the last, and where all of the pair's queries are padding."""
+    choice = tl.load(choices + pair, mask=pair < last, other=nobody)
+    if CONFIG.SKIPS_PADDING:
+        region_height, region_width, columns, height, width = sizes
+        top, left = corner_of(pair // topk, region_height, region_width, columns)
+        choice = tl.where((top < height) & (left < width), choice, nobody)
+    return choice
+
+
 @triton.jit(
     do_not_specialize=[
         *("n_pairs", "n_rows", "topk", "longest"),
@@ -192,6 +204,7 @@ def invert_graph_kernel(
     BLOCK: tl.constexpr = CONFIG.BLOCK
     BINS: tl.constexpr = CONFIG.BINS
     SHIFT: tl.constexpr = CONFIG.SHIFT
+    sizes = (region_height, region_width, columns, height, width)
     row = tl.program_id(0) % n_rows
     graph = (tl.program_id(0) // n_rows).to(tl.int64)
     choices = r_idx + graph * n_pairs
@@ -206,19 +219,19 @@ def invert_graph_kernel(
     lengths = tl.zeros([BINS], tl.int32)
     for step in tl.range(first, last, BLOCK):
         index = step + tl.arange(0, BLOCK)
-        choice = tl.load(choices + index, mask=index < last, other=n_rows << SHIFT) >> SHIFT
+        choice = _load_choices(choices, index, last, n_rows << SHIFT, topk, sizes, CONFIG) >> SHIFT
         start += tl.sum((choice < row).to(tl.int32), axis=0)
         length += tl.sum((choice == row).to(tl.int32), axis=0)
         if BINS > 1:  # n_rows has a bin, too
             lengths += tl.histogram(choice, BINS)
     tl.store(inverse.row_start + graph * (n_rows + 1) + row, start)
     if row == n_rows - 1:
-        tl.store(inverse.row_start + graph * (n_rows + 1) + n_rows, n_pairs)
+        tl.store(inverse.row_start + graph * (n_rows + 1) + n_rows, start + length)
 
     next_free = graph * n_pairs + start
     for step in tl.range(first, last, BLOCK):
         index = step + tl.arange(0, BLOCK)
-        choice = tl.load(choices + index, mask=index < last, other=n_rows << SHIFT)
+        choice = _load_choices(choices, index, last, n_rows << SHIFT, topk, sizes, CONFIG)
         chosen = (choice >> SHIFT) == row
         pair = index
         if coarser is not None:
@@ -237,7 +250,8 @@ def invert_graph_kernel(
             ahead = (lengths > length) | ((lengths == length) & (other < row))
             rank = tl.sum((ahead & (other < n_rows)).to(tl.int32), axis=0)
         work = inverse.work + graph * (n_extras + n_rows) * 4
-        _cut_row(work, n_extras + rank, row, start, length, longest, BLOCK)
+        last_lot = tl.where(row == n_rows - 1, n_extras, (start + length) // longest)
+        _cut_row(work, n_extras + rank, row, start, length, longest, last_lot, BLOCK)
         # The threads of this program read what others of its threads have written.
         tl.debug_barrier()
         for step in tl.range(0, length, CONFIG.BLOCK_ENTRIES):
@@ -254,23 +268,23 @@ def invert_graph_kernel(
                 pair // topk,
                 factor,
                 live,
-                (region_height, region_width, columns, height, width),
+                sizes,
                 CONFIG.BLOCK_TOKENS,
             )
 
 
 @triton.jit
-def _cut_row(work, place, region, start, length, longest, BLOCK: tl.constexpr):
+def _cut_row(work, place, region, start, length, longest, last_lot, BLOCK: tl.constexpr):
     """Cuts one region's row into pieces of at most `longest` pairs.
 
     The first piece stands at `place`, further ones, which are the longest, at the front. Where they go needs
     no word of the other rows: if all pairs are dealt out in lots of `longest`, a row that starts in lot `a`
-    and ends in lot `b` has at most `b - a` further pieces, and the extra places from `a` to `b` are its own.
-    Of 2 * extras partial sums those from `2 * a` are its own likewise. A row of one piece has partial sum -1.
+    and ends in lot `b` has at most `b - a` further pieces, and the extra places from `a` to `b`, its
+    `last_lot`, are its own; the last row has all that are left. Of 2 * extras partial sums those from `2 * a`
+    are its own likewise. A row of one piece has partial sum -1.
     """
     pieces = tl.maximum((length + longest - 1) // longest, 1)
     first_lot = start // longest
-    last_lot = (start + length) // longest
     is_cut = pieces > 1
     tl.store(work + place * 4, region)
     tl.store(work + place * 4 + 1, start)

@@ -186,18 +186,20 @@ def launch_inverse(
         n_regions: key regions, `P_kv`.
         factor: `(N, G, P, topk)` float32, factor of every pair.
         listing: lists of the queries to write, pieces of rows, pairs in the longest piece, and the grid of
-            the queries; None for the rows alone.
+            the queries; None for the rows alone, of all pairs.
     """
     coarser = None
+    grid = None if listing is None else listing[-1]
     for shift in _coarse_shifts(prod(r_idx.shape), n_regions):
-        coarser = _launch_rows(plan, r_idx, n_regions, coarser, shift)
-    return _launch_rows(plan, r_idx, n_regions, coarser, 0, factor, listing)
+        coarser = _launch_rows(plan, r_idx, n_regions, grid, coarser, shift)
+    return _launch_rows(plan, r_idx, n_regions, grid, coarser, 0, factor, listing)
 
 
 def _launch_rows(
     plan: Plan,
     r_idx: Buffer,
     n_regions: int,
+    grid: RegionGrid | None,
     coarser: Inverse | None,
     shift: int,
     factor: Buffer | None = None,
@@ -206,7 +208,7 @@ def _launch_rows(
     """Adds a launch that writes rows of `2**shift` key regions each, of `coarser` or else of the graph."""
     batch, n_graphs, n_queries, topk = r_idx.shape
     n_pairs, n_rows = n_queries * topk, cdiv(n_regions, 1 << shift)
-    lists, work, longest, grid = listing or (None, None, 1, None)
+    lists, work, longest, _ = listing or (None, None, 1, None)
     is_split = shift > 0 or coarser is not None
     bins = next_power_of_2(n_rows + 1) if lists is not None and n_rows <= _MOST_SORTED and not is_split else 1
     n_read = n_pairs if coarser is None else cdiv(n_pairs, coarser.row_start.shape[-1] - 1)
@@ -224,7 +226,16 @@ def _launch_rows(
         (
             *(n_pairs, n_rows, topk, longest),
             *(grid.geometry if grid else (1,) * 5),
-            GraphConfig(lists is not None, block, bins, shift, _FAN_BITS, BLOCK_ENTRIES, BLOCK_TOKENS),
+            GraphConfig(
+                LISTS=lists is not None,
+                BLOCK=block,
+                BINS=bins,
+                SHIFT=shift,
+                FAN_BITS=_FAN_BITS,
+                SKIPS_PADDING=grid is not None and grid.is_padded and coarser is None,
+                BLOCK_ENTRIES=BLOCK_ENTRIES,
+                BLOCK_TOKENS=BLOCK_TOKENS,
+            ),
         ),
         num_warps=4,
     )

@@ -50,6 +50,7 @@ class SmallMapConfig(NamedTuple):
         BLOCK_P: regions, rounded up to a power of two.
         BLOCK_K: `topk`, rounded up to a power of two.
         IS_SOFT: the routing weights multiply keys and values.
+        QUERY_IS_PADDED: some queries are padding.
         PRECISION: of float32 products, as `tl.dot` names it.
         ROUTING_DIM: forward: channels of a region's query.
         ROUTING_STRIDE: forward: elements from one region's row to the next.
@@ -75,6 +76,7 @@ class SmallMapConfig(NamedTuple):
     BLOCK_P: int
     BLOCK_K: int
     IS_SOFT: bool
+    QUERY_IS_PADDED: bool
     PRECISION: str
     ROUTING_DIM: int = 0
     ROUTING_STRIDE: int = 0

@@ -16,6 +16,8 @@ import triton.language as tl
 from ..lib.matrix import add_matmul, matmul
 from .tokens import (
     chosen,
+    has_tokens,
+    keys_of,
     listed_tokens,
     load_heads,
     load_keys_values,
@@ -63,7 +65,7 @@ def _query_gradient(
     grad_out, delta, lse = _statistics(saved, image, map_tokens, own, in_map, head, CONFIG)
     regions, weight = chosen(choices, image, region, topk, n_regions, CONFIG)
     grad = tl.zeros([HEADS, BLOCK_OWN, BLOCK_QK], tl.float32)
-    for start in tl.range(0, topk * kv_grid[0] * kv_grid[1], CONFIG.BLOCK_STEP):
+    for start in tl.range(0, keys_of(region, topk, grid, kv_grid, CONFIG), CONFIG.BLOCK_STEP):
         token, live, of_slot = listed_tokens(regions, topk, start, kv_grid, CONFIG.BLOCK_STEP)
         k, v = load_keys_values(maps, padding, image, kv_tokens, token, live, head, CONFIG)
         scores = matmul(q, transposed(k), PRECISION) * logit_scale
@@ -89,13 +91,20 @@ def _query_gradient(
 
 
 @triton.jit
-def _choosers(choices, image, region, topk, n_regions, CONFIG: tl.constexpr):
-    """Regions that chose `region`, in order, then zeros; how many; and the factor of each: (BLOCK_P,)."""
+def _choosers(choices, image, region, topk, n_regions, grid, CONFIG: tl.constexpr):
+    """Regions that chose `region`, in order, then zeros; how many; and the factor of each: (BLOCK_P,).
+
+    Without those whose queries are all padding. They hold the same and choose the same regions, whose rows
+    they would make the longest of all, for nothing.
+    """
     BLOCK_P: tl.constexpr = CONFIG.BLOCK_P
     key_region = tl.arange(0, BLOCK_P)
     slot = tl.arange(0, CONFIG.BLOCK_K)
     slots = (image * n_regions + key_region[:, None]) * topk + slot[None, :]
-    mask = (key_region < n_regions)[:, None] & (slot < topk)[None, :]
+    chooses = key_region < n_regions
+    if CONFIG.QUERY_IS_PADDED:
+        chooses = chooses & has_tokens(key_region, grid)
+    mask = chooses[:, None] & (slot < topk)[None, :]
     chose = tl.load(choices.r_idx + slots, mask=mask, other=-1) == region
     is_chooser = tl.sum(chose.to(tl.int32), axis=1)
     place = tl.cumsum(is_chooser, axis=0) - 1
@@ -126,7 +135,7 @@ def _key_value_gradient(
     in_map = own >= 0
     live_own = in_map if padding is None else exists
     k, v = load_keys_values(maps, padding, image, kv_tokens, own, live_own, head, CONFIG)
-    regions, n_choosers, weight = _choosers(choices, image, region, topk, n_regions, CONFIG)
+    regions, n_choosers, weight = _choosers(choices, image, region, topk, n_regions, grid, CONFIG)
     grad_key = tl.zeros([HEADS, BLOCK_OWN, BLOCK_QK], tl.float32)
     grad_value = tl.zeros([HEADS, BLOCK_OWN, BLOCK_V], tl.float32)
     for start in tl.range(0, n_choosers * grid[0] * grid[1], CONFIG.BLOCK_STEP):

@@ -21,6 +21,7 @@ from ..lib.matrix import add_matmul, matmul
 from ..routing.route import in_order
 from .tokens import (
     chosen,
+    keys_of,
     listed_tokens,
     load_keys_values,
     load_queries,
@@ -141,7 +142,7 @@ def small_map_forward_kernel(
     row_max = tl.full([HEADS, BLOCK_OWN], LOWEST, tl.float32)
     row_sum = tl.zeros([HEADS, BLOCK_OWN], tl.float32)
     acc = tl.zeros([HEADS, BLOCK_OWN, BLOCK_V], tl.float32)
-    for start in tl.range(0, topk * kv_region_height * kv_region_width, CONFIG.BLOCK_STEP):
+    for start in tl.range(0, keys_of(region, topk, grid, kv_grid, CONFIG), CONFIG.BLOCK_STEP):
         token, live, slot = listed_tokens(regions, topk, start, kv_grid, CONFIG.BLOCK_STEP)
         k, v = load_keys_values(maps, padding, image, kv_height * kv_width, token, live, head, CONFIG)
         scores = matmul(q, transposed(k), PRECISION) * logit_scale

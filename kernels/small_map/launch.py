@@ -150,6 +150,7 @@ def _config(problem: RoutedAttention[Buffer]) -> SmallMapConfig:
         BLOCK_P=next_power_of_2(problem.query_grid.n_regions),
         BLOCK_K=next_power_of_2(problem.topk),
         IS_SOFT=problem.factor is not None,
+        QUERY_IS_PADDED=problem.query_grid.is_padded,
         PRECISION=dot_precision(problem.query.dtype),
     )
 

@@ -31,6 +31,21 @@ def _token_of(region, index, grid):
 
 
 @triton.jit
+def has_tokens(region, grid):
+    """Whether a region has a token in the map."""
+    return _token_of(region, 0, grid) >= 0
+
+
+@triton.jit
+def keys_of(region, topk, grid, kv_grid, CONFIG: tl.constexpr):
+    """How many keys the queries of a region attend to: none if all of them are padding."""
+    n_keys = topk * kv_grid[0] * kv_grid[1]
+    if CONFIG.QUERY_IS_PADDED:
+        n_keys = tl.where(has_tokens(region, grid), n_keys, 0)
+    return n_keys
+
+
+@triton.jit
 def locate(program, n_regions, CONFIG: tl.constexpr):
     """What one of N * n_regions * groups of heads programs works on: (image, region, first head)."""
     GROUPS: tl.constexpr = CONFIG.NUM_HEADS // CONFIG.HEADS

@@ -35,16 +35,24 @@ def _expected_tokens(grid, regions):
     return [-1 if token is None else token for token in itertools.chain(*tokens)]
 
 
-grids = st.builds(
-    RegionGrid.of_region_size, st.integers(1, 20), st.integers(1, 20), st.tuples(*[st.integers(1, 7)] * 2)
-)
+sides = st.tuples(*[st.integers(1, 7)] * 2)
+grids = st.builds(RegionGrid.of_region_size, st.integers(1, 20), st.integers(1, 20), sides)
+# Some of these have regions that are padding alone, as 10 x 10 tokens have under 7 x 7 regions.
+windowed_grids = st.builds(RegionGrid.of_windows, st.integers(1, 20), st.integers(1, 20), sides)
 
 
-def _pairs_by_region(chosen, n_regions):
-    """The inverse of a graph of one image, `(P * topk)` regions: the pairs that chose each."""
+def _pairs_by_region(graph, n_regions, query_grid=None):
+    """The inverse of a graph `(P, topk)`: the pairs that chose each region.
+
+    Those of regions without a token in the map of `query_grid` are left out.
+    """
     rows = [[] for _ in range(n_regions)]
-    for pair, region in enumerate(chosen):
-        rows[region].append(pair)
+    pair = 0
+    for query_region, chosen in enumerate(graph.tolist()):
+        for region in chosen:
+            if query_grid is None or query_grid.token(query_region, 0) is not None:
+                rows[region].append(pair)
+            pair += 1
     return rows
 
 
@@ -52,7 +60,7 @@ def _pairs_by_region(chosen, n_regions):
 @profile(15)
 @given(
     data=st.data(),
-    query_grid=grids,
+    query_grid=grids | windowed_grids,
     kv_grid=grids,
     batch=st.integers(1, 2),
     n_graphs=st.integers(1, 2),
@@ -75,18 +83,18 @@ def test_lists_hold_the_tokens_of_the_routed_regions_in_order(
     for graph in itertools.product(range(batch), range(n_graphs)):
         for region, row in enumerate(r_idx[graph].tolist()):
             assert keys.key_list[graph][region].tolist() == _expected_tokens(kv_grid, row)
-        chosen = r_idx[graph].flatten().tolist()
-        order = list(itertools.chain(*_pairs_by_region(chosen, kv_grid.n_regions)))
+        order = list(itertools.chain(*_pairs_by_region(r_idx[graph], kv_grid.n_regions, query_grid)))
         expected = _expected_tokens(query_grid, [pair // topk for pair in order])
-        assert queries.arguments.token_list[graph].tolist() == expected
+        assert queries.arguments.token_list[graph][: len(expected)].tolist() == expected
+        assert queries.inverse.row_start[graph][-1] == len(order)
+        if factor is not None:
+            expected = factor[graph].flatten()[order].repeat_interleave(query_grid.region_tokens)
+            assert torch.equal(queries.arguments.factors[graph][: len(expected)], expected)
     if factor is None:
         assert keys.factors is None
         assert queries.arguments.factors is None
         return
     assert torch.equal(keys.factors, factor.repeat_interleave(kv_grid.region_tokens, -1))
-    by_pair = factor.flatten(2).gather(2, queries.inverse.pairs.long())
-    expected = by_pair.repeat_interleave(query_grid.region_tokens, -1)
-    assert torch.equal(queries.arguments.factors, expected)
 
 
 def test_a_region_larger_than_a_block_of_the_kernel(device):
@@ -229,7 +237,7 @@ def _check_inverse(r_idx, n_regions):
     assert inverse.row_start.shape == (batch, n_graphs, n_regions + 1)
     assert inverse.work is None
     for graph in itertools.product(range(batch), range(n_graphs)):
-        rows = _pairs_by_region(r_idx[graph].flatten().tolist(), n_regions)
+        rows = _pairs_by_region(r_idx[graph], n_regions)
         starts = [0, *itertools.accumulate(map(len, rows))]
         assert inverse.row_start[graph].tolist() == starts
         assert inverse.pairs[graph].tolist() == list(itertools.chain(*rows)), graph
@@ -282,9 +290,10 @@ def test_lists_of_an_empty_batch(device):
 
 @st.composite
 def graphs(draw):
-    """Graphs `(N, G, P, topk)` with rows as uneven as they come, and the number of key regions.
+    """Graphs `(N, G, P, topk)` with rows as uneven as they come, and two numbers.
 
-    An entry is a hub, one of few regions, or any; all equal, in a row or in all, is among them.
+    An entry is a hub, one of few regions, or any; all equal, in a row or in all, is among them. The numbers
+    are that of the key regions, and of the query regions that have a token in the map.
     """
     n_regions = draw(st.integers(1, 16))
     region = st.integers(0, n_regions - 1)
@@ -294,7 +303,8 @@ def graphs(draw):
     batch, n_graphs = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     size = batch * n_graphs * n_rows * topk
     entries = draw(st.lists(entry, min_size=size, max_size=size))
-    return torch.tensor(entries, dtype=torch.int32).view(batch, n_graphs, n_rows, topk), n_regions
+    n_alive = draw(st.just(n_rows) | st.integers(1, n_rows))
+    return torch.tensor(entries, dtype=torch.int32).view(batch, n_graphs, n_rows, topk), n_regions, n_alive
 
 
 @pytest.mark.parametrize(("fan_bits", "block"), [(1, 16), (2, 4), (3, 2048)])
@@ -302,12 +312,12 @@ def graphs(draw):
 @given(drawn=graphs())
 def test_inverse_by_way_of_coarser_ones(drawn, fan_bits, block, device):
     """Of 16 regions four inverses, or two. There are rows longer than a step, and shorter ones."""
-    r_idx, n_regions = drawn
+    r_idx, n_regions, n_alive = drawn
     with _split(fan_bits), pytest.MonkeyPatch.context() as patch:
         patch.setattr(lists, "_BLOCK_PAIRS", min(block, 16))
         patch.setattr(lists, "_MOST_BLOCK", block)
         _check_inverse(r_idx.to(device), n_regions)
-        _check_pieces(r_idx.to(device), n_regions)
+        _check_pieces(r_idx.to(device), n_regions, n_alive)
 
 
 @pytest.mark.parametrize(
@@ -346,8 +356,8 @@ def test_inverse_of_many_regions_is_numpys_stable_sort(most_read, device, monkey
 @given(drawn=graphs())
 def test_pieces_cover_every_row_once_and_none_is_long(drawn, device):
     """However uneven the rows: the longest piece is at most a constant times the mean row."""
-    r_idx, n_regions = drawn
-    _check_pieces(r_idx.to(device), n_regions)
+    r_idx, n_regions, n_alive = drawn
+    _check_pieces(r_idx.to(device), n_regions, n_alive)
 
 
 @pytest.mark.parametrize("n_regions", [1, 4, 7])
@@ -365,16 +375,16 @@ def test_pieces_of_a_row_with_more_than_the_kernel_cuts_at_once(device, monkeypa
     _check_pieces(r_idx, 110)
 
 
-def _check_pieces(r_idx, n_regions):
+def _check_pieces(r_idx, n_regions, n_alive=None):
     batch, n_graphs, n_rows, topk = r_idx.shape
-    query_grid = RegionGrid.of_region_size(n_rows, 1, (1, 1))
+    query_grid = RegionGrid(n_alive or n_rows, 1, 1, 1, n_rows, 1)
     kv_grid = RegionGrid.of_region_size(n_regions, 1, (1, 1))
     _, queries = planned.lists_of(_problem(r_idx, query_grid, kv_grid))
     work, longest, n_partials = queries.inverse.work, queries.longest, queries.n_partials
     assert work.shape == (batch, n_graphs, queries.n_pieces, 4)
     assert longest < lists.LONGEST_TO_MEAN * (n_rows * topk / n_regions + 1)
     for graph in itertools.product(range(batch), range(n_graphs)):
-        rows = _pairs_by_region(r_idx[graph].flatten().tolist(), n_regions)
+        rows = _pairs_by_region(r_idx[graph], n_regions, query_grid)
         starts = [0, *itertools.accumulate(map(len, rows))]
         _check_pieces_of_graph(work[graph].tolist(), starts, longest, n_partials)
 
