@@ -9,7 +9,7 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +20,7 @@ from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.machine_code.launches import record_attention, variant
 from bra_triton.bench.machine_code.static_analysis import Analysis, Result, analyse, each
 from bra_triton.bench.measure import DTYPES
-from bra_triton.bench.problems import MODELS, MODES, Problem
+from bra_triton.bench.problems import MODELS, MODES, PROBLEMS, Problem
 from bra_triton.kernels import tiles
 from bra_triton.kernels.plan import Launch
 from bra_triton.kernels.routing.lists import ROUTED, SMALL_MAP
@@ -42,7 +42,12 @@ TARGETS = {
 TARGET_REGION_TOKENS = 100
 CHECKED_ARCHITECTURES = ("sm_80", "sm_90")
 
-REPORTED = MODELS | MODES
+# The most time that the attention kernels of a pass may take beside those of dense attention to the same map,
+# both predicted. What is masked walks all keys, too, and loads marks besides.
+MOST_BESIDE_DENSE = {"yolo_p4": 1.0, "yolo_p5_n_win_5": 1.0, "biformer_stage3": 1.1}
+_BATCH_BESIDE_DENSE = 8
+
+REPORTED = MODELS | MODES | {name: PROBLEMS[name] for name in MOST_BESIDE_DENSE}
 
 
 _NOTES = """\
@@ -54,6 +59,35 @@ count; every loop as often as the problem runs it.
 Bounds are microseconds a launch at peak rates, each as if nothing else took time.
 MB: what a launch's arrays hold, each once (one that reads a part of a packed map moves less), of an attention
 kernel without scratch; memory us: the time of those bytes. code, of other kernels: all their instructions."""
+
+
+@dataclass(frozen=True)
+class BesideDense:
+    """A pass's attention kernels beside those of dense attention, without LePE; seconds, predicted."""
+
+    problem: Problem
+    arch: str
+    direction: str  # "forward" or "backward"
+    seconds: float
+    dense_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long as dense attention they take."""
+        return self.seconds / self.dense_seconds
+
+    @property
+    def target(self) -> float | None:
+        """The most that it may be; None where no target is set."""
+        return MOST_BESIDE_DENSE.get(self.problem.name)
+
+    @property
+    def failures(self) -> list[str]:
+        """What makes the report fail, in words."""
+        if self.target is None or self.ratio <= self.target:
+            return []
+        where = f"{self.problem.name}, {self.arch}, {self.direction}"
+        return [f"{where}: {self.ratio:.2f} times as long as dense attention, target {self.target}"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +181,38 @@ def _row(problem: Problem, dtype: str, arch: str, launch: Launch, result: Result
     return Row(*sizes, result, cost=predict(kernel, result, problem, HARDWARE[arch], element_bytes, masked))
 
 
-def render(rows: Sequence[Row], markdown: bool = False) -> str:
+def compare_with_dense(
+    problems: Sequence[Problem], architectures: Sequence[str], dtype: str = "float16", workers: int = 1
+) -> list[BesideDense]:
+    """Predicts the attention kernels of the plain ones among the problems, and of dense attention.
+
+    Dense attention is the package's own to a single region, which is the map as it lies.
+    """
+    plain = [p for p in problems if p.routing_weight == "none" and p.kv_per_win is None]
+    alone = [replace(p, batch=_BATCH_BESIDE_DENSE, side_dwconv=0) for p in plain]
+    dense = [replace(p, n_win=1, topk=1) for p in alone]
+    rows = collect(list(dict.fromkeys([*alone, *dense])), architectures, dtype, workers)
+
+    def seconds(problem: Problem, arch: str, direction: str) -> float:
+        is_forward = direction == "forward"
+        return sum(
+            row.bounds[row.binding]
+            for row in rows
+            if (row.problem, row.arch) == (problem, arch)
+            and row.cost
+            and ("forward" in row.kernel) == is_forward
+        )
+
+    return [
+        BesideDense(problem, arch, direction, seconds(routed, arch, direction), dense_seconds)
+        for arch in architectures
+        for problem, routed, whole in zip(plain, alone, dense, strict=True)
+        for direction in ("forward", "backward")
+        if (dense_seconds := seconds(whole, arch, direction))  # what does not compile is told of by its row
+    ]
+
+
+def render(rows: Sequence[Row], beside_dense: Sequence[BesideDense] = (), markdown: bool = False) -> str:
     """The whole report, of any number of architectures, as text or Markdown."""
     parts = [_NOTES]
     for arch in dict.fromkeys(row.arch for row in rows):
@@ -158,6 +223,9 @@ def render(rows: Sequence[Row], markdown: bool = False) -> str:
             "attention kernels, launches": [_names(row) | _launch_cells(row) for row in attention],
             "other kernels": [_occupies(row) | _other_cells(row) for row in here if row.cost is None],
         }
+        titled["attention kernels beside dense attention, batch 8, without LePE, predicted"] = [
+            _dense_cells(each) for each in beside_dense if each.arch == arch
+        ]
         name = f"{arch} ({HARDWARE[arch].gpu})"
         parts += [table(f"{name}: {title}", cells, markdown) for title, cells in titled.items()]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -220,6 +288,17 @@ def _other_cells(row: Row) -> dict[str, object]:
     }
 
 
+def _dense_cells(row: BesideDense) -> dict[str, object]:
+    return {
+        "problem": row.problem.name,
+        "pass": row.direction,
+        "us": f"{1e6 * row.seconds:.2f}",
+        "dense us": f"{1e6 * row.dense_seconds:.2f}",
+        "ratio": f"{row.ratio:.2f}",
+        "target": f"{row.target} {'met' if not row.failures else 'MISSED'}" if row.target else None,
+    }
+
+
 def kernel_options(command: str, module_doc: str, problems: list[str]) -> argparse.ArgumentParser:
     """The options of this report and of `kernel-times`."""
     parser = parser_of(command, module_doc, has_json=command == "kernel-times")
@@ -239,8 +318,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     problems = [REPORTED[name] for name in options.problem]
     with tiles.use_form(options.form):
-        rows = collect(problems, options.arch, options.dtype, options.workers)
-    print(render(rows, options.markdown))
-    failures = [failure for row in rows for failure in row.failures]
+        asked = (problems, options.arch, options.dtype, options.workers)
+        rows, beside_dense = collect(*asked), compare_with_dense(*asked)
+    print(render(rows, beside_dense, options.markdown))
+    failures = [each for row in rows for each in row.failures]
+    failures += [each for compared in beside_dense for each in compared.failures]
     print(*failures or ["All targets are met, and nothing spills where that is checked."], sep="\n")
     return 1 if failures else 0

@@ -33,9 +33,9 @@ class Walk(NamedTuple):
     """How an attention kernel cuts a problem into programs and steps."""
 
     programs: int  # thread blocks of the launch
-    whole_tiles: int  # steps of a program over whole tiles
-    tail_steps: int  # narrower steps that follow, masked
-    scores: int  # that a program computes, masked ones and those past the region's end included
+    whole_tiles: float  # steps of a program over whole tiles, on average
+    tail_steps: float  # narrower steps that follow, masked
+    scores: float  # that a program computes, masked ones and those past the region's end included
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def predict(
     problem = problem.merged()
     walk = walk_of(kernel, code, problem, masked)
 
-    def slots(count: Callable[[LoopMix], int]) -> int:
+    def slots(count: Callable[[LoopMix], int]) -> float:
         """Thread slots of some kind of instruction that a program executes."""
         sections = ((code.rest, 1), (code.loop, walk.whole_tiles), (code.tail, walk.tail_steps))
         executed = [count(mix) * times for mix, times in (*sections, (code.taps, code.n_taps)) if mix]
@@ -99,10 +99,12 @@ def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False)
 
     A small map's backward is taken for programs that own queries in whole tiles and keys in the tail.
     """
-    regions, tokens = problem.grid.n_regions, problem.grid.region_tokens
-    kv_tokens = problem.kv_grid.region_tokens
+    grid, kv_tokens = problem.grid, problem.kv_grid.region_tokens
+    regions, tokens = grid.n_regions, grid.region_tokens
+    # Regions that are padding alone walk nothing, and nobody walks them in dK/dV.
+    alive = -(-grid.height // grid.region_height) * -(-grid.width // grid.region_width) / regions
     if kernel.startswith("small_map"):
-        keys, queries = (-(-problem.topk * each // code.block_n) for each in (kv_tokens, tokens))
+        keys, queries = (-(-problem.topk * each // code.block_n) * alive for each in (kv_tokens, tokens))
         programs = problem.batch * regions * (problem.num_heads // code.num_warps)  # a warp a head
         tail_steps = queries if kernel == "small_map_backward" else 0
         return Walk(programs, keys, tail_steps, code.block_m * code.block_n * keys)
@@ -112,9 +114,10 @@ def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False)
     length = problem.topk * walked  # of dK/dV on average: as many regions choose a region as it chooses
     if masked:
         regions, owned, length = 1, regions * owned, regions * walked
+        alive = 1.0
     programs = problem.batch * problem.num_heads * regions * -(-owned // own)
     tail = code.block_tail or step
-    whole, tail_steps = length // step, -(-(length % step) // tail)
+    whole, tail_steps = length // step * alive, -(-(length % step) // tail) * alive
     return Walk(programs, whole, tail_steps, own * (whole * step + tail_steps * tail))
 
 

@@ -85,6 +85,28 @@ def test_a_missed_target_fails_the_report(monkeypatch, capsys):
     assert "issue slots per score, target 0.5" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arch", kernel_report.CHECKED_ARCHITECTURES)
+def test_attention_of_small_maps_is_predicted_to_be_no_slower_than_dense(arch, monkeypatch, capsys):
+    names = list(kernel_report.MOST_BESIDE_DENSE)
+    found = kernel_report.compare_with_dense([PROBLEMS[name] for name in names], [arch])
+    assert [(row.problem.name, row.direction) for row in found] == [
+        (name, direction) for name in names for direction in ("forward", "backward")
+    ]
+    assert not [failure for row in found for failure in row.failures]
+    # Dense attention of P4 has 16 times the scores of the routed one, in larger tiles.
+    assert 0.1 < found[0].ratio < 0.4
+    monkeypatch.setitem(kernel_report.MOST_BESIDE_DENSE, "yolo_p4", 0.1)
+    assert kernel_report.main(["--arch", arch, "--problem", "yolo_p4", "--workers", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert f"yolo_p4, {arch}, forward: {found[0].ratio:.2f} times as long as dense attention" in printed
+    assert printed.count("0.1 MISSED") == 2
+
+
+def test_modes_are_not_compared_with_dense_attention():
+    modes = [PROBLEMS[name] for name in ("yolo_p3_soft", "yolo_p3_meanpool")]
+    assert kernel_report.compare_with_dense(modes, ["sm_90"]) == []
+
+
 def kernels_only(monkeypatch, *names):
     shipped = kernel_report.shipped
     monkeypatch.setattr(

@@ -70,6 +70,17 @@ def test_walks():
     assert walk("key_value_gradient", 64, 128, pooled, masked=True) == (10, 49, 0)
 
 
+def test_regions_that_are_padding_alone_walk_nothing():
+    """10 x 10 tokens under 7 x 7 regions of 2 x 2: 25 of them have a token."""
+    problem = Problem("", 1, 10, 10, 32, 1, 7, 16)
+    tile = replace(code(), block_m=16, block_n=32, block_tail=16, num_warps=1)
+    alive = 25 / 49
+    assert walk_of("attention_forward", tile, problem)[:3] == (49, 2 * alive, 0)
+    assert walk_of("key_value_gradient", replace(tile, block_n=16), problem)[:3] == (49, 4 * alive, 0)
+    assert walk_of("small_map_backward", tile, problem)[:3] == (49, 2 * alive, 2 * alive)
+    assert walk_of("attention_forward", tile, problem, masked=True)[:3] == (13, 6, 1)
+
+
 def test_walks_of_a_small_map():
     """4 x 4 tokens, 5 of 25 regions, eight heads, four a program: a list of 80 keys in steps of 32."""
     problem = Problem("", 2, 20, 20, 256, 8, 5, 5)
