@@ -3,13 +3,30 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ..export import is_eager
 
 
 def check_shape(x: Tensor, axes: str, channel_axis: int, dim: int) -> None:
     """Raises ValueError where `x` is no map with `dim` channels."""
     if x.dim() != 4 or x.shape[channel_axis] != dim:
         raise ValueError(f"x must be {axes} with dim={dim}, got shape {tuple(x.shape)}")
+
+
+def for_keeping(x: Tensor) -> Tensor:
+    """A copy of a map for a linear layer to keep for its gradient: the caller may change `x` in place.
+
+    It is `x` itself where the layer keeps nothing, or copies it anyway, for its strides or its dtype; where
+    it is a leaf that learns, which PyTorch lets nobody change in place; and where a graph is recorded, which
+    has no changes in place.
+    """
+    if not torch.is_grad_enabled() or not x.is_contiguous() or (x.requires_grad and x.is_leaf):
+        return x
+    if not is_eager() or (x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)):
+        return x
+    return x.clone()
 
 
 def apply(name: str, layer: Any, x: Tensor, run: Callable[[Any, Tensor], Tensor] | None = None) -> Any:

@@ -14,7 +14,7 @@ from ..kernels.grid import RegionGrid, is_sure
 from ..spec import AttentionSpec
 from . import downsampling
 from .base import FIXED_BY_PARAMETERS, NEVER_CALLED, Attention, Specified, number
-from .inputs import apply, check_shape, project
+from .inputs import apply, check_shape, for_keeping, project
 from .layers import depthwise_convolution, is_plain, lepe_parameters, plain_parameters
 
 PARAM_ATTENTION_MODES = ("qkvo", "qkv")
@@ -212,7 +212,8 @@ class BiLevelRoutingAttention(Attention):
         if not isinstance(x, Tensor):
             return self._leaf(x, ret_attn_mask)
         check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
-        call = self._call(self._project(x), self._padding(x), is_eager())
+        # `x += attention(x)` works with the original, which rearranges the map before it projects it.
+        call = self._call(self._project(for_keeping(x)), self._padding(x), is_eager())
         if ret_attn_mask:
             scored = reference.attend(call)
             return self._out(scored.out, call), *scored[1:]

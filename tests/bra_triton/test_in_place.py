@@ -1,4 +1,4 @@
-"""Outputs may be changed in place, as those of the original may; inputs in training where they are copied."""
+"""Outputs may be changed in place, and inputs in training, as those of the original may."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, functional
 from bra_triton.backend.kernels import fused_kernels
+from bra_triton.modules.inputs import for_keeping
 from bra_triton.operators.library import Witness
 
 GRAPH = torch.tensor([0, 3, 1, 2, 3, 1, 0, 2]).view(1, 2, 4, 1)
@@ -141,31 +142,47 @@ def _gradients_of_an_added_input(module, learns, changes=True, is_contiguous=Tru
 @pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize("side", [3, 0])
 @pytest.mark.parametrize("form", ["qkv", "qkvo"])
-def test_an_input_that_the_projection_keeps_may_not_be_changed_in_training(form, side, learns, device):
-    """The original copies the map, so that `x += attention(x)` works. Ours does not, and autograd raises.
-
-    A map that the projection must copy, because it is not NHWC in memory, may be changed with ours, too.
-    """
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_an_input_may_be_changed_in_training(backend, form, side, learns, device):
+    """`x += attention(x)`: the original copies the map before it projects it, and so does ours."""
     arguments = {"param_attention": form, "side_dwconv": side, "n_win": 2, "topk": 2}
     original = Original(12, 2, **arguments).to(device)
     expected = _gradients_of_an_added_input(original, learns, changes=False)
-    module = BiLevelRoutingAttention(12, 2, **arguments, backend="torch").to(device)
+    module = BiLevelRoutingAttention(12, 2, **arguments, backend=backend).to(device)
     module.load_state_dict(original.state_dict())
 
     def agrees(actual):
         return all(torch.allclose(a, e, atol=1e-4) for a, e in zip(actual, expected, strict=True))
 
     assert agrees(_gradients_of_an_added_input(original, learns))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        _gradients_of_an_added_input(module, learns)
+    assert agrees(_gradients_of_an_added_input(module, learns))
     assert agrees(_gradients_of_an_added_input(module, learns, is_contiguous=False))
 
 
-@pytest.mark.parametrize("learns", [True, False])
-@pytest.mark.parametrize("kind", [Original, BiLevelRoutingAttention])
-def test_an_input_of_one_region_may_not_be_changed_with_the_original_either(kind, learns, device):
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        _gradients_of_an_added_input(kind(12, 2, n_win=1, topk=1).to(device), learns)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_input_may_be_changed_under_autocast(dtype, device):
+    """A map of its dtype is no copy of anything; one of float32 is cast."""
+    module = BiLevelRoutingAttention(12, 2, n_win=2, topk=2, backend="torch").to(device, dtype)
+    with torch.autocast(device.type, torch.bfloat16):
+        expected = _gradients_of_an_added_input(module, True, changes=False)
+        actual = _gradients_of_an_added_input(module, True)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_a_map_is_copied_for_nobody_who_could_not_change_it(device):
+    """Each copy would cost time and memory for nothing."""
+    x = torch.randn(1, 4, 6, 12, device=device)
+    assert for_keeping(x) is not x
+    assert for_keeping(2 * x.requires_grad_()) is not x
+    assert for_keeping(x) is x  # a leaf that learns
+    across = (2 * x).transpose(1, 2)
+    assert for_keeping(across) is across
+    with torch.no_grad():
+        of_inference = 2 * x
+        assert for_keeping(of_inference) is of_inference
+    to_be_cast = 2 * x
+    with torch.autocast(device.type, torch.bfloat16):
+        assert for_keeping(to_be_cast) is to_be_cast
 
 
 @pytest.mark.parametrize("learns", [True, False])
