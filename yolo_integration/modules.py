@@ -27,7 +27,9 @@ HEAD_DIM = 32
 # Divides the maps of images of 320, 480, 640, 800 and 960 pixels at every stride from 8 to 32; of the other
 # usual size, 736, it pads at most 15 %. The drop-in's own default, 7, pads up to 49 % there.
 N_WIN = 5
-MOST_PADDING = 0.2
+# What a warning of more padding than this chooses from: one of them pads the map of any image of 320 to 1280
+# pixels, a multiple of 32, by at most 16 %.
+MOST_PADDING, ADVISED_N_WIN = 0.2, range(4, 9)
 ATTENTIONS = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
 
 
@@ -92,13 +94,26 @@ def _check_padding(attention: Any, x: Tensor) -> None:
 @lru_cache(1024)
 def _warn_of_padding(height: int, width: int, rows: int, columns: int) -> None:
     """Warns once for every size; padding takes part in the softmax."""
-    padded = -(-height // rows) * rows * (-(-width // columns) * columns)
-    share = 1 - height * width / padded
+    share = _share_of_padding(height, width, rows, columns)
     if share > MOST_PADDING:
+        better = advised_n_win(height), advised_n_win(width)
+        n_win = better[0] if better[0] == better[1] else list(better)
         LOGGER.warning(
             f"{share:.0%} of the tokens attended to are padding: {rows} x {columns} regions "
-            f"on a map of {height} x {width}. Choose an n_win that divides it, or another imgsz"
+            f"on a map of {height} x {width}. With n_win: {n_win} it would be "
+            f"{_share_of_padding(height, width, *better):.0%}; or choose another imgsz"
         )
+
+
+def advised_n_win(side: int) -> int:
+    """The number of regions along a map's side that pads it least; of equal ones that closest to `N_WIN`."""
+    return min(ADVISED_N_WIN, key=lambda n_win: (-side % n_win, abs(n_win - N_WIN)))
+
+
+def _share_of_padding(height: int, width: int, rows: int, columns: int) -> float:
+    """Share of padding among the tokens of all regions."""
+    padded = -(-height // rows) * rows * (-(-width // columns) * columns)
+    return 1 - height * width / padded
 
 
 def _hidden_channels(name: str, ratio: float, channels: int) -> int:

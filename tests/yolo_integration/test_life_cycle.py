@@ -92,7 +92,6 @@ def test_the_benchmark_exports_and_validates(
 
 def test_objects_are_tracked(trained: Path, tmp_path: Path) -> None:
     """Of a detector that is sure of nothing, so that the tracker has to take everything."""
-    pytest.importorskip("lap")  # without it Ultralytics has no tracker
     thresholds = {"track_high_thresh": 1e-4, "track_low_thresh": 1e-5, "new_track_thresh": 1e-4}
     others = {"tracker_type": "bytetrack", "track_buffer": 30, "match_thresh": 0.8, "fuse_score": False}
     tracker = tmp_path / "tracker.yaml"

@@ -70,6 +70,18 @@ def test_much_padding_is_warned_of_once_in_training(build, monkeypatch: pytest.M
         block(torch.randn(1, 8, 8, 8))
     (warning,) = warnings
     assert warning.startswith("67% of the tokens attended to are padding: 7 x 7 regions on a map of 8 x 8")
+    assert "With n_win: 4 it would be 0%" in warning
+    block(torch.randn(1, 8, 10, 13))
+    assert "With n_win: [5, 7] it would be 7%" in warnings[1]
+    build(8, {"n_win": [5, 7]}).train()(torch.randn(1, 8, 10, 13))
+    assert len(warnings) == 2
+
+
+def test_an_advised_n_win_pads_little_at_every_size() -> None:
+    sides = range(10, 41)  # of P5 at 320 to 1280 pixels
+    shares = [modules._share_of_padding(side, side, *[modules.advised_n_win(side)] * 2) for side in sides]
+    assert 0.1 < max(shares) < 0.16
+    assert [modules.advised_n_win(side) for side in (10, 12, 16, 20, 21, 24)] == [5, 4, 4, 5, 7, 4]
 
 
 def test_given_heads_are_kept() -> None:
