@@ -193,11 +193,12 @@ def test_onnx_of_biformer(opset, onnx_run):
 
 @after_2_8
 @both_kinds
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_onnx_by_the_default_exporter(kind, dynamic, onnx_run):
+@pytest.mark.parametrize(("dynamic", "opset"), [(False, 18), (True, 18), (True, 23)])
+def test_onnx_by_the_default_exporter(kind, dynamic, opset, onnx_run):
     module = kind(16, **NUMBERS).eval()
     axes = (_axes(kind, *[Dim.DYNAMIC] * 3),) if dynamic else None
-    run = onnx_run(module, _map(kind, 7, 8, batch=2 if dynamic else 1), dynamic_shapes=axes)
+    example = _map(kind, 7, 8, batch=2 if dynamic else 1)
+    run = onnx_run(module, example, dynamic_shapes=axes, opset_version=opset)
     _check(module, run, SIZES if dynamic else ((7, 8),), (1, 2) if dynamic else (1,))
 
 
