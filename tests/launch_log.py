@@ -97,7 +97,9 @@ FORMS = {
     "router": lambda: attention(replace(PLAIN, routing_weight="hard", diff_routing=True), router=True),
     "narrow queries": lambda: attention(replace(PLAIN, qk_dim=20)),
     "masked": lambda: attention(settings(14, 14, 7, 16)),
-    "whole": lambda: attention(settings(7, 10, 4, 16)),
+    "masked, padded": lambda: attention(settings(13, 14, 7, 16)),
+    "whole": lambda: attention(settings(8, 12, 4, 16)),
+    "whole, padded": lambda: attention(settings(7, 10, 4, 16)),
     "pooled": lambda: attention(PLAIN, pooled=1),
     "small map": lambda: attention(SMALL),
     "small map, soft, padded": lambda: attention(settings(7, 10, 4, 3, routing_weight="soft")),
@@ -110,7 +112,7 @@ def seen(log):
     """What was launched, without addresses: compiled kernels, grids, streams, numbers."""
     launches = []
     for run, args in log.take():
-        groups = [x for x in args[HEAD:] if hasattr(x, "_fields") and not holds_tensors(x)]
+        groups = [x for x in args[HEAD:] if hasattr(x, "_fields") and not holds_pointers(x)]
         numbers = [*groups, *(x for x in args[HEAD:] if isinstance(x, float))]
         sizes = [x for x in args[HEAD:] if isinstance(x, int) and x < 2**20]  # addresses are larger
         launches.append((id(run), args[:4], numbers, sizes))
@@ -120,6 +122,11 @@ def seen(log):
 def launched(log, problem):
     step(problem)
     return seen(log)
+
+
+def holds_pointers(value):
+    """Whether a group is one of pointers, of which a direct launch makes a plain tuple; all may be None."""
+    return holds_tensors(value) or not any(member is not None for member in value)
 
 
 def holds_tensors(value):
