@@ -10,6 +10,7 @@ from problems import relative_error, worst
 
 from bra_triton import reference
 from bra_triton.backend.kernels import fused_kernels
+from bra_triton.backend.torch import masked
 from bra_triton.call import Call
 from bra_triton.kernels import tiles
 from bra_triton.kernels.grid import RegionGrid
@@ -94,6 +95,12 @@ def test_output_and_all_gradients(name, backend, device):
 def test_maps_that_are_taken_for_small_are_right_with_lists_too(name, device):
     with tiles.use_form(ROUTED):
         _check_output_and_gradients(name, "triton", device)
+
+
+@pytest.mark.parametrize("name", ["none", "padded", "hard_padded"])
+def test_regions_that_the_torch_backend_masks_are_right_gathered_too(name, device, monkeypatch):
+    monkeypatch.setattr(masked, "is_cheaper", lambda problem: False)
+    _check_output_and_gradients(name, "torch", device)
 
 
 def _check_output_and_gradients(name, backend, device):

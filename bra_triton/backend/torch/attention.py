@@ -17,7 +17,7 @@ from torch import Tensor
 from ...kernels.arrays import dense
 from ...kernels.grid import cdiv
 from ...kernels.problem import Gradients, Padding, RoutedAttention, SmallGradients, statistic_dtype
-from . import chunks
+from . import chunks, masked
 from .autocast import outside_autocast
 from .regions import (
     by_region,
@@ -34,6 +34,8 @@ from .sums import Choices
 @outside_autocast
 def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     """See `FusedKernels`; the statistic is the natural logarithm of the softmax's denominator."""
+    if masked.is_cheaper(problem) and (found := masked.attend(problem)):
+        return found
     grid, n_graphs = problem.query_grid, problem.n_graphs
     kernel = _kernel(problem)
     out = empty_map(problem.query, grid, channels=problem.value.shape[-1])
@@ -77,6 +79,10 @@ def attention_backward(
         gradients: maps to write.
         needs_factor: compute the gradient of the factor, too.
     """
+    if not needs_factor and masked.is_cheaper(problem):
+        found = masked.attend_backward(grad_out, problem, out, lse, gradients)
+        if found is not None:
+            return found
     grid, n_graphs, kernel = problem.query_grid, problem.n_graphs, _kernel(problem)
     *maps, lse_regions = (
         by_region(whole_map(x, grid), grid, n_graphs) for x in (grad_out, out, lse.permute(0, 2, 3, 1))

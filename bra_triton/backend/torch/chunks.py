@@ -85,24 +85,46 @@ def regions_at_once(
     return min(most // needed, efficient.MOST_REGIONS)
 
 
-def _flash_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _FLASH_FORWARD(query, key, value, scale=scale)
+def flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's flash attention for the CPU, heads before tokens; wrong where not `is_softmax(lse)`."""
+    out, lse = _FLASH_FORWARD(query, key, value, attn_mask=mask, scale=scale)
+    return out, lse
+
+
+def is_softmax(lse: Tensor) -> bool:
+    """Whether `flash_forward` has found a softmax in all rows, as far as `lse` tells.
+
+    PyTorch's kernel makes 0 of some that have none, and a model that has diverged would report a loss.
+    """
     low, high = lse.abs().aminmax()
-    if low > 0 and high < math.inf:
+    return bool(low > 0) and bool(high < math.inf)
+
+
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = flash_forward(query, key, value, scale)
+    if is_softmax(lse):
         return out, lse
-    # PyTorch's kernel may have made 0 of what is no softmax, and a model that has diverged would report a
-    # loss. There the probabilities do not add up to 1.
+    # Where there is none the probabilities do not add up to 1.
     sums, _ = _FLASH_FORWARD(query, key, torch.ones_like(value), scale=scale)
     is_none = ~(sums[..., 0] > 0.5)
     return out.masked_fill(is_none[..., None], math.nan), lse.masked_fill(is_none, math.nan)
 
 
-def _flash_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+def flash_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_query, grad_key, grad_value = _FLASH_BACKWARD(
-        grad_out, query, key, value, out, lse, dropout_p=0.0, is_causal=False, scale=scale
-    )
+    """The backward of `flash_forward`."""
+    options = {"dropout_p": 0.0, "is_causal": False, "attn_mask": mask, "scale": scale}
+    grad_query, grad_key, grad_value = _FLASH_BACKWARD(grad_out, query, key, value, out, lse, **options)
     return grad_query, grad_key, grad_value
 
 
@@ -192,6 +214,6 @@ def _heads_first(forward: _Forward, backward: _Backward) -> Kernel:
     return Kernel(transposed_forward, transposed_backward)
 
 
-FLASH = _heads_first(_flash_forward, _flash_backward)
+FLASH = _heads_first(_flash_forward, flash_backward)
 EFFICIENT = Kernel(efficient.forward, efficient.backward)
 PRODUCTS = _heads_first(_products_forward, _products_backward)

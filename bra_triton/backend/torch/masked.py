@@ -1,0 +1,116 @@
+"""Attention of every query to all keys under a mask: on the CPU cheaper than gathering, for small regions.
+
+With regions of a few tokens a gathered key serves a few queries. Here nothing is gathered or reordered:
+PyTorch's flash attention reads queries, keys and values where they lie, and a mask made of the routing hides
+what was not chosen.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...kernels.grid import RegionGrid
+from ...kernels.problem import Gradients, Padding, RoutedAttention, SmallGradients
+from . import chunks, devices
+from .regions import sum_over_padding, whole_map
+
+# Elements of an image's mask, 4 MiB of float32: maps of up to 1024 tokens. So many images are taken at once
+# that their mask is no larger than a chunk, but one at least.
+MOST_MASKED = 2 * chunks.CHUNK_ELEMENTS
+# What gathering costs, in scores under a mask: for each region, for each of its keys, and for each key and
+# query. Fitted to float32 maps of 49 to 1600 tokens in regions of 1 to 36, on two cores of an x86 server. It
+# takes BiFormer's third stage for cheaper under a mask, and YOLO's P5 not; `bra-bench peers` has the times.
+_REGION, _KEY, _PAIR = 300, 32, 1.5
+
+
+def is_cheaper(problem: RoutedAttention[Tensor]) -> bool:
+    """Whether to attend under a mask: on the CPU, where it can and takes less time than gathering."""
+    if devices.kind(problem.query) != "cpu" or problem.r_idx is None or problem.factor is not None:
+        return False
+    grid, kv_grid = problem.query_grid, problem.kv_grid
+    queries, region_keys = grid.region_tokens, kv_grid.region_tokens
+    keys, chosen = kv_grid.n_regions * region_keys, problem.topk * region_keys
+    return (
+        problem.distinct
+        and problem.n_graphs == 1
+        and problem.qk_head_dim == problem.v_head_dim
+        and grid.n_regions * queries * keys <= MOST_MASKED
+        and queries * keys <= _REGION + chosen * (_KEY + _PAIR * queries)
+    )
+
+
+def attend(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """As `attention.attend_routed`; None where something is not finite, maybe of a key not chosen."""
+    batch, height, width, _ = problem.query.shape
+    out, lse = problem.query.new_empty(batch, height, width, problem.value.shape[-1]), []
+    for images, mask, maps in _parts(problem):
+        rows, statistic = chunks.flash_forward(*maps, scale=problem.scale, mask=mask)
+        if not (chunks.is_softmax(statistic) and rows.isfinite().all()):
+            return None
+        out[images] = rows.transpose(1, 2).reshape(out[images].shape)
+        lse.append(statistic)
+    return (out, torch.cat(lse).contiguous().unflatten(2, (height, width))) if lse else None
+
+
+def attend_backward(
+    grad_out: Tensor,
+    problem: RoutedAttention[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    gradients: Gradients[Tensor],
+) -> SmallGradients[Tensor] | None:
+    """As `attention.attention_backward`; None where something is not finite, maybe of a key not chosen."""
+    kv_grid, padding = problem.kv_grid, None
+    for images, mask, maps in _parts(problem):
+        grad_rows, rows = (_heads(x[images], problem.num_heads) for x in (grad_out, out))
+        statistic = lse[images].flatten(2)
+        found = chunks.flash_backward(grad_rows, *maps, rows, statistic, scale=problem.scale, mask=mask)
+        if not all(grad.isfinite().all() for grad in found):
+            return None
+        grad_query, *of_keys_values = (grad.transpose(1, 2).flatten(2) for grad in found)
+        part = gradients.query[images]
+        part.copy_(grad_query.view(part.shape))
+        sums = []
+        for target, grad in zip((gradients.key, gradients.value), of_keys_values, strict=True):
+            whole = grad.unflatten(1, (kv_grid.rows * kv_grid.region_height, -1))
+            target[images] = whole[:, : kv_grid.height, : kv_grid.width]
+            if problem.padding is not None:
+                sums.append(sum_over_padding(whole, kv_grid))
+        if sums:
+            before = padding or Padding(*map(torch.zeros_like, sums))
+            padding = Padding(before.key + sums[0], before.value + sums[1])
+    return SmallGradients(None, padding)
+
+
+def _parts(problem: RoutedAttention[Tensor]) -> Iterator[tuple[slice, Tensor, tuple[Tensor, Tensor, Tensor]]]:
+    """Some images, their mask `(n, 1, H*W, L)`, and their queries, keys and values, `(n, m, tokens, c)`."""
+    assert problem.r_idx is not None
+    grid, kv_grid, padding = problem.query_grid, problem.kv_grid, problem.padding
+    fills = (None, None) if padding is None else (padding.key, padding.value)
+    of_query = _regions(grid)[: grid.height, : grid.width].flatten()
+    of_key = _regions(kv_grid).flatten()
+    most = max(1, chunks.CHUNK_ELEMENTS // (len(of_query) * len(of_key)))
+    for start in range(0, problem.batch, most):
+        images = slice(start, min(start + most, problem.batch))
+        r_idx = problem.r_idx[images, 0].long()
+        mask = problem.query.new_full((len(r_idx), grid.n_regions, kv_grid.n_regions), -math.inf)
+        # Keys first: as few rows as there are regions are spread over all keys.
+        mask = mask.scatter_(2, r_idx, 0.0).index_select(2, of_key).index_select(1, of_query)
+        keys_values = zip((problem.key, problem.value), fills, strict=True)
+        maps = [problem.query[images], *(whole_map(x[images], kv_grid, fill) for x, fill in keys_values)]
+        query, key, value = (_heads(x, problem.num_heads) for x in maps)
+        yield images, mask[:, None], (query, key, value)
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """`(n, H, W, m*c)` as `(n, m, H*W, c)`, a view."""
+    return x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _regions(grid: RegionGrid) -> Tensor:
+    """The region of every token of a map with its padding, `(rows*h, columns*w)`."""
+    row = torch.arange(grid.rows * grid.region_height) // grid.region_height
+    column = torch.arange(grid.columns * grid.region_width) // grid.region_width
+    return row[:, None] * grid.columns + column

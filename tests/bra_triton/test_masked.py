@@ -1,0 +1,129 @@
+"""The torch backend under a mask, as it attends on the CPU to small regions, against the float64 oracle."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_parts import PARTS, Part, compare, make, windows
+from problems import worst
+
+from bra_triton.backend.torch import attention as torch_attention
+from bra_triton.backend.torch import chunks, masked
+from bra_triton.bench.problems import PROBLEMS
+from bra_triton.kernels.grid import RegionGrid
+from bra_triton.kernels.problem import Gradients, Padding
+
+FLOAT32_TOLERANCE = 5e-6  # as in tests/kernels/test_routed_attention.py
+MAPS = {
+    "images": Part("three images, which are taken in two parts", windows(6, 6, 3), topk=3, batch=3),
+    "padding": PARTS["padding"],
+    "a token a region": Part("BiFormer's last stage with a choice", windows(7, 7, 7), topk=24),
+    "pooled": Part("one key for each region, queries in padded regions", windows(7, 8, 3), windows(3, 3, 3)),
+    "kv_grid": Part(
+        "other regions of keys, both padded, heads of 5",
+        RegionGrid.of_region_size(7, 9, (3, 4)),
+        RegionGrid.of_region_size(5, 6, (2, 2)),
+        head_dims=(5, 5),
+        batch=2,
+    ),
+}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Every attention that can be is masked, in parts of at most two images of 36 tokens; gives the parts."""
+    parts, taken = masked._parts, []
+
+    def recorded(problem):
+        for images, mask, maps in parts(problem):
+            taken.append(mask.shape)
+            yield images, mask, maps
+
+    monkeypatch.setattr(masked, "_parts", recorded)
+    monkeypatch.setattr(masked, "_REGION", 10**9)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 2 * 36 * 36)
+    return taken
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_output_and_all_gradients(name, asked):
+    errors = compare("torch", replace(make(MAPS[name], "cpu"), distinct=True), needs_factor=False)
+    assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
+    parts = 2 if name == "images" else MAPS[name].batch
+    assert len(asked) == 2 * parts  # of a forward and a backward
+    assert all(shape[0] * shape[2] * shape[3] <= chunks.CHUNK_ELEMENTS or shape[0] == 1 for shape in asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, asked):
+    """Within four times the rounding of a single product in that type: scores, weights, output and sums."""
+    errors = compare("torch", replace(make(MAPS["padding"], "cpu", dtype), distinct=True), needs_factor=False)
+    assert worst(errors.values()) < 4 * torch.finfo(dtype).eps, errors
+    assert asked
+
+
+def test_gradients_of_a_factor_are_gathered(asked):
+    """Of a factor of 1 that is not there: the forward is masked, and its statistic serves the backward."""
+    errors = compare("torch", replace(make(PARTS["hard"], "cpu"), distinct=True), needs_factor=True)
+    assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("which", ["key", "value", "padding"])
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), 1e38])
+def test_a_key_that_nobody_chose_reaches_nobody(which, number, asked, monkeypatch):
+    """Whatever it holds: then all is gathered. The regions that are chosen, 0, 1 and 3, have no padding."""
+    problem = replace(make(Part("", windows(5, 5, 3), topk=2), "cpu"), distinct=True)
+    r_idx = torch.tensor([[0, 1], [1, 3]] * 4 + [[0, 3]], dtype=torch.int32).view(1, 1, 9, 2)
+    problem = replace(problem, r_idx=r_idx)
+    if which == "padding":
+        problem = replace(problem, padding=Padding(*(torch.full((32,), number) for _ in range(2))))
+    else:
+        getattr(problem, which)[0, 4, 4] = number  # in the last region
+    grad_out = torch.randn(1, 5, 5, 32)
+    gradients = [torch.empty(1, 5, 5, 32) for _ in range(3)]
+
+    def run():
+        out, lse = torch_attention.attend_routed(problem)
+        maps = Gradients(*gradients)
+        small = torch_attention.attention_backward(grad_out, problem, out, lse, maps)
+        return [out, lse, *(x.clone() for x in gradients), small.padding.key, small.padding.value]
+
+    found = run()
+    assert asked
+    monkeypatch.setattr(masked, "is_cheaper", lambda problem: False)
+    for actual, expected in zip(found, run(), strict=True):
+        assert expected.isfinite().all()
+        torch.testing.assert_close(actual, expected)
+
+
+def _problem(name, batch=1, **others):
+    problem = replace(PROBLEMS[name], batch=batch)
+    attention = problem.attention(torch.empty)
+    r_idx = torch.empty(batch, problem.grid.n_regions, problem.topk, dtype=torch.int32)
+    return replace(attention.routed(r_idx.unsqueeze(1)), **others)
+
+
+def test_what_is_masked():
+    """Where `bra-bench peers` had it faster, and never where the mask would be large."""
+    names = ("biformer_stage1", "biformer_stage2", "biformer_stage3", "yolo_p3", "yolo_p4", "yolo_p5")
+    assert [name for name in names if masked.is_cheaper(_problem(name))] == ["biformer_stage3"]
+    assert masked.is_cheaper(_problem("biformer_stage3", 64))
+    large = replace(PROBLEMS["high_resolution"], topk=63)  # of 64 regions, so that gathering takes longer
+    assert not masked.is_cheaper(_problem("high_resolution", r_idx=torch.empty(1, 1, 64, large.topk)))
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"distinct": False},  # a key that is chosen twice counts twice
+        {"factor": torch.ones(1, 1, 49, 16)},
+        {"r_idx": torch.empty(1, 8, 49, 16, dtype=torch.int32)},
+        {"r_idx": None},
+        {"value": torch.empty(1, 14, 14, 512)},
+        {"query": torch.empty(1, 14, 14, 256, device="meta")},
+    ],
+    ids=lambda others: next(iter(others)),
+)
+def test_what_cannot_be_masked(others):
+    assert not masked.is_cheaper(_problem("biformer_stage3", **others))
