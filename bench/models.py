@@ -191,7 +191,7 @@ def report(title: str, kind: str, rows: Mapping[str, Row]) -> str:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = parser_of("models", __doc__, repeats=5)
+    parser = parser_of("models", __doc__, repeats=15)
     choices = YOLO_MODELS + BIFORMER_MODELS
     parser.add_argument("--model", nargs="+", choices=choices, default=DEFAULT, metavar="MODEL")
     parser.add_argument("--imgsz", type=int, help="pixels a side (default: 640; 224 for BiFormer)")
