@@ -1,10 +1,13 @@
 """The attention as one straight line of plain PyTorch operators, for tracing and export.
 
 An exported graph cannot hold the operators of this package, and it need not save memory for a backward: it
-gathers keys and values of all regions at once. Runtimes differ in the operators that they have, so it makes
-do with few: no tensor has more than four axes, and nothing is sorted. Sizes of the map may be symbols, which
-are not compared: maps are padded, and their padding is cut off, by computed indices.
+gathers keys and values of all regions at once, or masks what was not chosen. Runtimes differ in the operators
+that they have, so it makes do with few: no tensor has more than four axes, and nothing is sorted. Sizes of
+the map may be symbols, which are not compared: maps are padded, and their padding is cut off, by computed
+indices.
 """
+
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,14 @@ from torch import Tensor
 from .. import reference
 from ..call import Call, RegionalCall, Request
 from ..kernels.grid import RegionGrid
+from .torch.masked import is_cheaper_for
+
+# Chosen regions are a share of all that no other size of the map changes: where it is at least so large, a
+# mask is taken for small maps. A graph that was traced serves larger ones, too, and then computes at most so
+# many times the scores.
+_MOST_REGIONS_PER_CHOICE = 4
+# What hides a key that was not chosen: in half precision minus infinity.
+_NOT_CHOSEN = -1e30
 
 
 class ExportedBackend:
@@ -42,6 +53,55 @@ def _attend(call: Call) -> Tensor:
     qkv, padding = call.qkv, call.padding if grid.is_padded else None
     if padding is not None:
         qkv = _padded(qkv, padding, grid)
+    out = (_masked if _is_masked(call) else _gathered)(qkv, call)
+    if call.lepe_weight is not None:
+        v, side = qkv[..., 2 * spec.qk_dim :].permute(0, 3, 1, 2), call.lepe_weight.shape[-1]
+        # Twice, since PyTorch 2.8 takes one size that it traces for none.
+        lepe = F.conv2d(v, call.lepe_weight, call.lepe_bias, padding=(side // 2, side // 2), groups=spec.dim)
+        out = out + lepe.permute(0, 2, 3, 1)
+    if padding is None:
+        return out
+    rows, columns = (torch.arange(side, device=out.device) for side in (grid.height, grid.width))
+    return out.index_select(1, rows).index_select(2, columns)
+
+
+def _is_masked(call: Call) -> bool:
+    """Whether a mask takes less time than gathering: in ONNX Runtime and OpenVINO as on the torch backend."""
+    spec, grid = call.spec, call.grid
+    if spec.soft_routing or call.kv_downsampling is not None or _is_symbolic(grid):
+        return False
+    if torch.jit.is_tracing():
+        with warnings.catch_warnings():  # The example's size decides, for all sizes: either form is right.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            grid = RegionGrid(*map(int, grid.numbers))
+    few = grid.n_regions <= _MOST_REGIONS_PER_CHOICE * spec.topk
+    return few and is_cheaper_for(grid, grid, spec.topk)
+
+
+def _masked(qkv: Tensor, call: Call) -> Tensor:
+    """The attention to all keys, those not chosen hidden: `(N, rows * h, columns * w, dim)`.
+
+    A key that is not finite reaches all queries of its head.
+    """
+    spec, grid = call.spec, call.grid
+    widths = [spec.qk_dim, spec.qk_dim, spec.dim]
+    of_queries, of_keys, _ = _cut(qkv, grid).split(widths, dim=-1)
+    _, chosen = _route(of_queries, of_keys, call)
+    region = torch.arange(grid.n_regions, device=qkv.device)
+    # Regions of one image again, and marks instead of indices, since few runtimes scatter.
+    chosen = (chosen % grid.n_regions).reshape(-1, grid.n_regions, chosen.shape[-1], 1)
+    mask = (1 - (chosen == region).float().sum(2)) * _NOT_CHOSEN
+    of_token = _regions(grid, qkv.device).flatten()
+    mask = mask.index_select(2, of_token).index_select(1, of_token)[:, None]
+    query, key, value = (_by_head(x, spec.num_heads) for x in qkv.flatten(1, 2).split(widths, dim=-1))
+    scores = (query * spec.scale) @ key.transpose(2, 3) + mask.to(qkv.dtype)
+    out = (scores.softmax(dim=-1) @ value).transpose(1, 2)
+    return out.reshape(*qkv.shape[:3], spec.dim)
+
+
+def _gathered(qkv: Tensor, call: Call) -> Tensor:
+    """As `_masked`, but to gathered keys."""
+    spec, grid = call.spec, call.grid
     regions = _cut(qkv, grid)
     query, key, value = regions.split([spec.qk_dim, spec.qk_dim, spec.dim], dim=-1)
     weight, chosen = _route(query, key, call)
@@ -55,22 +115,16 @@ def _attend(call: Call) -> Tensor:
     if spec.soft_routing:
         key, value = (x * weight[..., None, None].to(x.dtype) for x in (key, value))
     key, value = key.flatten(1, 2), value.flatten(1, 2)
-    query, key, value = (
-        x.reshape(*x.shape[:2], spec.num_heads, -1).transpose(1, 2) for x in (query, key, value)
-    )
+    query, key, value = (_by_head(x, spec.num_heads) for x in (query, key, value))
     # Not scaled_dot_product_attention: opsets before 14 have none, and later ones none of a negative scale.
     scores = (query * spec.scale) @ key.transpose(2, 3)
     out = (scores.softmax(dim=-1) @ value).transpose(1, 2)
-    out = _put_together(out, grid, spec.dim)
-    if call.lepe_weight is not None:
-        v, side = qkv[..., 2 * spec.qk_dim :].permute(0, 3, 1, 2), call.lepe_weight.shape[-1]
-        # Twice, since PyTorch 2.8 takes one size that it traces for none.
-        lepe = F.conv2d(v, call.lepe_weight, call.lepe_bias, padding=(side // 2, side // 2), groups=spec.dim)
-        out = out + lepe.permute(0, 2, 3, 1)
-    if padding is None:
-        return out
-    rows, columns = (torch.arange(side, device=out.device) for side in (grid.height, grid.width))
-    return out.index_select(1, rows).index_select(2, columns)
+    return _put_together(out, grid, spec.dim)
+
+
+def _by_head(x: Tensor, num_heads: int) -> Tensor:
+    """`(N, tokens, num_heads * C)` as `(N, num_heads, tokens, C)`."""
+    return x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def _route(query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -164,12 +218,20 @@ def _tokens(grid: RegionGrid, device: torch.device) -> Tensor:
     return row * (columns * region_width) + column
 
 
-def _positions(grid: RegionGrid, device: torch.device) -> Tensor:
-    """Where the tokens of the padded map lie among those of the regions, `(rows * h, columns * w)`."""
+def _regions(grid: RegionGrid, device: torch.device) -> Tensor:
+    """The region of every token of the padded map, `(rows * h, columns * w)`."""
     region_height, region_width, columns = _as_tensors(grid, device)
     row = torch.arange(grid.rows * grid.region_height, device=device)[:, None]
     column = torch.arange(grid.columns * grid.region_width, device=device)
-    region = row // region_height * columns + column // region_width
+    return row // region_height * columns + column // region_width
+
+
+def _positions(grid: RegionGrid, device: torch.device) -> Tensor:
+    """Where the tokens of the padded map lie among those of the regions, `(rows * h, columns * w)`."""
+    region_height, region_width, _ = _as_tensors(grid, device)
+    row = torch.arange(grid.rows * grid.region_height, device=device)[:, None]
+    column = torch.arange(grid.columns * grid.region_width, device=device)
+    region = _regions(grid, device)
     return (region * region_height + row % region_height) * region_width + column % region_width
 
 

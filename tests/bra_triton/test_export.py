@@ -6,6 +6,7 @@ from problems import relative_error
 from torch.export import Dim
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, functional
+from bra_triton.backend import exported
 from bra_triton.biformer import BiFormer
 from bra_triton.modules.tokens import TokenBiLevelRoutingAttention
 
@@ -30,6 +31,14 @@ MODES = {
     "fracpool": {"kv_downsample_mode": "fracpool", "kv_downsample_ratio": 2},
     "conv": {"kv_downsample_mode": "conv", "kv_downsample_ratio": 2, "kv_downsample_kernel": 1},
 }
+
+
+@pytest.fixture(params=["masked", "gathered"])
+def form(request, monkeypatch):
+    """Either form of the exported attention; the numbers above make it the masked one by themselves."""
+    if request.param == "gathered":
+        monkeypatch.setattr(exported, "_MOST_REGIONS_PER_CHOICE", 0)
+    return request.param
 
 
 def _map(kind, height, width, batch=1):
@@ -71,6 +80,7 @@ def onnx_run(tmp_path):
     return export
 
 
+@pytest.mark.usefixtures("form")
 @both_kinds
 @pytest.mark.parametrize("size", SIZES[1:4:2])
 def test_torchscript_trace(kind, size):
@@ -134,6 +144,7 @@ def test_exported_programs_hold_core_operators_alone(kind):
     assert max(axes) == 4
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.filterwarnings("ignore")  # of deprecation, and that constants are folded in newer opsets alone
 @both_kinds
 @pytest.mark.parametrize("opset", [11, 20])  # the oldest that is still met, and the exporter's newest
@@ -144,6 +155,7 @@ def test_onnx_by_the_legacy_exporter(kind, opset, onnx_run):
     _check(module, onnx_run(module, _map(kind, 7, 8), **arguments))
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.filterwarnings("ignore")
 @both_kinds
 def test_onnx_in_half_precision(kind, onnx_run):
@@ -240,6 +252,7 @@ def test_openvino(kind, openvino):
     _check(module, openvino(module, _map(kind, 7, 8)))
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "mode"), [*((KINDS[0], mode) for mode in ("", *MODES)), (KINDS[1], "")])
 def test_openvino_for_one_size(kind, mode, openvino):

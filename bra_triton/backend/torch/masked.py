@@ -29,15 +29,20 @@ def is_cheaper(problem: RoutedAttention[Tensor]) -> bool:
     """Whether to attend under a mask: on the CPU, where it can and takes less time than gathering."""
     if devices.kind(problem.query) != "cpu" or problem.r_idx is None or problem.factor is not None:
         return False
-    grid, kv_grid = problem.query_grid, problem.kv_grid
-    queries, region_keys = grid.region_tokens, kv_grid.region_tokens
-    keys, chosen = kv_grid.n_regions * region_keys, problem.topk * region_keys
     return (
         problem.distinct
         and problem.n_graphs == 1
         and problem.qk_head_dim == problem.v_head_dim
-        and grid.n_regions * queries * keys <= MOST_MASKED
-        and queries * keys <= _REGION + chosen * (_KEY + _PAIR * queries)
+        and is_cheaper_for(problem.query_grid, problem.kv_grid, problem.topk)
+    )
+
+
+def is_cheaper_for(grid: RegionGrid, kv_grid: RegionGrid, topk: int) -> bool:
+    """Whether to attend under a mask, of an attention of these sizes that can be."""
+    queries, region_keys = grid.region_tokens, kv_grid.region_tokens
+    keys, chosen = kv_grid.n_regions * region_keys, topk * region_keys
+    return grid.n_regions * queries * keys <= MOST_MASKED and queries * keys <= _REGION + chosen * (
+        _KEY + _PAIR * queries
     )
 
 
