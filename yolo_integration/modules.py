@@ -27,9 +27,11 @@ HEAD_DIM = 32
 # Divides the maps of images of 320, 480, 640, 800 and 960 pixels at every stride from 8 to 32; of the other
 # usual size, 736, it pads at most 15 %. The drop-in's own default, 7, pads up to 49 % there.
 N_WIN = 5
-# What a warning of more padding than this chooses from: one of them pads the map of any image of 320 to 1280
-# pixels, a multiple of 32, by at most 16 %.
-MOST_PADDING, ADVISED_N_WIN = 0.2, range(4, 9)
+# A larger share of padding is warned of.
+MOST_PADDING = 0.2
+# What the warning advises. One of these pads the maps of any image of 320 to 1280 pixels, a multiple of 32,
+# at strides of 8 to 32 by at most 16 %.
+ADVISED_N_WIN = range(4, 9)
 ATTENTIONS = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
 
 
@@ -88,26 +90,32 @@ def _with_defaults(dim: int, arguments: Mapping[str, Any] | None) -> dict[str, A
 def _check_padding(attention: Any, x: Tensor) -> None:
     """Warns of much padding in training: Ultralytics builds and measures models in eval, on other sizes."""
     if attention.training and is_eager() and isinstance(x, Tensor):  # torch.fx traces without a map
-        _warn_of_padding(x.shape[2], x.shape[3], *attention.spec.windows)
+        _warn_of_padding(x.shape[2], x.shape[3], *attention.spec.windows, attention.spec.topk)
 
 
 @lru_cache(1024)
-def _warn_of_padding(height: int, width: int, rows: int, columns: int) -> None:
+def _warn_of_padding(height: int, width: int, rows: int, columns: int, topk: int) -> None:
     """Warns once for every size; padding takes part in the softmax."""
     share = _share_of_padding(height, width, rows, columns)
     if share > MOST_PADDING:
-        better = advised_n_win(height), advised_n_win(width)
-        n_win = better[0] if better[0] == better[1] else list(better)
+        better = advised_n_win(height, topk), advised_n_win(width, topk)
+        least, advice = _share_of_padding(height, width, *better), "Choose an n_win that divides it"
+        if least < share:
+            n_win = better[0] if better[0] == better[1] else list(better)
+            advice = f"With n_win: {n_win} it would be {least:.0%}"
         LOGGER.warning(
             f"{share:.0%} of the tokens attended to are padding: {rows} x {columns} regions "
-            f"on a map of {height} x {width}. With n_win: {n_win} it would be "
-            f"{_share_of_padding(height, width, *better):.0%}; or choose another imgsz"
+            f"on a map of {height} x {width}. {advice}; or choose another imgsz"
         )
 
 
-def advised_n_win(side: int) -> int:
-    """The number of regions along a map's side that pads it least; of equal ones that closest to `N_WIN`."""
-    return min(ADVISED_N_WIN, key=lambda n_win: (-side % n_win, abs(n_win - N_WIN)))
+def advised_n_win(side: int, topk: int = 1) -> int:
+    """The number of regions along a map's side that pads it least; of equal ones that closest to `N_WIN`.
+
+    There are `topk` regions at least if the other side has as many, or 8 regions a side.
+    """
+    enough = [n_win for n_win in ADVISED_N_WIN if n_win**2 >= topk] or ADVISED_N_WIN[-1:]
+    return min(enough, key=lambda n_win: (-side % n_win, abs(n_win - N_WIN)))
 
 
 def _share_of_padding(height: int, width: int, rows: int, columns: int) -> float:

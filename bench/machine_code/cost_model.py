@@ -101,13 +101,14 @@ def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False)
     """
     grid, kv_tokens = problem.grid, problem.kv_grid.region_tokens
     regions, tokens = grid.n_regions, grid.region_tokens
-    # Regions that are padding alone walk nothing, and nobody walks them in dK/dV.
+    # Programs of regions that are padding alone walk nothing, and are left out; nor are they walked in dK/dV.
     alive = -(-grid.height // grid.region_height) * -(-grid.width // grid.region_width) / regions
     if kernel.startswith("small_map"):
-        keys, queries = (-(-problem.topk * each // code.block_n) * alive for each in (kv_tokens, tokens))
+        keys, queries = (-(-problem.topk * each // code.block_n) for each in (kv_tokens, tokens))
         programs = problem.batch * regions * (problem.num_heads // code.num_warps)  # a warp a head
-        tail_steps = queries if kernel == "small_map_backward" else 0
-        return Walk(programs, keys, tail_steps, code.block_m * code.block_n * keys)
+        if kernel == "small_map_backward":  # whose programs of keys are all there, for fewer queries
+            return Walk(programs, keys * alive, queries * alive, code.block_m * code.block_n * keys * alive)
+        return Walk(round(programs * alive), keys, 0, code.block_m * code.block_n * keys)
     owns_keys = kernel == "key_value_gradient"
     own, step = (code.block_n, code.block_m) if owns_keys else (code.block_m, code.block_n)
     owned, walked = (kv_tokens, tokens) if owns_keys else (tokens, kv_tokens)
@@ -117,7 +118,11 @@ def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False)
         alive = 1.0
     programs = problem.batch * problem.num_heads * regions * -(-owned // own)
     tail = code.block_tail or step
-    whole, tail_steps = length // step * alive, -(-(length % step) // tail) * alive
+    whole, tail_steps = float(length // step), float(-(-(length % step) // tail))
+    if owns_keys:
+        whole, tail_steps = whole * alive, tail_steps * alive
+    else:
+        programs = round(programs * alive)
     return Walk(programs, whole, tail_steps, own * (whole * step + tail_steps * tail))
 
 

@@ -15,18 +15,31 @@ def check_shape(x: Tensor, axes: str, channel_axis: int, dim: int) -> None:
         raise ValueError(f"x must be {axes} with dim={dim}, got shape {tuple(x.shape)}")
 
 
-def for_keeping(x: Tensor) -> Tensor:
+def for_keeping(x: Tensor, layer: Any) -> Tensor:
     """A copy of a map for a linear layer to keep for its gradient: the caller may change `x` in place.
 
-    It is `x` itself where the layer keeps nothing, or copies it anyway, for its strides or its dtype; where
-    it is a leaf that learns, which PyTorch lets nobody change in place; and where a graph is recorded, which
-    has no changes in place.
+    It is `x` itself where the layer keeps nothing, or a copy that it makes anyway, for the map's strides or
+    its dtype; where `x` is a leaf that learns, which autograd lets nobody change in place; and in a graph
+    that is recorded, inside of which nothing is changed in place.
     """
-    if not torch.is_grad_enabled() or not x.is_contiguous() or (x.requires_grad and x.is_leaf):
+    if not torch.is_grad_enabled() or not is_eager() or (x.requires_grad and x.is_leaf):
         return x
-    if not is_eager() or (x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)):
+    if not _folds(x) or not any(parameter.requires_grad for parameter in layer.parameters()):
         return x
-    return x.clone()
+    kind = x.device.type
+    in_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x if in_autocast and x.dtype == torch.float32 else x.clone()
+
+
+def _folds(x: Tensor) -> bool:
+    """Whether a map `(N, H, W, C)` is one of rows, `(N*H*W, C)`, without being copied."""
+    following = None
+    for size, stride in zip(reversed(x.shape[:3]), reversed(x.stride()[:3]), strict=True):
+        if size != 1:
+            if following is not None and stride != following:
+                return False
+            following = size * stride
+    return True
 
 
 def apply(name: str, layer: Any, x: Tensor, run: Callable[[Any, Tensor], Tensor] | None = None) -> Any:

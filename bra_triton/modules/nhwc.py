@@ -213,7 +213,8 @@ class BiLevelRoutingAttention(Attention):
             return self._leaf(x, ret_attn_mask)
         check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
         # `x += attention(x)` works with the original, which rearranges the map before it projects it.
-        call = self._call(self._project(for_keeping(x)), self._padding(x), is_eager())
+        kept = for_keeping(x, self._modules["qkv"])
+        call = self._call(self._project(kept), self._padding(x), is_eager())
         if ret_attn_mask:
             scored = reference.attend(call)
             return self._out(scored.out, call), *scored[1:]

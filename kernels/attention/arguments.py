@@ -53,7 +53,8 @@ class PaddingRows(NamedTuple):
 class Lists(NamedTuple):
     """Which tokens a kernel owns, and which ones of the other side it walks; -1 is padding.
 
-    Where a side is one region without padding there is no list of it: its tokens are the map's, as they lie.
+    Of a side that is walked whole there is no list, unless it has padding: its tokens are the map's, as they
+    lie. So it is with marks, and where every region attends to all.
 
     Attributes:
         region_list: tokens of every region that programs own: `(P, S)` int32 of queries; in dK/dV

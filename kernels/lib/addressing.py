@@ -1,10 +1,10 @@
 """Where tokens lie: the address arithmetic that kernels share.
 
 The attention kernels do not know where regions lie. They walk lists of token numbers (row-major positions in
-the map, -1 for padding), as paged attention walks page tables. Only `token_of` knows how a map is cut into
-regions. A list costs 4 bytes for each listed key and is shared by all heads. Without lists, the loop would
-have to compute the same numbers, which costs more (issue slots per score, forward, float16, tiles of
-128 x 128, 8 warps, compiled for sm_90):
+the map, -1 for padding), as paged attention walks page tables, or a whole map as it lies. A list costs 4
+bytes for each listed key and is shared by all heads. Without lists, the loop would have to compute the same
+numbers, which costs more (issue slots per score, forward, float16, tiles of 128 x 128, 8 warps, compiled for
+sm_90):
 
 | head size | with a list | computed in the loop | dense attention |
 |---|---|---|---|

@@ -26,8 +26,8 @@ from .graph import invert_graph_kernel, list_tokens_kernel, mark_choices_kernel
 
 ROUTED, MASKED, WHOLE, SMALL_MAP = "routed", "masked", "whole", "small_map"
 # A row of the inverse graph longer than this many times the mean is cut, so that one region chosen by all
-# does not stall the grid. The partial sums of cut rows take at most 2 / LONGEST_TO_MEAN of a float32 copy of
-# keys and values.
+# does not stall the grid; the mean counts the pairs of padding, too, which are in no row. The partial sums of
+# cut rows take at most 2 / LONGEST_TO_MEAN of a float32 copy of keys and values.
 LONGEST_TO_MEAN = 4
 BLOCK_ENTRIES, BLOCK_TOKENS, _BLOCK_PAIRS = 8, 32, 256
 # Key regions of a graph up to which the longest rows come first, so that no long one is begun last: on an

@@ -94,8 +94,7 @@ def _query_gradient(
 def _choosers(choices, image, region, topk, n_regions, grid, CONFIG: tl.constexpr):
     """Regions that chose `region`, in order, then zeros; how many; and the factor of each: (BLOCK_P,).
 
-    Without those whose queries are all padding. They hold the same and choose the same regions, whose rows
-    they would make the longest of all, for nothing.
+    Without those whose queries are all padding, as in the rows of `routing.graph`.
     """
     BLOCK_P: tl.constexpr = CONFIG.BLOCK_P
     key_region = tl.arange(0, BLOCK_P)

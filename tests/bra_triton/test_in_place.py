@@ -125,13 +125,23 @@ def test_in_a_compiled_graph(name, device):
     assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(actual, expected, strict=True))
 
 
-def _gradients_of_an_added_input(module, learns, changes=True, is_contiguous=True):
+# Ways in which an NHWC map lies in memory, of one that lies there as NCHW.
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "NCHW": lambda x: x,
+    "some channels": lambda x: torch.cat([x, x], -1).contiguous()[..., :12],
+    "one image of NCHW": lambda x: x[:1],
+    "some rows": lambda x: torch.cat([x, x], 1).contiguous()[:, :4],
+}
+
+
+def _gradients_of_an_added_input(module, learns, changes=True, layout="contiguous"):
     """Gradients, of `x += module(x)` or `x = x + module(x)`, of what `x` is made of and of the parameters."""
     leaf = torch.randn(2, 12, 4, 6, generator=torch.Generator().manual_seed(1)).requires_grad_(learns)
     leaf = leaf.to(next(module.parameters()).device)
     takes_nchw = isinstance(module, AuthorsNCHW | NCHWBiLevelRoutingAttention)
     x = 2 * (leaf if takes_nchw else leaf.permute(0, 2, 3, 1))
-    x = x.to(memory_format=torch.channels_last) if takes_nchw else x.contiguous() if is_contiguous else x
+    x = x.to(memory_format=torch.channels_last) if takes_nchw else LAYOUTS[layout](x)
     if changes:
         x += module(x)
     else:
@@ -156,7 +166,17 @@ def test_an_input_may_be_changed_in_training(backend, form, side, learns, device
 
     assert agrees(_gradients_of_an_added_input(original, learns))
     assert agrees(_gradients_of_an_added_input(module, learns))
-    assert agrees(_gradients_of_an_added_input(module, learns, is_contiguous=False))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_input_may_be_changed_however_it_lies_in_memory(layout, learns, device):
+    original = Original(12, 2, n_win=2, topk=2).to(device)
+    module = BiLevelRoutingAttention(12, 2, n_win=2, topk=2, backend="torch").to(device)
+    module.load_state_dict(original.state_dict())
+    expected = _gradients_of_an_added_input(original, learns, layout=layout)
+    actual = _gradients_of_an_added_input(module, learns, layout=layout)
+    assert all(torch.allclose(a, e, atol=1e-4) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -169,20 +189,26 @@ def test_an_input_may_be_changed_under_autocast(dtype, device):
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-def test_a_map_is_copied_for_nobody_who_could_not_change_it(device):
+def test_a_map_is_copied_only_if_the_projection_would_keep_it(device):
     """Each copy would cost time and memory for nothing."""
-    x = torch.randn(1, 4, 6, 12, device=device)
-    assert for_keeping(x) is not x
-    assert for_keeping(2 * x.requires_grad_()) is not x
-    assert for_keeping(x) is x  # a leaf that learns
+    layer, x = torch.nn.Linear(12, 36, device=device), torch.randn(1, 4, 6, 12, device=device)
+    assert for_keeping(x, layer) is not x
+    y = 2 * x.requires_grad_()
+    assert for_keeping(y, layer) is not y
+    assert for_keeping(x, layer) is x  # a leaf that learns
     across = (2 * x).transpose(1, 2)
-    assert for_keeping(across) is across
+    assert for_keeping(across, layer) is across
     with torch.no_grad():
-        of_inference = 2 * x
-        assert for_keeping(of_inference) is of_inference
-    to_be_cast = 2 * x
+        assert for_keeping(y, layer) is y
     with torch.autocast(device.type, torch.bfloat16):
-        assert for_keeping(to_be_cast) is to_be_cast
+        assert for_keeping(y, layer) is y
+    assert for_keeping(y, layer.requires_grad_(False)) is y
+
+
+def test_a_map_without_data_is_taken_with_gradients():
+    """Of which autocast knows nothing."""
+    module = BiLevelRoutingAttention(12, 2, n_win=2, topk=2).to("meta")
+    assert module(2 * torch.empty(1, 4, 6, 12, device="meta")).shape == (1, 4, 6, 12)
 
 
 @pytest.mark.parametrize("learns", [True, False])

@@ -75,6 +75,10 @@ def test_much_padding_is_warned_of_once_in_training(build, monkeypatch: pytest.M
     assert "With n_win: [5, 7] it would be 7%" in warnings[1]
     build(8, {"n_win": [5, 7]}).train()(torch.randn(1, 8, 10, 13))
     assert len(warnings) == 2
+    build(8, {"n_win": 7, "topk": 20}).train()(torch.randn(1, 8, 12, 12))
+    assert "With n_win: 6 it would be 0%" in warnings[2]  # not 4, which makes 16 regions
+    build(8, {"n_win": 3, "topk": 1}).train()(torch.randn(1, 8, 2, 2))
+    assert "Choose an n_win that divides it;" in warnings[3]  # 4 would pad more
 
 
 def test_an_advised_n_win_pads_little_at_every_size() -> None:

@@ -1,8 +1,8 @@
 """Token-to-token attention on the torch backend, in chunks of regions: memory is linear in the map.
 
-A chunk's routed keys and values are gathered, attended to and dropped; the backward gathers them again.
-Queries are read from their map, and outputs written to theirs, chunk by chunk. How large a chunk is depends
-on the device; see `chunks`.
+Where `masked` finds that to take less time, nothing is gathered. Else a chunk's routed keys and values are
+gathered, attended to and dropped; the backward gathers them again. Queries are read from their map, and
+outputs written to theirs, chunk by chunk. How large a chunk is depends on the device; see `chunks`.
 """
 
 import itertools

@@ -20,8 +20,9 @@ from .regions import sum_over_padding, whole_map
 # that their mask is no larger than a chunk, but one at least.
 MOST_MASKED = 2 * chunks.CHUNK_ELEMENTS
 # What gathering costs, in scores under a mask: for each region, for each of its keys, and for each key and
-# query. Fitted to float32 maps of 49 to 1600 tokens in regions of 1 to 36, on two cores of an x86 server. It
-# takes BiFormer's third stage for cheaper under a mask, and YOLO's P5 not; `bra-bench peers` has the times.
+# query. Fitted to float32 maps of 49 to 1600 tokens in regions of 1 to 36, on two cores of an x86 server;
+# near the boundary half precision and float64 may lose up to a fifth. BiFormer's third stage is found to be
+# cheaper under a mask, YOLO's P5 not; `bra-bench peers` has the times.
 _REGION, _KEY, _PAIR = 300, 32, 1.5
 
 
@@ -47,7 +48,11 @@ def is_cheaper_for(grid: RegionGrid, kv_grid: RegionGrid, topk: int) -> bool:
 
 
 def attend(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """As `attention.attend_routed`; None where something is not finite, maybe of a key not chosen."""
+    """As `attention.attend_routed`; None of no image, or where it cannot tell that the result is right.
+
+    That is where something is not finite, maybe of a key not chosen, which would reach all queries of its
+    head; and where some `lse` is 0.
+    """
     batch, height, width, _ = problem.query.shape
     out, lse = problem.query.new_empty(batch, height, width, problem.value.shape[-1]), []
     for images, mask, maps in _parts(problem):
@@ -67,7 +72,10 @@ def attend_backward(
     gradients: Gradients[Tensor],
 ) -> SmallGradients[Tensor] | None:
     """As `attention.attention_backward`; None where something is not finite, maybe of a key not chosen."""
-    kv_grid, padding = problem.kv_grid, None
+    kv_grid, padding = problem.kv_grid, problem.padding
+    if padding is not None:
+        zeros = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (padding.key, padding.value))
+        padding = Padding(*zeros)
     for images, mask, maps in _parts(problem):
         grad_rows, rows = (_heads(x[images], problem.num_heads) for x in (grad_out, out))
         statistic = lse[images].flatten(2)
@@ -81,11 +89,10 @@ def attend_backward(
         for target, grad in zip((gradients.key, gradients.value), of_keys_values, strict=True):
             whole = grad.unflatten(1, (kv_grid.rows * kv_grid.region_height, -1))
             target[images] = whole[:, : kv_grid.height, : kv_grid.width]
-            if problem.padding is not None:
+            if padding is not None:
                 sums.append(sum_over_padding(whole, kv_grid))
-        if sums:
-            before = padding or Padding(*map(torch.zeros_like, sums))
-            padding = Padding(before.key + sums[0], before.value + sums[1])
+        if padding is not None:
+            padding = Padding(padding.key + sums[0], padding.value + sums[1])
     return SmallGradients(None, padding)
 
 

@@ -75,7 +75,8 @@ def test_regions_that_are_padding_alone_walk_nothing():
     problem = Problem("", 1, 10, 10, 32, 1, 7, 16)
     tile = replace(code(), block_m=16, block_n=32, block_tail=16, num_warps=1)
     alive = 25 / 49
-    assert walk_of("attention_forward", tile, problem)[:3] == (49, 2 * alive, 0)
+    assert walk_of("attention_forward", tile, problem)[:3] == (25, 2, 0)
+    assert walk_of("small_map_forward", tile, problem)[:3] == (25, 2, 0)
     assert walk_of("key_value_gradient", replace(tile, block_n=16), problem)[:3] == (49, 4 * alive, 0)
     assert walk_of("small_map_backward", tile, problem)[:3] == (49, 2 * alive, 2 * alive)
     assert walk_of("attention_forward", tile, problem, masked=True)[:3] == (13, 6, 1)
