@@ -114,6 +114,22 @@ def test_what_is_masked():
 
 
 @pytest.mark.parametrize(
+    ("side", "n_win", "topk", "expected"),
+    [
+        (28, 7, 16, True),  # a third of the keys, in regions of 16 tokens
+        (20, 5, 4, False),  # a sixth of them
+        (14, 7, 4, True),  # a twelfth, in regions of 4
+        (28, 14, 16, False),  # a twelfth of more keys
+        (7, 7, 4, True),  # regions of a token
+        (40, 8, 63, False),  # nearly all: but the mask would be too large
+    ],
+)
+def test_which_sizes_are_masked(side, n_win, topk, expected):
+    grid = windows(side, side, n_win)
+    assert masked.is_cheaper_for(grid, grid, topk) == expected
+
+
+@pytest.mark.parametrize(
     "others",
     [
         {"distinct": False},  # a key that is chosen twice counts twice
