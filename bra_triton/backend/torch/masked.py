@@ -42,9 +42,8 @@ def is_cheaper_for(grid: RegionGrid, kv_grid: RegionGrid, topk: int) -> bool:
     """Whether to attend under a mask, of an attention of these sizes that can be."""
     queries, region_keys = grid.region_tokens, kv_grid.region_tokens
     keys, chosen = kv_grid.n_regions * region_keys, topk * region_keys
-    return grid.n_regions * queries * keys <= MOST_MASKED and queries * keys <= _REGION + chosen * (
-        _KEY + _PAIR * queries
-    )
+    fits = grid.n_regions * queries * keys <= MOST_MASKED
+    return fits and queries * keys <= _REGION + chosen * (_KEY + _PAIR * queries)
 
 
 def attend(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor] | None:
