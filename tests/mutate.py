@@ -56,7 +56,7 @@ TESTS = {
     "kernels/grid": "region_grid arguments",
     "kernels/": "plan plan_cache code_cache direct_launches packed_attention region_grid regional",
     "bra_triton/operators": "operators transforms torch_compile",
-    "bra_triton/backend/torch": "routed_attention routing pooling lepe diverged torch_on_nvidia",
+    "bra_triton/backend/torch": "routed_attention masked routing pooling lepe diverged torch_on_nvidia",
     "bra_triton/backend": "backends attention export",
     "bra_triton/modules": "nhwc nchw downsampling migration arguments",
     "bra_triton/biformer": "biformer",
