@@ -20,7 +20,7 @@ def for_keeping(x: Tensor, layer: Any) -> Tensor:
 
     It is `x` itself where the layer keeps nothing, or a copy that it makes anyway, for the map's strides or
     its dtype; where `x` is a leaf that learns, which autograd lets nobody change in place; and in a graph
-    that is recorded, inside of which nothing is changed in place.
+    that is recorded, whose every run would pay for the copy.
     """
     if not torch.is_grad_enabled() or not is_eager() or (x.requires_grad and x.is_leaf):
         return x
