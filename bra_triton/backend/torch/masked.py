@@ -82,8 +82,7 @@ def attend_backward(
         if not all(grad.isfinite().all() for grad in found):
             return None
         grad_query, *of_keys_values = (grad.transpose(1, 2).flatten(2) for grad in found)
-        part = gradients.query[images]
-        part.copy_(grad_query.view(part.shape))
+        gradients.query[images] = grad_query.unflatten(1, gradients.query.shape[1:3])
         sums = []
         for target, grad in zip((gradients.key, gradients.value), of_keys_values, strict=True):
             whole = grad.unflatten(1, (kv_grid.rows * kv_grid.region_height, -1))
@@ -122,6 +121,5 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 
 def _regions(grid: RegionGrid) -> Tensor:
     """The region of every token of a map with its padding, `(rows*h, columns*w)`."""
-    row = torch.arange(grid.rows * grid.region_height) // grid.region_height
-    column = torch.arange(grid.columns * grid.region_width) // grid.region_width
-    return row[:, None] * grid.columns + column
+    regions = torch.arange(grid.n_regions).view(grid.rows, grid.columns)
+    return regions.repeat_interleave(grid.region_height, 0).repeat_interleave(grid.region_width, 1)
