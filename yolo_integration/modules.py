@@ -98,7 +98,7 @@ def _warn_of_padding(height: int, width: int, rows: int, columns: int, topk: int
     """Warns once for every size; padding takes part in the softmax."""
     share = _share_of_padding(height, width, rows, columns)
     if share > MOST_PADDING:
-        better = advised_n_win(height, topk), advised_n_win(width, topk)
+        better = _advised_n_win(height, topk), _advised_n_win(width, topk)
         least, advice = _share_of_padding(height, width, *better), "Choose an n_win that divides it"
         if least < share:
             n_win = better[0] if better[0] == better[1] else list(better)
@@ -109,10 +109,10 @@ def _warn_of_padding(height: int, width: int, rows: int, columns: int, topk: int
         )
 
 
-def advised_n_win(side: int, topk: int = 1) -> int:
+def _advised_n_win(side: int, topk: int) -> int:
     """The number of regions along a map's side that pads it least; of equal ones that closest to `N_WIN`.
 
-    There are `topk` regions at least if the other side has as many, or 8 regions a side.
+    Left out are numbers that make fewer than `topk` regions of a map with as many along its other side.
     """
     enough = [n_win for n_win in ADVISED_N_WIN if n_win**2 >= topk] or ADVISED_N_WIN[-1:]
     return min(enough, key=lambda n_win: (-side % n_win, abs(n_win - N_WIN)))

@@ -83,9 +83,9 @@ def test_much_padding_is_warned_of_once_in_training(build, monkeypatch: pytest.M
 
 def test_an_advised_n_win_pads_little_at_every_size() -> None:
     sides = range(10, 41)  # of P5 at 320 to 1280 pixels
-    shares = [modules._share_of_padding(side, side, *[modules.advised_n_win(side)] * 2) for side in sides]
+    shares = [modules._share_of_padding(side, side, *[modules._advised_n_win(side, 1)] * 2) for side in sides]
     assert 0.1 < max(shares) < 0.16
-    assert [modules.advised_n_win(side) for side in (10, 12, 16, 20, 21, 24)] == [5, 4, 4, 5, 7, 4]
+    assert [modules._advised_n_win(side, 1) for side in (10, 12, 16, 20, 21, 24)] == [5, 4, 4, 5, 7, 4]
 
 
 def test_given_heads_are_kept() -> None:
