@@ -223,9 +223,10 @@ def render(rows: Sequence[Row], beside_dense: Sequence[BesideDense] = (), markdo
             "attention kernels, launches": [_names(row) | _launch_cells(row) for row in attention],
             "other kernels": [_occupies(row) | _other_cells(row) for row in here if row.cost is None],
         }
-        titled["attention kernels beside dense attention, batch 8, without LePE, predicted"] = [
-            _dense_cells(each) for each in beside_dense if each.arch == arch
-        ]
+        title = (
+            f"attention kernels beside dense attention, batch {_BATCH_BESIDE_DENSE}, without LePE, predicted"
+        )
+        titled[title] = [_dense_cells(each) for each in beside_dense if each.arch == arch]
         name = f"{arch} ({HARDWARE[arch].gpu})"
         parts += [table(f"{name}: {title}", cells, markdown) for title, cells in titled.items()]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -45,6 +45,11 @@ class Job(NamedTuple):
     key: Key  # of the largest size, for entries of all sizes: code does not depend on that
     tile: Tile
 
+    @classmethod
+    def of(cls, arch: str, key: Key, tile: Tile) -> "Job":
+        """What is to be compiled for an entry of any size."""
+        return cls(arch, replace(key, size=tiles.SIZES[-1]), tile)
+
     def __str__(self) -> str:
         key = self.key
         form = "" if key.form == PLAIN else f" {key.form}"
@@ -80,7 +85,7 @@ def jobs_of(keys: Iterable[Key], arch: str, stages: Sequence[int] = STAGES) -> l
     """All configurations worth compiling for these entries, each once."""
     return list(
         dict.fromkeys(
-            Job(arch, replace(key, size=tiles.SIZES[-1]), tile)
+            Job.of(arch, key, tile)
             for key in keys
             for num_stages in stages
             for tile in candidates(key.kernel, key.bits, key.head_dim, num_stages)
@@ -95,9 +100,9 @@ def jobs_of_forms(keys: Iterable[Key], arch: str, results: Results) -> list[Job]
     for key in keys:
         if key.form == PLAIN or rank(key, arch, results):
             continue
-        as_plain, by_tile = replace(key, form=PLAIN), {job.tile: job for job in jobs_of([key], arch)}
+        as_plain = replace(key, form=PLAIN)
         ranked = rank(as_plain, arch, results) or rank(as_plain, arch, results, spilling=True)[:FORM_BATCH]
-        forms = [by_tile[plain.tile] for plain in ranked]
+        forms = [Job.of(arch, key, plain.tile) for plain in ranked]
         jobs += [job for job in forms if job not in results][:FORM_BATCH]
     return list(dict.fromkeys(jobs))
 
