@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bra_triton.bench import measure, models
 from bra_triton.bench.console import conclude, count, parser_of, table, write_json
-from bra_triton.bench.peers import NAMES, Peer, dense_attention, peers_for
+from bra_triton.bench.peers import NAMES, Peer, peers_for
 from bra_triton.bench.problems import PROBLEMS, Problem
 
 INPUT_SETS = 4
@@ -31,7 +31,6 @@ FAILURES = ("refused", "error")
 COMPACT = ("fused", "dense")  # if only these are asked for, a row of them is a line
 # What the reference may hold in float64: 2 GiB of scores, and a few tensors as large.
 MOST_SCORES = 1 << 28
-ROWS_AT_ONCE = 1024  # of dense attention's queries in float64
 # Peers know no K/V down-sampling and no routing weights.
 CHOICES = [
     name for name, each in PROBLEMS.items() if each.kv_per_win is None and each.routing_weight == "none"
@@ -105,14 +104,12 @@ def measure_row(
 
 
 def definition(problem: Problem, padding: Tensor | None, is_dense: bool) -> Peer:
-    """What is held against float64 inputs: the einops reference, or dense attention in parts.
+    """What is held against float64 inputs: the einops reference or, for dense attention, one region's.
 
-    The reference's scores of the largest maps would fill the memory; there the torch backend serves, which
-    keeps none.
+    Where all scores would fill the memory the torch backend serves, which keeps none.
     """
     if is_dense:
-        attend = functools.partial(dense_attention, num_heads=problem.num_heads, rows=ROWS_AT_ONCE)
-        return Peer("dense attention", attend)
+        return peers_for(replace(problem, n_win=1, topk=1), "torch")["fused"]
     scores = replace(problem, batch=min(problem.batch, 2)).useful_scores
     exact = peers_for(problem, "torch", None if padding is None else padding.double())
     return exact["reference" if scores <= MOST_SCORES else "fused"]

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils.checkpoint import checkpoint
 
 from bra_triton import functional
 from bra_triton.backend.torch.regions import whole_map
@@ -71,19 +70,11 @@ def peers_for(problem: Problem, backend: str, padding: Tensor | None = None) -> 
     return peers
 
 
-def dense_attention(qkv: Tensor, num_heads: int, rows: int | None = None) -> Tensor:
-    """Every token to every token by PyTorch's fused kernels.
-
-    With `rows` so many rows of queries at a time, and twice: of float64 PyTorch would keep all scores.
-    """
+def dense_attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """Every token to every token by PyTorch's fused kernels."""
     query, key, value = rearrange(qkv, "n h w (t m c) -> t n m (h w) c", t=3, m=num_heads).unbind(0)
     # The modules' scale is of all heads together.
-    attend = functools.partial(F.scaled_dot_product_attention, scale=(qkv.shape[-1] // 3) ** -0.5)
-    if rows is None:
-        out = attend(query, key, value)
-    else:
-        parts = query.split(rows, 2)
-        out = torch.cat([checkpoint(attend, part, key, value, use_reentrant=False) for part in parts], 2)
+    out = F.scaled_dot_product_attention(query, key, value, scale=(qkv.shape[-1] // 3) ** -0.5)
     return rearrange(out, "n m (h w) c -> n h w (m c)", h=qkv.shape[1])
 
 
@@ -129,35 +120,24 @@ def compiled_flex_attention() -> Callable[..., Tensor]:
     return compiled
 
 
-def chosen_pairs(r_idx: Tensor) -> Tensor:
-    """Whether a region attends to another: `(N, P, P)`, bool."""
-    batch, n_regions, _ = r_idx.shape
-    return r_idx.new_zeros(batch, n_regions, n_regions, dtype=torch.bool).scatter_(2, r_idx, True)
+def block_mask(r_idx: Tensor, tokens: int) -> BlockMask:
+    """The routing as blocks that are skipped, masked, or attended to without looking at the mask.
 
+    The same as `create_block_mask` of its `mask_mod`, without evaluating that for every two tokens.
 
-def mask_of_regions(chosen: Tensor, tokens: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's `mask_mod` of `chosen_pairs`, for tokens in the order of their regions."""
+    Args:
+        r_idx: `(N, P, topk)`, int64.
+        tokens: in a region; they are in the order of their regions.
+    """
+    n_images, n_regions, _ = r_idx.shape
+    length = n_regions * tokens
+    chosen = r_idx.new_zeros(n_images, n_regions, n_regions, dtype=torch.bool).scatter_(2, r_idx, True)
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return chosen[batch, query // tokens, key // tokens]
 
-    return mask_mod
-
-
-def block_mask(r_idx: Tensor, tokens: int) -> BlockMask:
-    """The routing as blocks that are skipped, masked, or attended to without looking at the mask.
-
-    The same as `create_block_mask` of `mask_of_regions`, without evaluating the mask for every two tokens.
-
-    Args:
-        r_idx: `(N, P, topk)`, int64.
-        tokens: in a region.
-    """
-    chosen = chosen_pairs(r_idx)
-    length = r_idx.shape[1] * tokens
-    n_blocks = -(-length // BLOCK)
-    starts = torch.arange(n_blocks, device=r_idx.device)[:, None] * BLOCK
-    regions = torch.arange(r_idx.shape[1], device=r_idx.device) * tokens
+    starts = torch.arange(0, length, BLOCK, device=r_idx.device)[:, None]
+    regions = torch.arange(n_regions, device=r_idx.device) * tokens
     # Float32: sums of up to P**2 ones and zeros, exact.
     overlaps = ((regions < starts + BLOCK) & (regions + tokens > starts)).float()
     any_chosen = (overlaps @ chosen.float() @ overlaps.t()) > 0
@@ -169,7 +149,7 @@ def block_mask(r_idx: Tensor, tokens: int) -> BlockMask:
         *_listed(any_chosen & ~full),
         *_listed(full),
         BLOCK_SIZE=BLOCK,
-        mask_mod=mask_of_regions(chosen, tokens),
+        mask_mod=mask_mod,
         seq_lengths=(length, length),
     )
 
