@@ -38,7 +38,6 @@ CHOICES = [
 Inputs = tuple[Tensor, Tensor]  # the packed projection and the output's gradient
 Pass = Callable[[], dict[str, Tensor]]  # returns the output and, in training, the gradient
 Row = dict[str, Any]
-Save = Callable[[Row], object]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,12 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems = [PROBLEMS[name] for name in options.problem]
     for problem in [replace(each, batch=n) for each in problems for n in options.batch or [each.batch]]:
         repeats = 0 if options.check_only else options.repeats
-        row = measure_row(
-            *(problem, options.dtype, options.peers or NAMES, repeats),
-            save=lambda row: write_json(options.json, [*rows, row]),
-        )
+        row = measure_row(problem, options.dtype, options.peers or NAMES, repeats)
         print(line(row, is_first=not rows) if is_compact else report(row), flush=True)
         rows.append(row)
+        write_json(options.json, rows)
     if is_compact:
         print("", *(f"- {reason}" for row in rows for reason in reasons(row)), sep="\n")
     if options.check_only:
@@ -65,25 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return conclude([failure for row in rows for failure in wrong(row)], "FAILED")
 
 
-def measure_row(
-    problem: Problem, dtype: str, names: Sequence[str], repeats: int, save: Save = lambda row: None
-) -> Row:
-    """One row: the peers of a problem, checked and, unless `repeats` is 0, timed.
-
-    `save` gets the row again after every pass of a peer.
-    """
+def measure_row(problem: Problem, dtype: str, names: Sequence[str], repeats: int) -> Row:
+    """One row: the peers of a problem, checked and, unless `repeats` is 0, timed."""
     device = measure.default_device()
     torch.manual_seed(0)
     inputs = [make_inputs(problem, measure.DTYPES[dtype], device) for _ in range(INPUT_SETS)]
     padding = inputs[0][0].new_zeros(3 * problem.dim) if problem.grid.is_padded else None
     qkv, grad_out = (_outer_images(x).double() for x in inputs[0])
     row: Row = {
-        **{"problem": problem.name, "batch": problem.batch, "dtype": dtype, "device": device.type},
-        "sizes": str(problem),
-        "scores": {
-            "routed": problem.scores_of_tokens(problem.topk * problem.kv_grid.region_tokens),
-            "dense": problem.scores_of_tokens(problem.height * problem.width),
-        },
+        **{"problem": problem.name, "batch": problem.batch, "dtype": dtype, "sizes": str(problem)},
+        # Keys of a token, beside those that dense attention has.
+        "keys": problem.topk * problem.grid.region_tokens / (problem.height * problem.width),
         "versions": measure.circumstances(device),
         "peers": {},
     }
@@ -96,10 +85,8 @@ def measure_row(
     peers = peers_for(problem, "triton" if device.type == "cuda" else "torch", padding)
     for name in [name for name in peers if name in names]:
         expected = functools.partial(truth, name == "dense")
-        row["peers"][name] = {"includes": peers[name].includes}
-        for which in PASSES:
-            row["peers"][name][which] = _figures(peers[name], which, inputs, expected, repeats)
-            save(row)
+        figures = {which: _figures(peers[name], which, inputs, expected, repeats) for which in PASSES}
+        row["peers"][name] = {"includes": peers[name].includes, **figures}
     return row
 
 
@@ -170,7 +157,7 @@ def reasons(row: Row, counts: Callable[[str, str], bool] = lambda name, key: Tru
         for name, peer in row["peers"].items()
         for which in PASSES
         for key in FAILURES
-        if key in peer.get(which, {}) and counts(name, key)
+        if key in peer[which] and counts(name, key)
     ]
 
 
@@ -204,9 +191,9 @@ def line(row: Row, is_first: bool) -> str:
 
 
 def _cells(name: str, which: str, row: Row) -> dict[str, object]:
-    figures, scores = row["peers"][name][which], row["scores"]
+    figures = row["peers"][name][which]
     work, fused, dense = (_seconds(peer, which, row) for peer in (name, "fused", "dense"))
-    rate = scores["dense" if name == "dense" else "routed"] / work / (scores["dense"] / dense)
+    rate = (1 if name == "dense" else row["keys"]) * dense / work
     call, peak = (figures.get(key, math.nan) for key in ("call_seconds", "peak_bytes"))
     shown = {
         "work": _work(name, which, row, 1e3, 3),
@@ -220,15 +207,16 @@ def _cells(name: str, which: str, row: Row) -> dict[str, object]:
 
 def _seconds(name: str, which: str, row: Row) -> float:
     """The work of a peer's pass; NaN where it was not timed."""
-    return float(row["peers"].get(name, {}).get(which, {}).get("work_seconds", math.nan))
+    figures = row["peers"][name][which] if name in row["peers"] else {}
+    return float(figures.get("work_seconds", math.nan))
 
 
 def _work(name: str, which: str, row: Row, factor: float, digits: int) -> str:
     """The same as text, or why there is none, in a word."""
-    figures = row["peers"].get(name, {}).get(which, {})
+    figures = row["peers"][name][which]
     if "work_seconds" in figures:
         return f"{factor * figures['work_seconds']:.{digits}f}"
-    return next((key for key in (*FAILURES, "checked") if key in figures), "not run")
+    return next(key for key in (*FAILURES, "checked") if key in figures)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

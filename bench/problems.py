@@ -67,10 +67,6 @@ class Problem:
         pairs = self.grid.region_tokens * self.topk * self.kv_grid.region_tokens
         return self.batch * self.num_heads * self.grid.n_regions * pairs
 
-    def scores_of_tokens(self, keys: int) -> int:
-        """Scores of the map's own tokens, not of padding, with so many keys each, in all heads."""
-        return self.batch * self.num_heads * self.height * self.width * keys
-
     @property
     def settings(self) -> Settings:
         """The numbers, as the kernels take them; raises ValueError where they do not fit each other."""

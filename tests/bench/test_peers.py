@@ -124,9 +124,8 @@ class TestBenchmark:
         times = {"fused": 2.0, "dense": 4.0}
         figures = {name: {"work_seconds": t, "call_seconds": t, "peak_bytes": 1} for name, t in times.items()}
         peers_of_row = {name: dict.fromkeys(peer_times.PASSES, one) for name, one in figures.items()}
-        scores = {"routed": PADDED.scores_of_tokens(18), "dense": PADDED.scores_of_tokens(64)}
-        assert scores == {"routed": 2 * 2 * 64 * 18, "dense": 2 * 2 * 64 * 64}
-        row = {"peers": peers_of_row, "scores": scores}
+        row = peer_times.measure_row(PADDED, "float32", [], 0)
+        row["peers"] = peers_of_row
         rates = {name: peer_times._cells(name, "training", row)["training: rate"] for name in times}
         assert rates == {"fused": f"{18 / 64 * 4 / 2:.2f}", "dense": "1.00"}
 
