@@ -1,15 +1,17 @@
 """The kernel report: what every kernel costs as it is shipped. Needs no GPU.
 
 All of it is compiled and counted, or predicted from those counts (`machine_code/cost_model.py`); nothing is
-measured. The exit status is 1 when a target is missed, when a shipped configuration does not compile, or when
-one spills in float16 on sm_80 or sm_90.
+measured. The exit status is 1 when a target is missed, or when a shipped configuration spills in float16 on
+sm_80 or sm_90. It stops at one that does not compile.
 """
 
 import argparse
 import math
 import os
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -61,8 +63,7 @@ MB: what a launch's arrays hold, each once (one that reads a part of a packed ma
 kernel without scratch; memory us: the time of those bytes. code, of other kernels: all their instructions."""
 
 
-@dataclass(frozen=True)
-class BesideDense:
+class BesideDense(NamedTuple):
     """A pass's attention kernels beside those of dense attention, without LePE; seconds, predicted."""
 
     problem: Problem
@@ -90,18 +91,16 @@ class BesideDense:
         return [f"{where}: {self.ratio:.2f} times as long as dense attention, target {self.target}"]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One kernel of one problem on one architecture."""
 
     problem: Problem
     dtype: str
     arch: str
     kernel: str
-    programs: int = 1  # thread blocks of the launch
-    bytes_of_arguments: int = 0
-    analysis: Analysis | None = None  # its counts; None when it does not compile
-    error: str | None = None  # the compiler's, when it does not compile
+    programs: int  # thread blocks of the launch
+    bytes_of_arguments: int
+    analysis: Analysis
     cost: Cost | None = None  # prediction, for attention kernels
 
     @property
@@ -118,41 +117,35 @@ class Row:
     @property
     def target(self) -> float | None:
         """The most issue slots per score that its loop may take; None where no target is set."""
-        problem = self.problem
-        large = problem.grid.region_tokens >= TARGET_REGION_TOKENS and self.dtype == "float16"
-        plain = problem.routing_weight == "none" and problem.kv_per_win is None
-        by_head = TARGETS.get((self.kernel, self.arch), {}) if plain and large else {}
-        return by_head.get(problem.head_dim)
+        large = self.problem.grid.region_tokens >= TARGET_REGION_TOKENS and self.dtype == "float16"
+        by_head = TARGETS.get((self.kernel, self.arch), {}) if self.problem.is_plain and large else {}
+        return by_head.get(self.problem.head_dim)
 
     @property
     def failures(self) -> list[str]:
         """What makes the report fail, in words."""
-        where = f"{self.problem.name}, {self.arch}, {self.kernel}"
-        if self.analysis is None:
-            return [f"{where}: does not compile: {self.error}"]
         found, spills = [], self.analysis.usage.spills
         if spills and self.dtype == "float16" and self.arch in CHECKED_ARCHITECTURES:
-            found.append(f"{where}: {spills} instructions spill")
-        if self.target is not None and self.analysis.slots_per_score > self.target:
-            slots = self.analysis.slots_per_score
-            found.append(f"{where}: {slots:.2f} issue slots per score, target {self.target}")
-        return found
+            found.append(f"{spills} instructions spill")
+        if self.target is not None and (slots := self.analysis.slots_per_score) > self.target:
+            found.append(f"{slots:.2f} issue slots per score, target {self.target}")
+        return [f"{self.problem.name}, {self.arch}, {self.kernel}: {each}" for each in found]
 
 
 def shipped(problem: Problem, dtype: torch.dtype, arch: str) -> list[Launch]:
     """What a forward and backward of a problem launches on an architecture, every kernel once."""
     with tiles.use_architecture(arch):
-        launched = record_attention(problem, dtype)
-    found: dict[str, Launch] = {}
-    for launch in launched:
-        found.setdefault(variant(launch), launch)
-    return list(found.values())
+        return list({variant(launch): launch for launch in record_attention(problem, dtype)}.values())
 
 
 def collect(
     problems: Sequence[Problem], architectures: Sequence[str], dtype: str = "float16", workers: int = 1
 ) -> list[Row]:
-    """Compiles what the problems launch, in so many processes."""
+    """Compiles what the problems launch, in so many processes.
+
+    Raises:
+        RuntimeError: something does not compile.
+    """
     launched = [
         (problem, arch, launch)
         for arch in architectures
@@ -169,16 +162,15 @@ def collect(
 
 
 def _row(problem: Problem, dtype: str, arch: str, launch: Launch, result: Result) -> Row:
-    kernel, is_attention = launches.kernel_name(launch), isinstance(result, Analysis) and bool(result.loop)
-    n_bytes = launches.bytes_of_arguments(launch, scratch=not is_attention)
-    sizes = (problem, dtype, arch, kernel, math.prod(launch.grid), n_bytes)
+    kernel, cost = launches.kernel_name(launch), None
     if isinstance(result, Exception):
-        return Row(*sizes, error=str(result))
-    if not is_attention:
-        return Row(*sizes, result)
-    # Under a mask, which some attention kernels have, every query meets all keys.
-    element_bytes, masked = DTYPES[dtype].itemsize, launches.arguments_of(launch).get("marks") is not None
-    return Row(*sizes, result, cost=predict(kernel, result, problem, HARDWARE[arch], element_bytes, masked))
+        raise RuntimeError(f"{problem.name}, {arch}, {kernel} does not compile: {result}")
+    if result.loop:
+        # Under a mask, which some attention kernels have, every query meets all keys.
+        masked = launches.arguments_of(launch).get("marks") is not None
+        cost = predict(kernel, result, problem, HARDWARE[arch], DTYPES[dtype].itemsize, masked)
+    n_bytes = launches.bytes_of_arguments(launch, scratch=cost is None)
+    return Row(problem, dtype, arch, kernel, math.prod(launch.grid), n_bytes, result, cost)
 
 
 def compare_with_dense(
@@ -188,27 +180,19 @@ def compare_with_dense(
 
     Dense attention is the package's own to a single region, which is the map as it lies.
     """
-    plain = [p for p in problems if p.routing_weight == "none" and p.kv_per_win is None]
+    plain = [problem for problem in problems if problem.is_plain]
     alone = [replace(p, batch=_BATCH_BESIDE_DENSE, side_dwconv=0) for p in plain]
     dense = [replace(p, n_win=1, topk=1) for p in alone]
-    rows = collect(list(dict.fromkeys([*alone, *dense])), architectures, dtype, workers)
-
-    def seconds(problem: Problem, arch: str, direction: str) -> float:
-        is_forward = direction == "forward"
-        return sum(
-            row.bounds[row.binding]
-            for row in rows
-            if (row.problem, row.arch) == (problem, arch)
-            and row.cost
-            and ("forward" in row.kernel) == is_forward
-        )
-
+    seconds: defaultdict[tuple[Problem, str, str], float] = defaultdict(float)
+    for row in collect(list(dict.fromkeys([*alone, *dense])), architectures, dtype, workers):
+        if row.cost:
+            direction = "forward" if "forward" in row.kernel else "backward"
+            seconds[row.problem, row.arch, direction] += row.bounds[row.binding]
     return [
-        BesideDense(problem, arch, direction, seconds(routed, arch, direction), dense_seconds)
+        BesideDense(problem, arch, direction, *(seconds[each, arch, direction] for each in (routed, whole)))
         for arch in architectures
         for problem, routed, whole in zip(plain, alone, dense, strict=True)
         for direction in ("forward", "backward")
-        if (dense_seconds := seconds(whole, arch, direction))  # what does not compile is told of by its row
     ]
 
 
@@ -216,7 +200,7 @@ def render(rows: Sequence[Row], beside_dense: Sequence[BesideDense] = (), markdo
     """The whole report, of any number of architectures, as text or Markdown."""
     parts = [_NOTES]
     for arch in dict.fromkeys(row.arch for row in rows):
-        here = [row for row in rows if row.arch == arch and row.analysis is not None]
+        here = [row for row in rows if row.arch == arch]
         attention = [row for row in here if row.cost is not None]
         titled = {
             "attention kernels, loops": [_occupies(row) | _loop_cells(row) for row in attention],
@@ -238,7 +222,6 @@ def _names(row: Row) -> dict[str, object]:
 
 def _occupies(row: Row) -> dict[str, object]:
     """What a kernel's thread blocks take of a multiprocessor."""
-    assert row.analysis is not None
     code, usage = row.analysis, row.analysis.usage
     tile = {"M x N, warps": f"{code.block_m}x{code.block_n}, {code.num_warps}"} if row.cost else {}
     return {
@@ -253,7 +236,6 @@ def _occupies(row: Row) -> dict[str, object]:
 
 def _loop_cells(row: Row) -> dict[str, object]:
     code = row.analysis
-    assert code is not None
     assert code.loop is not None
     counts = code.loop.counts
     return {
@@ -280,7 +262,6 @@ def _launch_cells(row: Row) -> dict[str, object]:
 
 
 def _other_cells(row: Row) -> dict[str, object]:
-    assert row.analysis is not None
     return {
         "code": sum(mix.total for mix in (row.analysis.taps, row.analysis.rest) if mix is not None),
         "programs": row.programs,

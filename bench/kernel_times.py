@@ -45,7 +45,7 @@ def compare(row: kernel_report.Row, times: Sequence[float]) -> dict[str, Any]:
     return {
         "problem": row.problem.name,
         "kernel": row.kernel,
-        "tile": f"{code.block_m}x{code.block_n}, {code.num_warps}" if code and code.loop else "",
+        "tile": f"{code.block_m}x{code.block_n}, {code.num_warps}" if code.loop else "",
         "measured us": measured and round(1e6 * measured, 2),
         "predicted us": round(1e6 * predicted, 2),
         "binds": row.binding,

@@ -31,10 +31,7 @@ FAILURES = ("refused", "error")
 COMPACT = ("fused", "dense")  # if only these are asked for, a row of them is a line
 # What the reference may hold in float64: 2 GiB of scores, and a few tensors as large.
 MOST_SCORES = 1 << 28
-# Peers know no K/V down-sampling and no routing weights.
-CHOICES = [
-    name for name, each in PROBLEMS.items() if each.kv_per_win is None and each.routing_weight == "none"
-]
+CHOICES = [name for name, problem in PROBLEMS.items() if problem.is_plain]  # peers know no other
 Inputs = tuple[Tensor, Tensor]  # the packed projection and the output's gradient
 Pass = Callable[[], dict[str, Tensor]]  # returns the output and, in training, the gradient
 Row = dict[str, Any]

@@ -42,9 +42,10 @@ def peers_for(problem: Problem, backend: str, padding: Tensor | None = None) -> 
     """The peers by name; beside the fused backend `"triton"` that of `"torch"` is one.
 
     `padding` is `(3*dim,)`, what tokens past the map's edge hold, where regions do not divide it. The problem
-    has no routing weight and no K/V down-sampling.
+    is plain, and its queries are as wide as its values.
     """
-    assert (problem.qk_dim, problem.routing_weight, problem.kv_per_win) == (problem.dim, "none", None)
+    assert problem.is_plain
+    assert problem.qk_dim == problem.dim
     ours = functools.partial(
         functional.bi_level_routing_attention,
         num_heads=problem.num_heads,

@@ -52,6 +52,11 @@ class Problem:
         return self.qk_dim // self.num_heads
 
     @property
+    def is_plain(self) -> bool:
+        """Whether there is neither a routing weight nor down-sampling of keys and values."""
+        return self.routing_weight == "none" and self.kv_per_win is None
+
+    @property
     def grid(self) -> RegionGrid:
         """Regions of the queries."""
         return RegionGrid.of_windows(self.height, self.width, self.n_win)

@@ -1,7 +1,6 @@
 """Measured times beside predicted ones: the arithmetic; the measuring itself needs a GPU."""
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +23,7 @@ def test_the_command_prints_every_kernel_and_fails_for_one_that_was_not_seen(
     seen, monkeypatch, tmp_path, capsys
 ):
     problem = PROBLEMS["yolo_p3"]
-    rows = [replace(row(1e-6, name), problem=problem) for name in ("route", "invert_graph")]
+    rows = [row(1e-6, name)._replace(problem=problem) for name in ("route", "invert_graph")]
     times = {"route": [2e-6], **({"invert_graph": [1e-6]} if seen else {})}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(kernel_times.tiles, "architecture_of", lambda device: "sm_90")
