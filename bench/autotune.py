@@ -30,10 +30,9 @@ import torch
 
 from bra_triton.bench.console import count
 from bra_triton.bench.machine_code.hardware import HARDWARE
-from bra_triton.bench.measure import DTYPES, default_device
+from bra_triton.bench.measure import DTYPES
 from bra_triton.bench.problems import MODELS, Problem
 from bra_triton.bench.tuning import prediction, timing
-from bra_triton.bench.tuning.search_space import DEEP_STAGES, EXP_SHARE
 from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import cache as tile_cache
 from bra_triton.kernels.tiles import table as tile_table
@@ -48,13 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for arch in args.arch:
             predict(args, arch)
         return 0
-    if not (torch.cuda.is_available() or args.dry_run):
-        parser.error("there is no GPU; --arch predicts without one, --dry-run lists what would be timed")
     try:
         problems = _problems(args)
     except ValueError as error:
         parser.error(str(error))
-    (list_trials if args.dry_run else measure)(args, problems, default_device())
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU; --arch predicts without one")
+    measure(args, problems, torch.device("cuda"))
     return 0
 
 
@@ -63,10 +62,6 @@ def predict(args: argparse.Namespace, arch: str) -> None:
     bits = sorted({8 * DTYPES[name].itemsize for name in args.dtype})
     sizes = itertools.product(args.kernel, bits, args.head_dim, tiles.SIZES, tiles.FORMS)
     keys = [Key(*each) for each in sizes]
-    if args.dry_run:
-        plain = [key for key in keys if key.form == tiles.PLAIN]
-        print(*prediction.jobs_of(plain, arch, prediction.STAGES[:1]), sep="\n")
-        return
     table, spilling = prediction.predict_table(keys, arch, args.workers)
     for key in keys:
         entry = table.entries[key]
@@ -123,16 +118,6 @@ def _keep(card: str, found: dict[Key, Entry]) -> None:
         tile_cache.update(card, found)
 
 
-def list_trials(args: argparse.Namespace, problems: Sequence[Problem], device: torch.device) -> None:
-    """Prints what `measure` would time."""
-    for name in args.dtype:
-        print(*timing.trials(problems, DTYPES[name], args.kernel, device, args.refine), sep="\n")
-    print(
-        "then the fastest of each: forward with LePE apart; forward and dQ, half precision, with "
-        f"1/{EXP_SHARE} of the exponentials by multiply-adds; all with {DEEP_STAGES} stages"
-    )
-
-
 def _write_table(table: Table, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tile_cache.write_whole(folder / f"{table.arch}.json", tile_table.format_table(table))
@@ -166,10 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--dtype", nargs="+", choices=DTYPES, default=["float16"], help="float16 also serves bfloat16")
     add("--kernel", nargs="+", choices=tiles.KERNELS, default=list(tiles.KERNELS))
-    add("--dry-run", action="store_true", help="list what would be tried, and stop")
     shipped = Path(tile_table.__file__).parent / "tuned"
     add("--output", type=Path, default=shipped, help="folder of the tables that --arch and --save write")
-
     add("--workers", type=count, default=os.cpu_count() or 1, help="processes that compile")
 
     timed = parser.add_argument_group("on a GPU").add_argument

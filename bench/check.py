@@ -83,7 +83,6 @@ REHEARSED = {
     "small-maps": _peers(60, ("tiny tiny_padded", "--batch 1 2 --peers fused dense --repeats 1")),
     "peers": _peers(60, ("tiny_padded", "--peers fused reference gather dense --repeats 1")),
     "host": Part(60, ["bra-bench host --form identity --phase 'no grad' --repeats 1"]),
-    "tiles": Part(60, ["bra-autotune --refine --dry-run"]),
     "suite": Part(240),
 }
 TABLES = {"cuda": PARTS, "cpu": REHEARSED}

@@ -50,11 +50,6 @@ class Job(NamedTuple):
         """What is to be compiled for an entry of any size."""
         return cls(arch, replace(key, size=tiles.SIZES[-1]), tile)
 
-    def __str__(self) -> str:
-        key = self.key
-        form = "" if key.form == PLAIN else f" {key.form}"
-        return f"{self.arch} {key.kernel} fp{key.bits} head {key.head_dim} {self.tile}{form}"
-
 
 class Ranked(NamedTuple):
     """One configuration of a size class: with which cost it competes, and what it is predicted to cost."""
@@ -112,7 +107,7 @@ def compile_all(jobs: Sequence[Job], results: Results, workers: int) -> None:
     todo = {job: (launch_of(job), job.arch) for job in jobs}
     for done, (job, result) in enumerate(each(analyse, todo, workers), 1):
         results[job] = result
-        progress(done, len(jobs), str(job))
+        progress(done, len(jobs), f"{job.arch} {job.tile} {job.key}")
 
 
 def launch_of(job: Job) -> Launch:

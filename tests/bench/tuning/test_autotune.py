@@ -40,32 +40,13 @@ def test_problems_are_of_their_size_class():
             assert Key.of(tiles.FORWARD, 16, 32, problem.grid.region_tokens).size == size
 
 
-def test_a_dry_run_lists_and_writes_nothing(capsys, tmp_path):
-    assert autotune.main([*TINY, "--dry-run"]) == 0
-    *lines, then = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(set(lines))
-    assert then.startswith("then the fastest of each")
-    for kernel in KERNELS:
-        used = tiles.choose(kernel, torch.float16, 16, 4, torch.device("cpu"))
-        assert f"1x2x2x16 heads 1 n_win 1 topk 1 float16 {kernel} {used}" in lines
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_dry_run_of_a_prediction(capsys, tmp_path):
-    argv = ["--arch", "sm_90", "--kernel", "forward", "--head-dim", "32", "--dry-run"]
-    assert autotune.main(argv) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"sm_90 forward fp16 head 32 {tile}" for tile in candidates("forward", 16, 32)]
-    assert not (tmp_path / "cache").exists()
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--shape", "1x4x4x16", "--dry-run"], "--shape needs --num-heads, --n-win, --topk"),
-        ([*TINY[:3], "3", *TINY[4:], "--dry-run"], "dim must be a multiple of num_heads=3, got 16"),
-        ([*TINY[:-1], "2", "--dry-run"], "topk must be at most the number of regions, 1 for n_win=1, got 2"),
-        (["--shape", "4x4x16", "--dry-run"], "NxHxWxDIM"),
+        (["--shape", "1x4x4x16"], "--shape needs --num-heads, --n-win, --topk"),
+        ([*TINY[:3], "3", *TINY[4:]], "dim must be a multiple of num_heads=3, got 16"),
+        ([*TINY[:-1], "2"], "topk must be at most the number of regions, 1 for n_win=1, got 2"),
+        (["--shape", "4x4x16"], "NxHxWxDIM"),
         (["--dtype", "float64"], "float64"),
     ],
 )
