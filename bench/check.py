@@ -3,10 +3,10 @@
 Needs PyTorch, Triton, einops and pytest, and this working tree; nothing is installed or downloaded. Where the
 tree is a copy without git, `BRA_TRITON_COMMIT` says of which commit, and the report repeats it.
 
-1. Beside each other: every mode in float32, float16 and bfloat16 against the float64 reference, for the same
-   bits in every run, in CUDA graphs, and for host synchronisation (`tests/gpu`, a process a mode); and every
-   peer that is to be timed against the definition, which compiles it, too.
-2. The measurements one after the other, in the order of `--parts`, each command in a process of its own.
+First, beside each other: every mode in float32, float16 and bfloat16 against the float64 reference, for the
+same bits in every run, in CUDA graphs, and for host synchronisation (`tests/gpu`, a process a mode); and
+every peer that is to be timed against the definition, which compiles it, too. Then the measurements, one
+after the other, in the order of `--parts`.
 
 Whatever fails, hangs or dies is reported and the rest goes on. The folder of results holds `report.md`,
 `results.json` and the log of every process; the first two are complete at any moment, and hold everything.
@@ -75,7 +75,6 @@ PARTS = {
     # Apart from the other peers: every process traces it anew, which takes longer than to time all others.
     "flex": _peers(150, (MAPS, f"--batch 8 {FLEX}"), ("high_resolution", f"--batch 4 {FLEX}")),
     "models": Part(150, ["bra-bench models --amp --batch 8"], needs="ultralytics"),
-    "suite": Part(240),
 }
 # What runs without a GPU, on maps of a few tokens.
 REHEARSED = {
@@ -83,10 +82,9 @@ REHEARSED = {
     "small-maps": _peers(60, ("tiny tiny_padded", "--batch 1 2 --peers fused dense --repeats 1")),
     "peers": _peers(60, ("tiny_padded", "--peers fused reference gather dense --repeats 1")),
     "host": Part(60, ["bra-bench host --form identity --phase 'no grad' --repeats 1"]),
-    "suite": Part(240),
 }
 TABLES = {"cuda": PARTS, "cpu": REHEARSED}
-BESIDE = CHECKS, SUITE = "checks", "suite"  # their commands run beside each other, and have to finish
+CHECKS = "checks"  # a part whose commands run beside each other, and have to finish
 CHECKS_LIMIT, CHECKS_SHARE = 240.0, 0.7  # seconds; of the budget, lest a check that hangs takes all of it
 # How the names of checks begin, in their order. Modes come first: every measurement checks what it times, but
 # nothing else checks them, and on an H100, with little time left, three were not reached. Of the rest those
@@ -113,13 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = plan_of(options, out)
     checks_limit = min(CHECKS_LIMIT, CHECKS_SHARE * options.budget_seconds)
 
-    def save() -> dict[str, Any]:
+    def save() -> None:
         found = {job.name: _record(part, job) for part, planned in plan.items() for job in planned}
         results = {"versions": versions, "notes": options.notes, "jobs": found}
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "results.json", results)
         (out / "report.md").write_text(markdown(results))
-        return results
 
     print(measure.on_one_line(versions), flush=True)
     # What was started ends with this process, too, when `timeout` or a user stops it.
@@ -129,13 +126,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             save()
             limit = checks_limit if part == CHECKS else TABLES[options.device][part].limit
             deadline = min(start + options.budget_seconds, time.monotonic() + limit)
-            workers = options.workers if part in BESIDE else 1
+            workers = options.workers if part == CHECKS else 1
             for job in jobs.run_all(planned, workers, deadline, ROOT, _environment(part, options, out)):
                 save()
                 print(f"[{time.monotonic() - start:4.0f} s] {job.name}: {job.status}", flush=True)
     finally:
         signal.signal(signal.SIGTERM, handler)
-    bad = is_failed(save())
+    save()
+    bad = any(
+        job.status == jobs.FAILED or (part == CHECKS and job.status != jobs.PASSED)
+        for part, planned in plan.items()
+        for job in planned
+    )
     print((out / "report.md").read_text())
     print(f"{'FAILED' if bad else 'passed'}: {out / 'report.md'}, {time.monotonic() - start:.0f} s")
     return int(bad)
@@ -147,7 +149,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="folder (default: runs/bench/results/CARD-DATE)")
     add("--budget-seconds", type=float, default=840.0, help="of the whole (default: 840)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, tiny and interpreted")
-    add("--parts", nargs="+", choices=PARTS, help="in this order (default: all but suite)")
+    add("--parts", nargs="+", choices=PARTS, help="in this order (default: all)")
     workers = max(1, min(14, (os.cpu_count() or 1) - 2))  # each has a context on the GPU, of half a GiB
     add("--workers", type=count, default=workers, help="checks beside each other")
     options = parser.parse_args(arguments)
@@ -156,19 +158,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here; --device cpu rehearses without one")
     options.out = options.out and options.out.resolve()
-    chosen = options.parts or [name for name in PARTS if name != SUITE]
-    why_not = {name: _why_not(name, options.device) for name in chosen}
-    options.notes = [f"{name} was left out: {reason}" for name, reason in why_not.items() if reason]
-    options.parts = [name for name, reason in why_not.items() if not reason]
+    chosen, options.parts, options.notes = options.parts or PARTS, [], []
+    for name in chosen:
+        package = PARTS[name].needs
+        if name not in TABLES[options.device]:
+            options.notes.append(f"{name} was left out: it needs a GPU")
+        elif package and importlib.util.find_spec(package) is None:
+            options.notes.append(f"{name} was left out: no {package} here")
+        else:
+            options.parts.append(name)
     return options
-
-
-def _why_not(part: str, device: str) -> str:
-    """Why a part cannot run here; empty if it can."""
-    if part not in TABLES[device]:
-        return "it needs a GPU"
-    package = PARTS[part].needs
-    return f"no {package} here" if package and importlib.util.find_spec(package) is None else ""
 
 
 def plan_of(options: argparse.Namespace, out: Path) -> dict[str, list[Job]]:
@@ -182,23 +181,14 @@ def plan_of(options: argparse.Namespace, out: Path) -> dict[str, list[Job]]:
         # The interpreter leaves some modes out, and what compiles is left out where the interpreter runs.
         passes = (0, NO_TESTS) if options.device == "cpu" else (0,)
         modes = GPU_TESTS / "test_modes.py"
-        plan[CHECKS] += _files(out, sorted({*GPU_TESTS.glob("test_*.py")} - {modes}), passes)
+        for file in sorted({*GPU_TESTS.glob("test_*.py")} - {modes}):
+            name = f"file {file.parent.name}/{file.stem}"
+            # What is marked `compiled` needs no GPU, and `make test` runs it.
+            plan[CHECKS].append(_job(out, name, f"pytest -m 'not compiled' {file}", passes))
         for mode in all_modes():
             plan[CHECKS].append(_job(out, f"mode {mode}", f"pytest -k '[{mode}-' {modes}", passes))
     plan[CHECKS].sort(key=lambda job: [not job.name.startswith(name) for name in ORDER_OF_CHECKS])
-    if SUITE in parts:
-        folders = (ROOT / "tests" / name for name in ("kernels", "bra_triton"))
-        files = sorted(file for folder in folders for file in folder.glob("test_*.py"))
-        plan[SUITE] = _files(out, files, (0, NO_TESTS))
     return plan
-
-
-def _files(out: Path, files: Sequence[Path], passes: Sequence[int]) -> list[Job]:
-    """A job for each file of tests; what is marked `compiled` needs no GPU, and `make test` runs it."""
-    return [
-        _job(out, f"file {file.parent.name}/{file.stem}", f"pytest -m 'not compiled' {file}", passes)
-        for file in files
-    ]
 
 
 def all_modes() -> list[str]:
@@ -230,11 +220,11 @@ def _environment(part: str, options: argparse.Namespace, out: Path) -> dict[str,
         # The tiles that are shipped, not those that a tuner kept for this user.
         "BRA_TRITON_CACHE": str(out / "tiles" / part),
     }
-    if part in BESIDE:
+    if part == CHECKS:
         environment["OMP_NUM_THREADS"] = "1"
     if options.device == "cpu":
         # The tests' kernels are interpreted; `host` launches compiled ones, by a stand-in for the driver.
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1" if part in BESIDE else "0"}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1" if part == CHECKS else "0"}
     return environment
 
 
@@ -242,24 +232,12 @@ def _record(part: str, job: Job) -> dict[str, Any]:
     """What `results.json` has of a job; of a measurement what it printed, too, and its numbers."""
     shown = ("name", "status", "seconds", "says", "failures")
     found = {"part": part, "command": job.text, **{name: getattr(job, name) for name in shown}}
-    if part not in BESIDE:
+    if part != CHECKS:
         found["output"] = job.printed[-MOST_OUTPUT:]
         # Of a command that was ended while it wrote them, there are none.
         with contextlib.suppress(OSError, ValueError):
             found["numbers"] = json.loads(job.log.with_suffix(".json").read_text())
     return found
-
-
-def is_failed(results: Mapping[str, Any]) -> bool:
-    """Whether a command failed, or a check did not finish."""
-    return any(
-        job["status"] == jobs.FAILED or (job["part"] in BESIDE and job["status"] != jobs.PASSED)
-        for job in results["jobs"].values()
-    )
-
-
-def _on_one_line(text: str) -> str:
-    return " ".join(text.split()).replace("`", "'")[-500:]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -272,7 +250,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     columns = ("part", "name", "status", "seconds", "says")
     cells = [{name: str(job[name]).replace("|", "/") for name in columns} for job in found]
     lines += ["", table("Commands", cells, markdown=True), ""]
-    whys = [f"- {job['name']}: `{_on_one_line(why)}`" for job in found for why in job["failures"]]
+    whys = [f"- {job['name']}: `{why}`" for job in found for why in job["failures"]]
     if whys:
         lines += ["## Failures", "", *whys, ""]
     for job in found:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PASSED, FAILED, NOT_FINISHED = "passed", "failed", "not finished"
-LOG_TAIL = 2000
+LOG_TAIL = 500
 # How lines begin that name a failure: in pytest's summary, and in what `bra-bench` prints.
 NAMES_A_FAILURE = ("FAILED", "ERROR", "MISSED", "not seen on the GPU")
 
@@ -90,7 +90,7 @@ def run_one(
         job.status = PASSED
     else:
         job.status = FAILED
-        text = "\n".join([*lines, errors.read_text(errors="replace").strip()])
+        words = " ".join([*lines, errors.read_text(errors="replace")]).replace("`", "'").split()
         named = [line for line in lines if line.startswith(NAMES_A_FAILURE)]
-        job.failures = named or [f"exit status {code}: ...{text[-LOG_TAIL:]}"]
+        job.failures = named or [f"exit status {code}: ...{' '.join(words)[-LOG_TAIL:]}"]
     return job

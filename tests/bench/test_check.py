@@ -152,19 +152,19 @@ def test_what_cannot_run_here_is_left_out_and_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
     options = check._parse([])
-    assert options.parts == [name for name in check.PARTS if name not in ("models", "suite")]
+    assert options.parts == [name for name in check.PARTS if name != "models"]
     assert options.notes == ["models was left out: no ultralytics here"]
-    options = check._parse(["--device", "cpu", "--parts", "suite", "flex", "modes"])
-    assert options.parts == ["suite", "modes"]
+    options = check._parse(["--device", "cpu", "--parts", "host", "flex", "modes"])
+    assert options.parts == ["host", "modes"]
     assert options.notes == ["flex was left out: it needs a GPU"]
 
 
 def test_the_plan_begins_with_the_modes_and_has_every_file(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    options = check._parse(["--parts", "small-maps", "peers", "modes", "suite", "flex", "largest-map"])
+    options = check._parse(["--parts", "small-maps", "peers", "modes", "flex", "largest-map"])
     plan = check.plan_of(options, tmp_path)
-    assert list(plan) == ["checks", "small-maps", "peers", "modes", "suite", "flex", "largest-map"]
+    assert list(plan) == ["checks", "small-maps", "peers", "modes", "flex", "largest-map"]
     checks = {job.name: job for job in plan["checks"]}
     kinds = list(dict.fromkeys(name.split()[0] for name in checks))
     assert kinds == [kind for kind in (*check.ORDER_OF_CHECKS, "small-maps") if kind in kinds]
@@ -172,9 +172,7 @@ def test_the_plan_begins_with_the_modes_and_has_every_file(tmp_path, monkeypatch
     assert {"flex", "largest-map", "peers", "mode", "small-maps"} <= {*kinds}
     assert {"largest-map issue_21", "mode identity", "mode nchw_padded"} <= checks.keys()
     assert checks["mode identity"].passes == (0,)  # on a GPU, every mode has tests
-    names = {job.name for job in plan["suite"]}
-    assert {"file kernels/test_lepe", "file bra_triton/test_nhwc"} <= names
-    assert names.isdisjoint(checks)
+    assert "file gpu/test_torch_backend" in checks
 
 
 STAND_IN = """
