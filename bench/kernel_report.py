@@ -119,7 +119,7 @@ class Row(NamedTuple):
         """The most issue slots per score that its loop may take; None where no target is set."""
         large = self.problem.grid.region_tokens >= TARGET_REGION_TOKENS and self.dtype == "float16"
         by_head = TARGETS.get((self.kernel, self.arch), {}) if self.problem.is_plain and large else {}
-        return by_head.get(self.problem.head_dim)
+        return by_head.get(self.problem.head_dims[1])
 
     @property
     def failures(self) -> list[str]:

@@ -42,14 +42,9 @@ class Problem:
         return f"{sizes} heads {self.num_heads} n_win {self.n_win} topk {self.topk}{weight}"
 
     @property
-    def head_dim(self) -> int:
-        """Channels of a value in one head."""
-        return self.dim // self.num_heads
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Channels of a query or key in one head."""
-        return self.qk_dim // self.num_heads
+    def head_dims(self) -> tuple[int, int]:
+        """Channels of a query or key, and of a value, in one head."""
+        return self.qk_dim // self.num_heads, self.dim // self.num_heads
 
     @property
     def is_plain(self) -> bool:
@@ -69,8 +64,7 @@ class Problem:
     @property
     def useful_scores(self) -> int:
         """Scores that the result depends on: every query with each of its keys, in every head."""
-        pairs = self.grid.region_tokens * self.topk * self.kv_grid.region_tokens
-        return self.batch * self.num_heads * self.grid.n_regions * pairs
+        return self.batch * self.num_heads * self.settings.token_pairs(self.kv_grid.region_tokens)
 
     @property
     def settings(self) -> Settings:
@@ -107,14 +101,6 @@ class Problem:
             make(self.dim) if side else None,
             self.settings,
         )
-
-    def merged(self) -> "Problem":
-        """The problem as launches see it: one region where every region attends to all."""
-        if not self.settings.chooses_all:
-            return self
-        keys = None if self.kv_per_win is None else self.n_win * self.kv_per_win
-        height, width = self.n_win * self.grid.region_height, self.n_win * self.grid.region_width
-        return replace(self, height=height, width=width, n_win=1, topk=1, kv_per_win=keys)
 
 
 def _by_name(*problems: Problem) -> dict[str, Problem]:

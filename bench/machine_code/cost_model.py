@@ -70,7 +70,6 @@ def predict(
 
     Products of elements of 4 bytes are three of TF32 each; `masked` says that all queries meet all keys.
     """
-    problem = problem.merged()
     walk = walk_of(kernel, code, problem, masked)
 
     def slots(count: Callable[[LoopMix], int]) -> float:
@@ -113,7 +112,7 @@ def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False)
     own, step = (code.block_n, code.block_m) if owns_keys else (code.block_m, code.block_n)
     owned, walked = (kv_tokens, tokens) if owns_keys else (tokens, kv_tokens)
     length = problem.topk * walked  # of dK/dV on average: as many regions choose a region as it chooses
-    if masked:
+    if masked or problem.settings.chooses_all:
         regions, owned, length = 1, regions * owned, regions * walked
         alive = 1.0
     programs = problem.batch * problem.num_heads * regions * -(-owned // own)
@@ -128,6 +127,6 @@ def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False)
 
 def fma_per_score(kernel: str, problem: Problem) -> int:
     """Multiply-adds of the matrix products for one score, heads as wide as their tiles."""
-    qk, v = (tiles.channel_block(width) for width in (problem.qk_head_dim, problem.head_dim))
+    qk, v = map(tiles.channel_block, problem.head_dims)
     qk_products, v_products = _PRODUCTS[kernel]
     return qk_products * qk + v_products * v

@@ -53,13 +53,14 @@ class Trial:
     @property
     def key(self) -> Key:
         """The entry that it competes for."""
-        problem = self.problem.merged()
+        problem = self.problem
         grid = problem.kv_grid if self.kernel == KEY_VALUE_GRADIENT else problem.grid
-        heads = (problem.qk_head_dim, problem.head_dim)
+        tokens = (grid.merged if problem.settings.chooses_all else grid).region_tokens
         # Hard routing multiplies by no factor, but dQ computes the gradient of one.
         weighting = ("soft", "hard") if self.kernel == QUERY_GRADIENT else ("soft",)
-        form = tiles.form_of(heads, self.problem.grid.is_padded, 1, problem.routing_weight in weighting)
-        return Key.of(self.kernel, 8 * self.dtype.itemsize, max(heads), grid.region_tokens, form)
+        is_weighted = problem.routing_weight in weighting
+        form = tiles.form_of(problem.head_dims, problem.grid.is_padded, 1, is_weighted)
+        return Key.of(self.kernel, 8 * self.dtype.itemsize, max(problem.head_dims), tokens, form)
 
     def __str__(self) -> str:
         return f"{self.problem} {str(self.dtype)[6:]} {self.kernel} {self.tile}"

@@ -65,6 +65,11 @@ def test_walks():
     # dK/dV owns keys and walks queries: 16 of 49 regions choose each of 7 x 7 regions of 25 keys.
     pooled = Problem("", 1, 56, 56, 32, 1, 7, 16, kv_per_win=5)
     assert walk("key_value_gradient", 64, 16, pooled) == (49 * 2, 16, 0)
+    # Where every region attends to all, 8 x 12 queries, padding included, meet 16 x 4 keys.
+    all_chosen = Problem("", 1, 7, 10, 16, 1, 4, 16, kv_per_win=2)
+    assert walk("attention_forward", 32, 32, all_chosen) == (3, 2, 0)
+    assert walk("key_value_gradient", 32, 32, all_chosen) == (2, 3, 0)
+    assert walk("attention_forward", 16, 32, replace(all_chosen, routing_weight="soft")) == (16, 2, 0)
     # Under a mask, 49 x 64 queries meet 49 x 25 keys.
     assert walk("attention_forward", 128, 64, pooled, masked=True) == (25, 19, 1)
     assert walk("key_value_gradient", 64, 128, pooled, masked=True) == (10, 49, 0)
@@ -199,15 +204,6 @@ class TestProblems:
         p5 = PROBLEMS["yolo_p5"]
         assert (p5.grid.region_tokens, p5.grid.n_regions) == (9, 64)
         assert p5.useful_scores == 16 * 8 * 64 * 9 * 36
-
-    def test_where_every_region_attends_to_all_there_is_one(self):
-        """With its padding; keys a region become as many in one."""
-        all_chosen = Problem("", 1, 7, 10, 16, 1, 4, 16, kv_per_win=2)
-        merged = all_chosen.merged()
-        assert (merged.grid.n_regions, merged.grid.region_tokens) == (1, 8 * 12)
-        assert merged.kv_grid.region_tokens == 16 * 4
-        assert merged.useful_scores == all_chosen.useful_scores
-        assert replace(all_chosen, routing_weight="soft").merged().n_win == 4
 
     def test_names_make_no_difference(self):
         assert replace(PROBLEMS["yolo_p3"], name="other") == PROBLEMS["yolo_p3"]
