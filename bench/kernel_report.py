@@ -154,7 +154,7 @@ def collect(
     ]
     # Problems share kernels: each is compiled once.
     jobs = {(variant(launch), arch): (launch, arch) for _, arch, launch in launched}
-    results = dict(each(analyse, jobs, workers))
+    results = each(analyse, jobs, workers)
     return [
         _row(problem, dtype, arch, launch, results[variant(launch), arch])
         for problem, arch, launch in launched

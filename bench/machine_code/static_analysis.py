@@ -9,7 +9,7 @@ import copyreg
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,7 +22,8 @@ import triton
 from triton.runtime import JITFunction
 
 from bra_triton.bench import stand_in
-from bra_triton.bench.machine_code.launches import arguments_of
+from bra_triton.bench.console import progress
+from bra_triton.bench.machine_code.launches import arguments_of, kernel_name
 from bra_triton.kernels.plan import Launch
 
 # Opcode patterns of the classes that are counted; an instruction belongs to the first that fits.
@@ -141,19 +142,20 @@ R = TypeVar("R")
 
 def each(
     function: Callable[[Launch, str], R], jobs: Mapping[K, Job], workers: int = 1
-) -> Iterator[tuple[K, R | Exception]]:
-    """Calls `analyse`, or what else compiles, for every job, and yields the results in their order.
+) -> dict[K, R | Exception]:
+    """Calls `analyse`, or what else compiles, for every job; tells stderr how far it is.
 
     Several workers are processes: the function, like the kernels, must be one of a module, so that they find
     it. In the place of a result may be the exception that the job raised.
     """
-    call = partial(_call, function)
-    if workers == 1 or len(jobs) <= workers:
-        yield from zip(jobs, map(call, jobs.values()), strict=True)
-        return
-    # Spawned, not forked: PyTorch's threads do not survive a fork.
+    call, results = partial(_call, function), {}
+    # Spawned, not forked: PyTorch's threads do not survive a fork. None is started before it is needed.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from zip(jobs, pool.map(call, jobs.values()), strict=True)
+        found = (pool.map if 1 < workers < len(jobs) else map)(call, jobs.values())
+        for (key, (launch, arch)), result in zip(jobs.items(), found, strict=True):
+            results[key] = result
+            progress(len(results), len(jobs), f"{kernel_name(launch)} compiled for {arch}")
+    return results
 
 
 # A kernel travels to another process by its name.

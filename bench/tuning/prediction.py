@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 import triton
 
-from bra_triton.bench.console import progress
 from bra_triton.bench.machine_code.cost_model import predict
 from bra_triton.bench.machine_code.hardware import HARDWARE, latency, table_shared_bytes
 from bra_triton.bench.machine_code.launches import KERNEL_NAMES, launch_with
@@ -104,10 +103,7 @@ def jobs_of_forms(keys: Iterable[Key], arch: str, results: Results) -> list[Job]
 
 def compile_all(jobs: Sequence[Job], results: Results, workers: int) -> None:
     """Adds the counts of every job, or the compiler's error."""
-    todo = {job: (launch_of(job), job.arch) for job in jobs}
-    for done, (job, result) in enumerate(each(analyse, todo, workers), 1):
-        results[job] = result
-        progress(done, len(jobs), f"{job.arch} {job.tile} {job.key}")
+    results |= each(analyse, {job: (launch_of(job), job.arch) for job in jobs}, workers)
 
 
 def launch_of(job: Job) -> Launch:

@@ -257,8 +257,7 @@ def compile_ahead(todo: Sequence[Trial], arch: str, workers: int) -> None:
     launches = [launch_with(trial.tile, trial.kernel, trial.problem, trial.dtype) for trial in todo]
     jobs = {variant(launch): (launch, arch) for launch in launches}
     try:
-        for done, _ in enumerate(each(compile_for, jobs, workers), 1):
-            progress(done, len(jobs), "compiled")
+        each(compile_for, jobs, workers)
     except BrokenProcessPool as error:
         print(f"\ncompiling ahead ended early, the rest is compiled when timed: {error}", file=sys.stderr)
 

@@ -146,7 +146,7 @@ def test_other_processes_compile_the_same_and_errors_come_back(launches):
     good, other = launches["route"], launches["invert_graph"]
     bad = replace(good, numbers=())
     jobs = {"good": (good, "sm_80"), "bad": (bad, "sm_80"), "other": (other, "sm_80")}
-    found = dict(each(analyse, jobs, workers=2))
+    found = each(analyse, jobs, workers=2)
     assert list(found) == list(jobs)
     assert isinstance(found["bad"], RuntimeError)
     assert "missing" in str(found["bad"])
