@@ -110,11 +110,11 @@ def compare(
     return {key: {figure: found[key] for figure, found in figures.items()} for key in models}
 
 
-def ratios(row: Row) -> dict[tuple[str, str], float]:
-    """What the reference takes over what the fused model takes, by figure and unit."""
+def ratios(row: Row, name: str = FUSED) -> dict[tuple[str, str], float]:
+    """What the reference takes over what a model takes, by figure and unit."""
     return {
         (figure, what): row[REFERENCE][figure][what] / mine
-        for figure, found in row[FUSED].items()
+        for figure, found in row[name].items()
         for what, mine in found.items()
     }
 
@@ -183,10 +183,9 @@ def report(title: str, kind: str, rows: Mapping[str, Row]) -> str:
     for name, row in rows.items():
         for key, figures in row.items():
             cells.append({kind: name, "on": key})
-            for figure, mine in figures.items():
-                for what, amount in mine.items():
-                    (unit, factor), ratio = UNITS[what], row[REFERENCE][figure][what] / amount
-                    cells[-1][f"{figure} {unit}"] = f"{amount * factor:.1f} ({ratio:.2f}x)"
+            for (figure, what), ratio in ratios(row, key).items():
+                unit, factor = UNITS[what]
+                cells[-1][f"{figure} {unit}"] = f"{figures[figure][what] * factor:.1f} ({ratio:.2f}x)"
     return table(title, cells)
 
 
@@ -259,11 +258,9 @@ def _in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
 
 
 def _step_bytes(problem: Problem, name: str) -> int:
-    """The most memory that a training step adds to what the process holds resident before."""
-    import psutil  # comes with Ultralytics, which GPU checks on a bare machine do without
-
+    """The most memory that a training step adds to what a fresh process has held resident before."""
     modules, x = module_pair(problem)
     run = _module_run(modules[name], x, STEP)
-    before = psutil.Process().memory_info().rss
+    before = measure.process_peak_bytes()
     run()
-    return measure.process_peak_bytes() - int(before)
+    return measure.process_peak_bytes() - before

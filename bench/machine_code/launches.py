@@ -28,8 +28,8 @@ KERNEL_NAMES = {
 def record_attention(problem: Problem, dtype: torch.dtype) -> list[Launch]:
     """Every launch of one forward and backward of an attention, routing and pooling included."""
     attention = problem.attention(lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
-    pooling = () if problem.kv_pooling is None else _plans_of_pooling(problem, attention)
-    return [launch for plan in (*pooling, *plan_pass(attention)) for launch in plan.launches]
+    plans = (*_plans_of_pooling(problem, attention), *plan_pass(attention))
+    return [launch for plan in plans for launch in plan.launches]
 
 
 def launch_with(tile: Tile, kernel: str, problem: Problem, dtype: torch.dtype) -> Launch:
@@ -56,10 +56,9 @@ def plan_pass(attention: PackedAttention[Tensor]) -> tuple[Plan, Plan]:
 
 
 def _plans_of_pooling(problem: Problem, attention: PackedAttention[Tensor]) -> Iterator[Plan]:
-    """Keys and values of the regions, and the gradients of what they are made of."""
-    assert problem.kv_per_win is not None
-    assert problem.kv_pooling is not None
-    assert attention.kv is not None
+    """Keys and values of the regions, if pooling makes them, and the gradients of what they are made of."""
+    if problem.kv_per_win is None or problem.kv_pooling is None or attention.kv is None:
+        return
     grid, pooled = problem.grid, attention.kv
     kv = attention.qkv[..., problem.qk_dim :]
     rows, columns = (torch.empty(problem.kv_per_win, 2, dtype=torch.int32, device="meta") for _ in range(2))

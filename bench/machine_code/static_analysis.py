@@ -88,21 +88,13 @@ class LoopMix:
 
 @dataclass(frozen=True)
 class Sections:
-    """The code of a kernel, every instruction that can be reached in one of them.
+    """The code of a kernel, every instruction that can be reached in one of them; None for no such loop."""
 
-    Attributes:
-        loop: of the innermost loops with the most matrix instructions, the shortest: over whole tiles, where
-            others mask. None without matrix instructions.
-        tail: the largest other innermost loop with matrix instructions; None where there is none.
-        taps: the largest innermost loop that loads and has no matrix instructions: over the taps of a
-            convolution, if there is one. None where there is none.
-        rest: everything else, each instruction once.
-    """
-
+    # Of the innermost loops with the most matrix instructions the shortest: over whole tiles, others mask.
     loop: LoopMix | None
-    tail: LoopMix | None
-    taps: LoopMix | None
-    rest: LoopMix
+    tail: LoopMix | None  # the largest other innermost loop with matrix instructions
+    taps: LoopMix | None  # the largest that loads and has none: over a convolution's taps, if there is one
+    rest: LoopMix  # everything else, each instruction once
 
 
 @dataclass(frozen=True)
