@@ -81,13 +81,12 @@ def measure(
     entries: dict[Key, Entry] = {}
     card = timing.card_name(device)
     _keep(card, {})  # what cannot be written shows before hours of timing
-    kept = tile_cache.folder() / "timings.jsonl"
     for name in args.dtype:
         trials = timing.trials(problems, DTYPES[name], args.kernel, device, args.refine)
         results: dict[timing.Trial, float] = {}
         try:
-            timing.time_all(trials, results, device, timer, kept, args.workers)
-            timing.time_all(timing.refinements(results), results, device, timer, kept, args.workers)
+            timing.time_all(trials, results, device, timer, args.workers)
+            timing.time_all(timing.refinements(results), results, device, timer, args.workers)
         finally:
             found = timing.winners(results, trials)
             _keep(card, found)

@@ -16,10 +16,10 @@ class Stopwatch:
     def __init__(self, milliseconds=None, stop_after=math.inf):
         self.milliseconds, self.stop_after, self.timed = milliseconds or {}, stop_after, []
 
-    def __call__(self, runs):
+    def __call__(self, run):
         if len(self.timed) == self.stop_after:
             raise KeyboardInterrupt
-        runs[-1]()
+        run()
         tile = next(iter(choice._forced.get().values()))
         self.timed.append(tile)
         return self.milliseconds.get(tile, 1.0)

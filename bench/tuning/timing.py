@@ -13,8 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 from statistics import geometric_mean
 
 import torch
@@ -35,10 +34,9 @@ from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT
 from bra_triton.kernels.tiles import cache as tile_cache
 from bra_triton.kernels.tiles.table import Entry
 
-# Inputs are drawn in so many sets that they do not all stay in a cache.
-_SETS, _SET_BYTES = (2, 8), 256 << 20
+KEPT = "timings.jsonl"  # finished trials, in the folder of the user's cache
 Run = Callable[[], dict[str, Tensor]]
-Timer = Callable[[Sequence[Run]], float]  # milliseconds of a run, of which there is one for each input set
+Timer = Callable[[Run], float]  # milliseconds of a run
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def variants(kernel: str, bits: int, tile: Tile) -> list[Tile]:
 
 
 class Inputs:
-    """Input sets of one problem, and what the first of them must give."""
+    """The input of one problem, and what passes over it must give."""
 
     def __init__(self, problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
         self.problem = problem
@@ -121,40 +119,31 @@ class Inputs:
         def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-        def draw_set() -> PackedAttention[Tensor]:
-            # Region queries and keys are given, in float32: of rounded means another tile, or the float32
-            # computation, might choose other regions.
-            means = draw(problem.batch, problem.grid.n_regions, 2 * problem.qk_dim, dtype=torch.float32)
-            return problem.attention(draw, means)
-
-        first = draw_set()
-        n_sets = min(max(_SET_BYTES // (2 * first.qkv.nbytes), _SETS[0]), _SETS[1])
-        self.sets = [first, *(draw_set() for _ in range(n_sets - 1))]
+        # Region queries and keys are given, in float32: of rounded means another tile, or the float32
+        # computation, might choose other regions.
+        means = draw(problem.batch, problem.grid.n_regions, 2 * problem.qk_dim, dtype=torch.float32)
+        self.attention = problem.attention(draw, means)
         self.grad_out = draw(problem.batch, problem.height, problem.width, problem.dim)
         forward, _ = self._plans()
-        self.kept = [forward.run(*each.tensors)[-1] for each in self.sets]
+        self.kept = forward.run(*self.attention.tensors)[-1]
         self.expected = self._expected()
 
-    def runs(self, kernel: str) -> list[Run]:
-        """For every set a pass that launches the kernel, with the tiles in force now.
+    def run_of(self, kernel: str) -> Run:
+        """A pass that launches the kernel, with the tiles in force now.
 
         It returns what the kernel computes, and what the pass adds to that: LePE and its gradient.
         """
-        forward, backward = self._plans()
-
-        def run(each: PackedAttention[Tensor], kept: Tensor) -> dict[str, Tensor]:
-            if kernel == FORWARD:
-                return {"output": forward.run(*each.tensors)[0]}
-            return self._parts(kernel, *backward.run(*each.tensors, self.grad_out, None, kept))
-
-        return [partial(run, each, kept) for each, kept in zip(self.sets, self.kept, strict=True)]
+        (forward, backward), tensors = self._plans(), self.attention.tensors
+        if kernel == FORWARD:
+            return lambda: {"output": forward.run(*tensors)[0]}
+        return lambda: self._parts(kernel, *backward.run(*tensors, self.grad_out, None, self.kept))
 
     @tiles.use_form(ROUTED)  # others have tiles of their own, which are in no table
     def _plans(self) -> tuple[Plan, Plan]:
-        return plan_pass(self.sets[0])
+        return plan_pass(self.attention)
 
     def check(self, run: Run) -> None:
-        """Raises WrongResultError where the first of `runs` computes something else."""
+        """Raises WrongResultError where a run computes something else."""
         torch.use_deterministic_algorithms(True, warn_only=True)  # new memory holds NaN
         try:
             measure.check(run(), self.expected, measure.TOLERANCE[self.grad_out.dtype])
@@ -171,9 +160,8 @@ class Inputs:
         return {"dQ": query, **({"dR": grad_means} if learns and grad_means is not None else {})}
 
     def _expected(self) -> dict[str, Tensor]:
-        first = self.sets[0]
-        single = (None if x is None else x.float() for x in first.tensors)
-        exact: PackedAttention[Tensor] = PackedAttention(*single, first.settings)  # type: ignore[arg-type, call-arg]
+        single = (None if x is None else x.float() for x in self.attention.tensors)
+        exact: PackedAttention[Tensor] = PackedAttention(*single, self.problem.settings)  # type: ignore[arg-type, call-arg]
         out, saved = torch_kernels.attend(exact, trains=True)
         found = torch_kernels.attend_backward(self.grad_out.float(), exact, None, saved, Needs(means=True))
         maps = (found.qkv, found.means)
@@ -185,20 +173,20 @@ def time_all(
     results: dict[Trial, float],
     device: torch.device,
     timer: Timer,
-    kept: Path,
     workers: int = 1,
 ) -> None:
     """Adds the milliseconds of every trial to `results`; infinite for what does not run or is wrong.
+
+    Finished trials are kept, and those that an earlier run has kept are not timed again.
 
     Args:
         todo: trials, those of a problem together.
         results: gets each as soon as it is known.
         device: the card, or the CPU under the interpreter.
         timer: see `device_milliseconds`.
-        kept: file of finished trials, which this run continues.
         workers: processes that compile beforehand, for a GPU; 1 compiles each when it is timed.
     """
-    results.update(_read_kept(kept, todo, device))
+    results.update(_read_kept(todo, device))
     left = [trial for trial in todo if trial not in results]
     if left and workers > 1 and device.type == "cuda":
         compile_ahead(left, tiles.architecture_of(device), workers)
@@ -210,7 +198,7 @@ def time_all(
         milliseconds, refusal = _time(trial, inputs, timer)
         results[trial] = milliseconds
         row = {"trial": str(trial), "milliseconds": milliseconds, "why": refusal}
-        _note(kept, _circumstances(device, trial) | row)
+        _note(_circumstances(device, trial) | row)
         progress(done, len(left), f"{trial.kernel} {trial.tile}: {refusal or f'{milliseconds:.4f} ms'}")
         if "CUDA error" in refusal or "HIP error" in refusal:
             raise RuntimeError(
@@ -244,9 +232,9 @@ def means(results: Mapping[Trial, float]) -> dict[Key, dict[Tile, float]]:
     }
 
 
-def device_milliseconds(runs: Sequence[Run]) -> float:
-    """Median time that the GPU works on a run, its cache overwritten before each."""
-    return 1e3 * measure.median_device_seconds(runs, torch.device("cuda"))
+def device_milliseconds(run: Run) -> float:
+    """Median time that the GPU works on a run, its cache overwritten before each call."""
+    return 1e3 * measure.median_device_seconds([run], torch.device("cuda"))
 
 
 def compile_ahead(todo: Sequence[Trial], arch: str, workers: int) -> None:
@@ -266,9 +254,9 @@ def _time(trial: Trial, inputs: Inputs, timer: Timer) -> tuple[float, str]:
     """Milliseconds of a trial, or infinity and why it is refused."""
     with tiles.use_tiles({trial.kernel: trial.tile}):
         try:
-            runs = inputs.runs(trial.kernel)
-            inputs.check(runs[0])
-            return timer(runs), ""
+            run = inputs.run_of(trial.kernel)
+            inputs.check(run)
+            return timer(run), ""
         except Exception as failure:  # a wrong result, or one of the compiler's and the GPU's many errors
             return math.inf, f"refused: {type(failure).__name__}: {failure}"[:200]
 
@@ -282,8 +270,9 @@ def _circumstances(device: torch.device, trial: Trial) -> dict[str, str]:
     return tile_cache.circumstances(card_name(device), trial.kernel)
 
 
-def _note(kept: Path, row: Mapping[str, object]) -> None:
+def _note(row: Mapping[str, object]) -> None:
     """Adds a result; what cannot be written is no reason to stop."""
+    kept = tile_cache.folder() / KEPT
     try:
         with kept.open("a") as file:
             # The line break comes first: it ends what a stopped run or a full disk has left half written.
@@ -297,8 +286,8 @@ def _warn_once(message: str) -> None:
     print(f"\n{message}", file=sys.stderr)
 
 
-def _read_kept(kept: Path, todo: Sequence[Trial], device: torch.device) -> dict[Trial, float]:
-    by_name = {str(trial): trial for trial in todo}
+def _read_kept(todo: Sequence[Trial], device: torch.device) -> dict[Trial, float]:
+    by_name, kept = {str(trial): trial for trial in todo}, tile_cache.folder() / KEPT
     results = {}
     for line in kept.read_text("utf-8", "replace").splitlines() if kept.exists() else []:
         # Half a line of a run that was stopped, or what is no result at all: the trial is timed again.

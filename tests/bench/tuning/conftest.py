@@ -13,11 +13,6 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BRA_TRITON_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture(autouse=True)
-def _few_sets(monkeypatch):
-    monkeypatch.setattr(timing, "_SETS", (2, 2))
-
-
 @pytest.fixture
 def tried(monkeypatch, device):
     """What a forward on the tiny shape tries, in order: what is used so far, then a space of three."""

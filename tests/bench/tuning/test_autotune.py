@@ -109,7 +109,7 @@ def test_what_is_timed_finds_what_was_compiled_ahead(kernel, weight, tmp_path):
         timing.compile_ahead([trial], stand_in.ARCH, 1)
         knobs.compilation.listener = lambda *, src, cache_hit, **_: hits.append((src.name, cache_hit))
         with tiles.use_tiles({kernel: trial.tile}):
-            drawn.runs(kernel)[0]()
+            drawn.run_of(kernel)()
     found = [hit for name, hit in hits if name == f"{KERNEL_NAMES[kernel]}_kernel"]
     assert found == [True]
 
@@ -187,9 +187,9 @@ def test_routing_weights_are_timed_for_the_entries_that_launches_take(
 
 @pytest.mark.parametrize("fault", ["wrong", "nan", "error"])
 def test_what_computes_something_else_is_refused(fault, tried, device, monkeypatch):
-    good, broken = timing.Inputs.runs, tried[1]
+    good, broken = timing.Inputs.run_of, tried[1]
 
-    def runs(self, kernel):
+    def run_of(self, kernel):
         found = good(self, kernel)
         if tiles.choose(tiles.FORWARD, torch.float16, 16, 4, device) != broken:
             return found
@@ -197,12 +197,12 @@ def test_what_computes_something_else_is_refused(fault, tried, device, monkeypat
         def faulty():
             if fault == "error":
                 raise RuntimeError("out of resource: shared memory")
-            out = found[0]()["output"]
+            out = found()["output"]
             return {"output": out.roll(1, dims=1) if fault == "wrong" else out * math.nan}
 
-        return [faulty]
+        return faulty
 
-    monkeypatch.setattr(timing.Inputs, "runs", runs)
+    monkeypatch.setattr(timing.Inputs, "run_of", run_of)
     timer = Stopwatch({broken: 0.1, tried[2]: 0.5})
     measure(FORWARD_TINY, timer, device)
     assert broken not in timer.timed
@@ -215,10 +215,10 @@ def test_what_computes_something_else_is_refused(fault, tried, device, monkeypat
 
 
 def test_a_broken_context_ends_the_run(device, monkeypatch):
-    def runs(self, kernel):
+    def run_of(self, kernel):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(timing.Inputs, "runs", runs)
+    monkeypatch.setattr(timing.Inputs, "run_of", run_of)
     with pytest.raises(RuntimeError, match="broke the GPU's context"):
         measure(FORWARD_TINY, Stopwatch(), device)
     assert len((tile_cache.folder() / "timings.jsonl").read_text().strip().splitlines()) == 1
@@ -236,7 +236,7 @@ def test_what_is_timed_launches_the_tile_in_force(kernel, device, monkeypatch):
     monkeypatch.setattr(timing.Plan, "run", plan)
     tile = Tile(16, 32, 2, 5)
     with tiles.use_tiles({kernel: tile}), pytest.raises(RuntimeError, match="enough"):
-        drawn.runs(kernel)[0]()
+        drawn.run_of(kernel)()
     stages = {x.name: x.options.get("num_stages") for x in planned[0].launches}
     assert stages[f"{KERNEL_NAMES[kernel]}_kernel"] == 5
 
@@ -254,7 +254,7 @@ def test_what_is_timed_adds_to_lepes_gradient_as_launches_do(device):
 def test_what_a_launch_leaves_unwritten_is_seen(device):
     """Memory of a right result that was freed would pass for one."""
     drawn = timing.Inputs(autotune._problems(autotune._parser().parse_args(TINY))[0], torch.float16, device)
-    right = drawn.runs(tiles.FORWARD)[0]
+    right = drawn.run_of(tiles.FORWARD)
     drawn.check(right)
 
     def nothing_written():

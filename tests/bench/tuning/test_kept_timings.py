@@ -43,10 +43,10 @@ def test_a_disk_that_fills_up_loses_no_measurement(tried, device, small_disk, mo
     monkeypatch.setenv("BRA_TRITON_CACHE", str(small_disk))
     timer = Stopwatch({tried[1]: 0.5})
 
-    def fill(runs):
+    def fill(run):
         with contextlib.suppress(OSError), (small_disk / "other files").open("ab") as file:
             file.write(bytes(16 << 10))
-        return timer(runs)
+        return timer(run)
 
     measure(FORWARD_TINY, fill, device)
     said = capsys.readouterr().err
@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_written_shows_at_once(tried, device, tmp_path, 
     (tmp_path / "cache").write_text("")  # a file in its place, since root may write anywhere
     said = []
 
-    def listen(runs):
+    def listen(run):
         said.append(capsys.readouterr().err)
         return 1.0
 
