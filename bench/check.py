@@ -67,7 +67,7 @@ PARTS = {
     "modes": Part(0),  # all of it is checks
     "small-maps": _peers(60, (SMALL_MAPS, "--batch 1 8 64 --peers fused dense")),
     "peers": _peers(120, (MAPS, f"--batch 8 {PEERS}"), ("high_resolution", f"--batch 4 {PEERS}")),
-    "kernels": Part(100, [f"bra-bench kernel-times --markdown --problem {' '.join(MODELS)}"]),
+    "kernels": Part(100, [f"bra-bench kernel-times --problem {' '.join(MODELS)}"]),
     "host": Part(90, ["bra-bench host", HOST_COMPILED], {"compiled": f"{HOST_COMPILED} --repeats 1"}),
     # The other peers would hold 60 GB of scores and more.
     "largest-map": _peers(60, ("issue_21", "--peers fused torch --repeats 3")),
@@ -249,7 +249,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines += [f"- {note}" for note in results["notes"]]
     columns = ("part", "name", "status", "seconds", "says")
     cells = [{name: str(job[name]).replace("|", "/") for name in columns} for job in found]
-    lines += ["", table("Commands", cells, markdown=True), ""]
+    lines += ["", table("Commands", cells), ""]
     whys = [f"- {job['name']}: `{why}`" for job in found for why in job["failures"]]
     if whys:
         lines += ["## Failures", "", *whys, ""]

@@ -196,8 +196,8 @@ def compare_with_dense(
     ]
 
 
-def render(rows: Sequence[Row], beside_dense: Sequence[BesideDense] = (), markdown: bool = False) -> str:
-    """The whole report, of any number of architectures, as text or Markdown."""
+def render(rows: Sequence[Row], beside_dense: Sequence[BesideDense]) -> str:
+    """The whole report, of any number of architectures."""
     parts = [_NOTES]
     for arch in dict.fromkeys(row.arch for row in rows):
         here = [row for row in rows if row.arch == arch]
@@ -212,7 +212,7 @@ def render(rows: Sequence[Row], beside_dense: Sequence[BesideDense] = (), markdo
         )
         titled[title] = [_dense_cells(each) for each in beside_dense if each.arch == arch]
         name = f"{arch} ({HARDWARE[arch].gpu})"
-        parts += [table(f"{name}: {title}", cells, markdown) for title, cells in titled.items()]
+        parts += [table(f"{name}: {title}", cells) for title, cells in titled.items()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -288,7 +288,6 @@ def kernel_options(command: str, module_doc: str, problems: list[str]) -> argpar
     add("--dtype", choices=DTYPES, default="float16")
     add("--problem", nargs="+", choices=problems, default=problems)
     add("--form", choices=(ROUTED, SMALL_MAP), help="of the attention; by default each problem's own")
-    add("--markdown", action="store_true", help="tables in Markdown")
     add("--workers", type=count, default=os.cpu_count() or 1, help="processes that compile")
     return parser
 
@@ -302,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tiles.use_form(options.form):
         asked = (problems, options.arch, options.dtype, options.workers)
         rows, beside_dense = collect(*asked), compare_with_dense(*asked)
-    print(render(rows, beside_dense, options.markdown))
+    print(render(rows, beside_dense))
     failures = [each for row in rows for each in row.failures]
     failures += [each for compared in beside_dense for each in compared.failures]
     print(*failures or ["All targets are met, and nothing spills where that is checked."], sep="\n")

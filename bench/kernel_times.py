@@ -74,6 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     described = measure.circumstances(device)
     write_json(options.json, {"versions": described, "kernels": lines})
     print(measure.on_one_line(described), end="\n\n")
-    print(table(f"Kernels, {options.dtype}", lines, options.markdown))
+    print(table(f"Kernels, {options.dtype}", lines))
     unseen = [f"{line['problem']}: {line['kernel']}" for line in lines if line["measured us"] is None]
     return conclude(unseen, "not seen on the GPU")

@@ -171,7 +171,7 @@ def report(row: Row) -> str:
         for name, peer in row["peers"].items()
     ]
     title = f"{row['problem']}: {row['sizes']}, {row['dtype']}"
-    lines = [table(title, cells, markdown=True), "", measure.on_one_line(row["versions"])]
+    lines = [table(title, cells), "", measure.on_one_line(row["versions"])]
     return "\n".join([*lines, *(f"- {reason}" for reason in reasons(row)), ""])
 
 
@@ -183,7 +183,7 @@ def line(row: Row, is_first: bool) -> str:
             cells[f"{which}: {name}"] = _work(name, which, row, 1e6, 1)
         fused, dense = (_seconds(name, which, row) for name in COMPACT)
         cells[f"{which}: dense/fused"] = f"{dense / fused:.2f}"
-    lines = table(f"Work of the GPU in us, {row['dtype']}", [cells], markdown=True).splitlines()
+    lines = table(f"Work of the GPU in us, {row['dtype']}", [cells]).splitlines()
     return "\n".join([measure.on_one_line(row["versions"]), "", *lines] if is_first else lines[-1:])
 
 

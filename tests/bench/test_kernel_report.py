@@ -22,7 +22,7 @@ def launches():
 
 
 def test_the_report_of_one_problem(capsys):
-    status = kernel_report.main(["--arch", "sm_90", *ONE_PROBLEM, "--markdown"])
+    status = kernel_report.main(["--arch", "sm_90", *ONE_PROBLEM])
     printed = capsys.readouterr().out
     rows = kernel_report.collect([PROBLEMS["yolo_p3"]], ["sm_90"])
     assert status == int(any(row.failures for row in rows))
