@@ -38,7 +38,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Run = Callable[[], object]
 Name = TypeVar("Name")
-Figures = dict[str, float]  # "seconds" and "peak_bytes" of a call
 
 
 class WrongResultError(RuntimeError):
@@ -99,14 +98,6 @@ def interleaved_minima(
         for name in order:
             best[name] = min(best[name], wall_seconds(runs[name], device, waits=waits))
     return best
-
-
-def side_by_side(runs: Mapping[Name, Run], device: torch.device, repeats: int) -> dict[Name, Figures]:
-    """Smallest time and peak memory of each call; runs take turns."""
-    seconds = interleaved_minima(runs, device, repeats, waits=True)
-    return {
-        name: {"seconds": seconds[name], "peak_bytes": peak_bytes(run, device)} for name, run in runs.items()
-    }
 
 
 def median_device_seconds(

@@ -34,7 +34,7 @@ UNITS = {"seconds": ("ms", 1e3), "peak_bytes": ("MiB", 2**-20)}
 YOLO_MODELS = [f"yolo26{scale}-{kind}" for kind in ("bra", "biformer") for scale in "ns"]
 BIFORMER_MODELS = ["biformer_tiny", "biformer_small"]
 DEFAULT = ["yolo26n-bra", "yolo26n-biformer", "biformer_tiny"]
-Row = dict[str, dict[str, measure.Figures]]  # by what is measured, then by figure
+Row = dict[str, dict[str, dict[str, float]]]  # by what is measured, by figure: "seconds", "peak_bytes"
 # Norm of the difference over the norm, of float32 outputs behind tens of layers; autocast rounds to half
 # precision. Other regions would give 0.1 and more.
 TOLERANCE, AUTOCAST_TOLERANCE = 1e-3, 5e-2
@@ -101,13 +101,13 @@ def compare(
     """
     fused, reference = (_outputs(models[key], x) for key in (FUSED, REFERENCE))
     measure.check(fused, reference, tolerance)
-    figures = {
-        figure: measure.side_by_side(
-            {key: run_of(model, x, figure) for key, model in models.items()}, x.device, repeats
-        )
-        for figure in FIGURES
-    }
-    return {key: {figure: found[key] for figure, found in figures.items()} for key in models}
+    row: Row = {key: {} for key in models}
+    for figure in FIGURES:
+        runs = {key: run_of(model, x, figure) for key, model in models.items()}
+        seconds = measure.interleaved_minima(runs, x.device, repeats, waits=True)
+        for key, run in runs.items():
+            row[key][figure] = {"seconds": seconds[key], "peak_bytes": measure.peak_bytes(run, x.device)}
+    return row
 
 
 def ratios(row: Row, name: str = FUSED) -> dict[tuple[str, str], float]:

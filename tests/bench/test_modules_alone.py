@@ -28,8 +28,8 @@ def test_maps_of_the_preset_are_what_the_targets_are_about():
 def test_status_and_table(factor, status, monkeypatch, capsys):
     """Times are measured; here twice or nine times what the targets are about stands for them."""
     monkeypatch.setattr(models, "PRESET", {"tiny": TINY})
-    figures = {"fused": {"seconds": 1.0, "peak_bytes": 1}, "reference": {"seconds": factor, "peak_bytes": 4}}
-    monkeypatch.setattr(models.measure, "side_by_side", lambda *arguments: figures)
+    seconds = {"fused": 1.0, "reference": factor}
+    monkeypatch.setattr(models.measure, "interleaved_minima", lambda *arguments, **options: seconds)
     monkeypatch.setattr(
         models, "_in_fresh_process", lambda function, problem, name: {"fused": 1, "reference": 4}[name]
     )
