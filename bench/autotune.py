@@ -9,7 +9,7 @@ goes on where it was.
     bra-autotune --problem yolo_p3 --dtype bfloat16
     bra-autotune --routing-weight soft
     bra-autotune --refine                               # minutes: the tiles in use, with deeper pipelines
-    bra-autotune --shape 16x80x80x64 --num-heads 2 --n-win 8 --topk 4 --kernel forward
+    bra-autotune --shape 16 80 80 64 --num-heads 2 --n-win 8 --topk 4 --kernel forward
 
 With `--arch` it needs no GPU: it compiles the configurations, predicts what they cost from the machine code
 and writes the shipped table of that architecture:
@@ -129,18 +129,10 @@ def _problems(args: argparse.Namespace) -> list[Problem]:
     missing = [f"--{n.replace('_', '-')}" for n in ("num_heads", "n_win", "topk") if not getattr(args, n)]
     if missing:
         raise ValueError(f"--shape needs {', '.join(missing)}")
-    batch, height, width, dim = args.shape
-    sizes = (args.num_heads, args.n_win, args.topk, args.routing_weight)
-    problem = Problem("", batch, height, width, dim, *sizes)
+    sizes = [*args.shape, args.num_heads, args.n_win, args.topk, args.routing_weight]
+    problem = Problem("", *sizes)
     _ = problem.settings  # raises ValueError
     return [problem]
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    sides = tuple(map(count, text.lower().split("x")))
-    if len(sides) != 4:
-        raise argparse.ArgumentTypeError(f"must be like 16x80x80x64 (NxHxWxDIM), got {text!r}")
-    return sides
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -156,7 +148,8 @@ def _parser() -> argparse.ArgumentParser:
 
     timed = parser.add_argument_group("on a GPU").add_argument
     timed("--problem", nargs="+", choices=MODELS, default=list(MODELS))
-    timed("--shape", type=_shape, metavar="NxHxWxDIM", help="one map instead of these problems, with:")
+    sizes = ("N", "H", "W", "DIM")
+    timed("--shape", nargs=4, type=count, metavar=sizes, help="one map instead of these problems, with:")
     for name in ("--num-heads", "--n-win", "--topk"):
         timed(name, type=int)
     timed("--routing-weight", choices=("none", "soft", "hard"), default="none", help="of every problem")

@@ -6,7 +6,7 @@ from bra_triton.bench import autotune
 from bra_triton.kernels.tiles import choice
 
 # One region of 2 x 2 tokens and few tiles: the interpreter takes its time for every program.
-TINY = ["--shape", "1x2x2x16", "--num-heads", "1", "--n-win", "1", "--topk", "1"]
+TINY = ["--shape", *"1 2 2 16".split(), "--num-heads", "1", "--n-win", "1", "--topk", "1"]
 FORWARD_TINY = [*TINY, "--kernel", "forward"]
 
 

