@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
@@ -100,19 +100,16 @@ def interleaved_minima(
     return best
 
 
-def median_device_seconds(
-    runs: Sequence[Run], device: torch.device, repeats: int = 30, warm_up: int = 5
-) -> float:
-    """Median time that a GPU works on one of `runs`, which are the same work on different inputs.
+def median_device_seconds(run: Run, device: torch.device, repeats: int = 30, warm_up: int = 5) -> float:
+    """Median time that a GPU works on a run.
 
-    The runs take turns. Before each the GPU's level-2 cache is overwritten, and the GPU is kept busy while
-    Python enqueues the run, so that the time to launch kernels does not count.
-    On the CPU, whose caches stay as they are, it is the wall time.
+    Before each call the GPU's level-2 cache is overwritten, and the GPU is kept busy while Python enqueues
+    the call, so that the time to launch kernels does not count. On the CPU, whose caches stay as they are, it
+    is the wall time.
     """
-    turns = itertools.cycle(runs)
-    enqueued = [wall_seconds(next(turns), device, waits=False) for _ in range(max(warm_up, len(runs)))]
+    enqueued = [wall_seconds(run, device, waits=False) for _ in range(warm_up)]
     if device.type != "cuda":
-        return statistics.median(wall_seconds(next(turns)) for _ in range(repeats))
+        return statistics.median(wall_seconds(run) for _ in range(repeats))
     least, most = HEAD_START_BOUNDS
     head_start = min(most, max(least, HEAD_START * max(enqueued[-2:])))  # the first ones compile
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
@@ -122,7 +119,7 @@ def median_device_seconds(
         flush.zero_()
         torch.cuda._sleep(int(head_start * CYCLES_PER_SECOND))
         start.record()
-        next(turns)()
+        run()
         end.record()
     torch.cuda.synchronize(device)
     return statistics.median(start.elapsed_time(end) / 1e3 for start, end in events)

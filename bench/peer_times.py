@@ -25,7 +25,6 @@ from bra_triton.bench.console import conclude, count, parser_of, table, write_js
 from bra_triton.bench.peers import NAMES, Peer, peers_for
 from bra_triton.bench.problems import PROBLEMS, Problem
 
-INPUT_SETS = 4
 PASSES = ("forward", "training")
 FAILURES = ("refused", "error")
 COMPACT = ("fused", "dense")  # if only these are asked for, a row of them is a line
@@ -63,9 +62,9 @@ def measure_row(problem: Problem, dtype: str, names: Sequence[str], repeats: int
     """One row: the peers of a problem, checked and, unless `repeats` is 0, timed."""
     device = measure.default_device()
     torch.manual_seed(0)
-    inputs = [make_inputs(problem, measure.DTYPES[dtype], device) for _ in range(INPUT_SETS)]
-    padding = inputs[0][0].new_zeros(3 * problem.dim) if problem.grid.is_padded else None
-    qkv, grad_out = (_outer_images(x).double() for x in inputs[0])
+    inputs = make_inputs(problem, measure.DTYPES[dtype], device)
+    padding = inputs[0].new_zeros(3 * problem.dim) if problem.grid.is_padded else None
+    qkv, grad_out = (_outer_images(x).double() for x in inputs)
     row: Row = {
         **{"problem": problem.name, "batch": problem.batch, "dtype": dtype, "sizes": str(problem)},
         # Keys of a token, beside those that dense attention has.
@@ -99,19 +98,19 @@ def definition(problem: Problem, padding: Tensor | None, is_dense: bool) -> Peer
     return exact["reference" if scores <= MOST_SCORES else "fused"]
 
 
-def _figures(peer: Peer, which: str, inputs: Sequence[Inputs], truth: Pass, repeats: int) -> dict[str, Any]:
+def _figures(peer: Peer, which: str, inputs: Inputs, truth: Pass, repeats: int) -> dict[str, Any]:
     """The figures of a pass, or why there are none: `refused` for a wrong result, `error` for any other."""
-    qkv, _ = inputs[0]
+    dtype, device = inputs[0].dtype, inputs[0].device
     try:
-        runs = [_run(peer, *each, which) for each in inputs]
-        found = {name: _outer_images(x) for name, x in runs[0]().items()}
-        measure.check(found, truth(), measure.TOLERANCE[qkv.dtype])
+        run = _run(peer, *inputs, which)
+        found = {name: _outer_images(x) for name, x in run().items()}
+        measure.check(found, truth(), measure.TOLERANCE[dtype])
         if not repeats:
             return {"checked": True}
         return {
-            "work_seconds": measure.median_device_seconds(runs, qkv.device, repeats),
-            "call_seconds": median(measure.wall_seconds(runs[0], qkv.device) for _ in range(repeats)),
-            "peak_bytes": measure.peak_bytes(runs[0], qkv.device),
+            "work_seconds": measure.median_device_seconds(run, device, repeats),
+            "call_seconds": median(measure.wall_seconds(run, device) for _ in range(repeats)),
+            "peak_bytes": measure.peak_bytes(run, device),
         }
     except measure.WrongResultError as error:
         return {"refused": str(error)}

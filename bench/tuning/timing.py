@@ -234,7 +234,7 @@ def means(results: Mapping[Trial, float]) -> dict[Key, dict[Tile, float]]:
 
 def device_milliseconds(run: Run) -> float:
     """Median time that the GPU works on a run, its cache overwritten before each call."""
-    return 1e3 * measure.median_device_seconds([run], torch.device("cuda"))
+    return 1e3 * measure.median_device_seconds(run, torch.device("cuda"))
 
 
 def compile_ahead(todo: Sequence[Trial], arch: str, workers: int) -> None:
