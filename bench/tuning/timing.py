@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import geometric_mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,14 +130,11 @@ class Inputs:
         self.expected = self._expected()
 
     def run_of(self, kernel: str) -> Run:
-        """A pass that launches the kernel, with the tiles in force now.
-
-        It returns what the kernel computes, and what the pass adds to that: LePE and its gradient.
-        """
+        """A pass that launches the kernel, with the tiles in force now; it returns what the pass computes."""
         (forward, backward), tensors = self._plans(), self.attention.tensors
         if kernel == FORWARD:
             return lambda: {"output": forward.run(*tensors)[0]}
-        return lambda: self._parts(kernel, *backward.run(*tensors, self.grad_out, None, self.kept))
+        return lambda: self._gradients(*backward.run(*tensors, self.grad_out, None, self.kept))
 
     @tiles.use_form(ROUTED)  # others have tiles of their own, which are in no table
     def _plans(self) -> tuple[Plan, Plan]:
@@ -150,22 +148,18 @@ class Inputs:
         finally:
             torch.use_deterministic_algorithms(False)
 
-    def _parts(self, kernel: str, grad_qkv: Tensor, *others: Tensor | None) -> dict[str, Tensor]:
-        """What a kernel computes of the gradients of a pass; of others the first is that of the means."""
-        qk_dim = self.problem.qk_dim
-        query, key, value = grad_qkv.split((qk_dim, qk_dim, self.problem.dim), dim=-1)
-        if kernel == KEY_VALUE_GRADIENT:
-            return {"dK": key, "dV": value}
-        learns, grad_means = self.problem.settings.diff_routing, others[0]
-        return {"dQ": query, **({"dR": grad_means} if learns and grad_means is not None else {})}
+    def _gradients(self, grad_qkv: Tensor, *others: Any) -> dict[str, Tensor]:
+        """The gradients of a pass; of others the first is that of the means, where routing learns."""
+        qk_dim, means = self.problem.qk_dim, others[:1] if self.problem.settings.diff_routing else ()
+        parts = grad_qkv.split((qk_dim, qk_dim, self.problem.dim), dim=-1)
+        return dict(zip(("dQ", "dK", "dV", "dR"), (*parts, *means), strict=False))
 
     def _expected(self) -> dict[str, Tensor]:
         single = (None if x is None else x.float() for x in self.attention.tensors)
         exact: PackedAttention[Tensor] = PackedAttention(*single, self.problem.settings)  # type: ignore[arg-type, call-arg]
         out, saved = torch_kernels.attend(exact, trains=True)
         found = torch_kernels.attend_backward(self.grad_out.float(), exact, None, saved, Needs(means=True))
-        maps = (found.qkv, found.means)
-        return {"output": out} | self._parts(QUERY_GRADIENT, *maps) | self._parts(KEY_VALUE_GRADIENT, *maps)
+        return {"output": out} | self._gradients(found.qkv, found.means)
 
 
 def time_all(
