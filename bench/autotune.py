@@ -21,9 +21,9 @@ import argparse
 import itertools
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,7 +80,7 @@ def measure(
     """Times on `device` and keeps the winners in the user's cache, also when it is interrupted."""
     entries: dict[Key, Entry] = {}
     card = timing.card_name(device)
-    _keep(card, {})  # what cannot be written shows before hours of timing
+    timing.keep(partial(tile_cache.update, card, {}))  # what cannot be written shows before hours of timing
     for name in args.dtype:
         trials = timing.trials(problems, DTYPES[name], args.kernel, device, args.refine)
         results: dict[timing.Trial, float] = {}
@@ -89,7 +89,7 @@ def measure(
             timing.time_all(timing.refinements(results), results, device, timer, args.workers)
         finally:
             found = timing.winners(results, trials)
-            _keep(card, found)
+            timing.keep(partial(tile_cache.update, card, found))
             tiles.forget()
         for key, entry in found.items():
             print(f"{name} {key}: {entry.tile}  {entry.cost:.4f} ms")
@@ -100,21 +100,6 @@ def measure(
         where = f"{card}, torch {torch.__version__}, Triton {tile_cache.triton_version()}"
         measured = {key: replace(entry, measured_on=where) for key, entry in entries.items()}
         _write_table(replace(shipped, entries={**shipped.entries, **measured}), args.output)
-
-
-def _keep(card: str, found: dict[Key, Entry]) -> None:
-    """Adds entries to the user's cache or, where that fails, to one in a temporary folder, with a warning."""
-    try:
-        tile_cache.update(card, found)
-    except OSError as error:
-        full, aside = tile_cache.path(), tempfile.mkdtemp(prefix="bra_triton_")
-        os.environ["BRA_TRITON_CACHE"] = aside
-        print(
-            f"warning: cannot write {full}: {error}; what is measured from now on is kept in {aside}. "
-            "Launches find it there while BRA_TRITON_CACHE names that folder.",
-            file=sys.stderr,
-        )
-        tile_cache.update(card, found)
 
 
 def _write_table(table: Table, folder: Path) -> None:

@@ -9,11 +9,13 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import partial
 from statistics import geometric_mean
 from typing import Any
 
@@ -192,7 +194,7 @@ def time_all(
         milliseconds, refusal = _time(trial, inputs, timer)
         results[trial] = milliseconds
         row = {"trial": str(trial), "milliseconds": milliseconds, "why": refusal}
-        _note(_circumstances(device, trial) | row)
+        keep(partial(_note, _circumstances(device, trial) | row))
         progress(done, len(left), f"{trial.kernel} {trial.tile}: {refusal or f'{milliseconds:.4f} ms'}")
         if "CUDA error" in refusal or "HIP error" in refusal:
             raise RuntimeError(
@@ -264,20 +266,25 @@ def _circumstances(device: torch.device, trial: Trial) -> dict[str, str]:
     return tile_cache.circumstances(card_name(device), trial.kernel)
 
 
-def _note(row: Mapping[str, object]) -> None:
-    """Adds a result; what cannot be written is no reason to stop."""
-    kept = tile_cache.folder() / KEPT
+def keep(write: Callable[[], object]) -> None:
+    """Lets something write to the user's cache or, where that fails, to a temporary folder in its place."""
     try:
-        with kept.open("a") as file:
-            # The line break comes first: it ends what a stopped run or a full disk has left half written.
-            file.write(f"\n{json.dumps(row)}")
+        write()
     except OSError as error:
-        _warn_once(f"warning: cannot write {kept}: {error}; a run that is stopped will time anew")
+        full, aside = tile_cache.folder(), tempfile.mkdtemp(prefix="bra_triton_")
+        os.environ["BRA_TRITON_CACHE"] = aside
+        print(
+            f"\nwarning: cannot write {full}: {error}; what is measured from now on is kept in {aside}. "
+            "Launches find it there while BRA_TRITON_CACHE names that folder.",
+            file=sys.stderr,
+        )
+        write()
 
 
-@cache
-def _warn_once(message: str) -> None:
-    print(f"\n{message}", file=sys.stderr)
+def _note(row: Mapping[str, object]) -> None:
+    with (tile_cache.folder() / KEPT).open("a") as file:
+        # The line break comes first: it ends what a stopped run or a full disk has left half written.
+        file.write(f"\n{json.dumps(row)}")
 
 
 def _read_kept(todo: Sequence[Trial], device: torch.device) -> dict[Trial, float]:

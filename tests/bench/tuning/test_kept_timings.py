@@ -50,8 +50,8 @@ def test_a_disk_that_fills_up_loses_no_measurement(tried, device, small_disk, mo
 
     measure(FORWARD_TINY, fill, device)
     said = capsys.readouterr().err
-    for file in ("timings.jsonl", "tuned.json"):
-        assert f"cannot write {small_disk / file}: [Errno 28] No space left on device" in said
+    assert f"cannot write {small_disk}: [Errno 28] No space left on device" in said
+    assert (tile_cache.folder() / "timings.jsonl").read_text().strip()
     _check_it_is_kept_aside(tried[1], device, said)
 
 
@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_written_shows_at_once(tried, device, tmp_path, 
         return 1.0
 
     measure(FORWARD_TINY, listen, device)
-    assert f"cannot write {tmp_path / 'cache' / 'tuned.json'}: " in said[0]
+    assert f"cannot write {tmp_path / 'cache'}: " in said[0]
     assert (tile_cache.folder() / "timings.jsonl").read_text().count("\n") == len(tried)
     _check_it_is_kept_aside(tried[0], device, said[0])
 
