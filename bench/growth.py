@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             value: peer_times.measure_row(problem, options.dtype, PEERS, options.repeats)
             for value, problem in SWEEPS[name][1].items()
         }
-        failures += [failure for row in rows.values() for failure in peer_times.wrong(row)]
+        failures += [failure for row in rows.values() for failure in peer_times.reasons(row, wrong=True)]
         found[name] = curves_of(rows)
         print(report(name, found[name]), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)

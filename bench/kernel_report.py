@@ -202,22 +202,22 @@ def render(rows: Sequence[Row], beside_dense: Sequence[BesideDense]) -> str:
     for arch in dict.fromkeys(row.arch for row in rows):
         here = [row for row in rows if row.arch == arch]
         attention = [row for row in here if row.cost is not None]
-        titled = {
-            "attention kernels, loops": [_occupies(row) | _loop_cells(row) for row in attention],
-            "attention kernels, launches": [_names(row) | _launch_cells(row) for row in attention],
-            "other kernels": [_occupies(row) | _other_cells(row) for row in here if row.cost is None],
-        }
-        title = (
-            f"attention kernels beside dense attention, batch {_BATCH_BESIDE_DENSE}, without LePE, predicted"
-        )
-        titled[title] = [_dense_cells(each) for each in beside_dense if each.arch == arch]
-        name = f"{arch} ({HARDWARE[arch].gpu})"
-        parts += [table(f"{name}: {title}", cells) for title, cells in titled.items()]
+        name = f"{arch} ({HARDWARE[arch].gpu}):"
+        parts += [
+            table(
+                f"{name} attention kernels, loops", [_occupies(row) | _loop_cells(row) for row in attention]
+            ),
+            table(f"{name} attention kernels, launches", [_launch_cells(row) for row in attention]),
+            table(
+                f"{name} other kernels", [_occupies(row) | _other_cells(row) for row in here if not row.cost]
+            ),
+            table(
+                f"{name} attention kernels beside dense attention, batch {_BATCH_BESIDE_DENSE}, "
+                "without LePE, predicted",
+                [_dense_cells(each) for each in beside_dense if each.arch == arch],
+            ),
+        ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _names(row: Row) -> dict[str, object]:
-    return {"problem": row.problem.name, "kernel": row.kernel}
 
 
 def _occupies(row: Row) -> dict[str, object]:
@@ -225,7 +225,8 @@ def _occupies(row: Row) -> dict[str, object]:
     code, usage = row.analysis, row.analysis.usage
     tile = {"M x N, warps": f"{code.block_m}x{code.block_n}, {code.num_warps}"} if row.cost else {}
     return {
-        **_names(row),
+        "problem": row.problem.name,
+        "kernel": row.kernel,
         **tile,
         "registers": usage.registers,
         "shared": f"{usage.shared_bytes / 1024:.1f} K",
@@ -254,6 +255,8 @@ def _loop_cells(row: Row) -> dict[str, object]:
 def _launch_cells(row: Row) -> dict[str, object]:
     assert row.cost is not None
     return {
+        "problem": row.problem.name,
+        "kernel": row.kernel,
         "slots/useful": f"{row.cost.slots_per_useful_score:.2f}",
         "MB moved": f"{row.bytes_of_arguments / 1e6:.2f}",
         **{f"{unit} us": f"{1e6 * seconds:.2f}" for unit, seconds in row.bounds.items()},
@@ -302,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked = (problems, options.arch, options.dtype, options.workers)
         rows, beside_dense = collect(*asked), compare_with_dense(*asked)
     print(render(rows, beside_dense))
-    failures = [each for row in rows for each in row.failures]
-    failures += [each for compared in beside_dense for each in compared.failures]
+    failures = [failure for row in rows for failure in row.failures]
+    failures += [failure for row in beside_dense for failure in row.failures]
     print(*failures or ["All targets are met, and nothing spills where that is checked."], sep="\n")
-    return 1 if failures else 0
+    return int(bool(failures))

@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints every row as soon as it is known, and returns 1 if `wrong` finds anything."""
+    """Measures, prints every row as soon as it is known, and returns 1 if something is wrong."""
     options = _parse(arguments)
     if options.preset:
         return models.report_modules(models.PRESET, options.repeats)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check_only:
         passes = [peer[which] for row in rows for peer in row["peers"].values() for which in PASSES]
         print(f"{sum('checked' in each for each in passes)} of {len(passes)} passes give the right result")
-    return conclude([failure for row in rows for failure in wrong(row)], "FAILED")
+    return conclude([failure for row in rows for failure in reasons(row, wrong=True)], "FAILED")
 
 
 def measure_row(problem: Problem, dtype: str, names: Sequence[str], repeats: int) -> Row:
@@ -146,20 +146,15 @@ def make_inputs(problem: Problem, dtype: torch.dtype, device: torch.device) -> I
     return qkv, torch.randn_like(qkv[..., : problem.dim])
 
 
-def reasons(row: Row, counts: Callable[[str, str], bool] = lambda name, key: True) -> list[str]:
-    """Why figures are missing, of those peers and of those `FAILURES` that count."""
+def reasons(row: Row, wrong: bool = False) -> list[str]:
+    """Why figures are missing; with `wrong` of wrong results alone, and of the fused peer."""
     return [
         f"{row['problem']}, batch {row['batch']}, {name}, {which}: {peer[which][key]}"
         for name, peer in row["peers"].items()
         for which in PASSES
         for key in FAILURES
-        if key in peer[which] and counts(name, key)
+        if key in peer[which] and (key == "refused" or name == "fused" or not wrong)
     ]
-
-
-def wrong(row: Row) -> list[str]:
-    """The peers of a row that computed something else, and the fused one if it could not run."""
-    return reasons(row, lambda name, key: key == "refused" or name == "fused")
 
 
 def report(row: Row) -> str:

@@ -7,10 +7,8 @@ padded map first, which counts; `dense` needs none.
 FlexAttention skips whole blocks of queries by keys, multiples of 128 each on a GPU, and evaluates a mask in
 those that are allowed in part. So tokens are reordered region by region: then a block holds few regions, and
 where regions are large most blocks are skipped. Reordering reads the packed projection and writes queries,
-keys and values as FlexAttention wants them, which an attention that is not in place has to do anyway.
-`create_block_mask` evaluates the mask for every pair of tokens; here the blocks follow from products of small
-matrices of regions, with the same result, which favours FlexAttention. Routing changes every step, so every
-step must build the mask anew.
+keys and values as FlexAttention wants them, which an attention that is not in place has to do anyway. Routing
+changes every step, so every step must build the mask anew; see `block_mask`.
 """
 
 import functools
@@ -124,7 +122,8 @@ def compiled_flex_attention() -> Callable[..., Tensor]:
 def block_mask(r_idx: Tensor, tokens: int) -> BlockMask:
     """The routing as blocks that are skipped, masked, or attended to without looking at the mask.
 
-    The same as `create_block_mask` of its `mask_mod`, without evaluating that for every two tokens.
+    By products of small matrices of regions, which favours FlexAttention: `create_block_mask` finds the same,
+    but evaluates `mask_mod` for every two tokens.
 
     Args:
         r_idx: `(N, P, topk)`, int64.

@@ -82,10 +82,13 @@ def predict(
     rounds = -(-walk.programs // hardware.sms)
     issued = slots(lambda mix: mix.total)
     passes, rate = (3, hardware.tf32_fma) if element_bytes == 4 else (1, hardware.half_fma)
+    # Multiply-adds for one score, of heads as wide as their tiles.
+    widths = map(tiles.channel_block, problem.head_dims)
+    products = sum(n * width for n, width in zip(_PRODUCTS[kernel], widths, strict=True))
     clocks = {
         "issue": issued / hardware.issue_slots,
         "exponential": slots(lambda mix: mix.counts["exponentials"]) / hardware.exponentials,
-        "matrix": walk.scores * passes * fma_per_score(kernel, problem) / rate,
+        "matrix": walk.scores * passes * products / rate,
     }
     bounds = {unit: rounds * n / hardware.clock for unit, n in clocks.items()}
     registers, shared_bytes = code.usage.registers, code.usage.shared_bytes
@@ -123,10 +126,3 @@ def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False)
     else:
         programs = round(programs * alive)
     return Walk(programs, whole, tail_steps, own * (whole * step + tail_steps * tail))
-
-
-def fma_per_score(kernel: str, problem: Problem) -> int:
-    """Multiply-adds of the matrix products for one score, heads as wide as their tiles."""
-    qk, v = map(tiles.channel_block, problem.head_dims)
-    qk_products, v_products = _PRODUCTS[kernel]
-    return qk_products * qk + v_products * v

@@ -194,7 +194,7 @@ def time_all(
         milliseconds, refusal = _time(trial, inputs, timer)
         results[trial] = milliseconds
         row = {"trial": str(trial), "milliseconds": milliseconds, "why": refusal}
-        keep(partial(_note, _circumstances(device, trial) | row))
+        keep(partial(_note, tile_cache.circumstances(card_name(device), trial.kernel) | row))
         progress(done, len(left), f"{trial.kernel} {trial.tile}: {refusal or f'{milliseconds:.4f} ms'}")
         if "CUDA error" in refusal or "HIP error" in refusal:
             raise RuntimeError(
@@ -262,10 +262,6 @@ def card_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _circumstances(device: torch.device, trial: Trial) -> dict[str, str]:
-    return tile_cache.circumstances(card_name(device), trial.kernel)
-
-
 def keep(write: Callable[[], object]) -> None:
     """Lets something write to the user's cache or, where that fails, to a temporary folder in its place."""
     try:
@@ -291,10 +287,10 @@ def _read_kept(todo: Sequence[Trial], device: torch.device) -> dict[Trial, float
     by_name, kept = {str(trial): trial for trial in todo}, tile_cache.folder() / KEPT
     results = {}
     for line in kept.read_text("utf-8", "replace").splitlines() if kept.exists() else []:
-        # Half a line of a run that was stopped, or what is no result at all: the trial is timed again.
+        # Another's trial; half a line of a run that was stopped, or what is no result: it is timed again.
         with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             row = json.loads(line)
-            trial = by_name.get(row["trial"])
-            if trial and _circumstances(device, trial).items() <= row.items():
+            trial = by_name[row["trial"]]
+            if tile_cache.circumstances(card_name(device), trial.kernel).items() <= row.items():
                 results[trial] = float(row["milliseconds"])
     return results

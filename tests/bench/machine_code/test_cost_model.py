@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from bra_triton.bench.machine_code.cost_model import (
     Walk,
-    fma_per_score,
     predict,
     walk_of,
 )
@@ -155,9 +154,15 @@ def test_what_does_not_fit_costs_infinitely():
 
 def test_products_of_each_kernel():
     wide = Problem("", 2, 80, 80, 80, 2, 8, 4, qk_dim=48)
-    assert fma_per_score("attention_forward", wide) == 32 + 64
-    assert fma_per_score("query_gradient", wide) == 2 * 32 + 64
-    assert fma_per_score("key_value_gradient", wide) == 2 * 32 + 2 * 64
+    products = {
+        "attention_forward": 32 + 64,
+        "query_gradient": 2 * 32 + 64,
+        "key_value_gradient": 2 * 32 + 2 * 64,
+    }
+    for kernel, each in products.items():
+        walk = walk_of(kernel, code(), wide)
+        matrix = predict(kernel, code(), wide, UNIT).bounds["matrix"]
+        assert matrix == pytest.approx(walk.programs * walk.scores * each / UNIT.half_fma)
 
 
 @given(
