@@ -4,10 +4,8 @@ import contextlib
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,56 +39,59 @@ class Job:
 def run_all(
     jobs: Sequence[Job], workers: int, deadline: float, cwd: Path, environment: Mapping[str, str]
 ) -> Iterator[Job]:
-    """Runs the jobs in order, `workers` at a time, and yields each when it has ended.
+    """Runs the jobs in order, `workers` at a time, and yields each that has ended.
 
     At the deadline (of `time.monotonic`), or when this process is stopped, what runs is ended, and what has
     not begun does not begin. Commands run in the folder `cwd`, in this process's environment with
     `environment` added.
     """
-    stop = threading.Event()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            pending = [pool.submit(run_one, job, deadline, cwd, environment, stop) for job in jobs]
-            for future in as_completed(pending):
-                yield future.result()
-        finally:
-            stop.set()
+    waiting = [*jobs]
+    running: list[tuple[Job, subprocess.Popen[bytes], float]] = []  # with when they began
+    try:
+        while (waiting or running) and time.monotonic() < deadline:
+            while waiting and len(running) < workers:
+                job = waiting.pop(0)
+                running.append((job, _start(job, cwd, environment), time.monotonic()))
+            time.sleep(0.05)
+            ended = [(job, process, start) for job, process, start in running if process.poll() is not None]
+            for job, process, start in ended:
+                running.remove((job, process, start))
+                _note(job, process.returncode, start)
+                yield job
+    finally:
+        for _, process, _ in running:
+            os.killpg(process.pid, signal.SIGKILL)
+        for job, process, start in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)  # a process that waits for a GPU that hangs cannot even be killed
+            _note(job, None, start)
 
 
-def run_one(
-    job: Job, deadline: float, cwd: Path, environment: Mapping[str, str], stop: threading.Event
-) -> Job:
-    """Runs one job; see `run_all`."""
-    start = time.monotonic()
-    if start >= deadline or stop.is_set():
-        return job
+def _start(job: Job, cwd: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    errors = job.log.with_suffix(".err")
-    with job.log.open("wb") as log, errors.open("wb") as error_log:
+    with job.log.open("wb") as log, job.log.with_suffix(".err").open("wb") as errors:
         # A session of its own, so that what it starts can be ended with it.
-        process = subprocess.Popen(
+        return subprocess.Popen(
             job.command,
             stdout=log,
-            stderr=error_log,
+            stderr=errors,
             stdin=subprocess.DEVNULL,
             cwd=cwd,
             env={**os.environ, **environment},
             start_new_session=True,
         )
-    while (code := process.poll()) is None and time.monotonic() < deadline and not stop.is_set():
-        stop.wait(0.05)
+
+
+def _note(job: Job, code: int | None, start: float) -> None:
+    """What became of a job that ended with this exit status; None if it was ended."""
     job.seconds = round(time.monotonic() - start, 1)
     lines = job.printed.strip().splitlines() or [""]
     job.says = lines[-1][:100]
     if code is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)  # a process that waits for a GPU that hangs cannot even be killed
-    elif code in job.passes:
-        job.status = PASSED
-    else:
-        job.status = FAILED
-        words = " ".join([*lines, errors.read_text(errors="replace")]).replace("`", "'").split()
+        return
+    job.status = PASSED if code in job.passes else FAILED
+    if job.status == FAILED:
+        errors = job.log.with_suffix(".err").read_text(errors="replace")
+        words = " ".join([*lines, errors]).replace("`", "'").split()
         named = [line for line in lines if line.startswith(NAMES_A_FAILURE)]
         job.failures = named or [f"exit status {code}: ...{' '.join(words)[-LOG_TAIL:]}"]
-    return job

@@ -11,7 +11,6 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from threading import Event
 
 import pytest
 import torch
@@ -336,7 +335,8 @@ def test_a_part_is_rehearsed_without_a_gpu(tmp_path, capsys):
 
 def run_one(command, folder, seconds=60.0, passes=(0,)):
     job = jobs.Job("job", "python", [sys.executable, "-c", command], folder / "job.log", passes)
-    return jobs.run_one(job, time.monotonic() + seconds, folder, {}, Event())
+    list(jobs.run_all([job], 1, time.monotonic() + seconds, folder, {}))
+    return job
 
 
 def test_a_job_that_hangs_is_ended_with_what_it_started(tmp_path):
