@@ -80,12 +80,8 @@ def driver_of(arch: str, device: Any = 0) -> Iterator[None]:
     )
     # Reading the property `active` would look for a GPU; Triton 3.4 has a plain attribute of that name.
     slot = "_active" if hasattr(triton_driver, "_active") else "active"
-    before = getattr(triton_driver, slot)
-    triton_driver.set_active(driver)
-    try:
+    with mock.patch.object(triton_driver, slot, driver):
         yield
-    finally:
-        setattr(triton_driver, slot, before)
 
 
 def _no_reason(request: Request) -> None:

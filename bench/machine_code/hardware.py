@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 from triton.backends.compiler import GPUTarget
 
+from bra_triton.kernels.tiles.table import nearest, packaged_archs
+
 # Issue slots go unused while warps wait, fewer with more warps beside each other: time goes with slots times
 # 1 + LATENCY_WARPS / resident warps. Fitted to attention on an H200 at BiFormer's and YOLO's maps, and judged
 # with 9 problems more: of 36, the configuration that it puts first takes on average 2.5 % longer than the
@@ -79,10 +81,8 @@ BLOCK_SHARED_BYTES = {
     **{arch: card.shared_bytes - card.reserved_shared_bytes for arch, card in HARDWARE.items()},
     **{"sm_86": 99 << 10, "sm_89": 99 << 10, "gfx942": 64 << 10},
 }
-# Architectures without a table of tiles of their own, which take another's.
-SERVED_BESIDES = {"sm_80": ("sm_86", "sm_89")}
 
 
 def table_shared_bytes(arch: str) -> int:
     """Shared memory in bytes that a thread block has on every card which takes the tiles of `arch`."""
-    return min(BLOCK_SHARED_BYTES[served] for served in (arch, *SERVED_BESIDES.get(arch, ())))
+    return min(size for card, size in BLOCK_SHARED_BYTES.items() if nearest(card, packaged_archs()) == arch)

@@ -121,13 +121,13 @@ def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[
 
     A spill costs its instructions alone.
     """
-    hardware, ranked = HARDWARE[arch], []
+    hardware, most_shared, ranked = HARDWARE[arch], table_shared_bytes(arch), []
     for job in jobs_of([key], arch):
         code = results.get(job)
         if not isinstance(code, Analysis) or code.loop is None:
             continue
         spills = code.usage.spills or code.usage.stack_bytes
-        if code.usage.shared_bytes > table_shared_bytes(arch) or (spills and not spilling):
+        if code.usage.shared_bytes > most_shared or (spills and not spilling):
             continue
         costs = [
             predict(KERNEL_NAMES[key.kernel], code, problem, hardware, key.bits // 8)
