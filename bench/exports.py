@@ -62,7 +62,7 @@ def measure_exports(
         what = f"the output of the export, {name},"
         measure.check({what: run()}, {what: expected}, measure.TOLERANCE[x.dtype])
     seconds = measure.interleaved_minima(runs, measure.CPU, repeats)
-    return {name: {INFERENCE: {"seconds": each}} for name, each in seconds.items()}
+    return {name: {f"{INFERENCE} ms": 1e3 * each} for name, each in seconds.items()}
 
 
 def _onnx_runtime(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:

@@ -30,11 +30,10 @@ from bra_triton.bench.problems import PROBLEMS, Problem
 
 FUSED, REFERENCE, STOCK = "fused", "reference", "stock"
 FIGURES = INFERENCE, STEP = "inference", "training step"
-UNITS = {"seconds": ("ms", 1e3), "peak_bytes": ("MiB", 2**-20)}
 YOLO_MODELS = [f"yolo26{scale}-{kind}" for kind in ("bra", "biformer") for scale in "ns"]
 BIFORMER_MODELS = ["biformer_tiny", "biformer_small"]
 DEFAULT = ["yolo26n-bra", "yolo26n-biformer", "biformer_tiny"]
-Row = dict[str, dict[str, dict[str, float]]]  # by what is measured, by figure: "seconds", "peak_bytes"
+Row = dict[str, dict[str, float]]  # by what is measured, then by figure and unit, such as "inference ms"
 # Norm of the difference over the norm, of float32 outputs behind tens of layers; autocast rounds to half
 # precision. Other regions would give 0.1 and more.
 TOLERANCE, AUTOCAST_TOLERANCE = 1e-3, 5e-2
@@ -53,9 +52,9 @@ PRESET = {
 }
 # Which ratio it is, the least that its geometric mean over the maps may be, and the least of any map.
 TARGETS = {
-    "forward": ((INFERENCE, "seconds"), 2.5, 1.3),
-    "training step": ((STEP, "seconds"), 3.0, 1.8),
-    "peak memory of a step": ((STEP, "peak_bytes"), 3.5, 2.0),
+    "forward": (f"{INFERENCE} ms", 2.5, 1.3),
+    "training step": (f"{STEP} ms", 3.0, 1.8),
+    "peak memory of a step": (f"{STEP} MiB", 3.5, 2.0),
 }
 
 
@@ -73,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_model(name: str, options: argparse.Namespace, device: torch.device) -> Row:
-    """Seconds and peak bytes of each figure, by what is measured; the models take turns."""
+    """Time and peak memory of each figure, by what is measured; the models take turns."""
     from bra_triton.yolo_integration import set_backend
 
     torch.manual_seed(0)
@@ -106,17 +105,14 @@ def compare(
         runs = {key: run_of(model, x, figure) for key, model in models.items()}
         seconds = measure.interleaved_minima(runs, x.device, repeats, waits=True)
         for key, run in runs.items():
-            row[key][figure] = {"seconds": seconds[key], "peak_bytes": measure.peak_bytes(run, x.device)}
+            peak = measure.peak_bytes(run, x.device)
+            row[key] |= {f"{figure} ms": 1e3 * seconds[key], f"{figure} MiB": peak / 2**20}
     return row
 
 
-def ratios(row: Row, name: str = FUSED) -> dict[tuple[str, str], float]:
+def ratios(row: Row, name: str = FUSED) -> dict[str, float]:
     """What the reference takes over what a model takes, by figure and unit."""
-    return {
-        (figure, what): row[REFERENCE][figure][what] / mine
-        for figure, found in row[name].items()
-        for what, mine in found.items()
-    }
+    return {figure: row[REFERENCE][figure] / mine for figure, mine in row[name].items()}
 
 
 def _models(name: str) -> dict[str, nn.Module]:
@@ -170,22 +166,21 @@ def _outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 def missed(rows: Mapping[str, Row]) -> list[str]:
     """Where the fused model is slower or larger than the reference, in words."""
     return [
-        f"{name}, {figure}: {what} {ratio:.2f} times as good"
+        f"{name}: {figure} {ratio:.2f} times as good"
         for name, row in rows.items()
-        for (figure, what), ratio in ratios(row).items()
+        for figure, ratio in ratios(row).items()
         if not ratio >= 1
     ]
 
 
 def report(title: str, kind: str, rows: Mapping[str, Row]) -> str:
     """The rows as text, each figure with its ratio to the reference's; `kind` is what they are named by."""
-    cells: list[dict[str, object]] = []
-    for name, row in rows.items():
-        for key, figures in row.items():
-            cells.append({kind: name, "on": key})
-            for (figure, what), ratio in ratios(row, key).items():
-                unit, factor = UNITS[what]
-                cells[-1][f"{figure} {unit}"] = f"{figures[figure][what] * factor:.1f} ({ratio:.2f}x)"
+    cells = [
+        {kind: name, "on": key}
+        | {figure: f"{row[key][figure]:.1f} ({ratio:.2f}x)" for figure, ratio in ratios(row, key).items()}
+        for name, row in rows.items()
+        for key in row
+    ]
     return table(title, cells)
 
 
@@ -230,7 +225,7 @@ def measure_module(problem: Problem, repeats: int) -> Row:
     measure.check(fused, reference, measure.TOLERANCE[x.dtype])
     row = compare(modules, x, _module_run, measure.TOLERANCE[x.dtype], repeats)
     for name in modules:
-        row[name][STEP]["peak_bytes"] = _in_fresh_process(_step_bytes, problem, name)
+        row[name][f"{STEP} MiB"] = _in_fresh_process(_step_bytes, problem, name) / 2**20
     return row
 
 

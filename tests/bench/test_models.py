@@ -13,7 +13,7 @@ pytest.importorskip("ultralytics")
 from bra_triton import BiLevelRoutingAttention
 from bra_triton.bench import models
 
-FIGURES = (models.INFERENCE, models.STEP)
+FIGURES = {f"{figure} {unit}" for figure in (models.INFERENCE, models.STEP) for unit in ("ms", "MiB")}
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,7 @@ def test_models_are_measured(name, tmp_path, capsys):
     rows = json.loads(file.read_text())["rows"]
     expected = {models.FUSED, models.REFERENCE} | ({models.STOCK} if name.startswith("yolo") else set())
     assert rows[name].keys() == expected
-    values = [value for row in rows[name].values() for figure in FIGURES for value in row[figure].values()]
-    assert min(values) > 0
+    assert all(row.keys() == FIGURES and min(row.values()) > 0 for row in rows[name].values())
     printed = capsys.readouterr().out
     assert all(re.search(rf"^\| {name} \| {key} +\| ", printed, re.MULTILINE) for key in expected)
     assert status == int("MISSED" in printed)
@@ -74,21 +73,21 @@ def test_a_model_that_computes_something_else_is_not_timed(monkeypatch):
 
 
 def test_a_slower_and_a_larger_model_miss_the_target():
-    good = {figure: {"seconds": 2.0, "peak_bytes": 2} for figure in FIGURES}
+    good = dict.fromkeys(FIGURES, 2.0)
     rows = {
         "slow": {
             models.REFERENCE: good,
-            models.FUSED: good | {models.STEP: {"seconds": 3.0, "peak_bytes": 1}},
+            models.FUSED: good | {"training step ms": 3.0, "training step MiB": 1.0},
         },
         "equal": {models.REFERENCE: good, models.FUSED: good},
         "large": {
             models.REFERENCE: good,
-            models.FUSED: good | {models.INFERENCE: {"seconds": 1.0, "peak_bytes": 3}},
+            models.FUSED: good | {"inference ms": 1.0, "inference MiB": 3.0},
         },
     }
     assert models.missed(rows) == [
-        f"slow, {models.STEP}: seconds 0.67 times as good",
-        f"large, {models.INFERENCE}: peak_bytes 0.67 times as good",
+        "slow: training step ms 0.67 times as good",
+        "large: inference MiB 0.67 times as good",
     ]
 
 
