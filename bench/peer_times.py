@@ -10,7 +10,6 @@ the scores that count of a peer, over its work, beside dense attention's own (1.
 import argparse
 import functools
 import math
-import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,7 +25,6 @@ from bra_triton.bench.peers import NAMES, Peer, peers_for
 from bra_triton.bench.problems import PROBLEMS, Problem
 
 PASSES = ("forward", "training")
-FAILURES = ("refused", "error")
 COMPACT = ("fused", "dense")  # if only these are asked for, a row of them is a line
 # What the reference may hold in float64: 2 GiB of scores, and a few tensors as large.
 MOST_SCORES = 1 << 28
@@ -53,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_compact:
         print("", *(f"- {reason}" for row in rows for reason in reasons(row)), sep="\n")
     if options.check_only:
-        passes = [peer[which] for row in rows for peer in row["peers"].values() for which in PASSES]
-        print(f"{sum('checked' in each for each in passes)} of {len(passes)} passes give the right result")
+        found = [peer[which]["status"] for row in rows for peer in row["peers"].values() for which in PASSES]
+        print(f"{found.count('checked')} of {len(found)} passes give the right result")
     return conclude([failure for row in rows for failure in reasons(row, wrong=True)], "FAILED")
 
 
@@ -99,24 +97,25 @@ def definition(problem: Problem, padding: Tensor | None, is_dense: bool) -> Peer
 
 
 def _figures(peer: Peer, which: str, inputs: Inputs, truth: Pass, repeats: int) -> dict[str, Any]:
-    """The figures of a pass, or why there are none: `refused` for a wrong result, `error` for any other."""
+    """The figures of a pass, or why there are none: "refused" for a wrong result, "error" for any other."""
     dtype, device = inputs[0].dtype, inputs[0].device
     try:
         run = _run(peer, *inputs, which)
         found = {name: _outer_images(x) for name, x in run().items()}
         measure.check(found, truth(), measure.TOLERANCE[dtype])
         if not repeats:
-            return {"checked": True}
+            return {"status": "checked"}
         return {
+            "status": "timed",
             "work_seconds": measure.median_device_seconds(run, device, repeats),
             "call_seconds": median(measure.wall_seconds(run, device) for _ in range(repeats)),
             "peak_bytes": measure.peak_bytes(run, device),
         }
     except measure.WrongResultError as error:
-        return {"refused": str(error)}
+        return {"status": "refused", "why": str(error)}
     except Exception as error:
-        message = re.sub(r"\s+", " ", str(error)).strip()[:200]
-        return {"error": f"{type(error).__name__}: {message}", "traceback": traceback.format_exc()}
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return {"status": "error", "why": why, "traceback": traceback.format_exc()}
 
 
 def _run(peer: Peer, qkv: Tensor, grad_out: Tensor, which: str) -> Pass:
@@ -149,11 +148,10 @@ def make_inputs(problem: Problem, dtype: torch.dtype, device: torch.device) -> I
 def reasons(row: Row, wrong: bool = False) -> list[str]:
     """Why figures are missing; with `wrong` of wrong results alone, and of the fused peer."""
     return [
-        f"{row['problem']}, batch {row['batch']}, {name}, {which}: {peer[which][key]}"
+        f"{row['problem']}, batch {row['batch']}, {name}, {which}: {peer[which]['why']}"
         for name, peer in row["peers"].items()
         for which in PASSES
-        for key in FAILURES
-        if key in peer[which] and (key == "refused" or name == "fused" or not wrong)
+        if "why" in peer[which] and (peer[which]["status"] == "refused" or name == "fused" or not wrong)
     ]
 
 
@@ -204,10 +202,10 @@ def _seconds(name: str, which: str, row: Row) -> float:
 
 def _work(name: str, which: str, row: Row, factor: float, digits: int) -> str:
     """The same as text, or why there is none, in a word."""
-    figures = row["peers"][name][which]
-    if "work_seconds" in figures:
-        return f"{factor * figures['work_seconds']:.{digits}f}"
-    return next(key for key in (*FAILURES, "checked") if key in figures)
+    seconds = _seconds(name, which, row)
+    return (
+        str(row["peers"][name][which]["status"]) if math.isnan(seconds) else f"{factor * seconds:.{digits}f}"
+    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -51,7 +51,7 @@ def test_a_wrong_result_is_said_and_left_out(tmp_path, capsys, monkeypatch):
 
     def spoiled(*arguments):
         row = measure_row(*arguments)
-        row["peers"]["dense"]["forward"] = {"refused": "output is off"}
+        row["peers"]["dense"]["forward"] = {"status": "refused", "why": "output is off"}
         return row
 
     monkeypatch.setattr(peer_times, "measure_row", spoiled)
