@@ -158,8 +158,12 @@ def reasons(row: Row, wrong: bool = False) -> list[str]:
 def report(row: Row) -> str:
     """A row as Markdown: times in ms, `x` how often the fused peer fits into them, `rate` as above."""
     cells = [
-        {"peer": name, "includes": peer["includes"]}
-        | {title: x for which in PASSES for title, x in _cells(name, which, row).items()}
+        {
+            "peer": name,
+            "includes": peer["includes"],
+            **_cells(name, "forward", row),
+            **_cells(name, "training", row),
+        }
         for name, peer in row["peers"].items()
     ]
     title = f"{row['problem']}: {row['sizes']}, {row['dtype']}"
@@ -202,10 +206,8 @@ def _seconds(name: str, which: str, row: Row) -> float:
 
 def _work(name: str, which: str, row: Row, factor: float, digits: int) -> str:
     """The same as text, or why there is none, in a word."""
-    seconds = _seconds(name, which, row)
-    return (
-        str(row["peers"][name][which]["status"]) if math.isnan(seconds) else f"{factor * seconds:.{digits}f}"
-    )
+    text = f"{factor * _seconds(name, which, row):.{digits}f}"
+    return str(row["peers"][name][which]["status"]) if text == "nan" else text
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -139,7 +139,7 @@ def test_without_divisibility_loads_are_narrow(offset, load):
 def from_listing(*lines):
     """A compiled kernel of these SASS lines: labels end in a colon, everything else is an instruction."""
     text = [line if line.endswith(":") else f"        /*0000*/    {line} ;" for line in lines]
-    compiled = Compiled("attend", 0, {})
+    compiled = Compiled(0, {})
     compiled.__dict__["sass"] = "\n".join([".text.attend:", *text])  # where cached_property would put it
     return compiled
 
