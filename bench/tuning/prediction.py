@@ -76,16 +76,14 @@ def predict_table(keys: Sequence[Key], arch: str, workers: int) -> tuple[Table, 
 
 
 def jobs_of(keys: Iterable[Key], arch: str, stages: Sequence[int] = STAGES) -> list[Job]:
-    """All configurations worth compiling for these entries, each once."""
-    return list(
-        dict.fromkeys(
-            Job.of(arch, key, tile)
-            for key in keys
-            for num_stages in stages
-            for tile in candidates(key.kernel, key.bits, key.head_dim, num_stages)
-            if tile.own <= key.size
-        )
-    )
+    """All configurations worth compiling for these entries."""
+    return [
+        Job.of(arch, key, tile)
+        for key in keys
+        for num_stages in stages
+        for tile in candidates(key.kernel, key.bits, key.head_dim, num_stages)
+        if tile.own <= key.size
+    ]
 
 
 def jobs_of_forms(keys: Iterable[Key], arch: str, results: Results) -> list[Job]:
@@ -98,12 +96,12 @@ def jobs_of_forms(keys: Iterable[Key], arch: str, results: Results) -> list[Job]
         ranked = rank(as_plain, arch, results) or rank(as_plain, arch, results, spilling=True)[:FORM_BATCH]
         forms = [Job.of(arch, key, plain.tile) for plain in ranked]
         jobs += [job for job in forms if job not in results][:FORM_BATCH]
-    return list(dict.fromkeys(jobs))
+    return jobs
 
 
 def compile_all(jobs: Sequence[Job], results: Results, workers: int) -> None:
     """Adds the counts of every job, or the compiler's error."""
-    results |= each(analyse, {job: (launch_of(job), job.arch) for job in jobs}, workers)
+    results |= each(analyse, {job: (launch_of(job), job.arch) for job in dict.fromkeys(jobs)}, workers)
 
 
 def launch_of(job: Job) -> Launch:
