@@ -238,15 +238,9 @@ def _occupies(row: Row) -> dict[str, object]:
 def _loop_cells(row: Row) -> dict[str, object]:
     code = row.analysis
     assert code.loop is not None
-    counts = code.loop.counts
     return {
         "in flight": code.usage.copies_in_flight,
-        "exp": counts["exponentials"],
-        "matrix": counts["matrix"],
-        "fp32": counts["fp32"],
-        "int": counts["integer"],
-        "loads": counts["global_loads"],
-        "other": counts["other"] + counts["global_stores"],
+        **code.loop.counts,
         "slots/score": f"{code.slots_per_score:.2f}{'*' if code.serialised else ''}",
         "target": f"{row.target} {'met' if not row.failures else 'MISSED'}" if row.target else None,
     }

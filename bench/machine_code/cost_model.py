@@ -87,7 +87,7 @@ def predict(
     products = sum(n * width for n, width in zip(_PRODUCTS[kernel], widths, strict=True))
     clocks = {
         "issue": issued / hardware.issue_slots,
-        "exponential": slots(lambda mix: mix.counts["exponentials"]) / hardware.exponentials,
+        "exponential": slots(lambda mix: mix.counts["exp"]) / hardware.exponentials,
         "matrix": walk.scores * passes * products / rate,
     }
     bounds = {unit: rounds * n / hardware.clock for unit, n in clocks.items()}

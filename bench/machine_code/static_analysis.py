@@ -26,16 +26,16 @@ from bra_triton.bench.console import progress
 from bra_triton.bench.machine_code.launches import arguments_of, kernel_name
 from bra_triton.kernels.plan import Launch
 
-# Opcode patterns of the classes that are counted; an instruction belongs to the first that fits.
+# Opcode patterns of what is counted, by its column in the kernel report; an instruction belongs to the first
+# that fits.
 INSTRUCTION_CLASSES = {
-    "exponentials": r"MUFU\.EX2",
+    "exp": r"MUFU\.EX2",
     "matrix": r"\w+MMA",  # HMMA, HGMMA, UTCHMMA and their kin of other types
-    "global_loads": r"LD|LDG|LDGSTS|UTMALDG|UBLKCP",  # asynchronous copies and TMA included
-    "global_stores": r"ST|STG|RED|REDG|ATOM|ATOMG|UTMASTG|UTMAREDG|UBLKRED",
     "fp32": r"F(ADD|MUL|FMA)2?|FMNMX3?|FSETP|FSEL|FSET|FCHK|FSWZADD",
-    "integer": r"IMAD(?!\.MOV)|IADD|IADD3|IMUL|IMNMX|ISETP|IABS|IDP|ISCADD|LEA|LOP|LOP3|PLOP3|SHF|SHL|SHR|SEL"
+    "int": r"IMAD(?!\.MOV)|IADD|IADD3|IMUL|IMNMX|ISETP|IABS|IDP|ISCADD|LEA|LOP|LOP3|PLOP3|SHF|SHL|SHR|SEL"
     r"|SGXT|BMSK|BREV|FLO|POPC|PRMT|P2R|R2P|VIADD|VIADDMNMX|VIMNMX|VIMNMX3",
-    "other": r".*",  # shared memory, moves, conversions, barriers, branches, waits, ...
+    "loads": r"LD|LDG|LDGSTS|UTMALDG|UBLKCP",  # of global memory, asynchronous copies and TMA included
+    "other": r".*",  # stores, shared memory, moves, conversions, barriers, branches, waits, ...
 }
 
 
@@ -210,7 +210,7 @@ def sections(compiled: Compiled) -> Sections:
     mixes = {header: _mix_of(program, body) for header, body in loops.items()}
     with_matrix = _innermost({h: loops[h] for h in loops if mixes[h].counts["matrix"]})
     inside = set().union(*(loops[header] for header in with_matrix))
-    loading = _innermost({h: loops[h] for h in loops.keys() - inside if mixes[h].counts["global_loads"]})
+    loading = _innermost({h: loops[h] for h in loops.keys() - inside if mixes[h].counts["loads"]})
     main = max(with_matrix, key=lambda h: (mixes[h].counts["matrix"], -mixes[h].total), default=None)
     others = (with_matrix - {main}, loading)
     chosen = (main, *(max(found, key=lambda h: mixes[h].total, default=None) for found in others))

@@ -34,10 +34,10 @@ def mix(**counts):
 def code(registers=128, shared=0, taps=None, n_taps=0):
     """128 x 128 by 8 warps: 200 instructions in the loop, 90 in the tail's (of 32 keys), 310 beside."""
     return Analysis(
-        mix(exponentials=64, matrix=10, fp32=126),
-        mix(exponentials=16, matrix=4, fp32=70),
+        mix(exp=64, matrix=10, fp32=126),
+        mix(exp=16, matrix=4, fp32=70),
         taps,
-        mix(exponentials=2, fp32=308),
+        mix(exp=2, fp32=308),
         *(128, 128, 32, n_taps, 8),
         Usage(registers, shared, 0, 0),
     )

@@ -18,7 +18,7 @@ from bra_triton.kernels.tiles.table import Entry, Key, Tile
 
 def code(loop, spills=0, shared=1024, rest=100, waits=0, registers=100):
     """What might have been counted."""
-    mix = dict.fromkeys(INSTRUCTION_CLASSES, 0) | {"matrix": 1, "exponentials": 1}
+    mix = dict.fromkeys(INSTRUCTION_CLASSES, 0) | {"matrix": 1, "exp": 1}
     usage = Usage(registers, shared, 0, spills)
     loop, rest = (LoopMix(mix | {"fp32": n - 2}, waits) for n in (loop, rest))
     return Analysis(loop, None, None, rest, 128, 64, 32, 0, 4, usage)
