@@ -27,13 +27,13 @@ SWEEPS: dict[str, tuple[str, dict[int, Problem]]] = {
     "topk": ("topk", {k: replace(BASE, topk=k) for k in (1, 2, 4, 8, 16)}),
     "batch": ("images", {n: replace(SMALL, batch=n) for n in (1, 2, 4, 8)}),
 }
-# Of a row of `bra-bench peers`: which pass, which of its numbers, and its factor.
+# Of a row of `bra-bench peers`: which pass, and which of its numbers.
 FIGURES = {
-    "forward, ms": ("forward", "work_seconds", 1e3),
-    "training, ms": ("training", "work_seconds", 1e3),
-    "training, MiB": ("training", "peak_bytes", 2**-20),
+    "forward, ms": ("forward", "work ms"),
+    "training, ms": ("training", "work ms"),
+    "training, MiB": ("training", "peak MiB"),
 }
-Curves = dict[tuple[str, str], dict[int, float]]  # by peer and figure: by value of the quantity
+Curves = dict[str, dict[int, float]]  # by peer and figure: by value of the quantity
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def curves_of(rows: dict[int, peer_times.Row]) -> Curves:
     """The figures of a sweep's rows, without those that a peer does not have."""
     return {
-        (peer, figure): {
-            value: row["peers"][peer][which][key] * factor
+        f"{peer} {figure}": {
+            value: row["peers"][peer][which][key]
             for value, row in rows.items()
-            if key in row["peers"].get(peer, {}).get(which, {})
+            if key in row["peers"][peer][which]
         }
-        for figure, (which, key, factor) in FIGURES.items()
+        for figure, (which, key) in FIGURES.items()
         for peer in PEERS
     }
 
@@ -84,13 +84,12 @@ def exponent(points: dict[int, float]) -> float:
 def report(name: str, curves: Curves) -> str:
     """A sweep as text: a row for each value of its quantity, and one of exponents."""
     quantity, problems = SWEEPS[name]
-    columns = {f"{peer} {figure}": points for (peer, figure), points in curves.items()}
     rows: list[dict[str, object]] = [
         {quantity: value}
-        | {title: f"{points[value]:.1f}" if value in points else None for title, points in columns.items()}
+        | {title: f"{points[value]:.1f}" if value in points else None for title, points in curves.items()}
         for value in problems
     ]
-    exponents = {title: f"{exponent(points):.2f}" for title, points in columns.items()}
+    exponents = {title: f"{exponent(points):.2f}" for title, points in curves.items()}
     rows.append({quantity: "exponent", **exponents})
     return table(f"{name}: {next(iter(problems.values()))} and on", rows)
 
@@ -105,7 +104,7 @@ def draw(found: dict[str, Curves], path: Path) -> None:
         quantity, problems = SWEEPS[name]
         for axis, figure in zip(line, FIGURES, strict=True):
             for peer in PEERS:
-                points = curves[peer, figure]
+                points = curves[f"{peer} {figure}"]
                 label = f"{peer}: exponent {exponent(points):.2f}"
                 axis.plot(list(points), list(points.values()), marker="o", label=label)
             axis.set(xscale="log", yscale="log", xlabel=quantity, title=figure)

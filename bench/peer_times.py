@@ -107,9 +107,9 @@ def _figures(peer: Peer, which: str, inputs: Inputs, truth: Pass, repeats: int) 
             return {"status": "checked"}
         return {
             "status": "timed",
-            "work_seconds": measure.median_device_seconds(run, device, repeats),
-            "call_seconds": median(measure.wall_seconds(run, device) for _ in range(repeats)),
-            "peak_bytes": measure.peak_bytes(run, device),
+            "work ms": 1e3 * measure.median_device_seconds(run, device, repeats),
+            "call ms": 1e3 * median(measure.wall_seconds(run, device) for _ in range(repeats)),
+            "peak MiB": measure.peak_bytes(run, device) / 2**20,
         }
     except measure.WrongResultError as error:
         return {"status": "refused", "why": str(error)}
@@ -176,8 +176,8 @@ def line(row: Row, is_first: bool) -> str:
     cells: dict[str, object] = {"problem": f"{row['problem']:16}", "batch": f"{row['batch']:5}"}
     for which in PASSES:
         for name in COMPACT:
-            cells[f"{which}: {name}"] = _work(name, which, row, 1e6, 1)
-        fused, dense = (_seconds(name, which, row) for name in COMPACT)
+            cells[f"{which}: {name}"] = _work(name, which, row, 1e3, 1)
+        fused, dense = (_milliseconds(name, which, row) for name in COMPACT)
         cells[f"{which}: dense/fused"] = f"{dense / fused:.2f}"
     lines = table(f"Work of the GPU in us, {row['dtype']}", [cells]).splitlines()
     return "\n".join([measure.on_one_line(row["versions"]), "", *lines] if is_first else lines[-1:])
@@ -185,28 +185,27 @@ def line(row: Row, is_first: bool) -> str:
 
 def _cells(name: str, which: str, row: Row) -> dict[str, object]:
     figures = row["peers"][name][which]
-    work, fused, dense = (_seconds(peer, which, row) for peer in (name, "fused", "dense"))
+    work, fused, dense = (_milliseconds(peer, which, row) for peer in (name, "fused", "dense"))
     rate = (1 if name == "dense" else row["keys"]) * dense / work
-    call, peak = (figures.get(key, math.nan) for key in ("call_seconds", "peak_bytes"))
     shown = {
-        "work": _work(name, which, row, 1e3, 3),
+        "work": _work(name, which, row, 1, 3),
         "x": f"{work / fused:.2f}",
         "rate": f"{rate:.2f}",
-        "call": f"{1e3 * call:.3f}",
-        "peak": f"{peak / 2**20:.1f} MiB",
+        "call": f"{figures.get('call ms', math.nan):.3f}",
+        "peak": f"{figures.get('peak MiB', math.nan):.1f} MiB",
     }
     return {f"{which}: {key}": "" if text.startswith("nan") else text for key, text in shown.items()}
 
 
-def _seconds(name: str, which: str, row: Row) -> float:
+def _milliseconds(name: str, which: str, row: Row) -> float:
     """The work of a peer's pass; NaN where it was not timed."""
     figures = row["peers"][name][which] if name in row["peers"] else {}
-    return float(figures.get("work_seconds", math.nan))
+    return float(figures.get("work ms", math.nan))
 
 
 def _work(name: str, which: str, row: Row, factor: float, digits: int) -> str:
     """The same as text, or why there is none, in a word."""
-    text = f"{factor * _seconds(name, which, row):.{digits}f}"
+    text = f"{factor * _milliseconds(name, which, row):.{digits}f}"
     return str(row["peers"][name][which]["status"]) if text == "nan" else text
 
 
