@@ -240,7 +240,7 @@ def _loop_cells(row: Row) -> dict[str, object]:
     assert code.loop is not None
     return {
         "in flight": code.usage.copies_in_flight,
-        **code.loop.counts,
+        **code.loop,
         "slots/score": f"{code.slots_per_score:.2f}{'*' if code.serialised else ''}",
         "target": f"{row.target} {'met' if not row.failures else 'MISSED'}" if row.target else None,
     }
@@ -260,7 +260,7 @@ def _launch_cells(row: Row) -> dict[str, object]:
 
 def _other_cells(row: Row) -> dict[str, object]:
     return {
-        "code": sum(mix.total for mix in (row.analysis.taps, row.analysis.rest) if mix is not None),
+        "code": sum(mix.total() for mix in (row.analysis.taps, row.analysis.rest) if mix is not None),
         "programs": row.programs,
         "MB": f"{row.bytes_of_arguments / 1e6:.3f}",
         "memory us": f"{1e6 * row.bounds['memory']:.3f}",

@@ -10,12 +10,13 @@ but the unit in question costs time, at documented peak rates; latency and cache
 compete with (`Cost.cost`) counts latency by `hardware.LATENCY_WARPS`.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from bra_triton.bench.machine_code.hardware import Hardware, latency
-from bra_triton.bench.machine_code.static_analysis import Analysis, LoopMix
+from bra_triton.bench.machine_code.static_analysis import Analysis, Mix
 from bra_triton.bench.problems import Problem
 from bra_triton.kernels import tiles
 
@@ -72,7 +73,7 @@ def predict(
     """
     walk = walk_of(kernel, code, problem, masked)
 
-    def slots(count: Callable[[LoopMix], int]) -> float:
+    def slots(count: Callable[[Mix], int]) -> float:
         """Thread slots of some kind of instruction that a program executes."""
         sections = ((code.rest, 1), (code.loop, walk.whole_tiles), (code.tail, walk.tail_steps))
         executed = [count(mix) * times for mix, times in (*sections, (code.taps, code.n_taps)) if mix]
@@ -80,14 +81,14 @@ def predict(
 
     # The last SM to finish decides, so work counts in whole programs an SM.
     rounds = -(-walk.programs // hardware.sms)
-    issued = slots(lambda mix: mix.total)
+    issued = slots(Counter.total)
     passes, rate = (3, hardware.tf32_fma) if element_bytes == 4 else (1, hardware.half_fma)
     # Multiply-adds for one score, of heads as wide as their tiles.
     widths = map(tiles.channel_block, problem.head_dims)
     products = sum(n * width for n, width in zip(_PRODUCTS[kernel], widths, strict=True))
     clocks = {
         "issue": issued / hardware.issue_slots,
-        "exponential": slots(lambda mix: mix.counts["exp"]) / hardware.exponentials,
+        "exponential": slots(lambda mix: mix["exp"]) / hardware.exponentials,
         "matrix": walk.scores * passes * products / rate,
     }
     bounds = {unit: rounds * n / hardware.clock for unit, n in clocks.items()}

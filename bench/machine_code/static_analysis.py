@@ -9,6 +9,7 @@ import copyreg
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ INSTRUCTION_CLASSES = {
     "loads": r"LD|LDG|LDGSTS|UTMALDG|UBLKCP",  # of global memory, asynchronous copies and TMA included
     "other": r".*",  # stores, shared memory, moves, conversions, barriers, branches, waits, ...
 }
+Mix: TypeAlias = Counter[str]  # instructions by their class
 
 
 @dataclass(frozen=True)
@@ -66,34 +68,22 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class LoopMix:
-    """The instructions of one loop body, or of other code.
+class Sections:
+    """The code of a kernel, every instruction that can be reached in one of them; None for no such loop.
 
-    Everything that can run between the loop's header and its jump back counts once, whether or not a
-    predicate or a branch skips it at run time, and so do blocks that the assembler moved out of line and
-    loops nested inside. The code of called functions does not count.
+    Everything that can run between a loop's header and its jump back counts once, whether or not a predicate
+    or a branch skips it at run time, and so do blocks that the assembler moved out of line and loops nested
+    inside. The code of called functions does not count.
     """
 
-    counts: Mapping[str, int]  # for every key of INSTRUCTION_CLASSES
-    # Waits for matrix instructions of a warpgroup. As many as those, and ptxas has serialised them: it was
-    # short of registers, and each now waits for the one before.
-    matrix_waits: int = 0
-
-    @property
-    def total(self) -> int:
-        """All instructions of the body."""
-        return sum(self.counts.values())
-
-
-@dataclass(frozen=True)
-class Sections:
-    """The code of a kernel, every instruction that can be reached in one of them; None for no such loop."""
-
     # Of the innermost loops with the most matrix instructions the shortest: over whole tiles, others mask.
-    loop: LoopMix | None
-    tail: LoopMix | None  # the largest other innermost loop with matrix instructions
-    taps: LoopMix | None  # the largest that loads and has none: over a convolution's taps, if there is one
-    rest: LoopMix  # everything else, each instruction once
+    loop: Mix | None
+    tail: Mix | None  # the largest other innermost loop with matrix instructions
+    taps: Mix | None  # the largest that loads and has none: over a convolution's taps, if there is one
+    rest: Mix  # everything else, each instruction once
+    # Whether every matrix instruction of the loop waits for the one before (sm_90): there are as many waits,
+    # since ptxas was short of registers.
+    serialised: bool
 
 
 @dataclass(frozen=True)
@@ -117,12 +107,7 @@ class Analysis(Sections):
         A loop that the compiler unrolled covers more than one tile; its `matrix` count shows it.
         """
         assert self.loop is not None
-        return self.loop.total * self.num_warps * 32 / (self.block_m * self.block_n)
-
-    @property
-    def serialised(self) -> bool:
-        """Whether every matrix instruction of the loop waits for the one before (sm_90)."""
-        return self.loop is not None and 0 < self.loop.counts["matrix"] <= self.loop.matrix_waits
+        return self.loop.total() * self.num_warps * 32 / (self.block_m * self.block_n)
 
 
 Result: TypeAlias = Analysis | Exception
@@ -169,7 +154,7 @@ def analyse(launch: Launch, arch: str) -> Analysis:
         block_m, block_n = arguments["BLOCK_OWN"] * arguments["HEADS"], arguments["BLOCK_STEP"]
     n_taps = max(arguments.get(name, 0) for name in ("LEPE_KERNEL", "KERNEL")) ** 2
     loop, tail = (parts.loop, parts.tail) if block_m and block_n else (None, None)
-    found = (loop, tail, parts.taps if n_taps else None, parts.rest)
+    found = (loop, tail, parts.taps if n_taps else None, parts.rest, parts.serialised)
     num_warps = launch.options.get("num_warps", 4)  # Triton's default
     return Analysis(*found, block_m, block_n, block_tail, n_taps, num_warps, resource_usage(compiled))
 
@@ -208,16 +193,18 @@ def sections(compiled: Compiled) -> Sections:
     entries = [index for label, index in labels.items() if label.startswith(".text.")]
     loops = _natural_loops(successors, entries)
     mixes = {header: _mix_of(program, body) for header, body in loops.items()}
-    with_matrix = _innermost({h: loops[h] for h in loops if mixes[h].counts["matrix"]})
+    with_matrix = _innermost({h: loops[h] for h in loops if mixes[h]["matrix"]})
     inside = set().union(*(loops[header] for header in with_matrix))
-    loading = _innermost({h: loops[h] for h in loops.keys() - inside if mixes[h].counts["loads"]})
-    main = max(with_matrix, key=lambda h: (mixes[h].counts["matrix"], -mixes[h].total), default=None)
+    loading = _innermost({h: loops[h] for h in loops.keys() - inside if mixes[h]["loads"]})
+    main = max(with_matrix, key=lambda h: (mixes[h]["matrix"], -mixes[h].total()), default=None)
     others = (with_matrix - {main}, loading)
-    chosen = (main, *(max(found, key=lambda h: mixes[h].total, default=None) for found in others))
+    chosen = (main, *(max(found, key=lambda h: mixes[h].total(), default=None) for found in others))
     reached = _reachable(successors, entries, barred=-1) - {-1, len(program)}
     rest = reached.difference(*(loops[header] for header in chosen if header is not None))
     loop, tail, taps = (None if header is None else mixes[header] for header in chosen)
-    return Sections(loop, tail, taps, _mix_of(program, rest))
+    body = () if main is None else loops[main]
+    waits = sum(program[index][1].startswith("WARPGROUP.DEPBAR") for index in body)
+    return Sections(loop, tail, taps, _mix_of(program, rest), loop is not None and waits >= loop["matrix"])
 
 
 def _run_nvidia_tool(tool: str, flag: str, cubin: bytes) -> str:
@@ -251,12 +238,11 @@ def _instructions(sass: str) -> tuple[list[_Instruction], dict[str, int]]:
     return program, labels
 
 
-def _mix_of(program: list[_Instruction], body: set[int]) -> LoopMix:
-    counts = dict.fromkeys(INSTRUCTION_CLASSES, 0)
-    opcodes = [program[index][1] for index in body]
-    for opcode in opcodes:
-        counts[next(n for n, p in INSTRUCTION_CLASSES.items() if re.match(rf"(?:{p})(?:\.|$)", opcode))] += 1
-    return LoopMix(counts, sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in opcodes))
+def _mix_of(program: list[_Instruction], body: set[int]) -> Mix:
+    mix = Counter(dict.fromkeys(INSTRUCTION_CLASSES, 0))
+    for opcode in (program[index][1] for index in body):
+        mix[next(n for n, p in INSTRUCTION_CLASSES.items() if re.match(rf"(?:{p})(?:\.|$)", opcode))] += 1
+    return mix
 
 
 def _innermost(loops: Mapping[int, set[int]]) -> set[int]:

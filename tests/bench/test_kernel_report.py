@@ -30,7 +30,7 @@ def test_the_report_of_one_problem(capsys):
     by_kernel = {row.kernel: row for row in rows}
     for kernel in KERNEL_NAMES.values():
         row = by_kernel[kernel]
-        assert row.analysis.loop.counts["exp"] > 0
+        assert row.analysis.loop["exp"] > 0
         assert row.target == kernel_report.TARGETS[kernel, "sm_90"][32]
         # Padding, tail, prologue and epilogue come on top of the loop.
         assert row.cost.slots_per_useful_score > row.analysis.slots_per_score
@@ -161,8 +161,8 @@ def test_the_sections_of_a_kernel_as_launched():
     launch = next(x for x in launched if kernel_name(x) == "attention_forward")
     found = sections(compile_for(launch, "sm_80"))
     # The tail takes the same products in narrower steps, a tap of LePE none.
-    assert 0 < found.tail.counts["matrix"] < found.loop.counts["matrix"]
-    assert found.taps.counts["matrix"] == 0 < found.taps.counts["loads"]
+    assert 0 < found.tail["matrix"] < found.loop["matrix"]
+    assert found.taps["matrix"] == 0 < found.taps["loads"]
     # A head's channels of 128 tokens.
-    assert found.taps.counts["fp32"] >= 32 * 128 // (32 * launch.options["num_warps"])
-    assert found.rest.counts["matrix"] == 0
+    assert found.taps["fp32"] >= 32 * 128 // (32 * launch.options["num_warps"])
+    assert found.rest["matrix"] == 0

@@ -1,5 +1,6 @@
 """The arithmetic from instruction counts to bounds, on counts made up so that results can be told by hand."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from bra_triton.bench.machine_code.hardware import (
     table_shared_bytes,
 )
 from bra_triton.bench.machine_code.launches import KERNEL_NAMES
-from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES, Analysis, LoopMix, Usage
+from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES, Analysis, Usage
 from bra_triton.bench.problems import MODELS, PROBLEMS, Problem
 
 # One SM of round rates, a clock a second.
@@ -28,7 +29,7 @@ P3 = Problem("P3", 2, 80, 80, 64, 2, 8, 4)
 
 
 def mix(**counts):
-    return LoopMix({**dict.fromkeys(INSTRUCTION_CLASSES, 0), **counts})
+    return Counter({**dict.fromkeys(INSTRUCTION_CLASSES, 0), **counts})
 
 
 def code(registers=128, shared=0, taps=None, n_taps=0):
@@ -38,6 +39,7 @@ def code(registers=128, shared=0, taps=None, n_taps=0):
         mix(exp=16, matrix=4, fp32=70),
         taps,
         mix(exp=2, fp32=308),
+        False,
         *(128, 128, 32, n_taps, 8),
         Usage(registers, shared, 0, 0),
     )

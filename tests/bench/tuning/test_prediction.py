@@ -1,5 +1,6 @@
 """Tiles ranked by their machine code, on counts made up; and a table that is written."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from bra_triton.bench import autotune
 from bra_triton.bench.machine_code.hardware import table_shared_bytes
 from bra_triton.bench.machine_code.launches import arguments_of
-from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES, Analysis, LoopMix, Usage
+from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES, Analysis, Usage
 from bra_triton.bench.tuning import prediction
 from bra_triton.bench.tuning.prediction import Job
 from bra_triton.bench.tuning.search_space import candidates, serves
@@ -16,12 +17,12 @@ from bra_triton.kernels.tiles import table as tile_table
 from bra_triton.kernels.tiles.table import Entry, Key, Tile
 
 
-def code(loop, spills=0, shared=1024, rest=100, waits=0, registers=100):
+def code(loop, spills=0, shared=1024, rest=100, serialised=False, registers=100):
     """What might have been counted."""
     mix = dict.fromkeys(INSTRUCTION_CLASSES, 0) | {"matrix": 1, "exp": 1}
     usage = Usage(registers, shared, 0, spills)
-    loop, rest = (LoopMix(mix | {"fp32": n - 2}, waits) for n in (loop, rest))
-    return Analysis(loop, None, None, rest, 128, 64, 32, 0, 4, usage)
+    loop, rest = (Counter(mix | {"fp32": n - 2}) for n in (loop, rest))
+    return Analysis(loop, None, None, rest, serialised, 128, 64, 32, 0, 4, usage)
 
 
 def job_of(key, tile):
@@ -50,8 +51,8 @@ class TestRanking:
         assert self.best({0: code(900, rest=100), 1: code(890, rest=180)})[0] == 1
 
     def test_a_loop_that_waits_for_every_product_must_be_cheaper_by_a_margin(self):
-        assert self.best({0: code(850, waits=1), 1: code(900)}) == [1, 0]
-        assert self.best({0: code(700, waits=1), 1: code(900)}) == [0, 1]
+        assert self.best({0: code(850, serialised=True), 1: code(900)}) == [1, 0]
+        assert self.best({0: code(700, serialised=True), 1: code(900)}) == [0, 1]
 
     def test_what_spills_or_does_not_fit_or_compile_is_out(self):
         too_much = table_shared_bytes("sm_90") + 1
