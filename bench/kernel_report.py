@@ -237,7 +237,6 @@ def _occupies(row: Row) -> dict[str, object]:
 
 def _loop_cells(row: Row) -> dict[str, object]:
     code = row.analysis
-    assert code.loop is not None
     return {
         "in flight": code.usage.copies_in_flight,
         **code.loop,
@@ -260,7 +259,7 @@ def _launch_cells(row: Row) -> dict[str, object]:
 
 def _other_cells(row: Row) -> dict[str, object]:
     return {
-        "code": sum(mix.total() for mix in (row.analysis.taps, row.analysis.rest) if mix is not None),
+        "code": row.analysis.taps.total() + row.analysis.rest.total(),
         "programs": row.programs,
         "MB": f"{row.bytes_of_arguments / 1e6:.3f}",
         "memory us": f"{1e6 * row.bounds['memory']:.3f}",

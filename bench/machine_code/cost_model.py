@@ -75,9 +75,8 @@ def predict(
 
     def slots(count: Callable[[Mix], int]) -> float:
         """Thread slots of some kind of instruction that a program executes."""
-        sections = ((code.rest, 1), (code.loop, walk.whole_tiles), (code.tail, walk.tail_steps))
-        executed = [count(mix) * times for mix, times in (*sections, (code.taps, code.n_taps)) if mix]
-        return 32 * code.num_warps * sum(executed)
+        loops = count(code.loop) * walk.whole_tiles + count(code.tail) * walk.tail_steps
+        return 32 * code.num_warps * (count(code.rest) + loops + count(code.taps) * code.n_taps)
 
     # The last SM to finish decides, so work counts in whole programs an SM.
     rounds = -(-walk.programs // hardware.sms)

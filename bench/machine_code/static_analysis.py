@@ -69,7 +69,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Sections:
-    """The code of a kernel, every instruction that can be reached in one of them; None for no such loop.
+    """The code of a kernel, every instruction that can be reached in one of them; empty for no such loop.
 
     Everything that can run between a loop's header and its jump back counts once, whether or not a predicate
     or a branch skips it at run time, and so do blocks that the assembler moved out of line and loops nested
@@ -77,9 +77,9 @@ class Sections:
     """
 
     # Of the innermost loops with the most matrix instructions the shortest: over whole tiles, others mask.
-    loop: Mix | None
-    tail: Mix | None  # the largest other innermost loop with matrix instructions
-    taps: Mix | None  # the largest that loads and has none: over a convolution's taps, if there is one
+    loop: Mix
+    tail: Mix  # the largest other innermost loop with matrix instructions
+    taps: Mix  # the largest that loads and has none: over a convolution's taps, if there is one
     rest: Mix  # everything else, each instruction once
     # Whether every matrix instruction of the loop waits for the one before (sm_90): there are as many waits,
     # since ptxas was short of registers.
@@ -106,7 +106,6 @@ class Analysis(Sections):
 
         A loop that the compiler unrolled covers more than one tile; its `matrix` count shows it.
         """
-        assert self.loop is not None
         return self.loop.total() * self.num_warps * 32 / (self.block_m * self.block_n)
 
 
@@ -153,8 +152,8 @@ def analyse(launch: Launch, arch: str) -> Analysis:
     if launch.name.startswith("small_map"):  # a tile a head, and several heads
         block_m, block_n = arguments["BLOCK_OWN"] * arguments["HEADS"], arguments["BLOCK_STEP"]
     n_taps = max(arguments.get(name, 0) for name in ("LEPE_KERNEL", "KERNEL")) ** 2
-    loop, tail = (parts.loop, parts.tail) if block_m and block_n else (None, None)
-    found = (loop, tail, parts.taps if n_taps else None, parts.rest, parts.serialised)
+    loop, tail = (parts.loop, parts.tail) if block_m and block_n else (Mix(), Mix())
+    found = (loop, tail, parts.taps if n_taps else Mix(), parts.rest, parts.serialised)
     num_warps = launch.options.get("num_warps", 4)  # Triton's default
     return Analysis(*found, block_m, block_n, block_tail, n_taps, num_warps, resource_usage(compiled))
 
@@ -201,10 +200,10 @@ def sections(compiled: Compiled) -> Sections:
     chosen = (main, *(max(found, key=lambda h: mixes[h].total(), default=None) for found in others))
     reached = _reachable(successors, entries, barred=-1) - {-1, len(program)}
     rest = reached.difference(*(loops[header] for header in chosen if header is not None))
-    loop, tail, taps = (None if header is None else mixes[header] for header in chosen)
+    loop, tail, taps = (Mix() if header is None else mixes[header] for header in chosen)
     body = () if main is None else loops[main]
     waits = sum(program[index][1].startswith("WARPGROUP.DEPBAR") for index in body)
-    return Sections(loop, tail, taps, _mix_of(program, rest), loop is not None and waits >= loop["matrix"])
+    return Sections(loop, tail, taps, _mix_of(program, rest), 0 < loop["matrix"] <= waits)
 
 
 def _run_nvidia_tool(tool: str, flag: str, cubin: bytes) -> str:

@@ -122,7 +122,7 @@ def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[
     hardware, most_shared, ranked = HARDWARE[arch], table_shared_bytes(arch), []
     for job in jobs_of([key], arch):
         code = results.get(job)
-        if not isinstance(code, Analysis) or code.loop is None:
+        if not isinstance(code, Analysis) or not code.loop:
             continue
         spills = code.usage.spills or code.usage.stack_bytes
         if code.usage.shared_bytes > most_shared or (spills and not spilling):

@@ -37,7 +37,7 @@ def code(registers=128, shared=0, taps=None, n_taps=0):
     return Analysis(
         mix(exp=64, matrix=10, fp32=126),
         mix(exp=16, matrix=4, fp32=70),
-        taps,
+        taps or Counter(),
         mix(exp=2, fp32=308),
         False,
         *(128, 128, 32, n_taps, 8),
@@ -111,7 +111,7 @@ def test_slots_count_every_section_as_often_as_it_runs():
     convolving = predict("attention_forward", code(taps=mix(fp32=40), n_taps=9), P3, UNIT)
     assert convolving.slots_per_useful_score == pytest.approx((1000 + 9 * 40) * 256 / (100 * 400))
     # Code without a loop for the tail has it in the rest.
-    bare = predict("attention_forward", replace(code(), tail=None), P3, UNIT)
+    bare = predict("attention_forward", replace(code(), tail=Counter()), P3, UNIT)
     assert bare.slots_per_useful_score == pytest.approx((310 + 600) * 256 / (100 * 400))
 
 

@@ -22,7 +22,7 @@ def code(loop, spills=0, shared=1024, rest=100, serialised=False, registers=100)
     mix = dict.fromkeys(INSTRUCTION_CLASSES, 0) | {"matrix": 1, "exp": 1}
     usage = Usage(registers, shared, 0, spills)
     loop, rest = (Counter(mix | {"fp32": n - 2}) for n in (loop, rest))
-    return Analysis(loop, None, None, rest, serialised, 128, 64, 32, 0, 4, usage)
+    return Analysis(loop, Counter(), Counter(), rest, serialised, 128, 64, 32, 0, 4, usage)
 
 
 def job_of(key, tile):
