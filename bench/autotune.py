@@ -36,7 +36,7 @@ from bra_triton.bench.tuning import prediction, timing
 from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import cache as tile_cache
 from bra_triton.kernels.tiles import table as tile_table
-from bra_triton.kernels.tiles.table import Entry, Key, Table
+from bra_triton.kernels.tiles.table import Key, Table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,27 +78,24 @@ def measure(
     timer: timing.Timer = timing.device_milliseconds,
 ) -> None:
     """Times on `device` and keeps the winners in the user's cache, also when it is interrupted."""
-    entries: dict[Key, Entry] = {}
     card = timing.card_name(device)
     timing.keep(partial(tile_cache.update, card, {}))  # what cannot be written shows before hours of timing
-    for name in args.dtype:
-        trials = timing.trials(problems, DTYPES[name], args.kernel, device, args.refine)
-        results: dict[timing.Trial, float] = {}
-        try:
-            timing.time_all(trials, results, device, timer, args.workers)
-            timing.time_all(timing.refinements(results), results, device, timer, args.workers)
-        finally:
-            found = timing.winners(results, trials)
-            timing.keep(partial(tile_cache.update, card, found))
-            tiles.forget()
-        for key, entry in found.items():
-            print(f"{name} {key}: {entry.tile}  {entry.cost:.4f} ms")
-        entries |= found
+    trials = timing.trials(problems, [DTYPES[name] for name in args.dtype], args.kernel, device, args.refine)
+    results: dict[timing.Trial, float] = {}
+    try:
+        timing.time_all(trials, results, device, timer, args.workers)
+        timing.time_all(timing.refinements(results), results, device, timer, args.workers)
+    finally:
+        found = timing.winners(results, trials)
+        timing.keep(partial(tile_cache.update, card, found))
+        tiles.forget()
+    for key, entry in found.items():
+        print(f"{key}: {entry.tile}  {entry.cost:.4f} ms")
     print(f"kept in {tile_cache.path()}")
     if args.save:
         shipped = tile_table.packaged(tiles.architecture_of(device))
         where = f"{card}, torch {torch.__version__}, Triton {tile_cache.triton_version()}"
-        measured = {key: replace(entry, measured_on=where) for key, entry in entries.items()}
+        measured = {key: replace(entry, measured_on=where) for key, entry in found.items()}
         _write_table(replace(shipped, entries={**shipped.entries, **measured}), args.output)
 
 

@@ -38,17 +38,16 @@ Curves = dict[str, dict[int, float]]  # by peer and figure: by value of the quan
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints a table for each sweep and draws it; returns 1 where a result was wrong."""
-    on_gpu = measure.default_device().type == "cuda"
+    dtype = "float16" if measure.default_device().type == "cuda" else "float32"
     parser = parser_of("growth", __doc__, repeats=3, has_json=False)
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
-    parser.add_argument("--dtype", choices=measure.DTYPES, default="float16" if on_gpu else "float32")
     parser.add_argument("--out", type=Path, default=Path("runs/growth"), help="folder for the picture")
     options = parser.parse_args(arguments)
     print(measure.on_one_line(measure.circumstances(measure.default_device())))
     found, failures = {}, []
     for name in options.sweep:
         rows = {
-            value: peer_times.measure_row(problem, options.dtype, PEERS, options.repeats)
+            value: peer_times.measure_row(problem, dtype, PEERS, options.repeats)
             for value, problem in SWEEPS[name][1].items()
         }
         failures += [failure for row in rows.values() for failure in peer_times.reasons(row, wrong=True)]

@@ -69,14 +69,14 @@ class Trial:
 
 def trials(
     problems: Sequence[Problem],
-    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype],
     kernels: Sequence[str],
     device: torch.device,
     only_used: bool = False,
 ) -> list[Trial]:
     """All configurations to time: what launches get so far and, unless `only_used`, those worth trying."""
     found = []
-    for problem, kernel in itertools.product(problems, kernels):
+    for dtype, problem, kernel in itertools.product(dtypes, problems, kernels):
         so_far = Trial(problem, dtype, kernel, Tile(16, 16, 1, 1))  # the key does not depend on the tile
         key = so_far.key
         used = tiles.choose(kernel, dtype, key.head_dim, key.size, device, key.form)
@@ -116,7 +116,7 @@ class Inputs:
     """The input of one problem, and what passes over it must give."""
 
     def __init__(self, problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
-        self.problem = problem
+        self.problem, self.dtype = problem, dtype
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -146,7 +146,7 @@ class Inputs:
         """Raises WrongResultError where a run computes something else."""
         torch.use_deterministic_algorithms(True, warn_only=True)  # new memory holds NaN
         try:
-            measure.check(run(), self.expected, measure.TOLERANCE[self.grad_out.dtype])
+            measure.check(run(), self.expected, measure.TOLERANCE[self.dtype])
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -176,7 +176,7 @@ def time_all(
     Finished trials are kept, and those that an earlier run has kept are not timed again.
 
     Args:
-        todo: trials, those of a problem together.
+        todo: trials, those of a problem and dtype together.
         results: gets each as soon as it is known.
         device: the card, or the CPU under the interpreter.
         timer: see `device_milliseconds`.
@@ -188,7 +188,7 @@ def time_all(
         compile_ahead(left, tiles.architecture_of(device), workers)
     inputs: Inputs | None = None
     for done, trial in enumerate(left, 1):
-        if inputs is None or inputs.problem != trial.problem:
+        if inputs is None or (inputs.problem, inputs.dtype) != (trial.problem, trial.dtype):
             inputs = None  # frees the last problem's memory first
             inputs = Inputs(trial.problem, trial.dtype, device)
         milliseconds, refusal = _time(trial, inputs, timer)

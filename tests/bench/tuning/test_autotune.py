@@ -74,6 +74,21 @@ def test_the_fastest_is_kept_and_used(tried, device):
     }
 
 
+@pytest.mark.usefixtures("tried")
+def test_every_dtype_is_timed_on_inputs_of_its_own(device, monkeypatch):
+    drawn = []
+
+    class Inputs(timing.Inputs):
+        def __init__(self, problem, dtype, device):
+            drawn.append(dtype)
+            super().__init__(problem, dtype, device)
+
+    monkeypatch.setattr(timing, "Inputs", Inputs)
+    measure([*FORWARD_TINY, "--dtype", "float16", "float32"], Stopwatch(), device)
+    assert drawn == [torch.float16, torch.float32]
+    assert {key.bits for key in tile_cache.read(timing.card_name(device))} == {16, 32}
+
+
 def test_saving_writes_what_was_measured_into_the_shipped_table(tried, device, monkeypatch, tmp_path):
     monkeypatch.setattr(tiles, "architecture_of", lambda device: "sm_90")
     best = tried[1]
@@ -137,7 +152,7 @@ def test_what_else_a_tile_can_be():
 
 def test_refining_starts_from_the_tiles_in_use(device):
     problem = Problem("", 2, 8, 8, 32, 1, 2, 2)
-    (trial,) = timing.trials([problem], torch.float16, [tiles.FORWARD], device, only_used=True)
+    (trial,) = timing.trials([problem], [torch.float16], [tiles.FORWARD], device, only_used=True)
     assert trial.tile == tiles.choose(tiles.FORWARD, torch.float16, 32, 16, device)
 
 
