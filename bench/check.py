@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     versions = measure.circumstances(torch.device(options.device))
     folder = _slug(f"{versions['card'] or 'cpu'}-{versions['date']}")
-    out = options.out or ROOT / "runs" / "bench" / "results" / folder
+    out = (options.out or ROOT / "runs" / "bench" / "results" / folder).resolve()
     plan = plan_of(options, out)
     checks_limit = min(CHECKS_LIMIT, CHECKS_SHARE * options.budget_seconds)
 
@@ -157,7 +157,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"it runs the tests of a clone of the repository, and {ROOT} is none")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here; --device cpu rehearses without one")
-    options.out = options.out and options.out.resolve()
     chosen, options.parts, options.notes = options.parts or PARTS, [], []
     for name in chosen:
         package = PARTS[name].needs

@@ -25,7 +25,6 @@ LEAST_RATIO = 0.95  # runs of one export vary by as much
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints; returns 1 where our export is slower than the reference's."""
     parser = parser_of("exports", __doc__, repeats=9)
-    parser.add_argument("--map", nargs="+", choices=PRESET, default=list(PRESET), metavar="MAP")
     options = parser.parse_args(arguments)
     exporters = {name: export for name, (package, export) in RUNTIMES.items() if find_spec(package)}
     if not exporters:
@@ -35,8 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of exporters, about their own code
-        for name, (runtime, export) in product(options.map, exporters.items()):
-            problem = PRESET[name]
+        for (name, problem), (runtime, export) in product(PRESET.items(), exporters.items()):
             rows[f"{name}: {problem}, {runtime}"] = measure_exports(problem, export, options.repeats)
     title = "The module's export beside that of the einops reference, CPU, float32"
     print(report(title, "map, runtime", rows))
