@@ -40,14 +40,13 @@ FORM_BATCH = 2
 class Job(NamedTuple):
     """One configuration to compile."""
 
-    arch: str
     key: Key  # of the largest size, for entries of all sizes: code does not depend on that
     tile: Tile
 
     @classmethod
-    def of(cls, arch: str, key: Key, tile: Tile) -> "Job":
+    def of(cls, key: Key, tile: Tile) -> "Job":
         """What is to be compiled for an entry of any size."""
-        return cls(arch, replace(key, size=tiles.SIZES[-1]), tile)
+        return cls(replace(key, size=tiles.SIZES[-1]), tile)
 
 
 class Ranked(NamedTuple):
@@ -66,19 +65,22 @@ Results = dict[Job, Result]
 def predict_table(keys: Sequence[Key], arch: str, workers: int) -> tuple[Table, list[Key]]:
     """Compiles what is worth trying for the entries, in so many processes; see `table`."""
     results: Results = {}
+
+    def compile_all(jobs: Iterable[Job]) -> None:
+        results.update(each(analyse, {job: (launch_of(job), arch) for job in dict.fromkeys(jobs)}, workers))
+
     plain = [key for key in keys if key.form == PLAIN]
-    compile_all(jobs_of(plain, arch, STAGES[:1]), results, workers)
-    without = [key for key in plain if not rank(key, arch, results)]
-    compile_all(jobs_of(without, arch, STAGES[1:]), results, workers)
+    compile_all(jobs_of(plain, STAGES[:1]))
+    compile_all(jobs_of([key for key in plain if not rank(key, arch, results)], STAGES[1:]))
     while more := jobs_of_forms(keys, arch, results):
-        compile_all(more, results, workers)
+        compile_all(more)
     return table(keys, arch, results)
 
 
-def jobs_of(keys: Iterable[Key], arch: str, stages: Sequence[int] = STAGES) -> list[Job]:
+def jobs_of(keys: Iterable[Key], stages: Sequence[int] = STAGES) -> list[Job]:
     """All configurations worth compiling for these entries."""
     return [
-        Job.of(arch, key, tile)
+        Job.of(key, tile)
         for key in keys
         for num_stages in stages
         for tile in candidates(key.kernel, key.bits, key.head_dim, num_stages)
@@ -94,14 +96,9 @@ def jobs_of_forms(keys: Iterable[Key], arch: str, results: Results) -> list[Job]
             continue
         as_plain = replace(key, form=PLAIN)
         ranked = rank(as_plain, arch, results) or rank(as_plain, arch, results, spilling=True)[:FORM_BATCH]
-        forms = [Job.of(arch, key, plain.tile) for plain in ranked]
+        forms = [Job.of(key, plain.tile) for plain in ranked]
         jobs += [job for job in forms if job not in results][:FORM_BATCH]
     return jobs
-
-
-def compile_all(jobs: Sequence[Job], results: Results, workers: int) -> None:
-    """Adds the counts of every job, or the compiler's error."""
-    results |= each(analyse, {job: (launch_of(job), job.arch) for job in dict.fromkeys(jobs)}, workers)
 
 
 def launch_of(job: Job) -> Launch:
@@ -120,7 +117,7 @@ def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[
     A spill costs its instructions alone.
     """
     hardware, most_shared, ranked = HARDWARE[arch], table_shared_bytes(arch), []
-    for job in jobs_of([key], arch):
+    for job in jobs_of([key]):
         code = results.get(job)
         if not isinstance(code, Analysis) or not code.loop:
             continue

@@ -26,7 +26,7 @@ def code(loop, spills=0, shared=1024, rest=100, serialised=False, registers=100)
 
 
 def job_of(key, tile):
-    return Job("sm_90", replace(key, size=tiles.SIZES[-1]), tile)
+    return Job(replace(key, size=tiles.SIZES[-1]), tile)
 
 
 class TestRanking:
