@@ -114,7 +114,7 @@ def test_chunks_are_of_a_size_in_bytes(monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 2**60)
     assert chunks.regions_at_once(problem, chunks.EFFICIENT) == 2**16 - 1
     monkeypatch.setattr(devices, "kind", lambda x: "cpu")
-    assert chunks.regions_at_once(problem, chunks.FLASH) == chunks.CHUNK_ELEMENTS // (gathered // 2)
+    assert chunks.regions_at_once(problem, chunks.FLASH) == 2 * chunks.CHUNK_ELEMENTS // (gathered // 2)
 
 
 @pytest.mark.parametrize(

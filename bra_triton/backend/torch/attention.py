@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,15 +35,25 @@ def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     """See `FusedKernels`; the statistic is the natural logarithm of the softmax's denominator."""
     if masked.is_cheaper(problem) and (found := masked.attend(problem)):
         return found
-    grid, n_graphs = problem.query_grid, problem.n_graphs
     kernel = _kernel(problem)
+    most = chunks.regions_at_once(problem, kernel)
+    out, lse = _attend(problem, kernel.forward, most)
+    if kernel.checked is None or chunks.is_softmax(lse):
+        return out, lse
+    return _attend(problem, kernel.checked, most)
+
+
+def _attend(problem: RoutedAttention[Tensor], forward: chunks.Forward, most: int) -> tuple[Tensor, Tensor]:
+    """`attend_routed` in chunks of at most `most` regions."""
+    grid, n_graphs = problem.query_grid, problem.n_graphs
     out = empty_map(problem.query, grid, channels=problem.value.shape[-1])
     lse = out.new_empty((problem.batch, problem.num_heads, *out.shape[1:3]), dtype=statistic_dtype(out.dtype))
     out_regions, lse_regions = (by_region(x, grid, n_graphs) for x in (out, lse.permute(0, 2, 3, 1)))
-    for chunk in _chunks(problem, chunks.regions_at_once(problem, kernel)):
-        out_chunk, lse_chunk = kernel.forward(chunk.query, *chunk.keys_values(), problem.scale)
+    for chunk in _chunks(problem, most):
+        out_chunk, lse_chunk = forward(chunk.query, *chunk.keys_values(), problem.scale)
         _write(out_regions[chunk.box], out_chunk)
         _write(lse_regions[chunk.box], lse_chunk.transpose(1, 2))
+        del chunk, out_chunk, lse_chunk  # before the next are made
     if not grid.is_padded:
         return out, lse
     return without_padding(out, grid), dense(lse[..., : grid.height, : grid.width])
@@ -112,6 +121,7 @@ def attention_backward(
             chunk.choices.add(grad.reshape(len(grad) * problem.topk, -1), total, n_regions)
             for grad, total in ((chunk_key, grad_key), (chunk_value, grad_value))
         )
+        del chunk, grad_rows, out_rows, chunk_query, chunk_key, chunk_value  # before the next are made
     if grid.is_padded:
         gradients.query.copy_(grad_query[:, : grid.height, : grid.width])
     factor = None if grad_factor is None else grad_factor.flatten(2, 3)
@@ -136,8 +146,7 @@ def _kernel(problem: RoutedAttention[Tensor]) -> chunks.Kernel:
     return chunks.kernel_for(problem.query, problem.qk_head_dim, problem.v_head_dim)
 
 
-_Box = tuple[Any, ...]
-_ALL: _Box = (...,)
+_Box = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,8 @@ class _Chunk:
     """Some query regions and all that they attend to; every graph counts as an image of its own.
 
     Attributes:
-        box: where they are in `by_region`: images, graphs, rows and columns of regions.
+        box: where they are in `by_region`: slices of images, graphs, rows and columns of regions, of which
+            the last are left out where nothing is cut.
         choices: the regions that they chose, as rows of `_key_value_regions`.
         query: `(R, S, m, c)`.
         gathered: their keys and values, `(R*topk, S_kv, c_k + c_v)`, or a tensor of each.
@@ -200,25 +210,29 @@ def _chunks(problem: RoutedAttention[Tensor], most: int) -> Iterator[_Chunk]:
     if problem.r_idx is not None:
         r_idx = flat_index(problem.r_idx, n_key_regions).view(*shape, topk)
     factor = None if problem.factor is None else problem.factor.view(*shape, topk)
+    buffers: list[Tensor] = []
     for box in _boxes(shape, most):
         rows = query[box]
         sizes = rows.shape[:4]
-        first = 0 if box is _ALL else (box[0].start * n_graphs + box[1].start) * n_key_regions
+        first = n_key_regions * sum(cut.start * size for cut, size in zip(box, (n_graphs, 1), strict=False))
         choices = Choices(
             index=None if r_idx is None else r_idx[box].flatten(),
             factor=None if factor is None else factor[box].flatten(),
             reached=range(first, first + sizes[0] * sizes[1] * n_key_regions),
             is_complete=sizes[2:] == shape[2:],
         )
-        gathered = [_chosen(x, choices) for x in key_value]
+        if choices.index is None:
+            gathered = [x[choices.reached.start : choices.reached.stop] for x in key_value]
+        else:
+            # No chunk is larger than the first, whose memory all share.
+            buffers = buffers or [x.new_empty(len(choices.index), *x.shape[1:]) for x in key_value]
+            gathered = [_rows(*each, choices.index) for each in zip(key_value, buffers, strict=True)]
         yield _Chunk(box, choices, _read(rows, num_heads), gathered, widths)
 
 
-def _chosen(regions: Tensor, choices: Choices) -> Tensor:
-    """Those of all regions that a chunk's chose."""
-    if choices.index is None:
-        return regions[choices.reached.start : choices.reached.stop]
-    return regions.index_select(0, choices.index)
+def _rows(x: Tensor, buffer: Tensor, index: Tensor) -> Tensor:
+    """The rows of `x` that the index names, in the first of the buffer."""
+    return torch.index_select(x, 0, index, out=buffer[: len(index)])
 
 
 def _key_value_regions(problem: RoutedAttention[Tensor]) -> list[Tensor]:
@@ -235,21 +249,19 @@ def _key_value_regions(problem: RoutedAttention[Tensor]) -> list[Tensor]:
 
 
 def _boxes(sizes: Sequence[int], most: int) -> Iterator[_Box]:
-    """Cuts a space of these sizes into boxes of at most `most` cells, but of one at least."""
-    if 0 < math.prod(sizes) <= most:
-        yield _ALL  # slices of every axis would take the CPU three times as long
-        return
-    steps: list[int] = []
+    """Cuts a space of these sizes into boxes of at most `most` cells, but of one at least.
+
+    Axes after the last that is cut are left out: each costs the CPU a microsecond wherever a box is taken.
+    """
+    cuts: list[list[slice]] = []
     for size in reversed(sizes):
         # Evenly, as the largest box decides how much memory it takes.
         n_steps = max(1, cdiv(size, max(1, most)))
-        steps.insert(0, max(1, cdiv(size, n_steps)))
+        step = max(1, cdiv(size, n_steps))
+        if cuts or step < size:
+            cuts.insert(0, [slice(at, min(at + step, size)) for at in range(0, size, step)])
         most //= max(1, size)
-    starts = itertools.product(*(range(0, size, step) for size, step in zip(sizes, steps, strict=True)))
-    for start in starts:
-        yield tuple(
-            slice(at, min(at + step, size)) for at, step, size in zip(start, steps, sizes, strict=True)
-        )
+    return itertools.product(*cuts) if math.prod(sizes) else iter(())
 
 
 def _read(regions: Tensor, num_heads: int) -> Tensor:

@@ -17,10 +17,13 @@ from torch import Tensor
 from ...kernels.problem import RoutedAttention, statistic_dtype
 from . import devices, efficient
 
-# On the CPU, elements of a chunk's gathered keys and values, and of its scores where they reach memory: 2 MiB
-# of float32. On two cores of an x86 server, maps of 14 to 80 tokens a side, twice and four times as many save
-# up to a sixth of a step's time, but twice as many already cost up to a fourth more memory.
+# On the CPU, elements of the keys and values that a chunk of the backward gathers, and of a chunk's scores
+# where they reach memory: 2 MiB of float32. On two cores of an x86 server, maps of 14 to 80 tokens a side,
+# twice as many take up to a tenth less time for a step of the attention, but up to a tenth more memory.
 CHUNK_ELEMENTS = 1 << 19
+# A chunk of the forward gathers this many times as many. That saves up to a sixth of its time, and costs no
+# memory, of which the backward needs more.
+FORWARD_CHUNKS = 2
 # Elsewhere, bytes of all that a chunk takes. Launching one takes the CPU as long as a small call, and a small
 # one leaves most of a GPU idle: on an H100 a step of P3 (float16, batch 8) took 1832 us of the GPU and 7.8 ms
 # of the caller's time in chunks of 32 MiB, and 1154 us and 4.5 ms in chunks of 64 MiB; the reference took
@@ -31,8 +34,8 @@ CHUNK_MAPS = 1.0
 
 _FLASH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-_Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
 class Kernel(NamedTuple):
@@ -44,10 +47,12 @@ class Kernel(NamedTuple):
             leads, or all scores are minus infinity.
         backward: from the output's gradient, query, key, value, and the output and `lse` that a forward gave:
             gradients of query, key and value.
+        checked: the forward, where `forward` itself is wrong unless `is_softmax(lse)` of all chunks together.
     """
 
-    forward: _Forward
-    backward: _Backward
+    forward: Forward
+    backward: Backward
+    checked: Forward | None = None
 
 
 def kernel_for(x: Tensor, qk_head_dim: int, v_head_dim: int) -> Kernel:
@@ -69,7 +74,7 @@ def regions_at_once(
     queries, keys = problem.query_grid.region_tokens, problem.topk * problem.kv_grid.region_tokens
     gathered = keys * num_heads * (problem.qk_head_dim + problem.v_head_dim)
     if devices.kind(x) == "cpu":
-        return CHUNK_ELEMENTS // gathered
+        return CHUNK_ELEMENTS * (1 if backward else FORWARD_CHUNKS) // gathered
     # Keys and values, their product with the factor, and their gradients.
     most, size = CHUNK_BYTES, x.element_size()
     needed = gathered * size * (1 + (problem.factor is not None) + backward)
@@ -98,11 +103,13 @@ def is_softmax(lse: Tensor) -> bool:
 
     PyTorch's kernel makes 0 of some that have none, and a model that has diverged would report a loss.
     """
+    if lse.numel() == 0:
+        return True
     low, high = lse.abs().aminmax()
     return bool(low > 0) and bool(high < math.inf)
 
 
-def _flash_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _checked_flash_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = flash_forward(query, key, value, scale)
     if is_softmax(lse):
         return out, lse
@@ -196,14 +203,20 @@ def _score_size(x: Tensor) -> int:
     return statistic_dtype(x.dtype).itemsize
 
 
-def _heads_first(forward: _Forward, backward: _Backward) -> Kernel:
-    """The kernel of functions that take and give heads before tokens."""
+def _forward_of_tokens(forward: Forward) -> Forward:
+    """The forward of a function that takes and gives heads before tokens."""
 
-    def transposed_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def transposed(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         out, lse = forward(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale)
         return out.transpose(1, 2), lse
 
-    def transposed_backward(
+    return transposed
+
+
+def _backward_of_tokens(backward: Backward) -> Backward:
+    """The backward of a function that takes and gives heads before tokens."""
+
+    def transposed(
         grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
@@ -211,9 +224,13 @@ def _heads_first(forward: _Forward, backward: _Backward) -> Kernel:
         grad_query, grad_key, grad_value = (x.transpose(1, 2) for x in gradients)
         return grad_query, grad_key, grad_value
 
-    return Kernel(transposed_forward, transposed_backward)
+    return transposed
 
 
-FLASH = _heads_first(_flash_forward, flash_backward)
+FLASH = Kernel(
+    _forward_of_tokens(flash_forward),
+    _backward_of_tokens(flash_backward),
+    checked=_forward_of_tokens(_checked_flash_forward),
+)
 EFFICIENT = Kernel(efficient.forward, efficient.backward)
-PRODUCTS = _heads_first(_products_forward, _products_backward)
+PRODUCTS = Kernel(_forward_of_tokens(_products_forward), _backward_of_tokens(_products_backward))
