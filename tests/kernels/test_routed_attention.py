@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from problems import relative_error, worst
 
 from bra_triton.backend.kernels import fused_kernels
+from bra_triton.backend.torch import attention as torch_attention
 from bra_triton.backend.torch import chunks
 from bra_triton.backend.torch.lepe import lepe_forward
 from bra_triton.kernels import tiles
@@ -40,9 +41,18 @@ def test_output_and_all_gradients(name, backend, device, monkeypatch):
 
 @pytest.mark.parametrize("name", ["soft", "head_graphs", "frozen_soft"])
 def test_routing_weights_of_several_chunks_of_the_torch_backend(name, monkeypatch):
-    """A chunk of a region or less: each has routing weights of its own, whose gradients add up."""
+    """A chunk of a region or less: each has routing weights of its own, whose gradients add up.
+
+    Three images are three parts, and only one's keys and values are copied region by region at a time.
+    """
+    copies, copy = [], torch_attention._key_value_regions
+    monkeypatch.setattr(
+        torch_attention, "_key_value_regions", lambda part: copies.append(part.batch) or copy(part)
+    )
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)
-    errors = compare("torch", make(PARTS[name], "cpu"), PARTS[name].needs_factor)
+    part = replace(PARTS[name], batch=3)
+    errors = compare("torch", make(part, "cpu"), part.needs_factor)
+    assert copies == [1] * 6  # of a forward and a backward
     assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.arrays import dense
 from ...kernels.grid import cdiv
 from ...kernels.problem import Gradients, Padding, RoutedAttention, SmallGradients, statistic_dtype
 from . import chunks, masked
@@ -22,9 +21,9 @@ from .regions import (
     by_region,
     empty_map,
     flat_index,
+    of_images,
     sum_over_padding,
     whole_map,
-    without_padding,
     write_map,
 )
 from .sums import Choices
@@ -33,30 +32,43 @@ from .sums import Choices
 @outside_autocast
 def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     """See `FusedKernels`; the statistic is the natural logarithm of the softmax's denominator."""
-    if masked.is_cheaper(problem) and (found := masked.attend(problem)):
-        return found
-    kernel = _kernel(problem)
-    most = chunks.regions_at_once(problem, kernel)
-    out, lse = _attend(problem, kernel.forward, most)
-    if kernel.checked is None or chunks.is_softmax(lse):
-        return out, lse
-    return _attend(problem, kernel.checked, most)
+    query, kernel = problem.query, _kernel(problem)
+    out = query.new_empty(*query.shape[:3], problem.value.shape[-1])
+    lse = out.new_empty((len(out), problem.num_heads, *out.shape[1:3]), dtype=statistic_dtype(out.dtype))
+    _attend(problem, kernel.forward, out, lse, masked.is_cheaper(problem))
+    if not (kernel.checked is None or chunks.is_softmax(lse)):
+        _attend(problem, kernel.checked, out, lse, is_masked=False)
+    return out, lse
 
 
-def _attend(problem: RoutedAttention[Tensor], forward: chunks.Forward, most: int) -> tuple[Tensor, Tensor]:
-    """`attend_routed` in chunks of at most `most` regions."""
+def _attend(
+    problem: RoutedAttention[Tensor], forward: chunks.Forward, out: Tensor, lse: Tensor, is_masked: bool
+) -> None:
+    """Writes what `attend_routed` returns."""
+    most = chunks.regions_at_once(problem, _kernel(problem))
+    for images in _parts(problem, most, is_masked):
+        part, part_out, part_lse = of_images(problem, images), out[images], lse[images]
+        if not (is_masked and masked.attend(part, part_out, part_lse)):
+            _attend_gathered(part, forward, most, part_out, part_lse)
+
+
+def _attend_gathered(
+    problem: RoutedAttention[Tensor], forward: chunks.Forward, most: int, out: Tensor, lse: Tensor
+) -> None:
+    """`_attend` in chunks of at most `most` regions."""
     grid, n_graphs = problem.query_grid, problem.n_graphs
-    out = empty_map(problem.query, grid, channels=problem.value.shape[-1])
-    lse = out.new_empty((problem.batch, problem.num_heads, *out.shape[1:3]), dtype=statistic_dtype(out.dtype))
-    out_regions, lse_regions = (by_region(x, grid, n_graphs) for x in (out, lse.permute(0, 2, 3, 1)))
+    whole_out, whole_lse = out, lse.permute(0, 2, 3, 1)
+    if grid.is_padded:
+        whole_out, whole_lse = (empty_map(x, grid) for x in (whole_out, whole_lse))
+    out_regions, lse_regions = (by_region(x, grid, n_graphs) for x in (whole_out, whole_lse))
     for chunk in _chunks(problem, most):
         out_chunk, lse_chunk = forward(chunk.query, *chunk.keys_values(), problem.scale)
         _write(out_regions[chunk.box], out_chunk)
         _write(lse_regions[chunk.box], lse_chunk.transpose(1, 2))
         del chunk, out_chunk, lse_chunk  # before the next are made
-    if not grid.is_padded:
-        return out, lse
-    return without_padding(out, grid), dense(lse[..., : grid.height, : grid.width])
+    if grid.is_padded:
+        out.copy_(whole_out[:, : grid.height, : grid.width])
+        lse.copy_(whole_lse[:, : grid.height, : grid.width].permute(0, 3, 1, 2))
 
 
 @torch.no_grad()  # create_graph=True runs a backward with gradients enabled
@@ -88,10 +100,41 @@ def attention_backward(
         gradients: maps to write.
         needs_factor: compute the gradient of the factor, too.
     """
-    if not needs_factor and masked.is_cheaper(problem):
-        found = masked.attend_backward(grad_out, problem, out, lse, gradients)
-        if found is not None:
-            return found
+    is_masked = not needs_factor and masked.is_cheaper(problem)
+    most = chunks.regions_at_once(problem, _kernel(problem), backward=True, needs_factor=needs_factor)
+    found = []
+    for images in _parts(problem, most, is_masked):
+        part = of_images(problem, images)
+        grad_part, out_part, lse_part = (x[images] for x in (grad_out, out, lse))
+        targets = Gradients(*(x[images] for x in (gradients.query, gradients.key, gradients.value)))
+        small = masked.attend_backward(grad_part, part, out_part, lse_part, targets) if is_masked else None
+        if small is None:
+            small = _gathered_backward(grad_part, part, out_part, lse_part, targets, most, needs_factor)
+        found.append(small)
+    return _of_all_parts(found)
+
+
+def _of_all_parts(found: Sequence[SmallGradients[Tensor]]) -> SmallGradients[Tensor]:
+    """Of parts' gradients those of all images: factors one after the other, the padding's added up."""
+    factors = [x.factor for x in found if x.factor is not None]
+    paddings = [x.padding for x in found if x.padding is not None]
+    padding = None
+    if paddings:
+        key = torch.stack([x.key for x in paddings]).sum(0)
+        padding = Padding(key, torch.stack([x.value for x in paddings]).sum(0))
+    return SmallGradients(torch.cat(factors) if factors else None, padding)
+
+
+def _gathered_backward(
+    grad_out: Tensor,
+    problem: RoutedAttention[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    gradients: Gradients[Tensor],
+    most: int,
+    needs_factor: bool,
+) -> SmallGradients[Tensor]:
+    """`attention_backward` in chunks of at most `most` regions."""
     grid, n_graphs, kernel = problem.query_grid, problem.n_graphs, _kernel(problem)
     *maps, lse_regions = (
         by_region(whole_map(x, grid), grid, n_graphs) for x in (grad_out, out, lse.permute(0, 2, 3, 1))
@@ -106,7 +149,6 @@ def attention_backward(
     dtype = statistic_dtype(grad_out.dtype)
     shape = (problem.batch, n_graphs, grid.rows, grid.columns, problem.topk)
     grad_factor = out.new_zeros(shape, dtype=dtype) if needs_factor else None
-    most = chunks.regions_at_once(problem, kernel, backward=True, needs_factor=needs_factor)
     for chunk in _chunks(problem, most):
         grad_rows, out_rows = (_read(x[chunk.box], chunk.num_heads) for x in maps)
         lse_rows = lse_regions[chunk.box].reshape(lse_shape)
@@ -115,8 +157,8 @@ def attention_backward(
         )
         _write(grad_query_regions[chunk.box], chunk_query)
         if grad_factor is not None:
-            part = grad_factor[chunk.box]
-            part.copy_(chunk.factor_gradient(chunk_key, chunk_value, dtype).view(part.shape))
+            of_chunk = grad_factor[chunk.box]
+            of_chunk.copy_(chunk.factor_gradient(chunk_key, chunk_value, dtype).view(of_chunk.shape))
         grad_key, grad_value = (
             chunk.choices.add(grad.reshape(len(grad) * problem.topk, -1), total, n_regions)
             for grad, total in ((chunk_key, grad_key), (chunk_value, grad_value))
@@ -140,6 +182,17 @@ def _write_keys_values(
         if problem.padding is not None:
             sums.append(sum_over_padding(whole, grid))
     return Padding(*sums) if sums else None
+
+
+def _parts(problem: RoutedAttention[Tensor], most_regions: int, is_masked: bool) -> Iterator[slice]:
+    """Images that are attended to one part after the other.
+
+    A part's copies, of keys and values region by region and of their gradients, are made for it alone.
+    """
+    batch, regions = problem.batch, problem.n_graphs * problem.query_grid.n_regions
+    most = masked.images_at_once(problem) if is_masked else most_regions // regions
+    for box in _boxes([batch], most) if batch else [()]:
+        yield box[0] if box else slice(0, batch)
 
 
 def _kernel(problem: RoutedAttention[Tensor]) -> chunks.Kernel:

@@ -6,7 +6,6 @@ what was not chosen.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -46,22 +45,23 @@ def is_cheaper_for(grid: RegionGrid, kv_grid: RegionGrid, topk: int) -> bool:
     return fits and queries * keys <= _REGION + chosen * (_KEY + _PAIR * queries)
 
 
-def attend(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """As `attention.attend_routed`; None of no image, or where it cannot tell that the result is right.
+def images_at_once(problem: RoutedAttention[Tensor]) -> int:
+    """How many images' masks are no larger than a chunk."""
+    grid, kv_grid = problem.query_grid, problem.kv_grid
+    return chunks.CHUNK_ELEMENTS // (grid.height * grid.width * kv_grid.n_regions * kv_grid.region_tokens)
 
-    That is where something is not finite, maybe of a key not chosen, which would reach all queries of its
-    head; and where some `lse` is 0.
+
+def attend(problem: RoutedAttention[Tensor], out: Tensor, lse: Tensor) -> bool:
+    """Writes what `attention.attend_routed` returns, and says whether it is right, as far as `out` tells.
+
+    Something that is not finite, maybe of a key not chosen, would reach all queries of its head. `lse` tells
+    whether there was a softmax; see `chunks.is_softmax`.
     """
-    batch, height, width, _ = problem.query.shape
-    out, lse = problem.query.new_empty(batch, height, width, problem.value.shape[-1]), []
-    for images, mask, maps in _parts(problem):
-        rows, statistic = chunks.flash_forward(*maps, scale=problem.scale, mask=mask)
-        tokens = _tokens(rows)
-        if not (chunks.is_softmax(statistic) and _is_finite(tokens)):
-            return None
-        out[images] = tokens.view(out[images].shape)
-        lse.append(statistic)
-    return (out, torch.cat(lse).contiguous().unflatten(2, (height, width))) if lse else None
+    rows, statistic = chunks.flash_forward(*_maps(problem), scale=problem.scale, mask=_mask(problem))
+    tokens = _tokens(rows)
+    out.copy_(tokens.view(out.shape))
+    lse.copy_(statistic.view(lse.shape))
+    return _is_finite(tokens)
 
 
 def attend_backward(
@@ -72,47 +72,41 @@ def attend_backward(
     gradients: Gradients[Tensor],
 ) -> SmallGradients[Tensor] | None:
     """As `attention.attention_backward`; None where something is not finite, maybe of a key not chosen."""
-    kv_grid, padding = problem.kv_grid, problem.padding
-    if padding is not None:
-        zeros = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (padding.key, padding.value))
-        padding = Padding(*zeros)
-    for images, mask, maps in _parts(problem):
-        grad_rows, rows = (_heads(x[images], problem.num_heads) for x in (grad_out, out))
-        statistic = lse[images].flatten(2)
-        found = chunks.flash_backward(grad_rows, *maps, rows, statistic, scale=problem.scale, mask=mask)
-        grad_query, *of_keys_values = (_tokens(grad) for grad in found)
-        if not all(_is_finite(grad) for grad in (grad_query, *of_keys_values)):
-            return None
-        gradients.query[images] = grad_query.unflatten(1, gradients.query.shape[1:3])
-        sums = []
-        for target, grad in zip((gradients.key, gradients.value), of_keys_values, strict=True):
-            whole = grad.unflatten(1, (kv_grid.rows * kv_grid.region_height, -1))
-            target[images] = whole[:, : kv_grid.height, : kv_grid.width]
-            if padding is not None:
-                sums.append(sum_over_padding(whole, kv_grid))
-        if padding is not None:
-            padding = Padding(padding.key + sums[0], padding.value + sums[1])
-    return SmallGradients(None, padding)
+    kv_grid, sums = problem.kv_grid, []
+    grad_rows, rows = (_heads(x, problem.num_heads) for x in (grad_out, out))
+    found = chunks.flash_backward(
+        *(grad_rows, *_maps(problem), rows, lse.flatten(2)), scale=problem.scale, mask=_mask(problem)
+    )
+    grad_query, *of_keys_values = (_tokens(grad) for grad in found)
+    if not all(_is_finite(grad) for grad in (grad_query, *of_keys_values)):
+        return None
+    gradients.query.copy_(grad_query.view(gradients.query.shape))
+    for target, grad in zip((gradients.key, gradients.value), of_keys_values, strict=True):
+        whole = grad.unflatten(1, (kv_grid.rows * kv_grid.region_height, -1))
+        target.copy_(whole[:, : kv_grid.height, : kv_grid.width])
+        if problem.padding is not None:
+            sums.append(sum_over_padding(whole, kv_grid))
+    return SmallGradients(None, Padding(*sums) if sums else None)
 
 
-def _parts(problem: RoutedAttention[Tensor]) -> Iterator[tuple[slice, Tensor, tuple[Tensor, Tensor, Tensor]]]:
-    """Some images, their mask `(n, 1, H*W, L)`, and their queries, keys and values, `(n, m, tokens, c)`."""
+def _maps(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, `(n, m, tokens, c)`."""
+    grid, padding = problem.kv_grid, problem.padding
+    key = whole_map(problem.key, grid, None if padding is None else padding.key)
+    value = whole_map(problem.value, grid, None if padding is None else padding.value)
+    query, key, value = (_heads(x, problem.num_heads) for x in (problem.query, key, value))
+    return query, key, value
+
+
+def _mask(problem: RoutedAttention[Tensor]) -> Tensor:
+    """What is added to the scores, `(n, 1, H*W, L)`: 0 of chosen regions' keys, else minus infinity."""
     assert problem.r_idx is not None
-    grid, kv_grid, padding = problem.query_grid, problem.kv_grid, problem.padding
-    fills = (None, None) if padding is None else (padding.key, padding.value)
+    grid, kv_grid, r_idx = problem.query_grid, problem.kv_grid, problem.r_idx[:, 0].long()
     of_query = _regions(grid)[: grid.height, : grid.width].flatten()
-    of_key = _regions(kv_grid).flatten()
-    most = max(1, chunks.CHUNK_ELEMENTS // (len(of_query) * len(of_key)))
-    for start in range(0, problem.batch, most):
-        images = slice(start, min(start + most, problem.batch))
-        r_idx = problem.r_idx[images, 0].long()
-        mask = problem.query.new_full((len(r_idx), grid.n_regions, kv_grid.n_regions), -math.inf)
-        # Keys first: as few rows as there are regions are spread over all keys.
-        mask = mask.scatter_(2, r_idx, 0.0).index_select(2, of_key).index_select(1, of_query)
-        keys_values = zip((problem.key, problem.value), fills, strict=True)
-        maps = [problem.query[images], *(whole_map(x[images], kv_grid, fill) for x, fill in keys_values)]
-        query, key, value = (_heads(x, problem.num_heads) for x in maps)
-        yield images, mask[:, None], (query, key, value)
+    mask = problem.query.new_full((len(r_idx), grid.n_regions, kv_grid.n_regions), -math.inf)
+    # Keys first: as few rows as there are regions are spread over all keys.
+    mask = mask.scatter_(2, r_idx, 0.0).index_select(2, _regions(kv_grid).flatten())
+    return mask.index_select(1, of_query)[:, None]
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:

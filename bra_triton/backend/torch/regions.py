@@ -1,5 +1,7 @@
 """Maps cut into dense regions and put together again, in plain PyTorch; padding is made and dropped here."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from ...kernels.arrays import dense
 from ...kernels.grid import RegionGrid
 from ...kernels.padding import tokens_inside
-from ...kernels.problem import statistic_dtype
+from ...kernels.problem import RoutedAttention, statistic_dtype
 
 
 def by_region(x: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Tensor:
@@ -22,6 +24,19 @@ def by_region(x: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Tensor:
     sides = (grid.rows, grid.region_height, grid.columns, grid.region_width)
     # einops would take three times as long, which counts where a GPU waits for its launches.
     return x.view(batch, *sides, n_graphs, channels // n_graphs).permute(0, 5, 1, 3, 2, 4, 6)
+
+
+def of_images(problem: RoutedAttention[Tensor], images: slice) -> RoutedAttention[Tensor]:
+    """The attention of some images."""
+    if images == slice(0, problem.batch):
+        return problem
+    r_idx, factor, key_value = (
+        None if x is None else x[images] for x in (problem.r_idx, problem.factor, problem.key_value)
+    )
+    query, key, value = (x[images] for x in (problem.query, problem.key, problem.value))
+    return replace(
+        problem, query=query, key=key, value=value, r_idx=r_idx, factor=factor, key_value=key_value
+    )
 
 
 def whole_map(x: Tensor, grid: RegionGrid, padding: Tensor | None = None) -> Tensor:
