@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from problems import relative_error, worst
 
 from bra_triton.backend.kernels import fused_kernels
-from bra_triton.backend.torch import attention as torch_attention
-from bra_triton.backend.torch import chunks
+from bra_triton.backend.torch import chunks, gathered
 from bra_triton.backend.torch.lepe import lepe_forward
 from bra_triton.kernels import tiles
 from bra_triton.kernels.attention import masking
@@ -45,10 +44,8 @@ def test_routing_weights_of_several_chunks_of_the_torch_backend(name, monkeypatc
 
     Three images are three parts, and only one's keys and values are copied region by region at a time.
     """
-    copies, copy = [], torch_attention._key_value_regions
-    monkeypatch.setattr(
-        torch_attention, "_key_value_regions", lambda part: copies.append(part.batch) or copy(part)
-    )
+    copies, copy = [], gathered._key_value_regions
+    monkeypatch.setattr(gathered, "_key_value_regions", lambda part: copies.append(part.batch) or copy(part))
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)
     part = replace(PARTS[name], batch=3)
     errors = compare("torch", make(part, "cpu"), part.needs_factor)

@@ -16,7 +16,7 @@ from problems import relative_error, worst
 
 from bra_triton import BiLevelRoutingAttention
 from bra_triton.backend import torch as torch_backend
-from bra_triton.backend.torch import attention, chunks, devices, efficient, lepe, sums
+from bra_triton.backend.torch import chunks, devices, efficient, lepe, sums
 from bra_triton.bench.problems import MODELS
 from bra_triton.kernels.problem import Needs
 
@@ -130,7 +130,7 @@ def test_chunks_are_of_a_size_in_bytes(monkeypatch):
 )
 def test_boxes_are_few_and_even(sizes, most, expected):
     times = torch.zeros(sizes)
-    boxes = list(attention._boxes(sizes, most))
+    boxes = list(chunks.boxes(sizes, most))
     for box in boxes:
         times[box] += 1
     assert [times[box].numel() for box in boxes] == expected

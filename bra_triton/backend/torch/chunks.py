@@ -7,13 +7,15 @@ Shapes: query `(R, S, m, c_qk)`, key `(R, L, m, c_qk)`, value `(R, L, m, c_v)`, 
 heads, as maps have them.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...kernels.grid import cdiv
 from ...kernels.problem import RoutedAttention, statistic_dtype
 from . import devices, efficient
 
@@ -34,6 +36,7 @@ CHUNK_MAPS = 1.0
 
 _FLASH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+Box = tuple[slice, ...]
 Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
@@ -66,6 +69,11 @@ def kernel_for(x: Tensor, qk_head_dim: int, v_head_dim: int) -> Kernel:
     return EFFICIENT if efficient.serves(x, qk_head_dim, v_head_dim) else PRODUCTS
 
 
+def kernel_of(problem: RoutedAttention[Tensor]) -> Kernel:
+    """`kernel_for` the maps and heads of a problem."""
+    return kernel_for(problem.query, problem.qk_head_dim, problem.v_head_dim)
+
+
 def regions_at_once(
     problem: RoutedAttention[Tensor], kernel: Kernel, *, backward: bool = False, needs_factor: bool = False
 ) -> int:
@@ -88,6 +96,22 @@ def regions_at_once(
     else:  # the products copy keys and values once more, and hold scores in two precisions
         needed += gathered * size + num_heads * queries * keys * _bytes_a_score(x, backward)
     return min(most // needed, efficient.MOST_REGIONS)
+
+
+def boxes(sizes: Sequence[int], most: int) -> Iterator[Box]:
+    """Cuts a space of these sizes into boxes of at most `most` cells, but of one at least.
+
+    Axes after the last that is cut are left out: each costs the CPU a microsecond wherever a box is taken.
+    """
+    cuts: list[list[slice]] = []
+    for size in reversed(sizes):
+        # Evenly, as the largest box decides how much memory it takes.
+        n_steps = max(1, cdiv(size, max(1, most)))
+        step = max(1, cdiv(size, n_steps))
+        if cuts or step < size:
+            cuts.insert(0, [slice(at, min(at + step, size)) for at in range(0, size, step)])
+        most //= max(1, size)
+    return itertools.product(*cuts) if math.prod(sizes) else iter(())
 
 
 def flash_forward(
