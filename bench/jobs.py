@@ -39,7 +39,7 @@ class Job:
 def run_all(
     jobs: Sequence[Job], workers: int, deadline: float, cwd: Path, environment: Mapping[str, str]
 ) -> Iterator[Job]:
-    """Runs the jobs in order, `workers` at a time, and yields each that has ended.
+    """Runs the jobs in order, `workers` at a time, and yields each when it has ended, or at the deadline.
 
     At the deadline (of `time.monotonic`), or when this process is stopped, what runs is ended, and what has
     not begun does not begin. Commands run in the folder `cwd`, in this process's environment with
@@ -53,11 +53,11 @@ def run_all(
                 job = waiting.pop(0)
                 running.append((job, _start(job, cwd, environment), time.monotonic()))
             time.sleep(0.05)
-            ended = [(job, process, start) for job, process, start in running if process.poll() is not None]
-            for job, process, start in ended:
-                running.remove((job, process, start))
+            ended = [each for each in running if each[1].poll() is not None]
+            running = [each for each in running if each not in ended]
+            for job, process, start in ended:  # all before the first is yielded, when this may be closed
                 _note(job, process.returncode, start)
-                yield job
+            yield from (job for job, _, _ in ended)
     finally:
         for _, process, _ in running:
             os.killpg(process.pid, signal.SIGKILL)
@@ -65,6 +65,8 @@ def run_all(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)  # a process that waits for a GPU that hangs cannot even be killed
             _note(job, None, start)
+    yield from (job for job, _, _ in running)
+    yield from waiting
 
 
 def _start(job: Job, cwd: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -85,13 +87,13 @@ def _start(job: Job, cwd: Path, environment: Mapping[str, str]) -> subprocess.Po
 def _note(job: Job, code: int | None, start: float) -> None:
     """What became of a job that ended with this exit status; None if it was ended."""
     job.seconds = round(time.monotonic() - start, 1)
-    lines = job.printed.strip().splitlines() or [""]
+    lines = job.printed.replace("`", "'").strip().splitlines() or [""]
     job.says = lines[-1][:100]
     if code is None:
         return
     job.status = PASSED if code in job.passes else FAILED
     if job.status == FAILED:
         errors = job.log.with_suffix(".err").read_text(errors="replace")
-        words = " ".join([*lines, errors]).replace("`", "'").split()
-        named = [line for line in lines if line.startswith(NAMES_A_FAILURE)]
+        words = " ".join([*lines, errors.replace("`", "'")]).split()
+        named = [line[-LOG_TAIL:] for line in lines if line.startswith(NAMES_A_FAILURE)]
         job.failures = named or [f"exit status {code}: ...{' '.join(words)[-LOG_TAIL:]}"]

@@ -85,4 +85,5 @@ BLOCK_SHARED_BYTES = {
 
 def table_shared_bytes(arch: str) -> int:
     """Shared memory in bytes that a thread block has on every card which takes the tiles of `arch`."""
-    return min(size for card, size in BLOCK_SHARED_BYTES.items() if nearest(card, packaged_archs()) == arch)
+    tables = (*packaged_archs(), *HARDWARE, arch)  # also those that are still to be made
+    return min(size for card, size in BLOCK_SHARED_BYTES.items() if nearest(card, tables) == arch)

@@ -216,7 +216,8 @@ def winners(results: Mapping[Trial, float], todo: Sequence[Trial] = ()) -> dict[
 def means(results: Mapping[Trial, float]) -> dict[Key, dict[Tile, float]]:
     """For every entry the tiles that all of its problems timed, and their mean milliseconds.
 
-    Problems weigh the same whatever they take: by geometric means. One refusal makes a tile's mean infinite.
+    Problems and dtypes weigh the same whatever they take: by geometric means. One refusal makes a tile's mean
+    infinite.
     """
     by_key: dict[Key, dict[Tile, list[float]]] = {}
     for trial, milliseconds in results.items():

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -344,6 +345,42 @@ def test_a_job_that_hangs_is_ended_with_what_it_started(tmp_path):
     script = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
     assert run_one(script, tmp_path, seconds=1.5).status == jobs.NOT_FINISHED
     assert time.monotonic() - start < 20
+
+
+def jobs_of(folder, *scripts):
+    return [
+        jobs.Job(str(i), "python", [sys.executable, "-c", script], folder / f"{i}.log")
+        for i, script in enumerate(scripts)
+    ]
+
+
+def test_jobs_that_ended_together_are_known_when_the_rest_is_ended(tmp_path, monkeypatch):
+    """The first of two is yielded, and then the caller is interrupted: the third leaves no process behind."""
+    seldom = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(1))
+    monkeypatch.setattr(jobs, "time", seldom)
+    left = tmp_path / "left"
+    late = f"import time, pathlib; time.sleep(4); pathlib.Path({str(left)!r}).touch()"
+    three = jobs_of(tmp_path, "pass", "pass", late)
+    found = jobs.run_all(three, 3, time.monotonic() + 60, tmp_path, {})
+    next(found)
+    found.close()
+    assert [job.status for job in three] == [jobs.PASSED, jobs.PASSED, jobs.NOT_FINISHED]
+    time.sleep(4)
+    assert not left.exists()
+
+
+def test_what_the_deadline_has_ended_is_yielded_too(tmp_path):
+    three = jobs_of(tmp_path, "pass", "import time; time.sleep(60)", "pass")
+    found = list(jobs.run_all(three, 1, time.monotonic() + 2, tmp_path, {}))
+    assert found == three
+    assert [job.status for job in found] == [jobs.PASSED, jobs.NOT_FINISHED, jobs.NOT_FINISHED]
+
+
+@pytest.mark.parametrize("line", ["FAILED x - `b` is no c", "`b` is no c"])
+def test_a_reason_ends_no_inline_code(line, tmp_path):
+    """The report has each in backticks."""
+    outcome = run_one(f"print({line!r}); raise SystemExit(1)", tmp_path)
+    assert "'b' is no c" in outcome.failures[0]
 
 
 @pytest.mark.parametrize(("passes", "status"), [((0,), jobs.FAILED), ((0, 5), jobs.PASSED)])

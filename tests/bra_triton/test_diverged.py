@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bra_triton import functional
+from bra_triton.backend.torch import chunks, masked
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPOILT = {
@@ -25,12 +26,15 @@ SPOILT = {
 WIDTHS = (48, 56)
 
 
-def _kinds(spoilt, width, dtype, backend, device):
-    """0 where finite, 1 where infinite, 2 where NaN: of the output and the gradient of the projection."""
-    qkv = torch.randn(1, 8, 8, width, device=device, generator=torch.Generator(device).manual_seed(0))
+def _kinds(spoilt, width, dtype, backend, device, batch=1):
+    """0 where finite, 1 where infinite, 2 where NaN: of the output and the gradient of the projection.
+
+    The last of the images is spoilt.
+    """
+    qkv = torch.randn(batch, 8, 8, width, device=device, generator=torch.Generator(device).manual_seed(0))
     qkv[..., 0] = 1
     place, value = SPOILT[spoilt]
-    qkv[place] = value
+    qkv[-1:][place] = value
     qkv = qkv.to(dtype).requires_grad_()
     out = functional.bi_level_routing_attention(
         qkv, num_heads=1, n_win=2, topk=2, qk_dim=16, scale=0.25, backend=backend
@@ -49,6 +53,22 @@ def test_the_torch_backend_shows_what_the_definition_shows(spoilt, width, dtype,
         actual = _kinds(spoilt, width, dtype, "torch", device)
     assert torch.equal(actual[0], expected[0])
     # Which of two infinities meets the other first is left open, so that one NaN may be infinite.
+    assert torch.equal(actual[1] > 0, expected[1] > 0)
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+@pytest.mark.parametrize("spoilt", [name for name in SPOILT if name != "one key of minus infinity"])
+def test_the_last_of_three_images_shows_it_and_no_other(spoilt, is_masked, monkeypatch):
+    """On the CPU, in parts of one image, whose softmax is checked once for all."""
+    monkeypatch.setattr(masked, "is_cheaper", lambda problem: is_masked)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 8 * 8 * 8 * 8)
+    actual, expected = (
+        _kinds(spoilt, 48, torch.float32, backend, torch.device("cpu"), batch=3)
+        for backend in ("torch", "reference")
+    )
+    assert expected[0][2].any()
+    assert not expected[0][:2].any()
+    assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1] > 0, expected[1] > 0)
 
 

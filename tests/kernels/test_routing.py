@@ -12,6 +12,7 @@ from problems import CASES, CASES_BY_NAME, random_map, relative_error
 
 from bra_triton import functional, reference
 from bra_triton.backend.kernels import fused_kernels
+from bra_triton.backend.torch import routing as torch_routing
 from bra_triton.backend.torch.regions import pad_map
 from bra_triton.call import Call
 from bra_triton.kernels.arrays import channels
@@ -20,6 +21,7 @@ from bra_triton.kernels.routing.launch import Routing, launch_route_gradient, la
 from bra_triton.kernels.routing.lists import launch_inverse
 from bra_triton.kernels.routing.plans import plan_route
 from bra_triton.operators import routing as operators
+from bra_triton.topk import select_topk
 
 BACKENDS = ("torch", "triton")
 
@@ -269,6 +271,16 @@ def test_equal_logits_go_to_the_smaller_region(backend, device):
     qkv[:, 2:4, 4:6, 8:16] = 2  # region 6 of 16 stands out; the rest are equal
     _, r_idx = functional.region_routing(qkv, n_win=4, topk=4, backend=backend)
     assert (r_idx == torch.tensor([6, 0, 1, 2], device=device)).all()
+
+
+@pytest.mark.parametrize("topk", [1, 4, 16])
+def test_the_torch_backend_sees_a_logit_equal_to_the_last_that_is_chosen(topk):
+    """Each row's only two: `torch.topk` of as many as are chosen would take either of them."""
+    logits = torch.stack([torch.randperm(49) for _ in range(200)]).float()
+    last, next_one = (logits.topk(topk + 1).values[:, [i]] for i in (-2, -1))
+    logits = torch.where(logits == next_one, last, logits)
+    found = torch_routing.choose(logits[:, None], torch.eye(49).expand(200, -1, -1), topk, 1.0, weighs=False)
+    assert torch.equal(found[1][:, 0].long(), select_topk(logits, topk)[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

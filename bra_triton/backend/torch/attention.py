@@ -1,7 +1,7 @@
 """Token-to-token attention on the torch backend: memory is linear in the map.
 
-A part of the images after the other is attended to: to `gathered` keys and values or, where that takes less
-time, to all keys under a mask, as `masked` does. Whatever is copied on the way is copied for a part alone.
+Images are attended to in parts, one after the other: by gathering keys and values (`gathered`) or, where that
+takes less time, under a mask (`masked`). Whatever is copied on the way is copied for one part alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from .autocast import outside_autocast
 from .regions import of_images
 
 
+@torch.no_grad()  # buffers that are written to have no gradient
 @outside_autocast
 def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     """See `FusedKernels`; the statistic is the natural logarithm of the softmax's denominator."""
@@ -85,6 +86,8 @@ def attention_backward(
 
 def _of_all_parts(found: Sequence[SmallGradients[Tensor]]) -> SmallGradients[Tensor]:
     """Of parts' gradients those of all images: factors one after the other, the padding's added up."""
+    if len(found) == 1:  # spares a GPU launches
+        return found[0]
     factors = [x.factor for x in found if x.factor is not None]
     paddings = [x.padding for x in found if x.padding is not None]
     padding = None
@@ -95,8 +98,8 @@ def _of_all_parts(found: Sequence[SmallGradients[Tensor]]) -> SmallGradients[Ten
 
 
 def _parts(problem: RoutedAttention[Tensor], most_regions: int, is_masked: bool) -> Iterator[slice]:
-    """The images of every part: as many as make a chunk, but one at least."""
+    """The images of every part: as many as make a chunk but one at least, and an empty part of no image."""
     batch, regions = problem.batch, problem.n_graphs * problem.query_grid.n_regions
     most = masked.images_at_once(problem) if is_masked else most_regions // regions
-    for box in chunks.boxes([batch], most) if batch else [()]:
-        yield box[0] if box else slice(0, batch)
+    step = chunks.even_step(batch, most)
+    return (slice(at, min(at + step, batch)) for at in range(0, max(1, batch), step))

@@ -23,8 +23,8 @@ from . import devices, efficient
 # where they reach memory: 2 MiB of float32. On two cores of an x86 server, maps of 14 to 80 tokens a side,
 # twice as many take up to a tenth less time for a step of the attention, but up to a tenth more memory.
 CHUNK_ELEMENTS = 1 << 19
-# A chunk of the forward gathers this many times as many. That saves up to a sixth of its time, and costs no
-# memory, of which the backward needs more.
+# A chunk of the forward gathers this many times as many. That saves up to a sixth of its time, and costs a
+# training no memory, as the backward needs more.
 FORWARD_CHUNKS = 2
 # Elsewhere, bytes of all that a chunk takes. Launching one takes the CPU as long as a small call, and a small
 # one leaves most of a GPU idle: on an H100 a step of P3 (float16, batch 8) took 1832 us of the GPU and 7.8 ms
@@ -46,11 +46,12 @@ class Kernel(NamedTuple):
 
     Attributes:
         forward: from query, key, value and the scale: attention `(R, S, m, c_v)` and the natural logarithm of
-            its softmax's denominator `(R, m, S)`. Both are NaN where there is no softmax: an infinite score
-            leads, or all scores are minus infinity.
+            its softmax's denominator `(R, m, S)`. Without `checked`, both are NaN where there is no softmax:
+            an infinite score leads, or all scores are minus infinity.
         backward: from the output's gradient, query, key, value, and the output and `lse` that a forward gave:
             gradients of query, key and value.
-        checked: the forward, where `forward` itself is wrong unless `is_softmax(lse)` of all chunks together.
+        checked: a slower forward that keeps this promise: all chunks have to be run again with it unless
+            `is_softmax` of what `forward` gave. None where `forward` keeps it.
     """
 
     forward: Forward
@@ -98,6 +99,12 @@ def regions_at_once(
     return min(most // needed, efficient.MOST_REGIONS)
 
 
+def even_step(size: int, most: int) -> int:
+    """Steps through a size that are at most `most` but 1 at least: even, as the largest decides how much
+    memory is taken."""
+    return max(1, cdiv(size, max(1, cdiv(size, max(1, most)))))
+
+
 def boxes(sizes: Sequence[int], most: int) -> Iterator[Box]:
     """Cuts a space of these sizes into boxes of at most `most` cells, but of one at least.
 
@@ -105,9 +112,7 @@ def boxes(sizes: Sequence[int], most: int) -> Iterator[Box]:
     """
     cuts: list[list[slice]] = []
     for size in reversed(sizes):
-        # Evenly, as the largest box decides how much memory it takes.
-        n_steps = max(1, cdiv(size, max(1, most)))
-        step = max(1, cdiv(size, n_steps))
+        step = even_step(size, most)
         if cuts or step < size:
             cuts.insert(0, [slice(at, min(at + step, size)) for at in range(0, size, step)])
         most //= max(1, size)

@@ -15,8 +15,7 @@ from ...kernels.problem import Gradients, Padding, RoutedAttention, SmallGradien
 from . import chunks, devices
 from .regions import sum_over_padding, whole_map
 
-# Elements of an image's mask, 4 MiB of float32: maps of up to 1024 tokens. So many images are taken at once
-# that their mask is no larger than a chunk, but one at least.
+# Elements of an image's mask, 4 MiB of float32: maps of up to 1024 tokens.
 MOST_MASKED = 2 * chunks.CHUNK_ELEMENTS
 # What gathering costs, in scores under a mask: for each region, for each of its keys, and for each key and
 # query. Fitted to float32 maps of 49 to 1600 tokens in regions of 1 to 36, on two cores of an x86 server;
@@ -120,10 +119,10 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Whether the sum of a contiguous `x` is finite, which it is not unless all of `x` is.
+    """False if anything in `x` is not finite; also if its sum overflows, and then gathering serves.
 
-    It may overflow where all is finite: then gathering serves. `isfinite` of all takes ten times as long, a
-    fifth of the forward of BiFormer's third stage.
+    `x` is contiguous, or PyTorch would take a hundred times as long. `isfinite` of every element takes ten
+    times as long, a fifth of the forward of BiFormer's third stage.
     """
     return math.isfinite(x.sum(dtype=statistic_dtype(x.dtype)).item())
 
