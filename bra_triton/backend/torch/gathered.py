@@ -160,7 +160,7 @@ def _chunks(problem: RoutedAttention[Tensor], most: int) -> Iterator[_Chunk]:
     for box in chunks.boxes(shape, most):
         rows = query[box]
         sizes = rows.shape[:4]
-        # Several images are cut only where `masked` has failed: on the CPU, which does not ask what was reached.
+        # Several images are cut only where `masked` has failed, on the CPU, which does not ask for `reached`.
         first = n_key_regions * (box[1].start if len(box) > 1 else 0)
         choices = Choices(
             index=None if r_idx is None else r_idx[box].flatten(),

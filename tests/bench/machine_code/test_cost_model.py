@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bra_triton.bench.machine_code import hardware
 from bra_triton.bench.machine_code.cost_model import (
     Walk,
     predict,
@@ -214,3 +215,11 @@ class TestProblems:
 
     def test_names_make_no_difference(self):
         assert replace(PROBLEMS["yolo_p3"], name="other") == PROBLEMS["yolo_p3"]
+
+
+def test_tiles_of_an_architecture_are_limited_alike_before_its_table_is_made(monkeypatch):
+    """By its own cards and those that will take its tiles, whichever tables there are."""
+    limits = {arch: table_shared_bytes(arch) for arch in hardware.HARDWARE}
+    assert limits["sm_80"] == hardware.BLOCK_SHARED_BYTES["sm_86"]  # which takes its tiles
+    monkeypatch.setattr(hardware, "packaged_archs", lambda: ("gfx942",))
+    assert {arch: table_shared_bytes(arch) for arch in hardware.HARDWARE} == limits
