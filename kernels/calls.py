@@ -126,9 +126,12 @@ def _padding_gradient(
     assert problem.padding is not None
     of_keys_values = of_means = None
     if shares is not None:
-        widths = [settings.qk_dim // settings.num_heads, problem.dim // settings.num_heads]
-        of_keys, of_values = shares.sum((0, 2, 3)).split(widths, dim=-1)
-        of_keys_values = torch.cat((of_keys.flatten(), of_values.flatten()))
+        qk_head_dim = settings.qk_dim // settings.num_heads
+        # Apart, as parts of the heads' sums would have to be copied to be made one row.
+        of_keys, of_values = (
+            x.sum((0, 2, 3)) for x in (shares[..., :qk_head_dim], shares[..., qk_head_dim:])
+        )
+        of_keys_values = of_keys.flatten(), of_values.flatten()
     if grad_means is not None and problem.means is None and settings.counts_padding:
         of_means = share_of_means(grad_means, settings.grid)
     return padding_gradient(problem.padding, settings.qk_dim, of_keys_values, fill, of_means)

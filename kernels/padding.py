@@ -27,7 +27,7 @@ def share_of_means(grad_means: Tensor, grid: RegionGrid) -> Tensor:
 def padding_gradient(
     padding: Tensor,
     qk_dim: int,
-    of_keys_values: Tensor | None,
+    of_keys_values: tuple[Tensor, Tensor] | None,
     of_lepe: Tensor | None,
     of_means: Tensor | None,
 ) -> Tensor:
@@ -36,12 +36,14 @@ def padding_gradient(
     Args:
         padding: `(2*qk_dim + dim,)`.
         qk_dim: channels of the queries and of the keys.
-        of_keys_values: `(qk_dim + dim,)`: the attention's share.
+        of_keys_values: `(qk_dim,)` and `(dim,)`, float32 at least: the attention's share.
         of_lepe: `(dim,)`: LePE's share.
         of_means: `(2*qk_dim,)`: the region means' share.
     """
-    total = torch.zeros_like(padding, dtype=torch.promote_types(padding.dtype, torch.float32))
-    for start, share in ((qk_dim, of_keys_values), (2 * qk_dim, of_lepe), (0, of_means)):
-        if share is not None:
-            total[start : start + share.shape[0]] += share
+    dtype = torch.promote_types(padding.dtype, torch.float32)
+    query = padding.new_zeros(qk_dim, dtype=dtype)
+    key, value = of_keys_values or (query, padding.new_zeros(len(padding) - 2 * qk_dim, dtype=dtype))
+    total = torch.cat((query, key, value if of_lepe is None else value + of_lepe))
+    if of_means is not None:
+        total[: 2 * qk_dim].add_(of_means)
     return total.to(padding.dtype)

@@ -116,9 +116,7 @@ def attend_backward(
         of_means = None
         if grad_means is not None and problem.means is None and settings.counts_padding:
             of_means = share_of_means(grad_means, settings.grid)
-        of_keys_values = (
-            None if small.padding is None else torch.cat((small.padding.key, small.padding.value))
-        )
+        of_keys_values = None if small.padding is None else (small.padding.key, small.padding.value)
         of_lepe_fill = None if of_lepe is None else of_lepe.fill
         grad_padding = padding_gradient(problem.padding, qk_dim, of_keys_values, of_lepe_fill, of_means)
     return PackedGradients(
