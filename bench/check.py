@@ -9,9 +9,9 @@ every peer that is to be timed against the definition, which compiles it, too. T
 after the other, in the order of `--parts`.
 
 Whatever fails, hangs or dies is reported and the rest goes on. The folder of results holds `report.md`,
-`results.json` and the log of every process; the first two hold, at any moment, all
-that has ended and what it wrote.
-Exit status 1 if a command failed or a check did not finish. A measurement cut off by the time is no failure.
+`results.json` and the log of every process; the first two hold, at any moment, all that has ended and what it
+wrote. Exit status 1 if a command failed or a check did not finish. A measurement cut off by the time is no
+failure.
 """
 
 import argparse

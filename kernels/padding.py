@@ -41,9 +41,9 @@ def padding_gradient(
         of_means: `(2*qk_dim,)`: the region means' share.
     """
     dtype = torch.promote_types(padding.dtype, torch.float32)
-    query = padding.new_zeros(qk_dim, dtype=dtype)
-    key, value = of_keys_values or (query, padding.new_zeros(len(padding) - 2 * qk_dim, dtype=dtype))
-    total = torch.cat((query, key, value if of_lepe is None else value + of_lepe))
+    zeros = padding.new_zeros(qk_dim, dtype=dtype)
+    key, value = of_keys_values or (zeros, padding.new_zeros(len(padding) - 2 * qk_dim, dtype=dtype))
+    total = torch.cat((zeros, key, value if of_lepe is None else value + of_lepe))
     if of_means is not None:
         total[: 2 * qk_dim].add_(of_means)
     return total.to(padding.dtype)

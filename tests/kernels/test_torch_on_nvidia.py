@@ -229,6 +229,18 @@ def test_launches_are_few(name, nvidia):
     assert len(backward.names) <= most_backward, backward.names
 
 
+def test_the_kernel_is_chosen_once_a_pass(nvidia, monkeypatch):
+    """To ask PyTorch which it has costs the caller as much as a launch; here an image is a part."""
+    chosen, choose = [], chunks.kernel_for
+    monkeypatch.setattr(chunks, "kernel_for", lambda *sizes: chosen.append(sizes) or choose(*sizes))
+    monkeypatch.setattr(chunks, "regions_at_once", lambda *args, **kwargs: 1)
+    problem = replace(MODELS["biformer_stage4"], batch=3, n_win=7, topk=4, side_dwconv=0)
+    packed = problem.attention(lambda *sizes: torch.randn(sizes).half())
+    out, saved = torch_backend.attend(packed, trains=True)
+    torch_backend.attend_backward(torch.randn_like(out), packed, out, saved, Needs())
+    assert len(chosen) == 2
+
+
 @pytest.mark.parametrize(("is_complete", "dtype"), [(True, torch.float16), (False, torch.float32)])
 def test_sums_of_several_chunks_are_kept_in_float32(is_complete, dtype, nvidia):
     """Where chunks add to the same regions; where each has its own, rounding once is enough."""

@@ -22,17 +22,22 @@ def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     query, kernel = problem.query, chunks.kernel_of(problem)
     out = query.new_empty(*query.shape[:3], problem.value.shape[-1])
     lse = out.new_empty((len(out), problem.num_heads, *out.shape[1:3]), dtype=statistic_dtype(out.dtype))
-    _attend(problem, kernel.forward, out, lse, masked.is_cheaper(problem))
+    most = chunks.regions_at_once(problem, kernel)
+    _attend(problem, kernel.forward, most, out, lse, masked.is_cheaper(problem))
     if not (kernel.checked is None or chunks.is_softmax(lse)):
-        _attend(problem, kernel.checked, out, lse, is_masked=False)
+        _attend(problem, kernel.checked, most, out, lse, is_masked=False)
     return out, lse
 
 
 def _attend(
-    problem: RoutedAttention[Tensor], forward: chunks.Forward, out: Tensor, lse: Tensor, is_masked: bool
+    problem: RoutedAttention[Tensor],
+    forward: chunks.Forward,
+    most: int,
+    out: Tensor,
+    lse: Tensor,
+    is_masked: bool,
 ) -> None:
-    """Writes what `attend_routed` returns."""
-    most = chunks.regions_at_once(problem, chunks.kernel_of(problem))
+    """Writes what `attend_routed` returns; gathers for at most `most` regions at a time."""
     for images in _parts(problem, most, is_masked):
         part, part_out, part_lse = of_images(problem, images), out[images], lse[images]
         if not (is_masked and masked.attend(part, part_out, part_lse)):
@@ -68,10 +73,8 @@ def attention_backward(
         gradients: maps to write.
         needs_factor: compute the gradient of the factor, too.
     """
-    is_masked = not needs_factor and masked.is_cheaper(problem)
-    most = chunks.regions_at_once(
-        problem, chunks.kernel_of(problem), backward=True, needs_factor=needs_factor
-    )
+    is_masked, kernel = not needs_factor and masked.is_cheaper(problem), chunks.kernel_of(problem)
+    most = chunks.regions_at_once(problem, kernel, backward=True, needs_factor=needs_factor)
     found = []
     for images in _parts(problem, most, is_masked):
         part = of_images(problem, images)
@@ -79,7 +82,9 @@ def attention_backward(
         targets = Gradients(*(x[images] for x in (gradients.query, gradients.key, gradients.value)))
         small = masked.attend_backward(grad_part, part, out_part, lse_part, targets) if is_masked else None
         if small is None:
-            small = gathered.attend_backward(grad_part, part, out_part, lse_part, targets, most, needs_factor)
+            small = gathered.attend_backward(
+                *(grad_part, part, out_part, lse_part, targets, kernel.backward, most, needs_factor)
+            )
         found.append(small)
     return _of_all_parts(found)
 

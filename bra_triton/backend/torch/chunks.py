@@ -100,8 +100,10 @@ def regions_at_once(
 
 
 def even_step(size: int, most: int) -> int:
-    """Steps through a size that are at most `most` but 1 at least: even, as the largest decides how much
-    memory is taken."""
+    """The step that cuts a size evenly into as few parts as `most` allows; 1 at least.
+
+    Evenly, as the largest part decides how much memory is taken.
+    """
     return max(1, cdiv(size, max(1, cdiv(size, max(1, most)))))
 
 

@@ -42,11 +42,12 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     gradients: Gradients[Tensor],
+    backward: chunks.Backward,
     most: int,
     needs_factor: bool,
 ) -> SmallGradients[Tensor]:
     """As `attention.attention_backward`, in chunks of at most `most` regions."""
-    grid, n_graphs, backward = problem.query_grid, problem.n_graphs, chunks.kernel_of(problem).backward
+    grid, n_graphs = problem.query_grid, problem.n_graphs
     *maps, lse_regions = (
         by_region(whole_map(x, grid), grid, n_graphs) for x in (grad_out, out, lse.permute(0, 2, 3, 1))
     )
