@@ -1,1 +1,1 @@
-"""Token-to-token attention over the routed regions: kernels, their launches, and when masking is cheaper."""
+"""Token-to-token attention over the routed regions: kernels, launches, and when a mask is cheaper."""

@@ -1,11 +1,12 @@
 """Groups of arguments that the attention kernels take. Needs no Triton.
 
-A group of pointers holds buffers on the host and pointers in a kernel; what is None is compiled away. The
-sizes of a map are no part of any group, because Triton compiles a kernel again when a number in a tuple
-becomes 1 or a multiple of 16, whatever `do_not_specialize` says.
+A group of pointers holds buffers on the host and pointers in a kernel; the compiler removes the code for
+pointers that are None. Kernels take the sizes of a map as single arguments, not in a group: if a number in a
+tuple becomes 1 or a multiple of 16, Triton compiles the kernel again, even where `do_not_specialize` names
+the number.
 
-P regions of S tokens hold the queries, P_kv regions of S_kv tokens the keys and values; G graphs an image say
-which region attends to which: 1 for all heads, or one per head.
+P regions of S tokens hold the queries, P_kv regions of S_kv tokens the keys and values. Each image has G
+graphs, which say which region attends to which: 1 for all heads, or one per head.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from ..problem import RoutedAttention
 
 
 class Maps(NamedTuple):
-    """The maps that attention reads, each of its own or a slice of one packed map.
+    """The maps that attention reads: three separate maps, or slices of one packed map.
 
     Attributes:
         query: `(N, H, W, NUM_HEADS * QK_HEAD_DIM)`, tokens `QUERY_STRIDE` elements apart.
@@ -34,7 +35,7 @@ class Maps(NamedTuple):
 
 
 class PaddingRows(NamedTuple):
-    """What padding of keys and values holds.
+    """The key and the value that every padding token holds.
 
     Attributes:
         key: `(NUM_HEADS * QK_HEAD_DIM,)`.
@@ -46,24 +47,24 @@ class PaddingRows(NamedTuple):
 
     @classmethod
     def of(cls, problem: RoutedAttention[Buffer]) -> "PaddingRows | None":
-        """What an attention's padding holds; None without padding."""
+        """The rows of an attention's padding; None without padding."""
         return None if problem.padding is None else cls(problem.padding.key, problem.padding.value)
 
 
 class Lists(NamedTuple):
-    """Which tokens a kernel owns, and which ones of the other side it walks; -1 is padding.
+    """Token numbers of the tokens that programs own and of those on the other side; -1 stands for padding.
 
-    Of a side that is walked whole there is no list, unless it has padding: its tokens are the map's, as they
-    lie. So it is with marks, and where every region attends to all.
+    With marks, and where every region attends to all, a program loops over all tokens of the other side. The
+    list of a side is then None unless the side has padding: the kernel takes the map's tokens in order.
 
     Attributes:
         region_list: tokens of every region that programs own: `(P, S)` int32 of queries; in dK/dV
             `(P_kv, S_kv)` of keys.
-        token_list: tokens that each region walks: `(N, G, P, TOPK * S_kv)` int32 of keys; in dK/dV
-            `(N, G, P * TOPK * S)` of queries, pair after pair in the order of the inverse graph. With marks,
-            or where the map is one region, a list of all tokens, `(P_kv * S_kv,)` or `(P * S,)`.
-        factors: of the same shape, float32: factor of each listed key and value, or of each listed query's
-            pair; None for 1.
+        token_list: tokens that the programs of each region loop over: `(N, G, P, TOPK * S_kv)` int32 of keys;
+            in dK/dV `(N, G, P * TOPK * S)` of queries, pair after pair in the order of the inverse graph.
+            With marks, or where the map is one region, a list of all tokens, `(P_kv * S_kv,)` or `(P * S,)`.
+        factors: of the shape of `token_list`, float32: factor of each listed key and value, or of each listed
+            query's pair; None for 1.
     """
 
     region_list: Buffer | None
@@ -72,12 +73,12 @@ class Lists(NamedTuple):
 
 
 class ForwardResults(NamedTuple):
-    """What the forward writes.
+    """Arrays that the forward writes.
 
     Attributes:
         out: `(N, H, W, NUM_HEADS * V_HEAD_DIM)`, the attention's output plus LePE.
-        attention: of the same shape, the attention's output alone, for the backward; None where it is `out`
-            or nobody needs it.
+        attention: of the same shape, the attention's output without LePE, which the backward reads; None if
+            there is no LePE or no backward follows.
         lse: `(N, NUM_HEADS, H * W)` float32, base-2 logarithm of the softmax's denominator for logits times
             `log2(e)`; None where no backward follows.
     """
@@ -88,12 +89,12 @@ class ForwardResults(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What dQ reads besides the forward's inputs.
+    """Arrays that dQ's kernel reads in addition to the forward's inputs.
 
     Attributes:
         out: `(N, H, W, NUM_HEADS * V_HEAD_DIM)`, the attention's output without LePE.
         lse: as in `ForwardResults`.
-        grad_out: of the shape of `out`, contiguous, its gradient.
+        grad_out: the gradient of `out`, of the same shape, contiguous.
     """
 
     out: Buffer
@@ -102,13 +103,13 @@ class Saved(NamedTuple):
 
 
 class QueryResults(NamedTuple):
-    """What dQ's kernel writes.
+    """Arrays that dQ's kernel writes.
 
     Attributes:
         grad_query: of the shape of the queries, tokens `GRAD_QUERY_STRIDE` elements apart.
         statistics: `(N, NUM_HEADS, H * W, 2)` float32: lse and delta side by side, for dK/dV.
         grad_factor: `(N, NUM_HEADS, P, tiles, TOPK)` float32, each tile's share of the factor's gradient;
-            None where it is not needed.
+            None if it is not needed.
     """
 
     grad_query: Buffer
@@ -117,14 +118,14 @@ class QueryResults(NamedTuple):
 
 
 class KeyValueResults(NamedTuple):
-    """What dK/dV's kernels write.
+    """Arrays that dK/dV's kernel and the sum of its pieces write.
 
     Attributes:
         grad_key: of the shape of the keys, tokens `GRAD_KEY_STRIDE` elements apart.
         grad_value: of the shape of the values, tokens `GRAD_VALUE_STRIDE` elements apart.
         grad_padding: `(N, NUM_HEADS, P_kv, tiles, QK_HEAD_DIM + V_HEAD_DIM)` float32, each tile's share of
-            the gradients of what padding holds; None without padding.
-        partial_key: `(N, NUM_HEADS, n_partials, S_kv, QK_HEAD_DIM)` float32, the sums of pieces.
+            the gradients of the padding's key and value; None if they are not needed.
+        partial_key: `(N, NUM_HEADS, n_partials, S_kv, QK_HEAD_DIM)` float32, the pieces' partial sums.
         partial_value: `(N, NUM_HEADS, n_partials, S_kv, V_HEAD_DIM)` float32, likewise.
     """
 
@@ -136,7 +137,7 @@ class KeyValueResults(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """What is known of rows of the inverse graph that were cut into pieces.
+    """Arrays from which `sum_pieces` finds the rows that were cut into pieces, and their regions' tokens.
 
     Attributes:
         row_start: `(N, G, P_kv + 1)` int32, see `routing.graph`.
@@ -152,7 +153,7 @@ class AttentionConfig(NamedTuple):
 
     Attributes:
         NUM_HEADS: attention heads.
-        N_GRAPHS: graphs an image; 0 for one graph of all images, in which the whole map is one region.
+        N_GRAPHS: graphs per image; 0 if the whole map is one region, so that all images share one graph.
         QK_HEAD_DIM: channels of a query or key in one head.
         V_HEAD_DIM: channels of a value in one head.
         QUERY_STRIDE: elements from one token of the queries to the next.
@@ -160,12 +161,12 @@ class AttentionConfig(NamedTuple):
         VALUE_STRIDE: likewise of the values.
         BLOCK_M: queries of a tile.
         BLOCK_N: keys of a tile.
-        BLOCK_TAIL: tokens in a step at the end of a list, where it is masked.
+        BLOCK_TAIL: tokens in a step at the end of a list; these steps are masked.
         BLOCK_QK: QK_HEAD_DIM, rounded up to a power of two of at least 16.
         BLOCK_V: V_HEAD_DIM, likewise.
         BLOCK_MARKS: marks of a token; see `Marks`.
-        PRECISION: of float32 products, as `tl.dot` names it.
-        EXP_SHARE: forward and dQ: one exponential in so many is evaluated by multiply-adds; 0 for none.
+        PRECISION: precision of float32 products, as `tl.dot` names it.
+        EXP_SHARE: forward and dQ: one in EXP_SHARE exponentials is evaluated by multiply-adds; 0 for none.
         LEPE_STRIDE: forward: elements from one token of LePE's values to the next.
         LEPE_KERNEL: forward: side of LePE's convolution, 0 for none.
         GRAD_QUERY_STRIDE: dQ: elements from one token of the gradient to the next.
@@ -173,7 +174,7 @@ class AttentionConfig(NamedTuple):
         GRAD_KEY_STRIDE: dK/dV: elements from one token of the keys' gradient to the next.
         GRAD_VALUE_STRIDE: dK/dV: likewise of the values'.
         QUERY_IS_PADDED: some queries are padding.
-        ADDS_TO_VALUE: dK/dV: the values' gradient holds LePE's share already.
+        ADDS_TO_VALUE: dK/dV: add to the values' gradient, which already holds LePE's share.
     """
 
     NUM_HEADS: int

@@ -1,9 +1,9 @@
-"""What is left of a backward when all programs have written their shares, in one launch: two kinds of sum.
+"""The kernel that ends a backward: it adds up LePE's shares, and the partial sums of dK and dV.
 
 | array | shape | meaning |
 |---|---|---|
 | pieces, results | | see `arguments.Pieces` and `arguments.KeyValueResults` |
-| shares, sums | | see `lepe.convolution`; where their sums go, see `lepe.arguments.LepeSums` |
+| shares, sums | | shares: see `lepe.convolution`; sums: where they go, see `lepe.arguments.LepeSums` |
 """
 
 import triton
@@ -34,9 +34,9 @@ def finish_gradients_kernel(
     CONFIG: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """Sums LePE's shares (the first `n_sums` programs, which take longest), and the pieces of cut rows."""
+    """Sums LePE's shares (the first `n_sums` programs, which take longest) and pieces of rows (the rest)."""
     program = tl.program_id(0)
-    if shares is not None:  # noqa: SIM102  the compiler decides this, the program the other
+    if shares is not None:  # noqa: SIM102  the compiler evaluates this condition, the program the next
         if program < n_sums:
             sum_lepe_shares(program, shares, sums, n_shares, SUMS)
     if SUMS.HAS_PIECES:  # noqa: SIM102

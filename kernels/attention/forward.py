@@ -1,25 +1,27 @@
 """Forward: token-to-token attention over the routed regions, keys and values read in place.
 
-One program computes BLOCK_M queries of one region and head against the listed keys, with the online softmax
+One program attends from BLOCK_M queries of one region and head to the listed keys, with the online softmax
 of FlashAttention-2. LePE, if there is any, is added to the tile before it is stored, which saves writing the
 attention's output and reading it again in another kernel.
 
-The maximum of a row starts at the lowest finite number, not at minus infinity: so a step whose keys all have
-logits of minus infinity (keys that somebody masks through a channel) sums up 0 and needs no guard. A row
-without any other key is NaN, as a softmax is.
+The maximum of a row starts at the lowest finite number, not at minus infinity. If all keys of a step have
+logits of minus infinity (a caller may mask keys through an extra channel), the step then adds 0 to the sums
+(2**-126 for an exponential by multiply-adds), and the code need not guard against -inf - (-inf) = NaN. If
+every key of a row has such a logit, the row's output is NaN, as a softmax gives.
 
-With marks, small regions share programs: one list holds the queries of all regions, as if the map were one
-region, and one list of shape (list_length,) holds all keys. A product of marks masks what was not chosen. It
-adds -2**126, not minus infinity: what steps without a chosen key summed up is multiplied by
-exp2(-2**126 * logit_scale) = 0 at the first chosen key.
+With marks, a program's tile holds queries of several small regions, as if the map were one region, and every
+program loops over all keys, whose list has the shape (list_length,) or, without padding, is None. The product
+of the marks masks the keys that were not chosen: it adds -2**126 to their scores, not minus infinity. So
+steps before the first chosen key leave sums that are not 0, but at the first chosen key the online softmax
+multiplies these sums by exp2(-2**126 * logit_scale) = 0.
 
 | array | shape | meaning |
 |---|---|---|
 | maps | | query, key and value, see `Maps` |
 | lists | | queries that programs own, keys that each region attends to, see `Lists` |
-| padding | (heads * head_dim,) each | key and value that padding holds; None where there is none |
-| marks | | the graph as a mask, see `Marks`; None where `lists` follows the graph |
-| lepe | | values at full resolution, weight, fill and bias, see `LepeParts`; None for no LePE |
+| padding | (heads * head_dim,) each | key and value that padding tokens hold; None without padding |
+| marks | | the graph as a mask, see `Marks`; None in forms without a mask |
+| lepe | | values before any down-sampling, weight, fill and bias, see `LepeParts`; None for no LePE |
 | results | | out, attention and lse, see `ForwardResults` |
 """
 
@@ -41,7 +43,7 @@ from ..lib.exponential import LOWEST, exp2, larger_or_nan
 from ..lib.matrix import add_matmul, matmul
 from ..routing.arguments import MARK
 
-# What the product of marks adds to the score of a key that was not chosen.
+# The number that the product of marks adds to the score of a key that was not chosen.
 _NOT_CHOSEN = tl.constexpr(-(MARK**2))
 
 
@@ -60,7 +62,10 @@ def _attend_tile(
     logit_scale,
     CONFIG: tl.constexpr,
 ):
-    """One step of the online softmax: BLOCK_M queries against a tile of keys; `live` None if all are live."""
+    """One step of the online softmax: BLOCK_M queries and a tile of keys; `live` is None if all are live.
+
+    Returns the new `acc`, `row_max` and `row_sum`.
+    """
     PRECISION: tl.constexpr = CONFIG.PRECISION
     scores = matmul(query, tl.trans(key), PRECISION)
     if own_marks is not None:
@@ -72,7 +77,8 @@ def _attend_tile(
     # The scale is positive, so it may be applied to the maximum and inside the exponent: one
     # multiply-add a score instead of a multiplication and a subtraction.
     if CONFIG.EXP_SHARE > 0 and live is None:
-        # The exponential that makes no number of NaN is told of it by the maximum, at no instruction a score.
+        # `exp2` by multiply-adds would turn NaN into a finite number. The maximum keeps the NaN, which makes
+        # the row's output NaN below, and costs no extra instruction per score.
         new_max = larger_or_nan(row_max, tl.reduce(scores, 1, larger_or_nan) * logit_scale)
     else:
         new_max = tl.maximum(row_max, tl.max(scores, axis=1) * logit_scale)
@@ -174,7 +180,7 @@ def attention_forward_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
-    # Full tiles carry no key mask; the rest of the list is peeled off as one masked tile.
+    # This loop takes full tiles and needs no mask; the next one takes the rest of the list in masked steps.
     position = tl.arange(0, BLOCK_N)
     place = places_of(lists.token_list, list_start + position)
     full = walked - walked % BLOCK_N
@@ -211,15 +217,16 @@ def attention_forward_kernel(
             acc, row_max, row_sum, q, k, v, factor, own_marks, other_marks, live, logit_scale, CONFIG
         )
 
-    # Not left to a sum of 0: by multiply-adds exp2(-inf) is no 0, and marks are finite.
+    # The maximum tells whether all chosen keys of a row have logits of minus infinity. The sum does not: it
+    # may be above 0, since exp2(-inf) by multiply-adds is not 0, and masked keys have finite scores.
     nothing = LOWEST if marks is None else _NOT_CHOSEN * logit_scale / 2
     row_sum = tl.where(row_max > nothing, row_sum, float("nan"))
-    # One division a row: for each number the compiler would guard against quotients out of range.
+    # Divide once per row and multiply: the compiler guards every division against quotients out of range.
     acc *= (1 / row_sum)[:, None]
     head_start = image * map_tokens * DIM + head * V_HEAD_DIM
     if results.attention is not None:
         store_rows(results.attention + head_start, own, v_channel, own >= 0, acc, DIM, V_HEAD_DIM)
-    # Not `lepe is not None`: Triton 3.4 cannot compare a group with None if some member of it is None.
+    # Not `if lepe is not None`: Triton 3.4 cannot compare a group with None if one of its members is None.
     if CONFIG.LEPE_KERNEL > 0:
         sizes = (height, width, padded_height, padded_width)
         first_value = image * map_tokens * CONFIG.LEPE_STRIDE

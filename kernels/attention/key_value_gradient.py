@@ -1,17 +1,18 @@
-"""Gradients of keys and values, each written once by one owner, without atomics.
+"""Gradients of keys and values, dK and dV, each written once by the program that owns it, without atomics.
 
-With the letters of `query_gradient`: dK = scale * (f * dS)^T Q, dV = (f * P)^T dO. A row of the inverse
-graph, the queries that chose a region, may be cut into pieces; then each piece writes a partial sum, and
-`finish_gradients_kernel` adds them in order.
+With the letters of `query_gradient`: dK = scale * (f * dS)^T Q, dV = (f * P)^T dO. A row of the inverse graph
+stands for the queries that chose one region. If the row was cut into pieces, the programs of each piece write
+a partial sum, and `finish_gradients_kernel` adds the partial sums in order.
 
 | array | shape | meaning |
 |---|---|---|
 | maps, padding, marks | | as in `forward` |
 | lists | | keys that programs own, queries that attend to each region, see `Lists` |
-| row_start, work | | the inverse graph and the pieces of its rows, see `routing.graph`; None with marks |
+| work | | pieces of the inverse graph's rows, see `routing.graph`; None with marks or a single region |
 | statistics | (N, NUM_HEADS, H * W, 2) fp32 | lse and delta, from `query_gradient` |
 | grad_out | (N, H, W, NUM_HEADS * V_HEAD_DIM) | gradient of the attention's output |
-| results | | gradients and the sums of pieces, see `KeyValueResults` |
+| results | | gradients and partial sums, see `KeyValueResults` |
+| pieces | | in `sum_pieces`: which rows were cut, see `Pieces` |
 """
 
 import triton
@@ -31,11 +32,11 @@ from ..lib.matrix import add_matmul, matmul
 
 @triton.jit
 def _load_statistics(statistics, token, live):
-    """lse and delta of the queries `token`, 0 where not live (None: all are).
+    """lse and delta of the queries `token`, (tokens,) each, 0 where not live; `live` is None if all are live.
 
-    One load of pairs, not two of single numbers: the compiler repeats a load of fewer elements than there are
-    threads in the layout of the products, all its address arithmetic included (measured at 128 keys x 64
-    queries, 8 warps, head 32, sm_90: 236 integer instructions a step against 63).
+    A single load reads both, as pairs. If a load has fewer elements than the layout of the products has
+    threads, the compiler repeats it with all its address arithmetic: two loads, each of single numbers, took
+    236 integer instructions a step instead of 63 (128 keys x 64 queries, 8 warps, head 32, sm_90).
     """
     pairs = statistics + token.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
     if live is None:
@@ -60,12 +61,13 @@ def _key_value_gradient_tile(
     logit_scale,
     CONFIG: tl.constexpr,
 ):
-    """Adds what the queries of a tile contribute to the gradients of BLOCK_N keys and values.
+    """Adds the contribution of a tile of queries to the gradients of BLOCK_N keys and values.
 
-    `statistics` holds lse and delta of the queries. Everything is transposed, keys by queries, so that the
-    accumulators stay in registers. A dead query needs no mask: its rows of query and gradient are 0, so it
-    adds 0 whatever its probability, 2**0. The products that need no exponential come first, which frees
-    registers (128 keys x 64 queries, 4 warps, head 32, sm_90: the tile spills otherwise).
+    `statistics` holds lse and delta of the queries. All tiles are transposed (keys by queries), so that the
+    accumulators stay in registers. Dead queries need no mask: their rows of `query` and `grad_out` are 0, so
+    they add 0, although their probability is 2**0. The products that do not depend on the exponential come
+    first, which frees registers; in another order the tile of 128 keys x 64 queries spills (4 warps, head 32,
+    sm_90).
     """
     PRECISION: tl.constexpr = CONFIG.PRECISION
     lse, delta = statistics
@@ -91,16 +93,16 @@ def _key_value_gradient_tile(
 def _store_key_value_gradient(
     results, first_token, padding_row, head, own, exists, keys, values, CONFIG: tl.constexpr
 ):
-    """Writes finished rows of one head: tokens of the map to the map, the sum over padding to its share.
+    """Stores final gradients of one head: rows of the map in the map, the sum over padding in `grad_padding`.
 
-    With ADDS_TO_VALUE the map of the values' gradient holds LePE's share already.
+    With ADDS_TO_VALUE gradients of values are added to LePE's share, which the map already holds.
 
     Args:
         results: a `KeyValueResults`.
         first_token: number of the image's first token in the batch.
-        padding_row: number of the tile's row of `grad_padding`.
-        head: of the rows.
-        own: (tokens,), tokens of the rows in the image's map, -1 for padding.
+        padding_row: number of the tile's row in `grad_padding`.
+        head: number of the head.
+        own: (tokens,), each row's token number in the image's map, -1 for padding.
         exists: (tokens,), False for rows past the region's end.
         keys: (tokens, BLOCK_QK) gradients of keys.
         values: (tokens, BLOCK_V) gradients of values.
@@ -157,7 +159,7 @@ def key_value_gradient_kernel(
     query_region_tokens,
     CONFIG: tl.constexpr,
 ):
-    """dK and dV of BLOCK_N tokens of one region and head, from one piece of the queries that chose it."""
+    """dK and dV of BLOCK_N tokens of one region and head, from one piece of the region's row of queries."""
     NUM_HEADS: tl.constexpr = CONFIG.NUM_HEADS
     N_GRAPHS: tl.constexpr = CONFIG.N_GRAPHS
     QK_HEAD_DIM: tl.constexpr = CONFIG.QK_HEAD_DIM
@@ -266,8 +268,9 @@ def key_value_gradient_kernel(
             results.partial_value + row * V_HEAD_DIM, index, v_channel, exists, grad_v, V_HEAD_DIM, V_HEAD_DIM
         )
     else:
-        # Of an only region the address would stay in two registers, which spill on sm_90 (64 x 64, 2 warps);
-        # with padding the tokens themselves would (128 x 64, 8 warps, head 64, sm_80).
+        # Read the token numbers again from their list: with padding, keeping them during the loop spills
+        # registers (128 x 64, 8 warps, head 64, sm_80). A single region without padding has no list. (When it
+        # had one, keeping the list's address took two registers, which spilled on sm_90: 64 x 64, 2 warps.)
         if work is not None or QUERY_IS_PADDED:
             _, _, own = own_tokens(lists.region_list, region, tile, region_tokens, BLOCK_N, AGAIN=True)
         row = ((image * NUM_HEADS + head) * n_regions + region) * tiles + tile
@@ -286,7 +289,7 @@ def sum_pieces(
     longest,
     CONFIG: tl.constexpr,
 ):
-    """dK and dV of BLOCK_N tokens of a region whose row was split: its pieces, summed in order."""
+    """dK and dV of BLOCK_N tokens of a region whose row was cut: the pieces' partial sums, added in order."""
     NUM_HEADS: tl.constexpr = CONFIG.NUM_HEADS
     N_GRAPHS: tl.constexpr = CONFIG.N_GRAPHS
     QK_HEAD_DIM: tl.constexpr = CONFIG.QK_HEAD_DIM
@@ -300,7 +303,7 @@ def sum_pieces(
     row = pieces.row_start + graph * (n_regions + 1) + region
     first = tl.load(row)
     length = tl.load(row + 1) - first
-    # Of a row that was not cut there are none, and nothing is written.
+    # A row that was not cut has no partial sums, and nothing is written for it.
     n_own = tl.where(length > longest, tl.cdiv(length, longest), 0)
     partial = 2 * (first // longest)  # see `_cut_row` in `routing.graph`
 

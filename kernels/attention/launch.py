@@ -34,21 +34,21 @@ from .key_value_gradient import key_value_gradient_kernel
 from .query_gradient import query_gradient_kernel
 
 LOG2_E = math.log2(math.e)
-# Tokens in a step at the end of a list. A step of 128 keys would waste 112 of them at the end of 400. Narrow
-# steps also take fewer registers: with them the widest tiles do not spill.
+# Most tokens in a step at the end of a list. A step of 128 keys at the end of 400 keys would waste 112 rows.
+# Narrow steps also take fewer registers: with them the widest tiles do not spill.
 TAIL_STEP = 32
-# Warps of a program that sums LePE's shares, at least: its tile spills in one warp (heads of 20, sm_90).
+# Fewest warps of a program that sums LePE's shares: in one warp its tile spills (heads of 20, sm_90).
 _LEPE_SUM_WARPS = 4
 
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention to be planned: what is computed, and in which form.
+    """An attention whose launches are to be planned.
 
     Attributes:
         problem: the maps and the regions.
-        form: one of `routing.lists`.
-        lists: what the kernels that own queries walk.
+        form: form of the attention, one of those in `routing.lists`.
+        lists: lists and marks that the kernels that own queries read.
     """
 
     problem: RoutedAttention[Buffer]
@@ -56,18 +56,18 @@ class Attention:
     lists: KeyLists
 
     def owned(self, grid: RegionGrid) -> tuple[int, int]:
-        """Regions whose tokens programs own, and tokens of each; masked, one region holds the whole map."""
+        """Number of regions whose tokens programs own, and tokens of each; if masked, one with all tokens."""
         if self.form == MASKED:
             return 1, grid.n_regions * grid.region_tokens
         return grid.n_regions, grid.region_tokens
 
     def programs(self, grid: RegionGrid, own: int) -> int:
-        """Programs of a kernel that owns tiles of `own` tokens."""
+        """Number of programs of a kernel whose programs own `own` tokens each."""
         rows, region_tokens = self.owned(grid)
         return self.problem.batch * rows * cdiv(region_tokens, own) * self.problem.num_heads
 
     def tile(self, kernel: str, device: torch.device, is_weighted: bool) -> tiles.Tile:
-        """The tile of one of `tiles.KERNELS`."""
+        """The tile of `kernel`, one of `tiles.KERNELS`."""
         if self.form == MASKED:
             return tiles.MASKED[kernel]
         problem = self.problem
@@ -99,12 +99,12 @@ class Attention:
 
     @property
     def leading_arguments(self) -> tuple[Maps, PaddingRows | None, Marks | None]:
-        """Groups of pointers that all kernels take."""
+        """The groups of pointers that all attention kernels take."""
         return Maps.of(self.problem), PaddingRows.of(self.problem), self.lists.marks
 
     @property
     def query_side_sizes(self) -> tuple[int, ...]:
-        """Sizes that the kernels that own queries take, in their order."""
+        """Sizes that the kernels that own queries take, in the order of their parameters."""
         problem = self.problem
         return (
             image_tokens(problem.query),
@@ -118,19 +118,20 @@ class Attention:
 def launch_attention(
     plan: Plan, attention: Attention, lepe: Lepe[Buffer] | None, results: ForwardResults
 ) -> None:
-    """Adds the attention to the regions that each region chose, and LePE.
+    """Adds the launch of the attention's forward and of LePE: one for both, or one for each.
 
     Args:
-        plan: where to add it.
-        attention: float32, float16 or bfloat16 maps.
+        plan: where to add them.
+        attention: the attention; its maps are float32, float16 or bfloat16.
         lepe: the convolution to add; None for none.
-        results: where the results go; with LePE and a backward `attention` is not None.
+        results: where the results go; its `attention` is not None if there is LePE and a backward follows.
     """
     problem = attention.problem
     tile = attention.tile(tiles.FORWARD, plan.device, problem.factor is not None)
     out = results.out
     if lepe is not None and not tile.fuses_lepe:
-        # The attention's own output goes where the backward wants it, and LePE's launch reads it there.
+        # LePE has its own launch, which reads the attention's output from the array that the backward reads
+        # or, without a backward, from the workspace.
         alone = results.attention or plan.scratch(out.shape, out.dtype)
         results, fused = ForwardResults(alone, None, results.lse), None
     else:
@@ -165,11 +166,11 @@ def launch_attention(
 def launch_query_gradient(
     plan: Plan, attention: Attention, saved: Saved, grad_query: Buffer, needs_factor: bool = False
 ) -> tuple[Buffer, Buffer | None]:
-    """Adds dQ, written to `grad_query`.
+    """Adds the launch that computes dQ and writes it to `grad_query`.
 
     Returns:
-        The statistics (lse and delta) that dK/dV reads; and, if asked for, shares of the factor's gradient,
-        `(N, num_heads, P, tiles, topk)` float32.
+        The statistics (lse and delta) that dK/dV reads; and, with `needs_factor`, shares of the factor's
+        gradient, `(N, num_heads, P, tiles, topk)` float32, else None.
     """
     problem, grid = attention.problem, attention.problem.query_grid
     tile = attention.tile(tiles.QUERY_GRADIENT, plan.device, needs_factor or problem.factor is not None)
@@ -205,15 +206,15 @@ def launch_query_gradient(
 
 @dataclass(frozen=True)
 class KeyValueGradient:
-    """What dK/dV's launch leaves to be finished.
+    """Results of dK/dV's launch, and the arguments with which `launch_finish` sums its pieces.
 
     Attributes:
-        results: where its gradients go; `grad_padding` is an output of the plan, or None.
-        pieces: what is known of rows that were cut; None where none can be.
-        numbers: sizes that the sum of pieces takes.
-        programs: of the sum of pieces.
-        config: compile-time numbers.
-        tile: of dK/dV.
+        results: where the gradients go; `grad_padding` is an output of the plan, or None.
+        pieces: arrays that tell which rows were cut; None if no row can be.
+        numbers: sizes that `sum_pieces` takes.
+        programs: number of programs of `sum_pieces`.
+        config: compile-time numbers of dK/dV's kernel and of `sum_pieces`.
+        tile: tile of dK/dV's kernel.
     """
 
     results: KeyValueResults
@@ -234,18 +235,20 @@ def launch_key_value_gradient(
     needs_padding: bool = False,
     adds_to_value: bool = False,
 ) -> KeyValueGradient:
-    """Adds dK and dV, written to `gradients`, except for what `launch_finish` has to sum.
+    """Adds the launch that computes dK and dV.
+
+    It writes them to `gradients`, except those of rows that were cut: `launch_finish` sums their pieces.
 
     Args:
-        plan: where to add them.
-        attention: the forward's.
-        lists: what the kernel walks.
+        plan: where to add it.
+        attention: the forward's attention.
+        lists: lists of queries that the kernel reads.
         statistics: from `launch_query_gradient`.
         grad_out: gradient of the attention's output, contiguous.
         gradients: where the gradients go.
-        needs_padding: whether shares of the gradient of what padding holds are asked for, `(N, num_heads,
-            P_kv, tiles, qk_head_dim + v_head_dim)` float32.
-        adds_to_value: whether the values' gradient holds LePE's share already.
+        needs_padding: whether to compute shares of the gradient of the padding's key and value,
+            `(N, num_heads, P_kv, tiles, qk_head_dim + v_head_dim)` float32.
+        adds_to_value: whether to add to the values' gradient, which then already holds LePE's share.
     """
     problem, kv_grid = attention.problem, attention.problem.kv_grid
     tile = attention.tile(tiles.KEY_VALUE_GRADIENT, plan.device, problem.factor is not None)
@@ -294,7 +297,7 @@ def launch_key_value_gradient(
 
 
 def launch_finish(plan: Plan, gradient: KeyValueGradient | None, lepe: LepeShares | None = None) -> None:
-    """Adds the sums that dK/dV and LePE's backward have left to be made, if there are any."""
+    """Adds the launch that sums dK/dV's pieces and LePE's shares, if there are any."""
     pieces, results, config = None, None, None
     sizes: tuple[int, ...] = (1,) * 5
     n_programs, num_warps = 0, 1 if lepe is None else _LEPE_SUM_WARPS
@@ -322,19 +325,21 @@ def launch_finish(plan: Plan, gradient: KeyValueGradient | None, lepe: LepeShare
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Precision of float32 products, after PyTorch's own setting for them.
+    """Precision of products as `tl.dot` names it; for float32 it follows PyTorch's setting for such products.
 
-    Without TF32, three TF32 products on NVIDIA, which keep float32's accuracy to about 1e-6: plain float32
-    products run off the matrix units, at 2.5 times the issue slots (95 against 39 a score in the forward at
-    head 32, compiled for sm_90), and spill. AMD has plain ones alone.
+    If the setting does not allow TF32, NVIDIA GPUs compute a float32 product as three TF32 products, which
+    keeps float32's accuracy to about 1e-6. Plain float32 products do not run on the matrix units: they take
+    2.5 times the issue slots (95 instead of 39 per score in the forward at head 32, compiled for sm_90), and
+    spill. On AMD GPUs only plain products exist.
     """
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
     return "tf32" if float32_setting() in ("tf32", "high", "medium") else "tf32x3"
 
 
-# PyTorch 2.9 brought this setting, and lets no one read the older one once it has been used. It is read every
-# call: through `torch.backends.cuda.matmul` that takes 1.7 us.
+# Since PyTorch 2.9 there is a new setting, and reading the older one fails once the new one has been used.
+# Every call reads the setting, so the getter is called directly: through `torch.backends.cuda.matmul` a read
+# takes 1.7 us.
 float32_setting: Callable[[], str] = (
     partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
     if hasattr(torch._C, "_get_fp32_precision_getter")

@@ -1,13 +1,13 @@
-"""When attention over the whole map under a mask is cheaper than walking the routed regions."""
+"""The choice between attention to all keys under a mask, and attention to the routed regions' keys."""
 
 from ..lib.integers import cdiv
 from ..problem import RoutedAttention
 
-# The graph's marks widen the first product by a channel for every key region.
+# Each key region adds a channel of marks to the product of queries and keys.
 MOST_KEY_REGIONS = 64
 # Larger regions fill the routed kernels' tiles.
 MOST_REGION_TOKENS = 16
-# With a smaller scale what marks add to a score might leave a weight to keys that were not chosen.
+# Marks lower a logit by 2**126 * scale: with a smaller scale, keys that were not chosen might keep a weight.
 LEAST_SCALE = 2.0**-100
 # Rows of the largest tile that owns queries or keys.
 ROUNDED_TO = 128
@@ -16,17 +16,22 @@ ROUNDED_TO = 128
 def is_cheaper(problem: RoutedAttention) -> bool:
     """Whether to attend to all keys under the routing graph's mask.
 
-    A region of at most 16 tokens leaves most of a routed program's 16 rows empty, and its short list does not
-    pay for prologue and epilogue: instructions counted for sm_90 (float16, heads of 32, LePE in the forward)
-    say some 44,000 + 190 x topk x S_kv issue slots a region in the forward, 22,000 + 167 x and 29,000 + 199 x
-    in the gradients. Masked, a query meets all P_kv x S_kv keys, in full tiles: 1,800 + 7.8 x (P_kv x S_kv)
-    slots a query in the forward, 1,000 + 8.6 x and 1,000 + 10.1 x in the gradients (in tiles of 128 x 64 and
-    128 x 32), queries rounded up to tiles of 128. The rule is one for all three kernels, on the side of the
-    routed ones. On an H200 the kernels of a forward of BiFormer's third stage take 55 us masked
-    (docs/kernel_times.md); a forward that is routed takes 73 at best (docs/measured). On an H100, too, the
-    masked form was the fastest there, beside lists and the kernels of small maps.
+    In the routed form a region of fewer than 16 tokens leaves rows of its tile empty, and its list is too
+    short for prologue and epilogue to pay. Issue slots, from instructions counted for sm_90 (float16, heads
+    of 32, LePE in the forward), with K = topk x S_kv, M = P_kv x S_kv, and queries rounded up to 128:
 
-    One thing differs: a key that is not finite reaches all queries of its head, times a weight of 0.
+    | kernel, tile of the masked form | routed, per region | masked, per query |
+    |---|---|---|
+    | forward, 128 x 64 | 44,000 + 190 x K | 1,800 + 7.8 x M |
+    | dQ, 128 x 32 | 22,000 + 167 x K | 1,000 + 8.6 x M |
+    | dK/dV, 128 x 32 | 29,000 + 199 x K | 1,000 + 10.1 x M |
+
+    The rule below serves all three kernels and favours the routed form. On an H200 a forward's kernels take
+    55 us masked (docs/kernel_times.md) and at best 73 us routed (docs/measured) at BiFormer's third stage. On
+    an H100, too, the masked form was the fastest there, compared with the routed and small_map forms.
+
+    Results differ if a key or value is not finite: in the masked form it also reaches queries whose regions
+    did not choose it, since neither the mask nor a weight of 0 turns infinity or NaN into 0.
 
     BiFormer's third stage (4 tokens, 16 of 49 regions) is masked; YOLO's last map (9 tokens, 4 of 64) is not.
     """

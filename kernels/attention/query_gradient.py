@@ -1,9 +1,9 @@
-"""Gradient of the queries, by their owners, without atomics; also the statistics that dK/dV reads.
+"""Gradient of the queries, dQ, without atomics; also the statistics that dK/dV reads.
 
-Probabilities are computed again from the saved `lse`, as in FlashAttention-2. With P the probabilities,
-dP = dO V^T, f the factor of a key's region and delta = rowsum(dO * O): dS = P * (f * dP - delta),
-dQ = scale * (f * dS) K, and the factor's own gradient is the sum of scale * dS * (Q K^T) + P * dP over a
-region's queries and the chosen region's keys.
+Each program computes dQ of the queries that it owns. Probabilities are computed again from the saved `lse`,
+as in FlashAttention-2. With P the probabilities, dO the output's gradient, dP = dO V^T, f the factor of a
+key's region and delta = rowsum(dO * O): dS = P * (f * dP - delta) and dQ = scale * (f * dS) K. The factor's
+gradient is the sum of scale * dS * (Q K^T) + P * dP over a region's queries and the chosen region's keys.
 
 | array | shape | meaning |
 |---|---|---|
@@ -44,10 +44,10 @@ def _query_gradient_tile(
     logit_scale,
     CONFIG: tl.constexpr,
 ):
-    """Adds what the keys of a tile contribute to the (unscaled) gradient of BLOCK_M queries.
+    """Adds a tile of keys' contribution to `grad_query`, the gradient of BLOCK_M queries without `scale`.
 
-    `statistics` holds lse and delta of the queries; `live` is None where all keys are live. Also returns, for
-    the factor's gradient, the tiles P * dP and dS * (Q K^T).
+    `statistics` holds lse and delta of the queries; `live` is None if all keys are live. Returns the new
+    `grad_query` and, for the factor's gradient, the tiles P * dP and dS * (Q K^T).
     """
     PRECISION: tl.constexpr = CONFIG.PRECISION
     lse, delta = statistics
@@ -57,7 +57,7 @@ def _query_gradient_tile(
     scores = products if factor is None else products * factor[None, :]
     probs = exp2(scores * logit_scale - lse[:, None], CONFIG.EXP_SHARE if live is None else 0)
     if live is not None:
-        # A dead key's row is 0, but so is its score, and exp2(0 - lse) may overflow where lse is far below 0.
+        # The row of a dead key is 0, so its score is 0, and exp2(0 - lse) may overflow if lse is far below 0.
         probs = tl.where(live[None, :], probs, 0.0)
     grad_probs = matmul(grad_out, tl.trans(value), PRECISION)
     weighted = grad_probs if factor is None else grad_probs * factor[None, :]
@@ -69,7 +69,7 @@ def _query_gradient_tile(
 
 @triton.jit
 def _add_by_slot(total, of_values, of_scores, scale, position, region_tokens):
-    """Sums the columns of the two tiles, and adds each sum to the slot that its list position lies in."""
+    """Sums each column of `of_values + of_scores * scale`, and adds it to `total` at the column's slot."""
     column = tl.sum(of_values + of_scores * scale, axis=0)
     slot = position // region_tokens
     belongs = slot[:, None] == tl.arange(0, total.shape[0])[None, :]
@@ -98,7 +98,7 @@ def query_gradient_kernel(
     kv_region_tokens,
     CONFIG: tl.constexpr,
 ):
-    """dQ of BLOCK_M queries of one region and head; walks the keys as the forward does."""
+    """dQ of BLOCK_M queries of one region and head; loops over the same keys as the forward."""
     NUM_HEADS: tl.constexpr = CONFIG.NUM_HEADS
     N_GRAPHS: tl.constexpr = CONFIG.N_GRAPHS
     QK_HEAD_DIM: tl.constexpr = CONFIG.QK_HEAD_DIM

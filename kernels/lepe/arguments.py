@@ -8,12 +8,12 @@ from ..problem import Lepe
 
 
 class LepeParts(NamedTuple):
-    """The tensors of a LePE: on the host buffers, in a kernel pointers.
+    """The tensors of LePE: buffers on the host, pointers in a kernel.
 
     Attributes:
-        value: `(N, H, W, DIM)`, values, whose tokens lie `VALUE_STRIDE` elements apart in a packed map.
-        weight: `(DIM, KERNEL * KERNEL)`, PyTorch's `(DIM, 1, KERNEL, KERNEL)`.
-        fill: `(DIM,)`, what padding holds; None where the map is not padded.
+        value: `(N, H, W, DIM)`, the values, tokens `VALUE_STRIDE` elements apart in a packed map.
+        weight: `(DIM, KERNEL * KERNEL)`, which is PyTorch's `(DIM, 1, KERNEL, KERNEL)`.
+        fill: `(DIM,)`, value of every padding token; None if the map is not padded.
         bias: `(DIM,)`; None for none, and in the backward, which does not read it.
     """
 
@@ -40,7 +40,7 @@ class LepeConfig(NamedTuple):
         GRAD_STRIDE: backward alone: elements from one token of the values' gradient to the next.
         NEEDS_WEIGHT_GRAD: backward alone: compute the gradients of weight and bias.
         ROWS: backward alone: rows of `shares`.
-        ADDS_TO_GRAD: backward alone: the values' gradient holds the attention's share already.
+        ADDS_TO_GRAD: backward alone: add to the values' gradient, which already holds the attention's share.
     """
 
     DIM: int
@@ -55,12 +55,12 @@ class LepeConfig(NamedTuple):
 
     @classmethod
     def of(cls, lepe: Lepe[Buffer], block_m: int, block_v: int) -> "LepeConfig":
-        """What both kernels take."""
+        """The numbers that both kernels take; those of the backward alone have their defaults."""
         return cls(lepe.value.shape[-1], row_stride(lepe.value), lepe.kernel_size, block_m, block_v)
 
 
 class LepeSums(NamedTuple):
-    """Where the sums of the programs' shares go; None where one is not asked for.
+    """Where the summed shares go, the gradients of these tensors; None if a gradient is not asked for.
 
     Attributes:
         weight: `(DIM, KERNEL * KERNEL)`.
@@ -80,10 +80,10 @@ class LepeSumsConfig(NamedTuple):
         DIM: channels of the values.
         TAPS: elements of the convolution's kernel.
         ROWS: rows of `shares`.
-        HAS_TAPS: the first TAPS + 1 rows are of weight and bias.
-        BLOCK_P: programs' shares in a step.
+        HAS_TAPS: the first TAPS + 1 rows of `shares` belong to weight and bias.
+        BLOCK_P: shares in a step; each was written by one program.
         BLOCK_C: channels of a program.
-        HAS_PIECES: `finish_gradients_kernel`: rows of the inverse graph may have been cut.
+        HAS_PIECES: for `finish_gradients_kernel`: rows of the inverse graph may have been cut.
     """
 
     DIM: int

@@ -4,15 +4,15 @@ Values are read in place, as a slice of the packed projection. Tokens between th
 its regions are padding: all of them hold `fill`, and their results are not stored. Past the regions
 everything is 0.
 
-The backward treats map and padding alike: the gradient of a token is stored in its place in the map, or added
-to the gradient of `fill`. Padding more than KERNEL // 2 from the map receives no gradient, so the backward
-walks tokens up to `reach` alone.
+The backward computes the gradients of the map's tokens and of padding tokens alike. It stores those of the
+map's tokens in the map and adds those of padding tokens to the gradient of `fill`. Padding more than
+KERNEL // 2 from the map receives no gradient, so the backward only takes the tokens within `Lepe.reach`.
 
 | array | shape | meaning |
 |---|---|---|
 | lepe | | values, weight, fill and bias, see `LepeParts` |
-| attention, out, grad_out | (N, H, W, DIM) | attention output; the same plus LePE; gradient of that sum |
-| grad_value | (N, H, W, DIM), tokens GRAD_STRIDE apart | gradient of the values; ADDS_TO_GRAD: added to |
+| attention, out, grad_out | (N, H, W, DIM) | attention's output; the same plus LePE; gradient of that sum |
+| grad_value | (N, H, W, DIM), tokens GRAD_STRIDE apart | gradient of the values; with ADDS_TO_GRAD added to |
 | shares | (programs, ROWS, DIM) fp32 | each program's share of the gradients of weight, bias and fill |
 
 `shares` has KERNEL * KERNEL rows for the weight and one for the bias if NEEDS_WEIGHT_GRAD, then one for the
@@ -55,13 +55,13 @@ def convolve_tile(
     acc = tl.zeros([row.shape[0], channel.shape[0]], tl.float32)
     if lepe.bias is not None:
         acc += tl.load(lepe.bias + channel, mask=channel_live, other=0.0).to(tl.float32)[None, :]
-    # Dead tokens go where no tap reaches the map: the loop needs no mask for them.
+    # Dead tokens get a row from which no tap reaches the map, so the loop needs no mask for them.
     row = tl.where(live, row, -KERNEL)
     token = (row * width + column).to(tl.int64)
     centre = lepe.value + first_value + token[:, None] * VALUE_STRIDE + channel[None, :]
     if lepe.fill is not None:
         fill = lepe.fill + tl.zeros_like(row)[:, None] + channel[None, :]
-    # The taps stay a loop: unrolled, the compiler starts all their loads at once and spills registers.
+    # Do not unroll this loop: the compiler would start the loads of all taps at once and spill registers.
     for tap in tl.range(KERNEL * KERNEL):
         row_step, column_step = tap // KERNEL - HALF, tap % KERNEL - HALF
         tap_row, tap_column = row + row_step, column + column_step
@@ -70,7 +70,8 @@ def convolve_tile(
         taps = centre + (row_step * width + column_step) * VALUE_STRIDE
         x = tl.load(taps, mask=(inside & in_map)[:, None] & channel_live[None, :], other=0.0)
         if lepe.fill is not None:
-            # A choice of pointers would spare this second load, but Triton 3.6 cannot compile one for AMD.
+            # `tl.where` between the two pointers would save this second load, but Triton 3.6 cannot compile
+            # that for AMD.
             padding = inside & ~in_map & (tap_row < padded_height) & (tap_column < padded_width)
             x = tl.load(fill, mask=padding[:, None] & channel_live[None, :], other=x)
         acc += x.to(tl.float32) * _load_tap_weight(lepe.weight, channel, channel_live, tap, KERNEL)
@@ -86,10 +87,10 @@ def _load_tap_weight(weight, channel, channel_live, tap, KERNEL: tl.constexpr):
 
 @triton.jit
 def _locate_tile(height, width, CONFIG: tl.constexpr):
-    """What this program of a grid (N * tiles, channel blocks) works on.
+    """The tokens and channels that this program of a grid (N * tiles, channel blocks) works on.
 
-    Returns the image, rows and columns of BLOCK_M tokens (rows past `height` at the end), BLOCK_V channels
-    and which of them exist.
+    Returns the image, the rows and the columns of BLOCK_M tokens (tokens past the end of the map have rows
+    from `height` on), BLOCK_V channels, and which of the channels exist.
     """
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_V: tl.constexpr = CONFIG.BLOCK_V
@@ -98,7 +99,7 @@ def _locate_tile(height, width, CONFIG: tl.constexpr):
     index = (tl.program_id(0) - image * tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = index // width
     channel = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    # 64 bits, since the image's offset in the batch may pass 2**31 elements.
+    # 64 bits, because the image's offset in the batch may exceed 2**31 elements.
     return image.to(tl.int64), row, index - row * width, channel, channel < CONFIG.DIM
 
 
@@ -152,7 +153,7 @@ def lepe_backward_kernel(
     """Gradients at BLOCK_M tokens within reach and BLOCK_V channels; grid (N * tiles, channel blocks).
 
     With dO the gradient of the output and x the values: dx[t] = sum over taps of w[tap] * dO[t - tap], and
-    dw[tap] = sum over t of x[t] * dO[t - tap], so that both take the same reads of dO.
+    dw[tap] = sum over t of x[t] * dO[t - tap]. The same load of dO serves both.
     """
     DIM: tl.constexpr = CONFIG.DIM
     KERNEL: tl.constexpr = CONFIG.KERNEL
@@ -176,7 +177,7 @@ def lepe_backward_kernel(
         x = x.to(tl.float32)
 
     grad = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    row = tl.where(live, row, -KERNEL)  # as in the forward
+    row = tl.where(live, row, -KERNEL)  # as in `convolve_tile`
     centre = grad_out + token[:, None] * DIM + channel[None, :]
     for tap in tl.range(KERNEL * KERNEL):
         row_step, column_step = tap // KERNEL - HALF, tap % KERNEL - HALF
@@ -204,13 +205,13 @@ def lepe_backward_kernel(
 
 @triton.jit
 def sum_lepe_shares(program, shares, sums, n_shares, SUMS: tl.constexpr):
-    """Sums one row of the programs' shares over all programs, in order, for a block of channels.
+    """Sums one row of `shares` over all programs that wrote it, in a fixed order, for a block of channels.
 
     Args:
-        program: one of ROWS * channel blocks.
-        shares: of `lepe_backward_kernel`.
+        program: number of this program, of ROWS * channel blocks.
+        shares: from `lepe_backward_kernel`.
         sums: where the sums go, a `LepeSums`.
-        n_shares: programs that wrote a share.
+        n_shares: number of programs that wrote a share.
         SUMS: a `LepeSumsConfig`.
     """
     BLOCK_P: tl.constexpr = SUMS.BLOCK_P

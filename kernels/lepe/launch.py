@@ -12,27 +12,28 @@ from ..problem import Lepe
 from .arguments import LepeConfig, LepeParts, LepeSums, LepeSumsConfig
 from .convolution import lepe_backward_kernel, lepe_forward_kernel
 
-# Tokens and channels of a tile, and warps. The backward's sums over tokens stay within a warp: on an H200 it
-# takes 37 us at YOLO's P3, and 61 in the forward's tiles (docs/kernel_times.md). The partial sums of so small
-# tiles take 0.6 of a map in half precision for 3 x 3 taps; more would take several, and have the forward's
-# tile.
+# Tokens of a tile, channels of a tile, and warps. The backward's tile has one warp, so that its sums over
+# tokens stay within a warp: on an H200 the backward takes 37 us at YOLO's P3, and 61 us in the forward's tile
+# (docs/kernel_times.md). Small tiles make many shares: for 3 x 3 taps the shares take 0.6 times the memory of
+# a half-precision map. For 5 x 5 taps they would take 1.6 times as much as a map, so with more than MOST_TAPS
+# taps the backward uses the forward's tile.
 FORWARD_TILE = (128, 32, 4)
 BACKWARD_TILE = (32, 32, 1)
 MOST_TAPS = 9
-# Programs' shares and channels in a step of their sum. The sum has few programs, so each must have many loads
-# in flight: on an H100 this was faster than 256 shares and 16 channels (`bra-bench kernel-times`).
+# Shares in a step of `sum_lepe_shares`, and channels. The sum has few programs, so each must have many loads
+# in flight: on an H100 this tile was faster than 256 shares and 16 channels (`bra-bench kernel-times`).
 _SUM_TILE = (1024, 8)
 
 
 @dataclass(frozen=True)
 class LepeShares:
-    """What programs of the backward have written, to be summed by `attention.launch.launch_finish`.
+    """The shares that LePE's backward writes, and the arguments with which `launch_finish` sums them.
 
     Attributes:
         shares: `(programs, rows, dim)` float32.
         sums: where the sums go.
-        config: what the sums' code needs to know.
-        n_sums: programs of the sums.
+        config: compile-time numbers of `sum_lepe_shares`.
+        n_sums: number of programs of `sum_lepe_shares`.
     """
 
     shares: Buffer
@@ -42,11 +43,11 @@ class LepeShares:
 
 
 def launch_lepe(plan: Plan, attention: Buffer, lepe: Lepe[Buffer], out: Buffer) -> None:
-    """Adds LePE on top of the attention's output.
+    """Adds the launch that computes the attention's output plus LePE.
 
     Args:
         plan: where to add it.
-        attention: contiguous `(N, H, W, dim)`; float32, float16 or bfloat16.
+        attention: the attention's output, contiguous `(N, H, W, dim)`; float32, float16 or bfloat16.
         lepe: the convolution.
         out: where the sum goes, of the same shape and dtype.
     """
@@ -73,18 +74,18 @@ def launch_lepe_gradient(
     sums: LepeSums,
     adds_to_grad: bool = False,
 ) -> LepeShares | None:
-    """Adds the values' gradient, and each program's shares of the parameters' gradients.
+    """Adds the launch of LePE's backward: the values' gradient, and shares of the other gradients.
 
     Args:
-        plan: where to add them.
-        grad_out: contiguous `(N, H, W, dim)`.
+        plan: where to add it.
+        grad_out: gradient of the output, contiguous `(N, H, W, dim)`.
         grad_value: where the values' gradient goes: `(N, H, W, dim)`, dense except for its channels.
-        lepe: the forward's.
-        sums: where the parameters' gradients are to go.
-        adds_to_grad: whether `grad_value` holds the attention's share already.
+        lepe: the forward's convolution.
+        sums: where the gradients of weight, bias and fill are to go.
+        adds_to_grad: whether to add to `grad_value`, which then already holds the attention's share.
 
     Returns:
-        What is still to be summed; None where nothing is.
+        The shares that `launch_finish` has still to sum; None if all members of `sums` are None.
     """
     grid, dim, taps = lepe.grid, lepe.value.shape[-1], lepe.kernel_size**2
     reach_height, reach_width = lepe.reach
@@ -117,7 +118,7 @@ def launch_lepe_gradient(
 
 
 def _programs(lepe: Lepe[Buffer], image_tokens: int, tile: tuple[int, int, int]) -> tuple[int, int]:
-    """The grid of both kernels: tiles of all images, and blocks of channels."""
+    """Grid of LePE's kernels: the number of tiles in all images, and the number of channel blocks."""
     batch, dim = lepe.value.shape[0], lepe.value.shape[-1]
     block_m, block_v, _ = tile
     return batch * cdiv(image_tokens, block_m), cdiv(dim, block_v)

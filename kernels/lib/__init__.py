@@ -1,1 +1,1 @@
-"""What kernels share: addresses of tokens, matrix products, exponentials, integer arithmetic."""
+"""Functions that kernels share: addresses of tokens, matrix products, exponentials, integer arithmetic."""

@@ -1,10 +1,10 @@
-"""Where tokens lie: the address arithmetic that kernels share.
+"""Addresses of tokens: the arithmetic that kernels share.
 
-The attention kernels do not know where regions lie. They walk lists of token numbers (row-major positions in
-the map, -1 for padding), as paged attention walks page tables, or a whole map as it lies. A list costs 4
-bytes for each listed key and is shared by all heads. Without lists, the loop would have to compute the same
-numbers, which costs more (issue slots per score, forward, float16, tiles of 128 x 128, 8 warps, compiled for
-sm_90):
+The attention kernels do not compute which tokens a region has. They read token numbers (row-major positions
+in the map, -1 for padding) from lists, as paged attention reads page tables; or they take all tokens of a map
+in order, without a list. A list costs 4 bytes for each listed key, and all heads that follow the same graph
+share it. Without lists, the loop would have to compute the same numbers, which costs more (issue slots per
+score, forward, float16, tiles of 128 x 128, 8 warps, compiled for sm_90):
 
 | head size | with a list | computed in the loop | dense attention |
 |---|---|---|---|
@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def locate_program(program, n_regions, tiles, NUM_HEADS: tl.constexpr):
-    """What one of N * n_regions * tiles * heads programs works on: (image, region, tile, head).
+    """The (image, region, tile, head) that one of N * n_regions * tiles * NUM_HEADS programs works on.
 
     Consecutive programs differ in the head, so programs that run at the same time read neighbouring channels
     of the same rows.
@@ -74,9 +74,9 @@ def token_of(region, index, region_height, region_width, columns, height, width)
 def own_tokens(region_list, region, tile, region_tokens, BLOCK: tl.constexpr, AGAIN: tl.constexpr = False):
     """The BLOCK tokens of a region that a tile owns: (index in the region, whether it exists, token number).
 
-    The token numbers are read from the list of all regions' tokens; without a list the region is the map, as
-    it lies. After a loop, call this with AGAIN to read them a second time: that is cheaper than keeping them
-    in registers during the loop.
+    The token numbers are read from the list of all regions' tokens. Without a list the whole map is the
+    region, and an index is the token number. A kernel that needs the numbers again after its loop calls this
+    with AGAIN: reading them a second time is cheaper than keeping them in registers during the loop.
     """
     index = tile * BLOCK + tl.arange(0, BLOCK)
     exists = index < region_tokens
@@ -89,14 +89,16 @@ def own_tokens(region_list, region, tile, region_tokens, BLOCK: tl.constexpr, AG
 
 @triton.jit
 def walked_length(region_list, region, region_tokens, list_length):
-    """How much of its list a region walks: nothing if its first token, and so each of them, is padding."""
+    """Entries of its list that a region processes: none if its first token, and so every one, is padding."""
     return tl.where(tl.load(region_list + region * region_tokens) < 0, 0, list_length)
 
 
 @triton.jit
 def places_of(token_list, position):
-    """Where the tokens at some positions of a list stand; without a list, which is the map as it lies, the
-    positions themselves. A loop adds to the places, and reads `tokens_at` them.
+    """Places from which `tokens_at` reads the tokens at some positions of a list.
+
+    They are addresses in the list, or the positions themselves if there is no list because all tokens of the
+    map are taken in order. A loop adds its step to the places.
     """
     if token_list is None:
         place = position
@@ -107,7 +109,7 @@ def places_of(token_list, position):
 
 @triton.jit
 def tokens_at(token_list, place, live):
-    """The tokens that stand at some places, -1 where not live; `live` is None if all are."""
+    """Token numbers at places from `places_of`, -1 where not live; `live` is None if all are live."""
     if token_list is None:
         token = place if live is None else tl.where(live, place, -1)
     elif live is None:
@@ -119,12 +121,13 @@ def tokens_at(token_list, place, live):
 
 @triton.jit
 def load_rows(base, padding, token, channel, live, ROW_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Loads channels of one head of the tokens `token`, (tokens, channels); 0 past HEAD_DIM and if not live.
+    """Loads one head's channels of the tokens `token`, (tokens, channels); 0 past HEAD_DIM and if not live.
 
-    `padding` points to the row that stands for token -1; None if no token is -1. `live` is None if all tokens
-    are live. ROW_STRIDE must be a compile-time number: otherwise the compiler cannot tell that rows start at
-    multiples of 16 bytes, and loads 2 bytes at a time. For the same reason `tl.where` selects complete
-    addresses, not the starts of rows (forward, head 64, sm_90: 7.3 issue slots per score instead of 8.6).
+    `padding` points to the row that stands for token -1; None if no live token is -1. `live` is None if all
+    tokens are live. ROW_STRIDE must be a compile-time number: otherwise the compiler cannot tell that rows
+    start at multiples of 16 bytes, and loads 2 bytes at a time. For the same reason `tl.where` selects
+    complete addresses, not the starts of rows (forward, head 64, sm_90: 7.3 issue slots per score instead of
+    8.6).
     """
     rows = base + token.to(tl.int64)[:, None] * ROW_STRIDE + channel[None, :]
     if padding is not None:
@@ -139,7 +142,7 @@ def load_rows(base, padding, token, channel, live, ROW_STRIDE: tl.constexpr, HEA
 
 @triton.jit
 def store_rows(base, token, channel, live, rows, ROW_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Stores channels of one head of the live tokens among `token`, converted to the dtype of `base`."""
+    """Stores one head's channels of the live tokens among `token`, converted to the dtype of `base`."""
     tl.store(
         base + token.to(tl.int64)[:, None] * ROW_STRIDE + channel[None, :],
         rows.to(base.dtype.element_ty),

@@ -11,7 +11,7 @@ import triton.language as tl
 
 # 1.5 * 2**23: the sum of this and x has the integer nearest to x in its lowest bits, for |x| < 2**22.
 _TO_INTEGER = tl.constexpr(12582912.0)
-# SHARE is at most 2 to the power of this number.
+# The largest SHARE is 2 to the power of this number.
 _MOST_HALVINGS = tl.constexpr(8)
 # The lowest finite number of float32.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -24,9 +24,9 @@ def exp2(x, SHARE: tl.constexpr):
     One in SHARE columns is evaluated by multiply-adds, with a relative error of 7.5e-5: a seventh of the
     error of rounding to float16. SHARE is a power of two; 0 means none.
 
-    By multiply-adds -inf gives 2**-126, and the NaN that NVIDIA's units make, 0x7FFFFFFF, the largest finite
-    number. Whoever must tell NaN takes maxima by `larger_or_nan`, which costs no instruction more than one
-    that drops it; a guard here would cost one a number.
+    The multiply-adds turn -inf into 2**-126, and the NaN that NVIDIA's units make (0x7FFFFFFF) into the
+    largest finite number. To guard against NaN here would cost an instruction per number. A kernel that must
+    detect NaN takes its maxima by `larger_or_nan` instead, which costs no more than a maximum that drops NaN.
     """
     if SHARE == 0:
         return tl.exp2(x)
@@ -72,9 +72,9 @@ def _side_by_side(left, right):
 
 @triton.jit
 def _exp2_by_polynomial(x):
-    """2**x: the nearest integer is added to the exponent bits of a minimax polynomial of the rest.
+    """2**x: splits x into the nearest integer and a rest in [-1/2, 1/2].
 
-    The rest lies in [-1/2, 1/2].
+    A minimax polynomial gives 2**rest; the integer is added to the bits of its exponent.
     """
     x = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
     shifted = x + _TO_INTEGER

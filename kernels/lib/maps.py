@@ -1,4 +1,4 @@
-"""How maps lie in memory: NHWC, dense, except that the channels may be a slice of wider rows."""
+"""Strides of maps. A map is NHWC and dense, except that its channels may be a slice of wider rows."""
 
 from ..arrays import Array
 
@@ -14,7 +14,7 @@ def row_stride(x: Array) -> int:
         return x.shape[3]  # an empty map is never read and may have any strides
     images, rows, columns, channels = x.shape
     of_image, of_row, of_column, of_channel = x.stride()
-    # PyTorch calls a map contiguous whatever the stride of an axis of length 1, so such an axis says nothing.
+    # Skip axes of length 1: PyTorch ignores their strides when it calls a map contiguous.
     stride = of_column if columns > 1 else of_row if rows > 1 else of_image
     assert of_channel == 1 or channels == 1
     assert rows == 1 or of_row == columns * stride

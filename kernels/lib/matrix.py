@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-# Triton's interpreter stores a bfloat16 number as an integer with its bits and would multiply these integers.
-# Converted to float32 first, the products are exact.
+# Triton's interpreter stores a bfloat16 number as an integer with the same bits and would multiply these
+# integers. Converting the numbers to float32 first makes their products exact.
 _WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 

@@ -1,1 +1,1 @@
-"""Small maps: one program a region, which routes and attends for several heads at once."""
+"""Small maps: one program per region and group of heads chooses the key regions and attends to them."""

@@ -9,11 +9,11 @@ from ..arrays import Buffer
 
 
 class RegionRows(NamedTuple):
-    """What a program needs to choose the regions that its region attends to.
+    """The rows from which a program chooses the regions that its region attends to.
 
     Attributes:
-        query: `(N, P, ROUTING_DIM)` float32, a region's mean query; rows `ROUTING_STRIDE` elements apart.
-        key: `(N, P, ROUTING_DIM)` float32, likewise.
+        query: `(N, P, ROUTING_DIM)` float32, mean query of each region; rows `ROUTING_STRIDE` elements apart.
+        key: `(N, P, ROUTING_DIM)` float32, mean key of each region, likewise.
     """
 
     query: Buffer
@@ -21,11 +21,13 @@ class RegionRows(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """The regions that were chosen; the forward writes both, the backward reads them.
+    """The regions that each region chose, and their routing weights.
+
+    The forward writes both for the backward. Where `route_kernel` has written them, the forward reads them.
 
     Attributes:
-        r_idx: `(N, P, topk)` int32; None where no backward follows.
-        r_weight: `(N, P, topk)` float32; None where routing weights do not enter, or no backward follows.
+        r_idx: `(N, P, topk)` int32; None if neither this forward nor a backward reads it.
+        r_weight: `(N, P, topk)` float32, likewise; also None if the attention does not use routing weights.
     """
 
     r_idx: Buffer | None
@@ -44,17 +46,17 @@ class SmallMapConfig(NamedTuple):
         KEY_STRIDE: likewise of the keys.
         VALUE_STRIDE: likewise of the values.
         BLOCK_OWN: tokens of a region, rounded up to a power of two of at least 16.
-        BLOCK_STEP: keys in a step of a program that owns queries, queries where it owns keys.
+        BLOCK_STEP: keys in a step of a program that owns queries; queries in a step of one that owns keys.
         BLOCK_QK: QK_HEAD_DIM, rounded up to a power of two of at least 16.
         BLOCK_V: V_HEAD_DIM, likewise.
         BLOCK_P: regions, rounded up to a power of two.
         BLOCK_K: `topk`, rounded up to a power of two.
         IS_SOFT: the routing weights multiply keys and values.
         QUERY_IS_PADDED: some queries are padding.
-        PRECISION: of float32 products, as `tl.dot` names it.
+        PRECISION: precision of float32 products, as `tl.dot` names it.
         ROUTING_DIM: forward: channels of a region's query.
         ROUTING_STRIDE: forward: elements from one region's row to the next.
-        BLOCK_C: forward: channels in a step of the router's product.
+        BLOCK_C: forward: channels in a step of the product of region queries and keys.
         LEPE_STRIDE: forward: elements from one token of LePE's values to the next.
         LEPE_KERNEL: forward: side of LePE's convolution, 0 for none.
         GRAD_QUERY_STRIDE: backward: elements from one token of the queries' gradient to the next.
@@ -89,14 +91,14 @@ class SmallMapConfig(NamedTuple):
 
 
 class SmallMapGradients(NamedTuple):
-    """Where the backward writes.
+    """Gradients that the backward writes.
 
     Attributes:
         query: of the shape of the queries, tokens `GRAD_QUERY_STRIDE` elements apart.
         key: of the shape of the keys, tokens `GRAD_KEY_STRIDE` elements apart.
         value: of the shape of the values, tokens `GRAD_VALUE_STRIDE` elements apart.
         padding: `(N, NUM_HEADS, P, 1, QK_HEAD_DIM + V_HEAD_DIM)` float32, each region's share of the
-            gradients of what padding holds; None where nobody needs them.
+            gradients of the padding's key and value; None if they are not needed.
     """
 
     query: Buffer

@@ -1,12 +1,12 @@
 """Backward of a small map in one launch: half of the programs own the queries of a region, half its keys.
 
-Both read what the forward chose. A program that owns keys looks through the choices of all regions for those
-that chose its own, so there is no inverse graph in memory; nothing is added atomically.
+Both halves read the choices of the forward. A program that owns keys searches the choices of all regions for
+its own region, so no inverse graph is stored in memory. Nothing is added atomically.
 
 | array | shape | meaning |
 |---|---|---|
 | maps, padding, saved | | as in `attention.query_gradient` |
-| choices | | what the forward chose, see `Choices` |
+| choices | | the regions that each region chose, see `Choices` |
 | results | | where gradients go, see `SmallMapGradients` |
 """
 
@@ -31,9 +31,9 @@ from .tokens import (
 
 @triton.jit
 def _statistics(saved, image, map_tokens, token, live, head, CONFIG: tl.constexpr):
-    """What the softmax's gradient needs of some queries: dO (heads, tokens, channels), delta and lse.
+    """dO (heads, tokens, channels), delta and lse (heads, tokens) of the queries `token`.
 
-    lse is infinite where there is no query, so that its probabilities are 0.
+    The softmax's gradient needs them. lse is infinite where not `live`, so that probabilities are 0 there.
     """
     DIM: tl.constexpr = CONFIG.NUM_HEADS * CONFIG.V_HEAD_DIM
     first = image * map_tokens * DIM
@@ -92,9 +92,10 @@ def _query_gradient(
 
 @triton.jit
 def _choosers(choices, image, region, topk, n_regions, grid, CONFIG: tl.constexpr):
-    """Regions that chose `region`, in order, then zeros; how many; and the factor of each: (BLOCK_P,).
+    """The regions that chose `region`, without those whose queries are all padding, as in `routing.graph`.
 
-    Without those whose queries are all padding, as in the rows of `routing.graph`.
+    Returns their numbers in ascending order, followed by zeros, (BLOCK_P,); how many there are; and for each
+    of them the factor of `region`'s keys and values, (BLOCK_P,).
     """
     BLOCK_P: tl.constexpr = CONFIG.BLOCK_P
     key_region = tl.arange(0, BLOCK_P)
@@ -109,7 +110,7 @@ def _choosers(choices, image, region, topk, n_regions, grid, CONFIG: tl.constexp
     place = tl.cumsum(is_chooser, axis=0) - 1
     in_place = (place[:, None] == key_region[None, :]) & (is_chooser > 0)[:, None]
     regions = tl.sum(tl.where(in_place, key_region[:, None], 0), axis=0)
-    factor = tl.zeros([BLOCK_P], tl.float32)  # a function cannot return None among tensors
+    factor = tl.zeros([BLOCK_P], tl.float32)  # Triton functions cannot return None together with tensors
     if CONFIG.IS_SOFT:
         weight = tl.load(choices.r_weight + slots, mask=mask, other=0.0)
         weight = tl.sum(tl.where(chose, weight, 0.0), axis=1)
@@ -121,7 +122,7 @@ def _choosers(choices, image, region, topk, n_regions, grid, CONFIG: tl.constexp
 def _key_value_gradient(
     maps, padding, saved, choices, results, where, scales, sizes, grid, kv_grid, CONFIG: tl.constexpr
 ):
-    """Gradients of the keys and values of one region, and the share of what its padding holds."""
+    """Gradients of the keys and values of one region, and its share of the padding's gradients."""
     HEADS: tl.constexpr = CONFIG.HEADS
     BLOCK_OWN: tl.constexpr = CONFIG.BLOCK_OWN
     BLOCK_QK: tl.constexpr = CONFIG.BLOCK_QK
@@ -220,7 +221,10 @@ def small_map_backward_kernel(
     of_columns,
     CONFIG: tl.constexpr,
 ):
-    """Gradients of one region's queries (even programs) or keys and values (odd ones), for HEADS heads."""
+    """Gradients of one region and HEADS heads: of queries in even programs, of keys and values in odd ones.
+
+    The numbers `of_...` are inverses, see `tokens`.
+    """
     image, region, first_head = locate(tl.program_id(0) // 2, n_regions, CONFIG)
     where = (image, region, first_head + tl.arange(0, CONFIG.HEADS))
     scales = (logit_scale, scale)

@@ -1,14 +1,15 @@
-"""Forward of a small map: one program a region and group of heads chooses regions and attends to them.
+"""Forward of a small map: one program per region and group of heads chooses regions and attends to them.
 
-The list of keys, the logits of the regions and their choice stay in registers. With maps of a few hundred
-tokens a launch costs as much as the attention, and a tile of 64 rows is mostly empty; here a head of a region
-is a warp's product, in one batched product of all heads of the program.
+The list of keys, the logits of the regions and their choice stay in registers. On maps of a few hundred
+tokens a launch costs as much as the attention, so routing shares the attention's launch. A tile of 64 rows
+would be mostly empty, so the tile has the rows of one region, and the program computes one batched product of
+all its heads, in which each warp has the product of one head.
 
 | array | shape | meaning |
 |---|---|---|
 | maps, padding, results | | as in `attention.forward` |
-| rows | | region queries and keys, see `RegionRows` |
-| choices | | where the choice goes, see `Choices` |
+| rows | | region queries and keys, see `RegionRows`; None if `route_kernel` has chosen already |
+| choices | | where the choice goes or, if `rows` is None, from where it is read, see `Choices` |
 | lepe | | values, weight, fill and bias, see `LepeParts` |
 """
 
@@ -33,14 +34,14 @@ from .tokens import (
 
 @triton.jit
 def _choose(rows, choices, image, region, stores, topk, n_regions, scale, CONFIG: tl.constexpr):
-    """The `topk` regions with the largest logits, and their routing weights, in descending order: (BLOCK_K,).
+    """The `topk` regions with the largest logits, and their routing weights: (BLOCK_K,) each, largest first.
 
-    Stored, too, if `stores`. A region's place is the number of regions ahead of it: those with a larger
-    logit, or an equal one and a smaller number.
+    If `stores`, they are also written to `choices`. A region's place is the number of regions ahead of it:
+    those with a larger logit, or with an equal logit and a smaller number.
     """
     BLOCK_P: tl.constexpr = CONFIG.BLOCK_P
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
-    DIM: tl.constexpr = CONFIG.ROUTING_DIM  # by a name of its own, which Triton 3.4 asks of a static range
+    DIM: tl.constexpr = CONFIG.ROUTING_DIM  # Triton 3.4 needs a plain name as the limit of a static range
     key_region = tl.arange(0, BLOCK_P)
     channel = tl.arange(0, BLOCK_C)
     exists = key_region < n_regions
@@ -138,7 +139,7 @@ def small_map_forward_kernel(
             rows, choices, image, region, first_head == 0, topk, n_regions, routing_scale, CONFIG
         )
 
-    # Not minus infinity: see `attention.forward`.
+    # LOWEST, not minus infinity: see the docstring of `attention.forward`.
     row_max = tl.full([HEADS, BLOCK_OWN], LOWEST, tl.float32)
     row_sum = tl.zeros([HEADS, BLOCK_OWN], tl.float32)
     acc = tl.zeros([HEADS, BLOCK_OWN, BLOCK_V], tl.float32)
@@ -160,7 +161,8 @@ def small_map_forward_kernel(
         row_max = new_max
     acc *= (1 / row_sum)[:, :, None]
 
-    # Side by side the heads' channels are stored in long rows, and LePE takes them as it does elsewhere.
+    # Put the channels of the heads side by side: rows are then stored in longer pieces, and `convolve_tile`
+    # takes (tokens, channels).
     beside = tl.reshape(tl.permute(acc, (1, 0, 2)), (BLOCK_OWN, HEADS * BLOCK_V))
     index = tl.arange(0, HEADS * BLOCK_V)
     channel = (first_head + index // BLOCK_V) * CONFIG.V_HEAD_DIM + index % BLOCK_V

@@ -19,18 +19,19 @@ from .backward import small_map_backward_kernel
 from .choice import BLOCK_OWN
 from .forward import small_map_forward_kernel
 
-# Most heads of a program. With fewer, more programs choose the same regions; with 8 the backward spills
+# Most heads of a program. With fewer heads, more programs choose the same regions; with 8 the backward spills
 # (compiled for sm_80).
 _MOST_HEADS = 4
 # Keys or queries of a step, by bytes of an element. With 64 keys a thread takes 148 registers at YOLO's P5
 # instead of 116, so an SM holds half as many warps; with 16 queries dK/dV takes twice the instructions
 # (`bra-bench report --arch sm_90`, with the step changed here). In float32 a step of 32 spills.
 _STEP = {2: 32, 4: 16}
-# Programs times regions up to which programs choose for themselves. Beyond, what they compute more than once
-# takes longer than a launch of the router: at YOLO's P5 with 5 windows and batch 16 routing is a third of the
-# instructions (compiled for sm_90), and so of the time that `bra-bench report` predicts.
+# Programs times BLOCK_P, up to which the programs choose the regions themselves. Programs of different heads
+# repeat the choice of the same region; above this limit the repetition takes longer than a launch of
+# `route_kernel`. At YOLO's P5 with 5 windows and batch 16 routing would be a third of the instructions
+# (compiled for sm_90), and so of the time that `bra-bench report` predicts.
 MOST_ROUTED = 2**14
-# Elements in a step of the router's product.
+# Elements in a step of the product of region queries and keys.
 _ROUTER_STEP = 2048
 
 
@@ -42,14 +43,14 @@ def launch_small_map(
     results: ForwardResults,
     trains: bool,
 ) -> None:
-    """Adds routing, attention and LePE.
+    """Adds the launch of routing, attention and LePE; with many programs, a launch of the routing before it.
 
     Args:
         plan: where to add them.
         problem: the attention; regions are not chosen yet.
-        routing: what is routed, and where the choice goes.
+        routing: region queries and keys, and where the choice goes.
         lepe: the convolution to add; None for none.
-        results: where the results go; with LePE and a backward `attention` is not None.
+        results: where the results go; its `attention` is not None if there is LePE and a backward follows.
         trains: whether a backward follows, which reads the choice.
     """
     config = _config(problem)
@@ -99,11 +100,11 @@ def launch_small_map_gradient(
     gradients: Gradients[Buffer],
     needs_padding: bool,
 ) -> Buffer | None:
-    """Adds the gradients of queries, keys and values, written to `gradients`.
+    """Adds the launch that computes the gradients of queries, keys and values and writes them to `gradients`.
 
     Returns:
-        If asked for, shares of the gradient of what padding holds, `(N, num_heads, P, 1, qk_head_dim +
-        v_head_dim)` float32, an output of the plan.
+        With `needs_padding`, shares of the gradient of the padding's key and value, an output of the plan,
+        `(N, num_heads, P, 1, qk_head_dim + v_head_dim)` float32; else None.
     """
     config = _config(problem)
     shares = None
@@ -134,7 +135,7 @@ def launch_small_map_gradient(
 
 
 def _config(problem: RoutedAttention[Buffer]) -> SmallMapConfig:
-    """What both kernels take."""
+    """The numbers that both kernels take; those of one kernel alone have their defaults."""
     return SmallMapConfig(
         NUM_HEADS=problem.num_heads,
         HEADS=math.gcd(problem.num_heads, _MOST_HEADS),
@@ -160,7 +161,7 @@ def _programs(problem: RoutedAttention[Buffer], config: SmallMapConfig) -> int:
 
 
 def _sizes(problem: RoutedAttention[Buffer]) -> tuple[int, ...]:
-    """Sizes that both kernels take, in their order."""
+    """Sizes that both kernels take, in the order of their parameters."""
     grid, kv_grid = problem.query_grid, problem.kv_grid
     return (
         *(problem.topk, grid.n_regions, *grid.geometry),

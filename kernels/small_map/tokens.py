@@ -1,8 +1,9 @@
-"""Where the tokens of a program's regions lie, and their rows, a head beside the other.
+"""Token numbers of a program's regions, and functions that load and store their rows for several heads.
 
-A grid is a tuple of region height and width, columns, height and width of the map, then the inverses of the
-region's tokens, of its width and of the columns. An inverse makes a division a product: the compiler divides
-anew in every layout of an address, which was a large part of the forward's loop (`bra-bench report`).
+A grid is a tuple of region height and width, columns of regions, height and width of the map, then three
+inverses: of a region's number of tokens, of its width and of the columns. An inverse turns a division into a
+product. Without inverses the compiler repeated each division in every layout of an address, which was a large
+part of the forward's loop (`bra-bench report`).
 """
 
 import triton
@@ -15,7 +16,7 @@ _INVERSE_BITS = tl.constexpr(INVERSE_BITS)
 
 @triton.jit
 def _divided(x, inverse):
-    """x // divisor, see `lib.integers.inverse`."""
+    """x // divisor, where `inverse` is `lib.integers.inverse(divisor)`."""
     return (x * inverse) >> _INVERSE_BITS
 
 
@@ -38,7 +39,7 @@ def has_tokens(region, grid):
 
 @triton.jit
 def keys_of(region, topk, grid, kv_grid, CONFIG: tl.constexpr):
-    """How many keys the queries of a region attend to: none if all of them are padding."""
+    """Number of keys that the queries of a region attend to: 0 if all these queries are padding."""
     n_keys = topk * kv_grid[0] * kv_grid[1]
     if CONFIG.QUERY_IS_PADDED:
         n_keys = tl.where(has_tokens(region, grid), n_keys, 0)
@@ -47,7 +48,7 @@ def keys_of(region, topk, grid, kv_grid, CONFIG: tl.constexpr):
 
 @triton.jit
 def locate(program, n_regions, CONFIG: tl.constexpr):
-    """What one of N * n_regions * groups of heads programs works on: (image, region, first head)."""
+    """The (image, region, first head) that one of N * n_regions * GROUPS programs works on."""
     GROUPS: tl.constexpr = CONFIG.NUM_HEADS // CONFIG.HEADS
     group = program % GROUPS
     region = program // GROUPS % n_regions
@@ -58,12 +59,12 @@ def locate(program, n_regions, CONFIG: tl.constexpr):
 
 @triton.jit
 def chosen(choices, image, region, topk, n_regions, CONFIG: tl.constexpr):
-    """Regions that a region has chosen and their factors, zeros where there are none: (BLOCK_K,) each."""
+    """The regions that `region` chose, from `choices`, and their factors: (BLOCK_K,) each, 0 past `topk`."""
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     slot = tl.arange(0, BLOCK_K)
     slots = (image * n_regions + region) * topk + slot
     regions = tl.load(choices.r_idx + slots, mask=slot < topk, other=0)
-    weight = tl.zeros([BLOCK_K], tl.float32)  # a function cannot return None among tensors
+    weight = tl.zeros([BLOCK_K], tl.float32)  # Triton functions cannot return None together with tensors
     if CONFIG.IS_SOFT:
         weight = tl.load(choices.r_weight + slots, mask=slot < topk, other=0.0)
     return regions, weight
@@ -71,7 +72,7 @@ def chosen(choices, image, region, topk, n_regions, CONFIG: tl.constexpr):
 
 @triton.jit
 def own_tokens(region, grid, BLOCK: tl.constexpr):
-    """Tokens of a region and whether they exist: (BLOCK,) each; the token is -1 for padding."""
+    """Token numbers of a region, -1 for padding and past its end; and whether they exist: (BLOCK,) each."""
     index = tl.arange(0, BLOCK)
     exists = index < grid[0] * grid[1]
     return tl.where(exists, _token_of(region, index, grid), -1), exists
@@ -79,17 +80,18 @@ def own_tokens(region, grid, BLOCK: tl.constexpr):
 
 @triton.jit
 def listed_tokens(regions, n_listed, start, grid, BLOCK: tl.constexpr):
-    """BLOCK tokens, from the `start`-th, of the first `n_listed` of `regions`, region after region.
+    """BLOCK entries of a list of tokens: those of the first `n_listed` of `regions`, region after region.
 
     Args:
-        regions: (slots,) int32, a power of two of them.
-        n_listed: how many of them count.
-        start: first token.
-        grid: of the regions.
-        BLOCK: tokens to return.
+        regions: (slots,) int32, region numbers; the number of slots is a power of two.
+        n_listed: number of regions whose tokens are listed.
+        start: position in the list of the first entry to return.
+        grid: the grid of the regions.
+        BLOCK: number of entries to return.
 
     Returns:
-        Token number (-1 for padding), whether there is such a token, and the slot of its region: (BLOCK,).
+        Token number (-1 for padding and past the list's end), whether the list has such an entry, and the
+        position in `regions` of the token's region: (BLOCK,) each.
     """
     region_tokens = grid[0] * grid[1]
     position = start + tl.arange(0, BLOCK)
@@ -104,7 +106,7 @@ def listed_tokens(regions, n_listed, start, grid, BLOCK: tl.constexpr):
 def load_heads(
     base, padding, token, live, head, ROW_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Rows of tokens, (heads, tokens, BLOCK channels); 0 past HEAD_DIM and if not live.
+    """Loads the rows of the tokens `token`, (heads, tokens, BLOCK channels); 0 past HEAD_DIM and if not live.
 
     `padding` points to the row that stands for token -1; None if no live token is -1.
     """
@@ -118,14 +120,14 @@ def load_heads(
 
 @triton.jit
 def load_queries(maps, image, map_tokens, token, live, head, CONFIG: tl.constexpr):
-    """Queries of an image, (heads, tokens, BLOCK_QK)."""
+    """Loads queries of an image, (heads, tokens, BLOCK_QK)."""
     base = maps.query + image * map_tokens * CONFIG.QUERY_STRIDE
     return load_heads(base, None, token, live, head, CONFIG.QUERY_STRIDE, CONFIG.QK_HEAD_DIM, CONFIG.BLOCK_QK)
 
 
 @triton.jit
 def load_keys_values(maps, padding, image, kv_tokens, token, live, head, CONFIG: tl.constexpr):
-    """Keys (heads, tokens, BLOCK_QK) and values (heads, tokens, BLOCK_V) of an image."""
+    """Loads keys (heads, tokens, BLOCK_QK) and values (heads, tokens, BLOCK_V) of an image."""
     key_padding = None if padding is None else padding.key
     value_padding = None if padding is None else padding.value
     key = load_heads(
@@ -165,5 +167,5 @@ def store_heads(base, token, live, head, rows, ROW_STRIDE: tl.constexpr, HEAD_DI
 
 @triton.jit
 def transposed(x):
-    """The last two axes of (heads, rows, columns) exchanged."""
+    """`x`, (heads, rows, columns), with its last two axes exchanged."""
     return tl.permute(x, (0, 2, 1))
