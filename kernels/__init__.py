@@ -1,4 +1,4 @@
-"""Triton kernels of bi-level routing attention and their launches; nothing here knows of `nn.Module`.
+"""Triton kernels of bi-level routing attention, and their launches; no file here uses `nn.Module`.
 
-`grid` and `problem` need no Triton: every backend speaks in their terms.
+`grid` and `problem` do not import Triton: every backend uses their classes.
 """

@@ -1,4 +1,4 @@
-"""What planning a launch needs to know of an array: a tensor, or the place of one. Needs no Triton."""
+"""Arrays from which launches are planned: tensors, or buffers in their place. Does not import Triton."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Array(Protocol):
-    """What tensors and buffers have in common."""
+    """The properties that tensors and buffers share."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -30,8 +30,8 @@ class Buffer:
     """Where a planned launch will find an array.
 
     Attributes:
-        source: number of the tensor that holds it, see `plan.Plan`.
-        offset: bytes from that tensor's first element to the array's.
+        source: position of the tensor that holds the array in a run's list of tensors, see `plan.Plan.run`.
+        offset: bytes from that tensor's first element to the array's first element.
         shape: elements along each axis.
         strides: elements from one index to the next, along each axis.
         dtype: type of an element.
@@ -44,15 +44,21 @@ class Buffer:
     dtype: torch.dtype
 
     def stride(self) -> tuple[int, ...]:
-        """`strides`, as tensors have it."""
+        """`strides`, under the name that tensors use."""
         return self.strides
 
     def data_ptr(self) -> int:
-        """Stands for the address, on whose alignment Triton specialises; what holds buffers is aligned."""
+        """The offset, in place of the address: Triton asks for it and specialises a kernel on its alignment.
+
+        The address has the same alignment, because the tensor that holds the buffer is aligned.
+        """
         return self.offset
 
     def ptr_range(self) -> int:
-        """Asked by Triton for AMD; tensors of more than 2 GiB get no 32-bit addressing."""
+        """At least 2 GiB, so that Triton's AMD backend, which asks for it, does not use 32-bit addressing.
+
+        The compiled kernel then serves tensors of more than 2 GiB, too.
+        """
         return 2**31 * self.dtype.itemsize
 
     def channels(self, start: int, stop: int) -> "Buffer":
@@ -64,7 +70,7 @@ class Buffer:
         )
 
     def view(self, *shape: int) -> "Buffer":
-        """The same elements under another shape; the buffer is contiguous."""
+        """The same elements in another shape; the buffer must be contiguous."""
         return replace(self, shape=shape, strides=contiguous_strides(shape))
 
 
@@ -84,9 +90,9 @@ def channels(x: A, start: int, stop: int) -> A:
 
 
 def dense(x: Tensor) -> Tensor:
-    """`x` with a contiguous tensor's strides, as a compiler expects an operator's result.
+    """`x` with the strides of a contiguous tensor, which a compiler expects of an operator's result.
 
-    `contiguous` leaves the strides of dimensions of one entry, and of empty tensors, as they are.
+    `Tensor.contiguous` does not suffice: it keeps the strides of empty tensors and of axes of length 1.
     """
     is_dense = x.stride() == contiguous_strides(tuple(x.shape))
     return x if is_dense else x.clone(memory_format=torch.contiguous_format)

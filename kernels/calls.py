@@ -1,6 +1,6 @@
-"""The computations of the Triton backend, each on a cached plan.
+"""The computations of the Triton backend, each of which runs a cached plan.
 
-What the functions take and return is described in `bra_triton.backend.kernels.FusedKernels`.
+`bra_triton.backend.kernels.FusedKernels` describes the arguments and results of the functions.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -36,12 +36,12 @@ __all__ = [
 ]
 
 _plans: dict[Hashable, Plan] = Bounded()
-# Part of the keys of plans that are kept elsewhere; another number makes all of them stale.
+# Part of the keys of the plans in `PackedAttention.plans`: a new number makes all of these plans stale.
 _generation = [0]
 
 
 def forget_plans() -> None:
-    """Plans every call anew."""
+    """Drops all plans, so that every call is planned again."""
     _plans.clear()
     _generation[0] += 1
 
@@ -50,13 +50,13 @@ tiles.when_forgotten.append(forget_plans)
 
 
 def _plan_of(make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any) -> Plan:
-    """The plan that `make` makes of the arguments, made once for a key.
+    """The plan `make(*arguments)`, made once for each key.
 
     Args:
         make: makes the plan.
-        key: all that the plan depends on, except PyTorch's setting of float32 products and the tiles in
-            force.
-        arguments: of `make`.
+        key: everything that the plan depends on, except PyTorch's precision setting for float32 products and
+            `tiles.in_force()`, which are added here.
+        arguments: arguments of `make`.
     """
     return _found(_plans, (make, *key, float32_setting(), tiles.in_force()), make, *arguments)
 
@@ -64,7 +64,10 @@ def _plan_of(make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: A
 def _packed_plan(
     problem: PackedAttention[Tensor], make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: Any
 ) -> Plan:
-    """`_plan_of` for a problem that may have a place for its plans, where a shorter key finds them."""
+    """Like `_plan_of`, for a packed attention, which may have a dictionary of its own for its plans.
+
+    All plans in that dictionary are for the same settings, shapes, dtype and device, so its keys are shorter.
+    """
     if problem.plans is None:
         return _plan_of(make, (_key(problem), *key), problem, *arguments)
     full_key = (make, key, float32_setting(), tiles.in_force(), _generation[0])
@@ -127,7 +130,8 @@ def _padding_gradient(
     of_keys_values = of_means = None
     if shares is not None:
         qk_head_dim = settings.qk_dim // settings.num_heads
-        # Apart, as parts of the heads' sums would have to be copied to be made one row.
+        # Keys and values are summed separately: slices of one common sum would not be contiguous, and
+        # flattening them would copy them.
         of_keys, of_values = (
             x.sum((0, 2, 3)) for x in (shares[..., :qk_head_dim], shares[..., qk_head_dim:])
         )
@@ -138,7 +142,7 @@ def _padding_gradient(
 
 
 def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
-    """See `FusedKernels`; the statistic is the softmax denominator's base-2 logarithm."""
+    """See `FusedKernels`; the second result is the base-2 logarithm of the softmax's denominator."""
     tensors = problem.tensors
     out, lse = _plan_of(plan_attend_routed, _routed_key(problem), problem).run(*tensors)
     return out, lse
@@ -213,7 +217,7 @@ def pool_backward(
 
 
 def _routed_key(problem: RoutedAttention[Tensor]) -> tuple[Hashable, ...]:
-    """What a plan depends on: all but the values."""
+    """Everything that a plan depends on. It does not depend on the values of the tensors."""
     return (
         problem.query_grid,
         problem.kv_grid,
@@ -228,7 +232,11 @@ def _layouts(tensors: Iterable[Tensor | None]) -> tuple[Hashable, ...]:
 
 
 def _key(problem: PackedAttention[Tensor]) -> tuple[Hashable, ...]:
-    """What a plan depends on: all but the values. The tensors are contiguous, and of one dtype."""
+    """Everything that a plan depends on. It does not depend on the values of the tensors.
+
+    The key has no strides, because the tensors are contiguous, and only one dtype: `means` are float32, and
+    the other tensors have the dtype of `qkv`.
+    """
     qkv, kv = problem.qkv, problem.kv
     return (
         problem.settings,

@@ -1,7 +1,7 @@
-"""A temporary cache of compiled kernels, for when the folder of Triton's own cannot be written.
+"""A temporary cache of compiled kernels, for use when the folder of Triton's own cache cannot be written.
 
-The process removes it at its end. Triton reads from its cache what it has just compiled, so that without one
-no kernel can be launched.
+Without a cache no kernel could be launched: Triton writes a compiled kernel to its cache and then reads it
+from there. The process deletes the temporary cache when it ends.
 """
 
 import logging
@@ -18,12 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 def compiling(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Calls a function that compiles before it launches; once more with a temporary cache where that fails.
+    """Calls `function`, which compiles a kernel; if that fails, calls it again with a temporary cache.
 
-    One launch at a time: others before it may have added to what they were given, and must not do so twice.
+    `function` must launch at most one kernel, after compiling it. An earlier launch could have added to an
+    array in place, and the second call would add again.
 
     Raises:
-        OSError: if the function fails for another reason, or there is no room for temporary files either.
+        OSError: if `function` fails for another reason, or no temporary files can be written either.
     """
     try:
         return function(*arguments, **options)

@@ -1,7 +1,7 @@
-"""The arithmetic of regions: how a feature map is cut into regions. The one place that knows it.
+"""The arithmetic of regions: how a feature map is cut into regions. Kernels use `lib.addressing` for it.
 
-Regions, and the tokens inside a region, are both counted row by row. The regions together may reach past the
-map's bottom and right edge; tokens there are padding: they belong to regions but not to the map.
+Regions are numbered row by row, and so are the tokens inside a region. The regions together may reach past
+the map's bottom and right edge; tokens there are padding: they belong to regions but not to the map.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .lib.integers import cdiv
 
 @dataclass(frozen=True)
 class RegionGrid:
-    """A map of `height` x `width` tokens under `rows` x `columns` regions, which cover it.
+    """A map of `height` x `width` tokens, and the `rows` x `columns` regions that cover it.
 
     Attributes:
         height: tokens in a column of the map.
@@ -43,7 +43,8 @@ class RegionGrid:
             ("height", self.height, self.region_height, self.rows),
             ("width", self.width, self.region_width, self.columns),
         ):
-            # `min` would compare them with each other, and a compiler would guard what it found.
+            # Not `min` of all three: it would compare them with each other, and a compiler would add a guard
+            # for every result.
             if side < 1 or region_side < 1 or count < 1:
                 raise ValueError(
                     f"map, regions and their number must be at least 1, got {name} {side} in {count} regions "
@@ -56,16 +57,18 @@ class RegionGrid:
     def of_windows(
         cls, height: int, width: int, n_win: int | tuple[int, int], auto_pad: bool = True
     ) -> "RegionGrid":
-        """The grid of BRA: `n_win` regions a side, over the map or a padded one.
+        """The grid of BRA: `n_win` regions along each side of the map, which may need padding.
 
         Args:
             height: tokens in a column of the map.
             width: tokens in a row of the map.
-            n_win: regions a side, or `(rows, columns)` of them.
-            auto_pad: accept sides that are no multiples of their number.
+            n_win: number of regions along each side, or two numbers, `(rows, columns)`.
+            auto_pad: whether to accept a side of the map that is not a multiple of its number of regions;
+                some regions then contain padding.
 
         Raises:
-            ValueError: naming the argument, its value and what is allowed.
+            ValueError: if `n_win` or the map is not allowed; names the argument, its value and what is
+                allowed.
         """
         rows, columns = n_win if isinstance(n_win, tuple) else (n_win, n_win)
         if rows < 1 or columns < 1:
@@ -84,7 +87,7 @@ class RegionGrid:
 
     @classmethod
     def of_region_size(cls, height: int, width: int, region_size: tuple[int, int]) -> "RegionGrid":
-        """As many regions of `region_size` (tokens a column, a row) as it takes to cover the map."""
+        """The fewest regions that cover the map; `region_size` is their height and width in tokens."""
         region_height, region_width = region_size
         if region_height < 1 or region_width < 1:
             raise ValueError(f"region_size must be at least (1, 1), got {tuple(region_size)}")
@@ -93,12 +96,12 @@ class RegionGrid:
 
     @property
     def numbers(self) -> tuple[int, int, int, int, int, int]:
-        """The attributes in their order: how operators, which take no objects, are told the grid."""
+        """The attributes in their order; operators take these numbers, because they cannot take objects."""
         return self.height, self.width, self.region_height, self.region_width, self.rows, self.columns
 
     @property
     def geometry(self) -> tuple[int, int, int, int, int]:
-        """What kernels need to find a region's tokens: region height and width, columns, height and width."""
+        """Numbers that locate a region's tokens: region height and width, columns, map height and width."""
         return self.region_height, self.region_width, self.columns, self.height, self.width
 
     @property
@@ -121,7 +124,7 @@ class RegionGrid:
 
     @property
     def is_padded(self) -> bool:
-        """Whether some regions reach past the map; True where they may, as sizes are symbols."""
+        """Whether some regions reach past the map; also True where symbols as sizes leave that unknown."""
         bottom, right = self.padding
         return not (is_sure(bottom == 0) and is_sure(right == 0))
 
@@ -144,17 +147,19 @@ class RegionGrid:
 
 
 def is_symbol(size: Any) -> bool:
-    """Whether a size stands for several, in a graph that is being exported: a trace has tensors for sizes.
+    """Whether a size is a symbol, which stands for many sizes in a graph that is being exported.
 
-    Such a size may be computed with but not compared, or the graph would serve only those that compare alike.
+    In a trace (`torch.jit.trace`) symbols are tensors. Code may compute with a symbol but must not compare
+    it: otherwise the graph would serve only sizes for which the comparison has the same result.
     """
     return isinstance(size, torch.SymInt | Tensor)
 
 
 def is_sure(condition: Any) -> bool:
-    """Whether a condition on sizes holds for all that symbols in it may stand for.
+    """Whether a condition on sizes is true for all sizes that the symbols in it can stand for.
 
-    No graph is bound to what is found. `torch.compile` shows its symbols as ints, so it must be asked itself.
+    The question adds no guard to a graph. Under `torch.compile` symbols look like ints, so only PyTorch's own
+    `statically_known_true` can answer it.
     """
     if torch.compiler.is_compiling() or isinstance(condition, torch.SymBool):
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes a second to import
@@ -166,7 +171,7 @@ def is_sure(condition: Any) -> bool:
 def larger(a: Any, b: Any) -> Any:
     """`max(a, b)`, also of symbols."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return a + (b - a) * (b > a)  # opset 11 has no maximum of integers
+        return a + (b - a) * (b > a)  # ONNX's opset 11 has no maximum of integers
     return torch.sym_max(a, b)
 
 

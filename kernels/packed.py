@@ -41,16 +41,17 @@ from .small_map.launch import launch_small_map, launch_small_map_gradient
 
 @dataclass(frozen=True)
 class ForwardArrays:
-    """What the forward leaves to the backward.
+    """The arrays that the forward writes besides its output, and that the backward reads.
 
     Attributes:
-        attention: `(N, H, W, dim)`: the attention's share of the output; None where that is the output.
-        lse: `(N, num_heads, H, W)` float32.
-        r_weight: `(N, P, topk)` float32; None where routing weights do not enter.
-        r_idx: `(N, P, topk)` int32; None where every region attends to all.
-        routed: the attention that remains once regions are chosen.
-        form: its form, one of `routing.lists`.
-        lists: what the kernels that own queries walk; None for a small map.
+        attention: `(N, H, W, dim)`: the attention's output without LePE; None without LePE, where the output
+            itself serves, and if no backward follows.
+        lse: `(N, num_heads, H, W)` float32; None if no backward follows.
+        r_weight: `(N, P, topk)` float32; None if routing weights are not used.
+        r_idx: `(N, P, topk)` int32; None if every region attends to all regions.
+        routed: the attention to the regions in `r_idx`.
+        form: form of this attention, one of `routing.lists`.
+        lists: lists for the kernels that own queries; None for a small map.
     """
 
     attention: Buffer | None
@@ -63,7 +64,7 @@ class ForwardArrays:
 
     @classmethod
     def take(cls, packed: PackedAttention[Buffer], trains: bool, take: Take) -> "ForwardArrays":
-        """The arrays that `take` makes, or finds where the forward has kept them."""
+        """The arrays; `take` makes each of them in a forward, and finds the kept one in a backward."""
         settings, (batch, height, width, _) = packed.settings, packed.qkv.shape
         attention = lse = r_weight = r_idx = None
         if trains and packed.lepe_weight is not None:
@@ -89,7 +90,11 @@ def kept_bytes(problem: PackedAttention[Tensor]) -> int:
 
 
 def plan_attend(problem: PackedAttention[Tensor], trains: bool) -> Plan:
-    """The forward: of the problem's tensors the attention and, for a backward, what is kept."""
+    """Plan of the forward.
+
+    Its inputs are the problem's tensors. Its outputs are the attention's output, LePE included, and, if
+    `trains`, the bytes that are kept for the backward.
+    """
     plan = Plan(problem.tensors, problem.qkv.device)
     packed = _packed(plan, problem.settings)
     out = plan.output((*packed.qkv.shape[:3], packed.dim), packed.qkv.dtype)
@@ -113,7 +118,7 @@ def plan_attend(problem: PackedAttention[Tensor], trains: bool) -> Plan:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Where a backward writes, all outputs of its plan; None where there is nothing to write."""
+    """The gradients that a backward writes, all outputs of its plan; None for those that are not needed."""
 
     qkv: Buffer
     kv: Buffer | None
@@ -131,7 +136,8 @@ class _Gradients:
         means_shape = (qkv.shape[0], settings.grid.n_regions, 2 * settings.qk_dim)
         has_fill = packed.lepe_weight is not None and packed.padding is not None and needs.padding
         return cls(
-            # With keys and values of their own, those of the packed gradient get LePE's share alone.
+            # With a separate `kv`, the attention writes nothing to the key and value channels of this
+            # gradient; only LePE writes, to the value channels. The rest must be zero.
             plan.output(qkv.shape, qkv.dtype, zeroed=packed.kv is not None),
             like(packed.kv, True),
             plan.output(means_shape, torch.float32) if packed.routing_learns else None,
@@ -141,7 +147,7 @@ class _Gradients:
         )
 
     def maps(self, packed: PackedAttention[Buffer]) -> Gradients[Buffer]:
-        """The slices of queries, keys and values."""
+        """Gradients of queries, keys and values, as slices of the packed gradients."""
         qk_dim, last = packed.settings.qk_dim, self.qkv.shape[-1]
         keys_values = channels(self.qkv, qk_dim, last) if self.kv is None else self.kv
         return Gradients(
@@ -154,10 +160,12 @@ class _Gradients:
 def plan_attend_backward(
     problem: PackedAttention[Tensor], saved: tuple[Tensor | None, ...], needs: Needs
 ) -> Plan:
-    """The backward: its inputs are the problem's tensors, the output's gradient, the output, what was kept.
+    """Plan of the backward.
 
-    Its outputs are gradients of `qkv`, `kv`, region means, LePE's weight and bias, and what padding holds by
-    LePE; then the shares of padding by the attention. `wanted` tells which of them there are.
+    Its inputs are the problem's tensors, the output's gradient, the output, and the bytes that the forward
+    kept. Its outputs are the gradients of `qkv`, of `kv`, of the region means, and of LePE's weight, bias and
+    fill; then the attention's shares of the gradient of padding. `Plan.wanted` tells, for each output after
+    the first, whether it exists.
     """
     plan = Plan((*problem.tensors, *saved), problem.qkv.device)
     packed = _packed(plan, problem.settings)
@@ -187,7 +195,7 @@ def _launch_small_map(
     gradients: _Gradients,
     needs_padding: bool,
 ) -> Buffer | None:
-    """Adds the backward of a small map; returns the shares of what padding holds, if asked for."""
+    """Adds the backward of a small map; returns shares of the padding's gradient, if `needs_padding`."""
     choices = Choices(arrays.r_idx, arrays.r_weight)
     padding_shares = launch_small_map_gradient(
         plan, arrays.routed, choices, saved, gradients.maps(packed), needs_padding
@@ -206,7 +214,7 @@ def _launch_by_lists(
     gradients: _Gradients,
     needs_padding: bool,
 ) -> Buffer | None:
-    """Adds the backward of the other forms; returns the shares of what padding holds, if asked for."""
+    """Adds the backward of the other forms; returns shares of the padding's gradient, if `needs_padding`."""
     assert arrays.lists is not None
     maps = gradients.maps(packed)
     attention = Attention(arrays.routed, arrays.form, arrays.lists)
@@ -214,8 +222,10 @@ def _launch_by_lists(
         plan, attention, saved, maps.query, packed.routing_learns
     )
     query_lists = launch_query_lists(plan, arrays.routed, arrays.lists)
-    # Where rows may be cut, LePE comes first, so that one launch sums its shares and their pieces. Elsewhere
-    # it comes last: dK/dV of one region has no register left to add to what is there (sm_90, compiled).
+    # Routed: LePE's backward comes first, and dK/dV adds to its values' gradient. Rows of the inverse graph
+    # may be cut; in this order one launch sums both the pieces of rows and LePE's shares. Other forms: no row
+    # is cut, and LePE's backward comes last and adds, because dK/dV has no register left for adding (compiled
+    # for sm_90).
     lepe_first = arrays.form == ROUTED
     of_lepe = _launch_lepe_gradient(plan, packed, saved.grad_out, gradients) if lepe_first else None
     of_keys_values = launch_key_value_gradient(
@@ -262,7 +272,10 @@ def _launch_routing_gradient(
     inverse: Inverse,
     gradients: _Gradients,
 ) -> None:
-    """Adds what reaches region queries and keys through the routing weights, and from there the map."""
+    """Adds the gradients that the routing weights pass to region queries and keys, and these to the map.
+
+    The map gets them only if region queries and keys are its means.
+    """
     assert arrays.r_idx is not None
     assert gradients.means is not None
     settings, qk_dim = packed.settings, packed.settings.qk_dim
@@ -280,14 +293,17 @@ def _launch_routing_gradient(
 
 
 def _packed(plan: Plan, settings: Settings) -> PackedAttention[Buffer]:
-    """The problem of the plan's first inputs."""
+    """The problem whose tensors are the plan's first six inputs."""
     qkv, kv, padding, means, lepe_weight, lepe_bias = plan.inputs[:6]
     assert qkv is not None
     return PackedAttention(qkv, kv, padding, means, lepe_weight, lepe_bias, settings)
 
 
 def _region_queries_keys(plan: Plan, packed: PackedAttention[Buffer]) -> tuple[Buffer, Buffer]:
-    """Region queries and keys, those given or the means of the map."""
+    """Region queries and keys, `(N, P, qk_dim)` float32 each: `packed.means` or, without it, means of `qkv`.
+
+    Adds the launch that computes the means.
+    """
     settings, means = packed.settings, packed.means
     if means is None:
         shape = (packed.qkv.shape[0], settings.grid.n_regions, 2 * settings.qk_dim)

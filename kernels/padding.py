@@ -1,4 +1,4 @@
-"""Gradient of the row that all padding holds, put together from its shares, in plain PyTorch."""
+"""Gradient of the packed row that all padding tokens hold, summed from its shares in plain PyTorch."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from .grid import RegionGrid
 
 
 def tokens_inside(grid: RegionGrid, device: torch.device) -> Tensor:
-    """How many of each region's tokens are no padding, `(rows, columns)`; counted on the device."""
+    """Number of tokens of each region that are not padding, `(rows, columns)`; counted on the device."""
     inside = []
     for count, region_side, side in (
         (grid.rows, grid.region_height, grid.height),
@@ -19,7 +19,7 @@ def tokens_inside(grid: RegionGrid, device: torch.device) -> Tensor:
 
 
 def share_of_means(grad_means: Tensor, grid: RegionGrid) -> Tensor:
-    """What padding that takes part in region means receives: of `(N, P, C)`, `(C,)`."""
+    """Gradient `(C,)` that padding gets from the region means; `grad_means` is `(N, P, C)`."""
     n_padded = (grid.region_tokens - tokens_inside(grid, grad_means.device)).view(-1, 1)
     return (grad_means * n_padded).sum((0, 1)) / grid.region_tokens
 
@@ -36,9 +36,9 @@ def padding_gradient(
     Args:
         padding: `(2*qk_dim + dim,)`.
         qk_dim: channels of the queries and of the keys.
-        of_keys_values: `(qk_dim,)` and `(dim,)`, float32 at least: the attention's share.
-        of_lepe: `(dim,)`: LePE's share.
-        of_means: `(2*qk_dim,)`: the region means' share.
+        of_keys_values: `(qk_dim,)` and `(dim,)`, float32 at least: the attention's share; None for 0.
+        of_lepe: `(dim,)`: LePE's share; None for 0.
+        of_means: `(2*qk_dim,)`: the region means' share; None for 0.
     """
     dtype = torch.promote_types(padding.dtype, torch.float32)
     zeros = padding.new_zeros(qk_dim, dtype=dtype)

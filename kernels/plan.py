@@ -1,13 +1,13 @@
-"""Plans: the launches that serve one kind of call, decided once, then run with little more than addresses.
+"""Plans: the kernel launches that serve one kind of call, decided once and run many times.
 
-Grids, compile-time numbers and compiled kernels of a launch depend on shapes, types and strides alone. A plan
-keeps them, and describes every array by where it will be found: in one of the call's tensors, in an output or
-in the workspace. Running it then costs the CPU an allocation an output and one call a launch. Through
-Triton's own launcher, which binds and looks up every argument anew, a training step of 12 launches took
-162 us of the CPU's time; directly the same launches take 5 us.
+The grid, the compile-time numbers and the compiled kernel of a launch depend only on shapes, dtypes and
+strides. A plan keeps them, and describes every array by its place: in one of the call's tensors, in an output
+or in the workspace. To run the plan, the CPU makes one allocation for each output and one call for each
+launch. Triton's own launcher would bind and look up every argument again: with it a training step of 12
+launches took 162 us of the CPU's time; launched directly they take 5 us.
 
-A kernel's parameters stand in this order: pointers, each one alone or in a group; run-time numbers; the
-compile-time numbers as one group.
+A kernel's parameters have this order: pointers, each one alone or in a group; run-time numbers; groups of
+compile-time numbers. A group is a tuple.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,11 +26,13 @@ from . import code_cache
 from .arrays import Buffer, contiguous_strides
 from .bounded import Bounded
 
-# Sources of the buffers in a plan's workspace and among what it keeps: the last of the tensors it runs with.
+# `Buffer.source` of arrays in the workspace and of arrays that are kept: both are at the end of a run's list
+# of tensors.
 _WORKSPACE, _KEPT = -1, -2
-# Arrays in the workspace start at multiples of so many bytes: a cache line of the GPU.
+# Arrays in the workspace, and arrays that are kept, start at multiples of this many bytes: a cache line of
+# the GPU.
 _WORKSPACE_STEP = 128
-# Triton compiles pointers that are multiples of 16 bytes with wider loads.
+# For pointers that are multiples of 16 bytes Triton compiles wider loads.
 _ALIGNMENT = 16
 
 _runtime = triton.knobs.runtime
@@ -72,16 +74,16 @@ class Plan:
     """Launches, in order, and the arrays that they read and write.
 
     Args:
-        inputs: the tensors of a call, or others like them; `run` gets as many in the same order, with the
-            same shapes, strides and dtypes.
-        device: where they lie.
+        inputs: the tensors of a call, or others like them; `run` gets tensors with the same shapes, strides
+            and dtypes in the same order, and None where one is None here.
+        device: device of the tensors.
 
     Attributes:
-        inputs: the buffers of the inputs, in order; None for one that is not there.
+        inputs: the buffers of the inputs, in order; None where an input is None.
         launches: the launches, in order.
         workspace_bytes: size of the workspace.
-        kept_bytes: size of what is kept.
-        wanted: a note of the plan's maker, who has optional outputs: which of them there are.
+        kept_bytes: size of all arrays that are kept.
+        wanted: which of the optional outputs exist; set by the function that makes the plan.
     """
 
     def __init__(self, inputs: Sequence[Tensor | None], device: torch.device) -> None:
@@ -96,7 +98,7 @@ class Plan:
         self._outputs: list[tuple[Buffer, bool]] = []
         self._direct: _DirectLaunches | None = None
         self._index = (device.index or 0) if device.type == "cuda" else 0
-        # In three quarters of the time that `torch.empty` takes.
+        # `torch.empty_strided` takes three quarters of the time that `torch.empty` takes.
         self._allocate = partial(torch.empty_strided, device=device)
 
     @property
@@ -105,7 +107,7 @@ class Plan:
         return tuple(x for x in self.inputs if x is not None)
 
     def output(self, shape: tuple[int, ...], dtype: torch.dtype, zeroed: bool = False) -> Buffer:
-        """An array that `run` allocates, fills with zeros if asked for, and returns."""
+        """An array that `run` allocates, fills with zeros if `zeroed`, and returns."""
         source = len(self.inputs) + len(self._outputs)
         self._outputs.append((Buffer(source, 0, shape, contiguous_strides(shape), dtype), zeroed))
         return self._outputs[-1][0]
@@ -117,7 +119,7 @@ class Plan:
         return Buffer(_WORKSPACE, start, shape, contiguous_strides(shape), dtype)
 
     def keep(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
-        """An array in the last output, of bytes, which a later plan reads through `Kept`."""
+        """An array in the last output, a tensor of bytes, which a later plan reads through `Kept`."""
         start = self.kept_bytes
         self.kept_bytes += _rounded_bytes(shape, dtype)
         return Buffer(_KEPT, start, shape, contiguous_strides(shape), dtype)
@@ -130,7 +132,7 @@ class Plan:
         numbers: tuple[Any, ...],
         **options: int,
     ) -> None:
-        """Adds a launch; one without programs is left out."""
+        """Adds a launch, unless its grid has no programs."""
         if min(grid) > 0:
             self.launches.append(Launch(kernel, grid, pointers, numbers, options))
 
@@ -138,7 +140,7 @@ class Plan:
         """Runs the launches on the current stream, without waiting for the device.
 
         Returns:
-            The outputs and, if there is any, what is kept.
+            The outputs and, if the plan keeps arrays, the tensor of bytes that holds these.
         """
         tensors: list[Tensor | None] = [*inputs]
         allocate = self._allocate
@@ -161,7 +163,7 @@ class Plan:
         starts = [0 if x is None else x.data_ptr() for x in tensors]
         direct = self._direct
         if direct is None or reduce(or_, starts) % _ALIGNMENT or _is_watched():
-            # A call of another kind, or the first one, which compiles the kernels.
+            # The first run, which compiles the kernels; an address that is not aligned; or a launch hook.
             self._launch_by_triton(tensors)
             return
         addresses: list[int | None] = [None]
@@ -171,7 +173,7 @@ class Plan:
             run(*head, *[pointers(addresses) for pointers in find], *tail)
 
     def _launch_by_triton(self, tensors: list[Tensor | None]) -> None:
-        """Launches as any Triton kernel is, with tensors for arguments: whatever the addresses and hooks."""
+        """Launches through Triton's own launcher, which takes tensors at all addresses and calls hooks."""
         for launch in self.launches:
             code_cache.compiling(
                 launch.kernel[launch.grid],
@@ -184,10 +186,10 @@ class Plan:
 
 
 class Kept:
-    """Reads what another plan has kept: the same arrays, taken in the same order.
+    """Finds the arrays that another plan has kept; both plans must take the same arrays in the same order.
 
     Args:
-        holder: the other plan's last output, as an input of this one.
+        holder: the other plan's last output, which is an input of this plan.
     """
 
     def __init__(self, holder: Buffer) -> None:
@@ -202,14 +204,15 @@ class Kept:
 
 
 class _DirectLaunches:
-    """Compiled launches, to be called with addresses alone.
+    """Compiled launches, which take addresses instead of tensors.
 
     Args:
         launches: what to launch.
 
     Attributes:
-        places: the arrays that they need, (source, offset). Their addresses follow a None.
-        current_stream: asks the driver for the current stream of a device.
+        places: source and offset of each array that the launches need. The getters of pointers take a list
+            that begins with None, for pointers that are None; the address of each place follows.
+        current_stream: function that asks the driver for the current stream of a device.
     """
 
     def __init__(self, launches: Sequence[Launch]) -> None:
@@ -225,7 +228,7 @@ class _DirectLaunches:
             return itemgetter(*map(position, group))
 
         self._launches = launches
-        # Kept, since Triton 3.8 unloads the code with them.
+        # Kept, because Triton 3.8 unloads the machine code when a compiled kernel is deleted.
         self._compiled = [x.kernel.warmup(*x.arguments, grid=x.grid, **x.options) for x in launches]
         self._find = [tuple(map(find, launch.pointers)) for launch in launches]
         self._by_stream: dict[int, list[tuple[Any, ...]]] = Bounded()
@@ -233,7 +236,7 @@ class _DirectLaunches:
         self.current_stream = driver.active.get_current_stream
 
     def on(self, stream: int) -> list[tuple[Any, ...]]:
-        """Per launch: what to call, the arguments before the kernel's own, getters of pointers, the rest."""
+        """For each launch: the function to call, its first arguments, getters of pointers, last arguments."""
         found = self._by_stream.get(stream)
         if found is None:
             found = self._by_stream[stream] = [
@@ -244,16 +247,16 @@ class _DirectLaunches:
 
     @staticmethod
     def _call(launch: Launch, compiled: Any, find: tuple[Any, ...], stream: int) -> tuple[Any, ...]:
-        run = compiled.run  # before `function`, which Triton 3.4 fills in when this is read
-        # Metadata for hooks, and the hooks of a launch: there are none, or it would not be direct.
+        run = compiled.run  # read before `function`: in Triton 3.4 this sets `function`
+        # Metadata for hooks, enter hook, exit hook: all None, because a launch with hooks is not direct.
         hooks = (None, None, None)
         head = (*(*launch.grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, *hooks)
         return run, head, find, launch.numbers
 
 
 def _rounded_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    # More than none for an array without elements, so that something holds it. Not max(), by which a compiler
-    # would take sizes that it traces for fixed.
+    # At least one step, so that an array without elements has a place, too. Not with max(): it would compare
+    # sizes, and a compiler that traces sizes as symbols would then take them for fixed.
     return (prod(shape) * dtype.itemsize // _WORKSPACE_STEP + 1) * _WORKSPACE_STEP
 
 
@@ -272,9 +275,9 @@ def _materialise(pointers: Pointers, tensors: Sequence[Tensor | None]) -> Any:
 
 
 def _is_watched() -> bool:
-    """Whether someone wants to be told of launches, as profilers do, which only Triton's launcher does."""
+    """Whether a launch hook is set, as profilers do; only Triton's own launcher calls hooks."""
     enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-    # Since Triton 3.6 a hook is a chain, in which there may be none.
+    # Since Triton 3.6 this is a chain of hooks, which may be empty.
     return bool(
         (enter is not None and getattr(enter, "calls", True))
         or (leave is not None and getattr(leave, "calls", True))

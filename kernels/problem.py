@@ -1,4 +1,4 @@
-"""What one routed attention is made of: the tensors and numbers that every backend takes. Needs no Triton."""
+"""The tensors and numbers of an attention, which every backend takes. Does not import Triton."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of one bi-level routing attention over one size of map.
+    """The numbers of a bi-level routing attention on maps of one size.
 
     Attributes:
         qk_dim: channels of the queries and of the keys, all heads together.
@@ -28,9 +28,9 @@ class Settings:
         topk: regions that every region attends to.
         scale: factor of the tokens' logits.
         routing_scale: factor of the regions' logits.
-        routing_weight: how the routing weights enter: "none": not at all; "soft": as a factor of the chosen
-            keys and values; "hard": with the forward of "none" and the gradient that such a factor of 1
-            would get.
+        routing_weight: how the attention uses the routing weights. "none": not at all. "soft": as a factor of
+            the chosen keys and values. "hard": the forward is that of "none", and the backward gives the
+            routing weights the gradient that a factor of 1 would get.
         diff_routing: whether the routing weights have a gradient.
         counts_padding: whether tokens past the map's edge take part in the regions' means, as they do in the
             attention.
@@ -51,36 +51,36 @@ class Settings:
         return hash((self.qk_dim, self.num_heads, self.grid, self.topk, self.scale, self.routing_weight))
 
     def __hash__(self) -> int:
-        return self._hash  # asked several times a call
+        return self._hash  # called several times for each attention
 
     @property
     def region_pairs(self) -> int:
-        """Logits of the routing, of one image."""
+        """Number of logits of the routing, for one image."""
         return self.grid.n_regions**2
 
     def token_pairs(self, region_keys: int) -> int:
-        """Scores of the attention, of one image and one head, where a region has `region_keys` keys."""
+        """Number of scores of the attention, for one image and one head; a region has `region_keys` keys."""
         return self.grid.n_regions * self.grid.region_tokens * self.topk * region_keys
 
     @property
     def chooses_all(self) -> bool:
-        """Whether every region attends to all, so that nothing need be routed."""
+        """Whether every region attends to all regions, unweighted, so that the call needs no routing."""
         return self.routing_weight == "none" and self.topk == self.grid.n_regions
 
 
-@dataclass(slots=True)  # not frozen, which would take three times as long to make
+@dataclass(slots=True)  # not frozen: a frozen object takes three times as long to make
 class PackedAttention(Generic[A]):
     """Routing, attention and LePE of one packed projection: what a fused backend computes.
 
     Attributes:
         qkv: `(N, H, W, 2*qk_dim + dim)`, contiguous: queries, keys and values side by side.
-        kv: `(N, H', W', qk_dim + dim)`, contiguous: keys and values, down-sampled; None for those of `qkv`.
-        padding: `(2*qk_dim + dim,)`, contiguous: what tokens past the map's edge hold; None where there are
-            none.
-        means: `(N, P, 2*qk_dim)`: region queries and keys that a layer of the router has made; None for the
+        kv: `(N, H', W', qk_dim + dim)`, contiguous: down-sampled keys and values; None to use those of `qkv`.
+        padding: `(2*qk_dim + dim,)`, contiguous: the packed row that tokens past the map's edge hold; None if
+            there are no such tokens.
+        means: `(N, P, 2*qk_dim)`: region queries and keys, the output of the router's layer; None to use the
             means of `qkv`.
-        lepe_weight: `(dim, 1, k, k)`, contiguous: depthwise convolution of the values; None for none.
-        lepe_bias: `(dim,)`, contiguous.
+        lepe_weight: `(dim, 1, k, k)`, contiguous: depthwise convolution of the values; None without LePE.
+        lepe_bias: `(dim,)`, contiguous; None without a bias.
         settings: the numbers.
         plans: where the caller keeps the plans of problems like this one, with the same settings, shapes,
             dtype and device; None if it has no such place.
@@ -97,7 +97,7 @@ class PackedAttention(Generic[A]):
 
     @property
     def tensors(self) -> tuple[A | None, ...]:
-        """The tensors, in their order."""
+        """The tensors, in the order of the attributes."""
         return self.qkv, self.kv, self.padding, self.means, self.lepe_weight, self.lepe_bias
 
     @property
@@ -107,7 +107,7 @@ class PackedAttention(Generic[A]):
 
     @property
     def weighs(self) -> bool:
-        """Whether the routing weights enter."""
+        """Whether the forward or the backward uses the routing weights."""
         return self.settings.routing_weight != "none"
 
     @property
@@ -116,11 +116,12 @@ class PackedAttention(Generic[A]):
         return self.weighs and self.settings.diff_routing
 
     def routed(self, r_idx: A | None, factor: A | None = None) -> "RoutedAttention[A]":
-        """The attention that remains once regions are chosen.
+        """The attention to regions that have been chosen.
 
         Args:
-            r_idx: `(N, P, topk)` int32; None where every region attends to all, which leaves one region.
-            factor: `(N, P, topk)`: the routing weights, where they are a factor.
+            r_idx: `(N, 1, P, topk)` int32; None if every region attends to all regions: then the whole map
+                becomes one region.
+            factor: `(N, 1, P, topk)`: the routing weights, if they are a factor; else None.
         """
         settings, qk_dim = self.settings, self.settings.qk_dim
         grid = kv_grid = settings.grid
@@ -188,7 +189,7 @@ class PackedGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Padding(Generic[A]):
-    """What tokens past the map's edge hold; they are never stored.
+    """The key and the value of every token past the map's edge; these tokens are in no map.
 
     Attributes:
         key: `(num_heads * qk_head_dim,)`, of the keys' dtype, contiguous.
@@ -203,23 +204,25 @@ class Padding(Generic[A]):
 class RoutedAttention(Generic[A]):
     """Attention from every query region to the tokens of the key regions it chose.
 
-    Maps are NHWC, dense except for their channels: those may be a slice of a wider packed map, with stride 1.
+    Maps are NHWC and dense, except that their channels may be a slice, with stride 1, of a wider packed map.
 
     Attributes:
         query: `(N, H, W, num_heads * qk_head_dim)`.
         key: `(N, H_kv, W_kv, num_heads * qk_head_dim)`.
         value: `(N, H_kv, W_kv, num_heads * v_head_dim)`.
-        r_idx: `(N, G, P, topk)` int32, contiguous: key regions that each query region chose. `G` graphs an
-            image: 1 for all heads, or `num_heads`. None where there is one region, which attends to itself.
+        r_idx: `(N, G, P, topk)` int32, contiguous: key regions that each query region chose. `G`, the graphs
+            per image, is 1 (all heads share it) or `num_heads`. None if there is one region, which attends to
+            itself.
         query_grid: regions of `query`.
-        kv_grid: regions of `key` and `value`; may differ from the queries' in number and size.
+        kv_grid: regions of `key` and `value`; may differ from those of `query` in number and size.
         num_heads: attention heads.
         scale: factor of the logits.
-        factor: `(N, G, P, topk)` float32, contiguous: what keys and values of a chosen region are multiplied
-            by; None for nothing. Positive.
+        factor: `(N, G, P, topk)` float32, contiguous, positive: factor of the keys and values of each chosen
+            region; None for no factor.
         padding: what keys and values past the edge hold; None where `kv_grid` is not padded.
-        distinct: no region chose another one twice, as routing never does. Otherwise that one counts twice.
-        key_value: `key` and `value` side by side, where they are slices of one map; else None.
+        distinct: True if no region chose the same region twice, as is always so after routing. If False, a
+            region may have been chosen twice; it then counts twice.
+        key_value: `key` and `value` side by side, if they are slices of one map; else None.
     """
 
     query: A
@@ -237,7 +240,7 @@ class RoutedAttention(Generic[A]):
 
     @property
     def tensors(self) -> tuple[A | None, ...]:
-        """The arrays, in their order, those of the padding last."""
+        """The maps and `r_idx`, in this order, then key and value of the padding."""
         key, value = (None, None) if self.padding is None else (self.padding.key, self.padding.value)
         return self.query, self.key, self.value, self.r_idx, key, value
 
@@ -248,12 +251,12 @@ class RoutedAttention(Generic[A]):
 
     @property
     def n_graphs(self) -> int:
-        """Graphs an image, `G`."""
+        """Graphs per image, `G`."""
         return 1 if self.r_idx is None else self.r_idx.shape[1]
 
     @property
     def topk(self) -> int:
-        """Key regions that every query region chose."""
+        """Number of key regions that every query region chose."""
         return 1 if self.r_idx is None else self.r_idx.shape[-1]
 
     @property
@@ -269,9 +272,9 @@ class RoutedAttention(Generic[A]):
 
 @dataclass(frozen=True)
 class Gradients(Generic[A]):
-    """Where a backward writes: maps of the shapes of query, key and value, every element written once.
+    """Gradients of query, key and value, of the same shapes; a backward writes every element once.
 
-    Slices of one packed map, or maps of their own.
+    They are slices of one packed map, or separate maps.
     """
 
     query: A
@@ -281,12 +284,12 @@ class Gradients(Generic[A]):
 
 @dataclass(frozen=True)
 class SmallGradients(Generic[A]):
-    """What a backward returns besides the maps.
+    """Gradients that a backward returns besides those of the maps.
 
     Attributes:
-        factor: `(N, G, P, topk)` float32: gradient of `factor`, or, without a factor, what it would be at 1.
-            None unless asked for.
-        padding: gradients of `padding`, float32; None without it.
+        factor: `(N, G, P, topk)` float32: gradient of `factor`; without a factor, the gradient that a factor
+            of 1 would get. None unless asked for.
+        padding: gradients of `padding`, float32; None without padding.
     """
 
     factor: A | None
@@ -300,10 +303,10 @@ class Lepe(Generic[A]):
     Attributes:
         value: `(N, H, W, dim)`, NHWC, dense except for its channels, as in `RoutedAttention`.
         weight: `(dim, 1, k, k)`, `k` odd, of the values' dtype, contiguous.
-        bias: `(dim,)`, of the values' dtype, contiguous; None for none.
-        grid: regions of `value`. Tokens past the map but within its regions take part in the convolution;
-            past the regions everything is 0.
-        fill: `(dim,)`, of the values' dtype, contiguous: what such tokens hold; None where `grid` is not
+        bias: `(dim,)`, of the values' dtype, contiguous; None without a bias.
+        grid: regions of `value`. Padding tokens (past the map but inside a region) take part in the
+            convolution; past the regions everything is 0.
+        fill: `(dim,)`, of the values' dtype, contiguous: what padding tokens hold; None where `grid` is not
             padded.
     """
 
@@ -326,18 +329,18 @@ class Lepe(Generic[A]):
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Rows and columns, from the first, of the tokens that the convolution sees from some token."""
+        """Height and width of the part of the padded map that the convolution of the map's tokens reads."""
         bottom, right = (min(added, self.kernel_size // 2) for added in self.grid.padding)
         return self.grid.height + bottom, self.grid.width + right
 
 
 @dataclass(frozen=True)
 class LepeGradients(Generic[A]):
-    """What the backward of LePE returns besides the values' gradient; float32, or float64 where the map is.
+    """Gradients that the backward of LePE returns besides the values'; float32, or float64 if the map is.
 
     Attributes:
         weight: `(dim, 1, k, k)`; None unless asked for.
-        bias: `(dim,)`; None unless asked for, and without a bias.
+        bias: `(dim,)`; None without a bias, or unless asked for.
         fill: `(dim,)`; None without a fill.
     """
 

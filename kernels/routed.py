@@ -18,7 +18,7 @@ from .routing.lists import form_of, launch_key_lists, launch_query_lists, take_k
 
 
 def plan_attend_routed(problem: RoutedAttention[Tensor]) -> Plan:
-    """The forward: of the problem's tensors the attention and its statistic."""
+    """Plan of the forward: from the problem's tensors, `out` and `lse` (float32, `(N, num_heads, H, W)`)."""
     plan, routed = _routed_plan(problem, ())
     (batch, height, width, _), num_heads = routed.query.shape, routed.num_heads
     out = plan.output((batch, height, width, routed.value.shape[-1]), routed.query.dtype)
@@ -31,7 +31,7 @@ def plan_attend_routed(problem: RoutedAttention[Tensor]) -> Plan:
 def plan_attend_routed_backward(
     problem: RoutedAttention[Tensor], saved: tuple[Tensor, Tensor, Tensor]
 ) -> Plan:
-    """The backward: of the problem's tensors, `grad_out`, `out` and `lse` the gradients."""
+    """Plan of the backward: from the problem's tensors, `grad_out`, `out` and `lse`, the maps' gradients."""
     plan, routed = _routed_plan(problem, saved)
     grad_out, out, lse = plan.given[-3:]
     gradients = Gradients(*(plan.output(x.shape, x.dtype) for x in (routed.query, routed.key, routed.value)))
@@ -46,7 +46,7 @@ def plan_attend_routed_backward(
 def _routed_plan(
     problem: RoutedAttention[Tensor], saved: tuple[Tensor, ...]
 ) -> tuple[Plan, RoutedAttention[Buffer]]:
-    """A plan whose inputs are the tensors of a problem and others, and the problem of its buffers."""
+    """A plan with the inputs `problem.tensors` and `saved`, and the same problem in the plan's buffers."""
     plan = Plan((*problem.tensors, *saved), problem.query.device)
     query, key, value, r_idx, padding_key, padding_value = plan.inputs[:6]
     assert query is not None
@@ -62,7 +62,7 @@ def _routed_plan(
 
 
 def _listed(plan: Plan, routed: RoutedAttention[Buffer]) -> Attention:
-    """The attention with lists that are written for it."""
+    """The attention and its lists; adds the launches that write the lists."""
     form = form_of(routed)
     lists = take_key_lists(routed, form, plan.scratch)
     launch_key_lists(plan, routed, lists)

@@ -1,4 +1,4 @@
-"""Groups of arguments that the pooling kernels take. Needs no Triton.
+"""Groups of arguments that the pooling kernels take. Does not import Triton.
 
 A group of pointers holds buffers on the host and pointers in a kernel.
 """
@@ -21,11 +21,11 @@ class Taps(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """The cells of a region, an axis at a time; see `RegionPooling`.
+    """The cells of a region, in one table for each axis; see `RegionPooling`.
 
     Attributes:
-        rows: `(h', 2)` int32, the row of a region at which each cell starts, and the first row past it; both
-            ascend.
+        rows: `(h', 2)` int32, the row of a region at which each cell starts, and the first row past the cell;
+            both ascend.
         columns: `(w', 2)` int32, likewise for columns.
     """
 
@@ -34,10 +34,11 @@ class Cells(NamedTuple):
 
 
 class Holders(NamedTuple):
-    """The cells that hold each token of a region, an axis at a time.
+    """The cells that contain each token of a region, in one table for each axis.
 
     Attributes:
-        rows: `(h, 2)` int32, the first cell that holds a token of each row, and the first cell past those.
+        rows: `(h, 2)` int32, for each row of tokens the first cell that contains it, and the first cell after
+            those that do.
         columns: `(w, 2)` int32, likewise for columns.
     """
 

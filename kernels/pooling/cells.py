@@ -1,8 +1,8 @@
 """Pooling of the tokens of every region to cells, and its gradients, without copies and without atomics.
 
-The kernels read the cells of a region from two tables. So one kernel serves adaptive, plain and fractional
-pooling and strided convolution, and the host never needs the random samples of fractional pooling, which are
-drawn on the device.
+The kernels read the cells of a region from two tables. Therefore one kernel serves adaptive, plain and
+fractional pooling and strided convolution, and the host never needs the random samples of fractional pooling,
+which are drawn on the device.
 
 | array | shape | meaning |
 |---|---|---|
@@ -10,15 +10,16 @@ drawn on the device.
 | fill | (CHANNELS,) | what tokens past the map's edge hold; None if the map is not padded |
 | taps | | weight and bias of a convolution, see `Taps`; None in the other modes |
 | cells | | start and end of every cell, see `Cells` |
-| holders | | the cells that hold every token, see `Holders` |
+| holders | | the cells that contain each token, see `Holders` |
 | pooled, grad_pooled | (N, rows * cells_high, columns * cells_wide, CHANNELS) | pooled map, NHWC |
-| argmax | as pooled, int32 | number in its region of the token with the maximum; None in the other modes |
+| argmax | as pooled, int32 | index, in its region, of the token with the maximum; None in the other modes |
 | fill_partials | (N * strips, CHANNELS) fp32 | each program's share of the gradient of fill, or None |
 | weight_partials | (strips, taps, CHANNELS) fp32 | each program's share of the gradient of weight |
 
 A tile is BLOCK_T tokens of a map, in row-major order, times BLOCK_C channels. A program of the backward owns
-tokens of the padded map and adds up what the cells that contain them contribute. It walks several tiles, a
-strip: so there are few programs, and their shares of sums over all tokens take little memory beside the map.
+tokens of the padded map and adds up what the cells that contain them contribute. It processes several tiles,
+a strip, one after the other. So there are few programs, and their shares of sums over all tokens take little
+memory compared with the map.
 """
 
 import triton
@@ -49,7 +50,7 @@ def _load_tokens(
     width,
     CONFIG: tl.constexpr,
 ):
-    """Loads tokens of an image, (tokens, channels) in float32; past the map's edge `fill`, if it is given."""
+    """Loads tokens of an image, (tokens, channels) in float32; with `fill`, tokens past the edge hold that."""
     CHANNELS: tl.constexpr = CONFIG.CHANNELS
     if fill is not None:
         live = live & (row < height) & (column < width)
@@ -271,7 +272,7 @@ def pool_weight_gradient_kernel(
 ):
     """A strip's share of the gradient of one tap; grid (strips, channel blocks, taps).
 
-    The strips divide the N * tiles of the pooled maps.
+    The strips together cover the tiles of all N pooled maps.
     """
     KERNEL_WIDTH: tl.constexpr = CONFIG.KERNEL_WIDTH
     CHANNELS: tl.constexpr = CONFIG.CHANNELS

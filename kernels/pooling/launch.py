@@ -1,4 +1,4 @@
-"""Plans of pooling and of its gradients, and the launches that they are made of."""
+"""Plans of pooling and of its gradients, and the launches of which they consist."""
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from .arguments import Cells, Holders, InvertConfig, PoolingConfig, Taps
 from .cells import invert_cells_kernel, pool_backward_kernel, pool_kernel, pool_weight_gradient_kernel
 from .problem import MAX, RegionPooling
 
-# Two 16-byte loads in flight a thread. Predicted, not measured; with twice as much float32 spills.
+# Bytes of a tile: two 16-byte loads per thread are in flight. The choice is predicted, not measured. With
+# twice as many bytes the float32 kernels spill.
 TILE_BYTES = 4096
 MAX_BLOCK_CHANNELS = 64
 NUM_WARPS = 4
-# Programs that share a sum over the tokens of an image; more would only make their partial sums larger.
+# The most strips over which a sum is divided; more strips would only make their shares take more memory.
 MAX_STRIPS = 1024
 
 
@@ -29,9 +30,9 @@ def pooling_inputs(
     weight: Tensor | None,
     bias: Tensor | None = None,
 ) -> Inputs:
-    """What a pooling and its gradient take, as the plans take it; see `FusedKernels.pool`.
+    """The tensors of a pooling, described at `FusedKernels.pool`, in the form and order of the plans' inputs.
 
-    Cells that both axes have in common are there once.
+    If one tensor holds the cells of both axes, it is among the inputs only once: the columns' place is None.
     """
     rows, columns = pooling.row_cells, pooling.column_cells
     return (
@@ -45,7 +46,11 @@ def pooling_inputs(
 
 
 def plan_pool(inputs: Inputs, pooling: RegionPooling[Tensor]) -> Plan:
-    """The forward, of `pooling_inputs`: the pooled map, and for `MAX` which token each element is."""
+    """Plan of the forward.
+
+    Its inputs are `pooling_inputs`. Its outputs are the pooled map and, for `MAX`, the index of the token
+    that each element was taken from.
+    """
     plan = Plan(inputs, pooling.row_cells.device)
     x, fill, cells, weight, bias = _buffers(plan, pooling)
     grid = pooling.pooled_grid
@@ -57,9 +62,11 @@ def plan_pool(inputs: Inputs, pooling: RegionPooling[Tensor]) -> Plan:
 
 
 def plan_pool_backward(inputs: Inputs, pooling: RegionPooling[Tensor]) -> Plan:
-    """The backward, of `pooling_inputs`, the gradient, the forward's maxima, and where the map's goes.
+    """Plan of the backward.
 
-    Its outputs are shares of the gradients of what padding holds and of the weight, those that there are.
+    Its inputs are `pooling_inputs`, then `grad_pooled`, the forward's `argmax`, and `grad_x`, which it
+    writes. Its outputs are the shares of the gradient of `fill`, if the grid is padded, and those of the
+    weight's gradient, if there is a weight.
     """
     plan = Plan(inputs, pooling.row_cells.device)
     x, fill, cells, weight, _ = _buffers(plan, pooling)
@@ -90,7 +97,7 @@ def launch_pool(
     pooled: Buffer,
     argmax: Buffer | None,
 ) -> None:
-    """Adds the reduction of every region's tokens to cells.
+    """Adds the launch that reduces every region's tokens to cells.
 
     Args:
         plan: where to add it.
@@ -98,9 +105,10 @@ def launch_pool(
             map.
         fill: `(C,)`, what tokens past the map's edge hold; None where the grid is not padded.
         pooling: the cells and how they are reduced.
-        taps: the convolution, for `WEIGHTED`.
+        taps: weight and bias of the convolution, for `WEIGHTED`; else None.
         pooled: where the pooled map goes, `(N, rows*h', columns*w', C)` of the dtype of `x`.
-        argmax: for `MAX`, where the token of its region goes that each element is, int32 of that shape.
+        argmax: for `MAX`, of the shape of `pooled`, int32: where to write, for each element, the index in its
+            region of the token that it was taken from. Else None.
     """
     grid, config = pooling.pooled_grid, _config(x, pooling, None if taps is None else taps.weight)
     plan.launch(
@@ -120,14 +128,14 @@ def launch_pool_gradient(
     weight: Buffer | None,
     grad_x: Buffer,
 ) -> Buffer | None:
-    """Adds the gradient of the map, every element of which is written once.
+    """Adds the launches that compute the gradient of the map; every element is written once.
 
     Args:
-        plan: where to add it.
+        plan: where to add them.
         grad_pooled: `(N, rows*h', columns*w', C)`, contiguous.
         argmax: the forward's.
         pooling: the forward's.
-        weight: of the forward's `taps`.
+        weight: the weight of the forward's `taps`; None without them.
         grad_x: where the gradient goes, `(N, H, W, C)` with the strides of `x`.
 
     Returns:
@@ -157,7 +165,11 @@ def launch_pool_weight_gradient(
     pooling: RegionPooling[Buffer],
     weight: Buffer,
 ) -> Buffer:
-    """Adds shares of the weight's gradient, and returns them: `(strips, taps, C)` float32, an output."""
+    """Adds the launch that computes shares of the weight's gradient.
+
+    Returns:
+        The shares, `(strips, taps, C)` float32, an output of the plan.
+    """
     config, pooled = _config(x, pooling, weight), pooling.pooled_grid
     tiles = x.shape[0] * cdiv(pooled.height * pooled.width, config.BLOCK_T)
     strips, strip_tiles = _strips(tiles)
@@ -178,7 +190,7 @@ def _cells(pooling: RegionPooling[Buffer]) -> Cells:
 
 
 def _launch_holders(plan: Plan, pooling: RegionPooling[Buffer]) -> Holders:
-    """The cells that hold each token; one table for both axes where they have the same cells."""
+    """The cells that contain each token; one table for both axes if their cells and sides are the same."""
     grid = pooling.grid
     rows = columns = _launch_inversion(plan, pooling.row_cells, grid.region_height)
     if pooling.column_cells != pooling.row_cells or grid.region_width != grid.region_height:
@@ -213,7 +225,7 @@ def _config(x: Array, pooling: RegionPooling[Buffer], weight: Buffer | None) -> 
 
 
 def _sizes(pooling: RegionPooling[Buffer]) -> tuple[int, ...]:
-    """Run-time numbers that the kernels have in common."""
+    """Run-time numbers that all pooling kernels take."""
     grid = pooling.grid
     return (
         *(grid.height, grid.width, grid.region_height, grid.region_width, grid.rows, grid.columns),
@@ -226,6 +238,6 @@ def _channel_blocks(config: PoolingConfig) -> int:
 
 
 def _strips(tiles: int) -> tuple[int, int]:
-    """Number of strips that tiles are dealt out to, and tiles in each."""
+    """Number of strips into which `tiles` tiles are divided, and number of tiles in a strip."""
     strip_tiles = cdiv(tiles, MAX_STRIPS)
     return (cdiv(tiles, strip_tiles) if tiles else 0), strip_tiles

@@ -1,4 +1,4 @@
-"""What a pooling of regions is made of: the tensors and numbers that every backend takes. Needs no Triton."""
+"""The tensors and numbers of a pooling of regions, which every backend takes. Does not import Triton."""
 
 from dataclasses import dataclass
 from typing import Generic
@@ -14,19 +14,20 @@ MODES = (MEAN, MAX, WEIGHTED)
 
 @dataclass(frozen=True)
 class RegionPooling(Generic[A]):
-    """The tokens of every region reduced to the same cells, which may overlap and may leave tokens out.
+    """A reduction of the tokens of every region to cells.
 
-    A cell is a span of rows times a span of columns. Tokens past the map's edge take part as any other.
+    A cell is a span of rows times a span of columns. All regions have the same cells; these may overlap, and
+    may leave tokens out. Tokens past the map's edge take part like any other.
 
     Attributes:
-        row_cells: `(h', 2)` int32, contiguous: rows of a region at which each cell starts and before which it
-            ends. Starts ascend, ends ascend, no cell is empty.
+        row_cells: `(h', 2)` int32, contiguous: the row of a region at which each cell starts, and the row
+            before which it ends. Starts ascend, ends ascend, no cell is empty.
         column_cells: `(w', 2)` int32, likewise for columns.
         mode: `MEAN`; `MAX`, where the first maximum in row-major order gets the gradient and NaN is larger
-            than all; or `WEIGHTED`, a depthwise convolution: all cells have the size of its kernel.
+            than all numbers; or `WEIGHTED`, a depthwise convolution: all cells have the size of its kernel.
         grid: regions of the map.
-        largest: tokens along a column and along a row of the largest cell, or more; None where that is not
-            known without a look at the cells.
+        largest: upper bounds of the height and of the width of all cells, in tokens; None if unknown: then
+            the tables of cells must be read to find them.
     """
 
     row_cells: A
@@ -53,7 +54,7 @@ class RegionPooling(Generic[A]):
 
 @dataclass(frozen=True)
 class PoolingGradients:
-    """What a backward returns besides the map's gradient, all float32 (float64 for float64).
+    """Gradients that a backward returns besides the map's; float32, or float64 for a float64 map.
 
     Attributes:
         fill: `(C,)`: gradient of what tokens past the map's edge hold; None where there are none.

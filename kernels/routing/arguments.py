@@ -1,25 +1,26 @@
-"""Groups of arguments that the routing kernels take; the attention kernels share `Marks`. Needs no Triton."""
+"""Groups of arguments of the routing kernels; attention kernels take `Marks`, too. Does not import Triton."""
 
 from typing import NamedTuple
 
 from ..arrays import Buffer
 
-# What marks hold. The square is next to the highest float32, far above any product of a query and a key.
+# The value of a mark. Its square is near the largest float32, far above any product of a query and a key.
 MARK = 2.0**63
 
 
 class Marks(NamedTuple):
     """The routing graph as a mask: the product of a query's and a key's marks is 0 or -MARK**2.
 
-    On the host the tables are buffers, in a kernel pointers. They hold bfloat16 whatever the maps hold:
-    float16 ends at 2**16, and scores of bfloat16 maps may differ by more than its square.
+    On the host the tables are buffers, in a kernel pointers. Marks are bfloat16, whatever the dtype of the
+    maps. float16 would not do: it ends at 2**16, and the scores of bfloat16 maps may differ by more than
+    2**32, the largest product of two such marks.
 
     Attributes:
-        query_regions: `(P * S,)` int32, the region of every query, in the order in which queries are owned:
-            that of the list of all queries, or without one as they lie in the map.
+        query_regions: `(P * S,)` int32, the region of every query, in the order in which programs own
+            queries: the order of the region list or, without one, of the map.
         query_marks: `(N, G, P, BLOCK_MARKS)` bfloat16, 0 at the key regions that a region chose, else -MARK.
-        key_marks: `(P_kv * S_kv, BLOCK_MARKS)` bfloat16, MARK at the region of every key, else 0; keys in
-            the order in which they are walked.
+        key_marks: `(P_kv * S_kv, BLOCK_MARKS)` bfloat16, for every key MARK at its region, else 0; keys are
+            in the order of the list of all keys or, without one, of the map.
     """
 
     query_regions: Buffer
@@ -33,8 +34,8 @@ class Inverse(NamedTuple):
     Attributes:
         row_start: `(N, G, P_kv + 1)` int32.
         pairs: `(N, G, P * TOPK)` int32; nothing is written past the last row.
-        choices: `(N, G, P * TOPK)` int32, likewise; None where no finer inverse is to be made.
-        work: `(N, G, extras + P_kv, 4)` int32; None where only the rows are wanted.
+        choices: `(N, G, P * TOPK)` int32, likewise; None if no finer inverse is made from this one.
+        work: `(N, G, extras + P_kv, 4)` int32; None if only the rows are needed.
     """
 
     row_start: Buffer
@@ -47,11 +48,11 @@ class MeansConfig(NamedTuple):
     """Compile-time numbers of `region_means_kernel` and `spread_means_kernel`.
 
     Attributes:
-        MEAN_DIM: channels to take the mean of, the first of a token.
+        MEAN_DIM: how many of a token's first channels to take the mean of.
         PACKED: channels of a token.
         BLOCK_TOKENS: tokens of a tile.
         BLOCK_C: channels of a tile.
-        COUNTS_PADDING: the gradient alone: tokens past the map's edge take part in the means.
+        COUNTS_PADDING: for the gradient only: tokens past the map's edge take part in the means.
     """
 
     MEAN_DIM: int
@@ -68,12 +69,12 @@ class RouteConfig(NamedTuple):
         DIM: channels of a region's query.
         ROW_STRIDE: elements from one region's row to the next.
         BLOCK_Q: query regions of a program.
-        BLOCK_R: all key regions, rounded up to a power of two, or with IN_BLOCKS those of a step.
+        BLOCK_R: all key regions, rounded up to a power of two; with IN_BLOCKS the key regions of a block.
         BLOCK_C: channels in a step of the product.
         BLOCK_K: `topk`, rounded up to a power of two.
         PRECISION: of the float32 product, as `tl.dot` names it.
-        IN_BLOCKS: walk the key regions in steps.
-        LISTS: list tokens: of the chosen regions, if there is a list for them, and of all regions.
+        IN_BLOCKS: process the key regions in blocks.
+        LISTS: list the tokens of all regions and, if there is a token list, of the chosen regions.
         BLOCK_TOKENS: tokens of a chosen region in a step of listing them.
         BLOCK_REGION_TOKENS: tokens of a query region in a step of listing them.
         BLOCK_MARKED: tokens in a step of marking them.
@@ -141,7 +142,7 @@ class GraphConfig(NamedTuple):
     Attributes:
         LISTS: cut the rows into pieces, and list their queries.
         BLOCK: pairs of a step.
-        BINS: more than the key regions, a power of two, where rows are to be listed by length; else 1.
+        BINS: if rows are sorted by length, a power of two above the number of key regions; else 1.
         SHIFT: a row holds 2**SHIFT key regions.
         FAN_BITS: a row of a coarser inverse holds 2**FAN_BITS rows.
         SKIPS_PADDING: leave out the pairs of regions whose queries are all padding.

@@ -69,7 +69,7 @@ def key_routing_gradient_kernel(
     topk,
     CONFIG: tl.constexpr,
 ):
-    """Gradient of one region's key, from all that chose it, in order; grid (N * P, blocks of channels)."""
+    """Gradient of one region's key, summed over its row of pairs, in order; grid (N * P, channel blocks)."""
     region = tl.program_id(0) % n_regions
     image = (tl.program_id(0) // n_regions).to(tl.int64)
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C

@@ -1,10 +1,11 @@
-"""Lists of tokens, and the inverse of the routing graph: everything the attention kernels walk.
+"""Kernels that write lists of tokens, marks, and the inverse of the routing graph, for the attention kernels.
 
-A "graph" is one image's, or one head's of an image (`G` an image). A "pair" is one choice, numbered
-`query_region * TOPK + slot`; every graph has exactly `P * TOPK`, so all shapes are static. A "row" is what a
-key region has in the inverse graph: the pairs that chose it, without those of regions whose queries are all
-padding. These hold the same and choose the same regions, whose rows they would make the longest of all, for
-nothing. A "piece" is a part of a row, the work of one program for each tile and head.
+A "graph" holds the choices of one image or of one head of an image; an image has `G` graphs. A "pair" is one
+choice, with the number `query_region * TOPK + slot`; every graph has exactly `P * TOPK` pairs, so all shapes
+are static. A "row" of the inverse graph holds the pairs that chose one key region, except those of query
+regions whose queries are all padding. Such regions have equal queries, so they choose the same key regions;
+the rows of these would be the longest of all, without any effect on a gradient. A "piece" is a part of a row:
+the work of one program for each tile and head.
 
 | array | shape | meaning |
 |---|---|---|
@@ -12,8 +13,8 @@ nothing. A "piece" is a part of a row, the work of one program for each tile and
 | r_weight | (N, G, P, TOPK) fp32 | factor of each pair; None for 1 |
 | row_start | (N, G, P_kv + 1) int32 | where each key region's row starts in `pairs` |
 | pairs | (N, G, P * TOPK) int32 | the inverse graph: pairs by key region, ascending in each row |
-| choices | (N, G, P * TOPK) int32 | the key region of each of `pairs`, which a finer inverse is made from |
-| work | (N, G, extras + P_kv, 4) int32 | pieces: region, first and last pair, partial sum; -1 for none |
+| choices | (N, G, P * TOPK) int32 | the key region of each of `pairs`; a finer inverse is made from it |
+| work | (N, G, extras + P_kv, 4) int32 | pieces: region, start and end of pairs, partial sum; -1 for none |
 
 Lists and marks are described in `attention.arguments.Lists` and `arguments.Marks`.
 """
@@ -29,15 +30,15 @@ MARKED = tl.constexpr(MARK)
 
 @triton.jit
 def list_regions(tokens, factors, place, region, factor, live, sizes, BLOCK_TOKENS: tl.constexpr):
-    """Writes the tokens of some regions, each at its place, and as often the region's factor.
+    """Writes the tokens of some regions and, for each of these tokens, the region's factor.
 
     Args:
         tokens: (places, region_tokens) int32.
-        factors: as `tokens`, fp32; None for none.
-        place: (entries,), where each region's tokens go.
+        factors: of the shape of `tokens`, fp32; None to write no factors.
+        place: (entries,), the row of `tokens` to which each region's tokens go.
         region: (entries,).
-        factor: (entries,) fp32; read with `factors`.
-        live: (entries,), False for those not to be written.
+        factor: (entries,) fp32; used only with `factors`.
+        live: (entries,), False for entries that are not written.
         sizes: region_height, region_width, columns, height and width, see `token_of`.
         BLOCK_TOKENS: tokens of a step.
     """
@@ -72,9 +73,10 @@ def list_tokens_kernel(
     n_regions,
     CONFIG: tl.constexpr,
 ):
-    """Lists the tokens of BLOCK_ENTRIES chosen regions; after the last choice, those of all regions in order.
+    """Lists the tokens of BLOCK_ENTRIES chosen regions; grid (blocks of entries,).
 
-    A list that is None is left out.
+    The entries after the last choice are all regions, in order: their tokens go to the region list. A list
+    that is None is not written.
     """
     place = tl.program_id(0).to(tl.int64) * CONFIG.BLOCK_ENTRIES + tl.arange(0, CONFIG.BLOCK_ENTRIES)
     listed = place < n_entries
@@ -103,10 +105,10 @@ def _region_of(token, sizes):
 
 @triton.jit
 def mark_tokens(marks, row, n_queries, sizes, n_keys, kv_sizes, BLOCK_MARKS: tl.constexpr):
-    """Writes the rows `row` of the tables of regions: of each query its region, of each key its marks.
+    """Writes the rows `row` of two tables of `marks`: each query's region, and each key's marks.
 
-    `sizes` and `kv_sizes` are those of `_region_of`; of tokens in the order of regions of S tokens they are
-    (1, S, 1, S): as if every region were a row of the map.
+    `_region_of` takes `sizes` for queries and `kv_sizes` for keys. For tokens that are listed region after
+    region, S in each, the sizes are (1, S, 1, S), as if every region were a row of the map.
     """
     region = tl.arange(0, BLOCK_MARKS)[None, :]
     tl.store(marks.query_regions + row, _region_of(row, sizes), mask=row < n_queries)
@@ -138,10 +140,11 @@ def mark_choices_kernel(
     kv_width,
     CONFIG: tl.constexpr,
 ):
-    """Tables for masked attention under a graph that is given; each program writes BLOCK_ROWS rows of all.
+    """Writes the tables of `Marks` for a given graph; each program writes BLOCK_ROWS rows of every table.
 
-    The product of a query's and a key's marks is 0 where the query's region chose the key's, else -MARK**2,
-    exact in bfloat16: a mask that the matrix unit adds to the scores, at no instruction a score.
+    The product of a query's and a key's marks is 0 if the query's region chose the key's region, else
+    -MARK**2; bfloat16 holds both exactly. The matrix unit adds this mask to the scores, without an
+    instruction per score.
     """
     BLOCK_ROWS: tl.constexpr = CONFIG.BLOCK_ROWS
     BLOCK_MARKS: tl.constexpr = CONFIG.BLOCK_MARKS
@@ -160,7 +163,7 @@ def mark_choices_kernel(
 
 @triton.jit
 def _load_choices(choices, pair, last, nobody, topk, sizes, CONFIG: tl.constexpr):
-    """Key regions of some pairs; `nobody` past the last, and where all of the pair's queries are padding."""
+    """Key regions of some pairs; `nobody` past the last pair, and if all queries of a pair are padding."""
     choice = tl.load(choices + pair, mask=pair < last, other=nobody)
     if CONFIG.SKIPS_PADDING:
         region_height, region_width, columns, height, width = sizes
@@ -192,14 +195,15 @@ def invert_graph_kernel(
     width,
     CONFIG: tl.constexpr,
 ):
-    """One row: who chose it, its pieces, and the queries of its pairs; grid (N * G * n_rows,).
+    """Writes one row: its pairs, its pieces, and the list of its pairs' queries; grid (N * G * n_rows,).
 
-    A stable counting sort without atomics: every program counts the choices of smaller rows to find its row's
-    start, then writes its own in order. What it reads for that, twice, is the whole graph or, where `coarser`
-    holds rows of 2**FAN_BITS rows each, the one that its own is a part of. A row is a key region, or in a
-    coarser inverse 2**SHIFT of them; see `lists.launch_inverse`.
+    A stable counting sort without atomics: every program counts the choices of smaller rows, which gives the
+    start of its row, and then writes the pairs of its row in order. For each of these two steps it reads the
+    whole graph or, with `coarser`, only one of the coarser rows: the one that its row is a part of. A coarser
+    row covers 2**FAN_BITS rows. A row covers one key region, or 2**SHIFT key regions if this inverse is
+    itself a coarser one; see `lists.launch_inverse`.
 
-    Without LISTS the row is all that is written.
+    Without LISTS it writes neither pieces nor lists.
     """
     BLOCK: tl.constexpr = CONFIG.BLOCK
     BINS: tl.constexpr = CONFIG.BINS
@@ -222,7 +226,7 @@ def invert_graph_kernel(
         choice = _load_choices(choices, index, last, n_rows << SHIFT, topk, sizes, CONFIG) >> SHIFT
         start += tl.sum((choice < row).to(tl.int32), axis=0)
         length += tl.sum((choice == row).to(tl.int32), axis=0)
-        if BINS > 1:  # n_rows has a bin, too
+        if BINS > 1:  # `nobody`, which is n_rows here, has a bin, too
             lengths += tl.histogram(choice, BINS)
     tl.store(inverse.row_start + graph * (n_rows + 1) + row, start)
     if row == n_rows - 1:
@@ -252,7 +256,7 @@ def invert_graph_kernel(
         work = inverse.work + graph * (n_extras + n_rows) * 4
         last_lot = tl.where(row == n_rows - 1, n_extras, (start + length) // longest)
         _cut_row(work, n_extras + rank, row, start, length, longest, last_lot, BLOCK)
-        # The threads of this program read what others of its threads have written.
+        # The threads of this program read, below, pairs that other threads of it have written.
         tl.debug_barrier()
         for step in tl.range(0, length, CONFIG.BLOCK_ENTRIES):
             index = step + tl.arange(0, CONFIG.BLOCK_ENTRIES)
@@ -277,11 +281,12 @@ def invert_graph_kernel(
 def _cut_row(work, place, region, start, length, longest, last_lot, BLOCK: tl.constexpr):
     """Cuts one region's row into pieces of at most `longest` pairs.
 
-    The first piece stands at `place`, further ones, which are the longest, at the front. Where they go needs
-    no word of the other rows: if all pairs are dealt out in lots of `longest`, a row that starts in lot `a`
-    and ends in lot `b` has at most `b - a` further pieces, and the extra places from `a` to `b`, its
-    `last_lot`, are its own; the last row has all that are left. Of 2 * extras partial sums those from `2 * a`
-    are its own likewise. A row of one piece has partial sum -1.
+    The first piece goes to `place` in `work`. The further pieces, which come from the longest rows, go to the
+    front of `work`, into the extra places. Each row finds its extra places without reading other rows: if all
+    pairs are divided into lots of `longest` pairs, a row that starts in lot `a` and ends in lot `b` has at
+    most `b - a` further pieces, and the extra places `a` to `b - 1` are its own. `last_lot` is `b`; for the
+    last row it is the number of all extra places. Unused extra places get region -1. Of the 2 * extras
+    partial sums, those from `2 * a` on are the row's own, likewise. A row of one piece has partial sum -1.
     """
     pieces = tl.maximum((length + longest - 1) // longest, 1)
     first_lot = start // longest

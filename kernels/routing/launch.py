@@ -13,39 +13,43 @@ from .arguments import Inverse, Marks, MeansConfig, RouteConfig, RoutingGradient
 from .gradient import key_routing_gradient_kernel, query_routing_gradient_kernel, spread_means_kernel
 from .route import region_means_kernel, route_kernel
 
-# Query regions of a program of `route_kernel`: the least that a matrix unit takes. Routing of BiFormer's
-# third stage took 44 us on an H200 with products off the matrix units, and takes 13 (docs/kernel_times.md).
+# Query regions of a program of `route_kernel`: the fewest rows that a matrix unit multiplies. On an H200 the
+# routing of BiFormer's third stage takes 13 us; it took 44 us without matrix units (docs/kernel_times.md).
 _ROUTE_QUERIES = 16
-# So many key regions fit shared memory as an operand; more are walked in steps of so many. If more are chosen
-# than registers can keep meanwhile, a query region has a program of its own, off the matrix units.
+# `_ROUTE_OPERAND`: the most key regions that fit in shared memory as one operand; with more, the kernel
+# processes them in blocks of this size. Between the blocks it keeps the choices so far in registers, at most
+# `_ROUTE_KEPT` per query region; with a larger `topk`, each query region has its own program, which uses no
+# matrix unit.
 _ROUTE_OPERAND, _ROUTE_KEPT = 256, 256
-# Elements of an operand, and the most channels in it: of 16, 32 and 64 the fastest on an H200, for 49 and 64
-# regions.
+# Elements of an operand, and the most channels in it. Of 16, 32 and 64 channels, 64 were the fastest on an
+# H200, for 49 and 64 regions.
 _ROUTE_TILE, _ROUTE_CHANNELS = 4096, 64
-# Listed tokens of a step, of all the regions that a program's query regions chose: 16 per thread. With their
-# factors half as many: sm_90 spilled 4 instructions at 128 channels, padded, and takes 128 registers for 168.
+# Tokens that a program lists in one step, for all regions that its query regions chose: 16 per thread. With
+# factors it lists half as many: for 128 channels and a padded map, compiled for sm_90, the kernel then takes
+# 128 registers; with 2048 tokens it took 168 and spilled 4 instructions.
 _LISTED, _LISTED_WITH_FACTORS = 2048, 1024
-# Marks in a step of marking tokens. With 2048 sm_80 spills 2 instructions at BiFormer's third stage.
+# Marks that a program writes in one step. With 2048 it spills 2 instructions on sm_80, at BiFormer's third
+# stage.
 _MARKED = 512
-# Elements of a tile of tokens, and the most tokens in it, of `region_means_kernel`. Regions of a few tokens,
-# as in BiFormer's later stages, take tiles of more channels instead of dead rows: six tiles from 1 to 32
-# tokens, each compiled when first met. One warp a program, which has its loads in flight at once and nothing
-# to wait for: on an H200 the means of BiFormer's second stage take 11 us, with four warps 34
-# (docs/kernel_times.md).
+# Elements of a tile of `region_means_kernel`, and the most tokens in it. Regions of few tokens, as in
+# BiFormer's later stages, get tiles with more channels instead of dead rows: there are six tiles, of 1 to 32
+# tokens, and each is compiled at its first use. A program has only one warp: all its loads are in flight at
+# once, and it waits for no other warp. On an H200 the means of BiFormer's second stage take 11 us, with four
+# warps 34 us (docs/kernel_times.md).
 _MEANS_TILE, _MEANS_TOKENS = 2048, 32
 
 
 def launch_region_means(
     plan: Plan, qkv: Buffer, padding: Buffer | None, grid: RegionGrid, means: Buffer
 ) -> None:
-    """Adds the means over every region's tokens.
+    """Adds the launch that computes the means over every region's tokens.
 
     Args:
-        plan: where to add them.
+        plan: where to add it.
         qkv: contiguous `(N, H, W, packed_dim)`; float32, float16 or bfloat16.
-        padding: `(packed_dim,)`, what tokens past the map's edge hold; None to leave them out.
-        grid: the regions; without `padding` each has a token of the map.
-        means: where they go, `(N, P, channels)` float32: of the first channels.
+        padding: `(packed_dim,)`, what tokens past the map's edge hold; None to leave these out of the means.
+        grid: the regions; without `padding` each must contain a token of the map.
+        means: where the means of the first `channels` channels go, `(N, P, channels)` float32.
     """
     config = _means_config(qkv, means, grid)
     plan.launch(
@@ -60,7 +64,10 @@ def launch_region_means(
 def launch_spread_means(
     plan: Plan, grad_means: Buffer, grad_qkv: Buffer, grid: RegionGrid, counts_padding: bool
 ) -> None:
-    """Adds the gradient of the means, `(N, P, channels)` float32, to that of the map, in place."""
+    """Adds the launch that adds to `grad_qkv`, in place, the gradient that it gets from the means.
+
+    `grad_means` is the gradient of the means, `(N, P, channels)` float32.
+    """
     config = _means_config(grad_qkv, grad_means, grid)._replace(COUNTS_PADDING=counts_padding)
     plan.launch(
         spread_means_kernel,
@@ -73,12 +80,12 @@ def launch_spread_means(
 
 @dataclass(frozen=True)
 class Routing:
-    """Region queries and keys, and what is chosen of them.
+    """Region queries and keys, and the arrays for the choice.
 
     Attributes:
-        query: `(N, P, qk_dim)` float32; rows may be slices of wider ones.
-        key: likewise, strided alike.
-        r_weight: `(N, P, topk)` float32; None where nobody needs it.
+        query: `(N, P, qk_dim)` float32; rows may be slices of wider rows.
+        key: likewise, with the strides of `query`.
+        r_weight: `(N, P, topk)` float32; None if it is not needed.
         r_idx: `(N, P, topk)` int32.
         scale: factor of the logits.
     """
@@ -97,15 +104,17 @@ def launch_route(
     marks: Marks | None = None,
     grid: RegionGrid | None = None,
 ) -> None:
-    """Adds the choice of the key regions with the largest logits for every query region.
+    """Adds the launch that chooses the key regions with the largest logits for every query region.
 
     Args:
         plan: where to add it.
-        routing: what is routed, and where the choice goes.
-        lists: tokens to be listed, too: of the regions and, unless that list is None, of the chosen ones.
-        marks: the choice as a mask, to be written, too, of tokens in the order of `lists`, of the regions
-            alone, or without it of the map as it lies.
-        grid: with `lists` or `marks`, the regions of keys and queries.
+        routing: the region queries and keys, and where the choice goes.
+        lists: lists that the launch also writes: the tokens of all regions and, unless `lists.token_list` is
+            None, the tokens of the chosen regions. None to write no list.
+        marks: marks that the launch also writes, the choice as a mask. With `lists`, which then holds only
+            the region list, tokens are in the order of that list, else in the map's order. None to write no
+            marks.
+        grid: the regions of both keys and queries; needed with `lists` or `marks`.
     """
     batch, n_regions, topk = routing.r_idx.shape
     block_r, block_k = max(16, next_power_of_2(n_regions)), next_power_of_2(topk)
@@ -141,15 +150,16 @@ def launch_route(
 def launch_route_gradient(
     plan: Plan, routing: Routing, shares: Buffer, inverse: Inverse, grad_query: Buffer, grad_key: Buffer
 ) -> None:
-    """Adds the gradients of region queries and keys.
+    """Adds the launches that compute the gradients of region queries and keys.
 
     Args:
         plan: where to add them.
         routing: the forward's.
         shares: `(N, heads, P, tiles, topk)` float32: shares of the gradient of `r_weight`.
         inverse: the inverse graph.
-        grad_query: where they go, `(N, P, qk_dim)` float32; rows may be slices of wider ones.
-        grad_key: likewise, strided alike.
+        grad_query: where the queries' gradient goes, `(N, P, qk_dim)` float32; rows may be slices of wider
+            rows.
+        grad_key: where the keys' gradient goes, likewise, with the strides of `grad_query`.
     """
     batch, n_regions, topk = routing.r_idx.shape
     dim = routing.query.shape[-1]
@@ -183,7 +193,7 @@ def _means_config(qkv: Buffer, means: Buffer, grid: RegionGrid) -> MeansConfig:
 
 
 def region_stride(x: Buffer) -> int:
-    """Elements from one region to the next; images must follow without a gap."""
+    """Elements from one region's row to the next; there must be no gap between images."""
     of_image, stride, of_channel = x.stride()
     assert of_channel == 1 or x.shape[2] == 1
     assert x.shape[0] == 1 or x.shape[1] == 1 or of_image == x.shape[1] * stride

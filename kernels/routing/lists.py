@@ -1,10 +1,10 @@
-"""What the attention kernels walk: which arrays there are in which form, and the launches that write them.
+"""Lists and marks for the attention kernels: the arrays of each form, and the launches that write them.
 
 An attention has one of four forms. "routed": every region has a list of the tokens that it attends to.
-"masked": all regions share one list, and marks say which tokens a region chose. "whole": the map is one
-region, which attends to itself. "small_map": programs choose regions for themselves and walk them without a
-list, see `small_map`. Where all tokens are walked and none is padding, there is no list either: "masked" and
-"whole" read such maps as they lie.
+"masked": all regions attend to all tokens, and marks mask the tokens that a region did not choose. "whole":
+the map is one region, which attends to itself. "small_map": each program chooses its regions and computes
+their tokens without a list, see `small_map`. In the forms "masked" and "whole" there is one list of all
+tokens; if none of them is padding, there is no list, and the kernels read the map in its own order.
 """
 
 from dataclasses import dataclass
@@ -25,32 +25,37 @@ from .arguments import GraphConfig, Inverse, ListConfig, MarkConfig, Marks
 from .graph import invert_graph_kernel, list_tokens_kernel, mark_choices_kernel
 
 ROUTED, MASKED, WHOLE, SMALL_MAP = "routed", "masked", "whole", "small_map"
-# A row of the inverse graph longer than this many times the mean is cut, so that one region chosen by all
-# does not stall the grid; the mean counts the pairs of padding, too, which are in no row. The partial sums of
-# cut rows take at most 2 / LONGEST_TO_MEAN of a float32 copy of keys and values.
+# A row of the inverse graph that is longer than this many times the mean row is cut into pieces, so that the
+# GPU does not wait for the program of one region that all others chose. The mean also counts the pairs of
+# regions that consist of padding; these pairs are in no row. The partial sums of cut rows take at most 2 /
+# LONGEST_TO_MEAN of a float32 copy of keys and values.
 LONGEST_TO_MEAN = 4
 BLOCK_ENTRIES, BLOCK_TOKENS, _BLOCK_PAIRS = 8, 32, 256
-# Key regions of a graph up to which the longest rows come first, so that no long one is begun last: on an
-# H100 dK/dV was faster so, and nearly as fast as with equal rows (`bra-bench kernel-times`). For that each
-# program of `invert_graph_kernel` counts the rows of its whole graph, which takes far less than it saves.
+# With at most this many key regions, dK/dV processes the rows of a graph from the longest to the shortest, so
+# that no long row is begun last. On an H100 this made dK/dV faster, and nearly as fast as with rows of equal
+# length (`bra-bench kernel-times`). For this order each program of `invert_graph_kernel` counts the lengths
+# of all rows of its graph, which takes far less time than it saves.
 _MOST_SORTED = 255
-# Choices that one launch may read to invert all graphs: 34 MB, which an H100's memory moves in 10 us. Every
-# key region's program reads its graph twice, which makes 2 * P_kv reads of each choice. Above, coarser
-# inverses go before, with rows of 64, 64**2, ... key regions: each costs a launch and at most 128 reads of
-# each choice. Their rows are long, and read in larger steps.
+# `_MOST_READ`: the most choices that one launch may read to invert all graphs: 34 MB, which an H100's memory
+# moves in 10 us. The program of every key region reads its graph twice, so each choice is read 2 * P_kv
+# times. If that is too much, launches before it make coarser inverses, with rows of 64, 64**2, ... key
+# regions; such a launch reads each choice at most 128 times. Rows are then long, and are read in steps of up
+# to `_MOST_BLOCK`.
 _MOST_READ, _FAN_BITS, _MOST_BLOCK = 2**23, 6, 2048
 
 
 @dataclass(frozen=True)
 class KeyLists:
-    """What the kernels that own queries walk; see `attention.arguments.Lists`.
+    """Lists and marks for the kernels that own queries; see `attention.arguments.Lists`.
 
     Attributes:
-        query_regions: `(P, S)` int32, tokens of the query regions; None where the map is read as it lies.
-        key_regions: `(P_kv, S_kv)` int32, tokens of the key regions; `query_regions` where the grids agree.
-        key_list: `(N, G, P, topk * S_kv)` int32, keys of every region; else `key_regions` as one row.
-        factors: of the shape of `key_list`, float32; None for 1.
-        marks: what masked attention needs; None in the other forms.
+        query_regions: `(P, S)` int32, tokens of the query regions; None if the map is read without a list.
+        key_regions: `(P_kv, S_kv)` int32, tokens of the key regions; the same buffer as `query_regions` if
+            the grids are equal.
+        key_list: in the form "routed" `(N, G, P, topk * S_kv)` int32, the keys that each query region attends
+            to; in the other forms `key_regions` as one row.
+        factors: of the shape of `key_list`, float32: factor of each listed key; None for 1.
+        marks: the marks of masked attention; None in the other forms.
     """
 
     query_regions: Buffer | None
@@ -66,7 +71,7 @@ class KeyLists:
 
     @property
     def of_choice(self) -> tuple[Lists | None, Marks | None]:
-        """What the router writes along with its choice, where keys and queries have the same regions."""
+        """Lists and marks that `route_kernel` also writes, if keys and queries have the same regions."""
         if self.marks is None:
             return self.arguments, None
         return None if self.query_regions is None else Lists(self.query_regions, None, None), self.marks
@@ -74,14 +79,14 @@ class KeyLists:
 
 @dataclass(frozen=True)
 class QueryLists:
-    """What the kernels that own keys walk.
+    """Lists for the kernels that own keys.
 
     Attributes:
         arguments: the lists as the kernels take them.
-        inverse: the inverse graph; None in the forms that need none.
-        longest: pairs in the longest piece of a row.
-        n_pieces: pieces of one graph.
-        n_partials: partial sums that pieces of one graph write, at most.
+        inverse: the inverse graph; None in the forms "masked" and "whole".
+        longest: the most pairs that a piece of a row may have.
+        n_pieces: pieces of one graph, unused entries of `work` included.
+        n_partials: the most partial sums that the pieces of one graph write.
     """
 
     arguments: Lists
@@ -97,7 +102,7 @@ def form_of(problem: RoutedAttention[Buffer], routing_learns: bool = False, choo
     Args:
         problem: the attention.
         routing_learns: whether the factor's gradient is asked for, which needs lists.
-        chooses: whether its regions are to be chosen, not given.
+        chooses: whether routing chooses its regions; False if they are given.
     """
     if problem.r_idx is None:
         return WHOLE
@@ -111,7 +116,7 @@ def form_of(problem: RoutedAttention[Buffer], routing_learns: bool = False, choo
 
 
 def take_key_lists(problem: RoutedAttention[Buffer], form: str, take: Take) -> KeyLists:
-    """The lists in arrays that `take` makes, or finds where an earlier plan has kept them."""
+    """The arrays of the lists; `take` makes each of them, or finds the one that an earlier plan has kept."""
     grid, kv_grid = problem.query_grid, problem.kv_grid
     query_regions = key_regions = _take_regions(grid, form, take)
     if kv_grid != grid:
@@ -134,7 +139,7 @@ def take_key_lists(problem: RoutedAttention[Buffer], form: str, take: Take) -> K
 
 
 def _take_regions(grid: RegionGrid, form: str, take: Take) -> Buffer | None:
-    """The list of the tokens of a grid's regions; None where a form reads its map as it lies."""
+    """The list of the tokens of a grid's regions; None where a form reads the map without a list."""
     if form in (MASKED, WHOLE) and not grid.is_padded:
         return None
     return take((grid.n_regions, grid.region_tokens), torch.int32)
@@ -153,7 +158,7 @@ def launch_key_lists(plan: Plan, problem: RoutedAttention[Buffer], lists: KeyLis
 
 
 def launch_query_lists(plan: Plan, problem: RoutedAttention[Buffer], key_lists: KeyLists) -> QueryLists:
-    """Adds the launches that write what the kernels that own keys walk, and returns it."""
+    """Adds the launches that write the lists for the kernels that own keys, and returns these lists."""
     grid, kv_grid = problem.query_grid, problem.kv_grid
     own = key_lists.key_regions
     if key_lists.marks is not None or problem.r_idx is None:
@@ -178,15 +183,16 @@ def launch_inverse(
     factor: Buffer | None = None,
     listing: tuple[Lists, Buffer, int, RegionGrid] | None = None,
 ) -> Inverse:
-    """Adds the launches that invert the routing graph into compressed rows: one, if there are few regions.
+    """Adds the launches that invert the routing graph into compressed rows; one launch if regions are few.
 
     Args:
         plan: where to add it.
         r_idx: `(N, G, P, topk)` int32, contiguous, entries in `[0, n_regions)`.
         n_regions: key regions, `P_kv`.
         factor: `(N, G, P, topk)` float32, factor of every pair.
-        listing: lists of the queries to write, pieces of rows, pairs in the longest piece, and the grid of
-            the queries; None for the rows alone, of all pairs.
+        listing: the lists of queries to write, the array for the pieces of rows (`work`), the most pairs of a
+            piece, and the grid of the queries. None to write rows alone, which then contain all pairs, also
+            those of padding.
     """
     coarser = None
     grid = None if listing is None else listing[-1]
@@ -205,7 +211,7 @@ def _launch_rows(
     factor: Buffer | None = None,
     listing: tuple[Lists, Buffer, int, RegionGrid] | None = None,
 ) -> Inverse:
-    """Adds a launch that writes rows of `2**shift` key regions each, of `coarser` or else of the graph."""
+    """Adds a launch that writes rows of `2**shift` key regions each, from `coarser` or else from `r_idx`."""
     batch, n_graphs, n_queries, topk = r_idx.shape
     n_pairs, n_rows = n_queries * topk, cdiv(n_regions, 1 << shift)
     lists, work, longest, _ = listing or (None, None, 1, None)
@@ -243,7 +249,7 @@ def _launch_rows(
 
 
 def _coarse_shifts(n_choices: int, n_regions: int) -> list[int]:
-    """Logarithms of the key regions in a row, of each inverse to be made before the one that is asked for."""
+    """`shift` of each coarser inverse, the coarsest first; each of its rows has `2**shift` key regions."""
     shifts: list[int] = []
     if n_regions > _MOST_SORTED and 2 * n_regions * n_choices > _MOST_READ:
         while cdiv(n_regions, 1 << _FAN_BITS * len(shifts)) > 1 << _FAN_BITS:
@@ -286,7 +292,7 @@ def _launch_marks(plan: Plan, problem: RoutedAttention[Buffer], lists: KeyLists)
 
 
 def _marked_sizes(grid: RegionGrid, region_list: Buffer | None) -> tuple[int, int, int, int]:
-    """What `mark_tokens` needs to find a token's region, in the map or, if there is one, in the list."""
+    """Sizes from which `mark_tokens` finds the region of a token: in the region list, else in the map."""
     if region_list is not None:
         return 1, grid.region_tokens, 1, grid.region_tokens
     return grid.region_height, grid.region_width, grid.columns, grid.width

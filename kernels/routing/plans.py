@@ -1,4 +1,4 @@
-"""Plans of routing on its own: region means, the choice of regions, and its gradient."""
+"""Plans of routing without an attention: region means, the choice of regions, and its gradient."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from .lists import launch_inverse
 
 
 def plan_region_means(tensors: tuple[Tensor, Tensor | None], grid: RegionGrid, channels: int) -> Plan:
-    """Of `(qkv, padding)` the means over every region's tokens of the first channels."""
+    """Plan: from `(qkv, padding)`, the means of the first `channels` channels over every region's tokens."""
     plan = Plan(tensors, tensors[0].device)
     means = plan.output((tensors[0].shape[0], grid.n_regions, channels), torch.float32)
     launch_region_means(plan, plan.given[0], plan.inputs[1], grid, means)
@@ -18,7 +18,7 @@ def plan_region_means(tensors: tuple[Tensor, Tensor | None], grid: RegionGrid, c
 
 
 def plan_route(tensors: tuple[Tensor, Tensor], topk: int, scale: float) -> Plan:
-    """Of region queries and keys the routing weights and the chosen regions."""
+    """Plan: from region queries and keys, the routing weights and the chosen regions, `(N, P, topk)` both."""
     plan = Plan(tensors, tensors[0].device)
     query, key = plan.given
     shape = (*query.shape[:2], topk)
@@ -28,7 +28,7 @@ def plan_route(tensors: tuple[Tensor, Tensor], topk: int, scale: float) -> Plan:
 
 
 def plan_route_backward(tensors: tuple[Tensor, ...], scale: float) -> Plan:
-    """Of `(grad_weight, r_weight, r_idx, query, key)` the gradients of queries and keys."""
+    """Plan: from `(grad_weight, r_weight, r_idx, query, key)`, the gradients of `query` and `key`."""
     plan = Plan(tensors, tensors[0].device)
     grad_weight, r_weight, r_idx, query, key = plan.given
     batch, n_regions, topk = r_idx.shape

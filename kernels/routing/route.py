@@ -8,8 +8,8 @@
 | query, key | (N, P, DIM) fp32 | region queries and keys, rows ROW_STRIDE apart |
 | r_weight | (N, P, TOPK) fp32 | softmax over the chosen logits, descending |
 | r_idx | (N, P, TOPK) int32 | chosen regions, by descending logit, equal ones by ascending index |
-| lists | | tokens of the chosen regions, see `attention.arguments.Lists`; None where they are listed apart |
-| marks | | the choice as a mask, see `arguments.Marks`; None but for masked attention |
+| lists | | tokens of the chosen regions, see `attention.arguments.Lists`; None if another kernel lists them |
+| marks | | the choice as a mask, see `arguments.Marks`; None except for masked attention |
 """
 
 import triton
@@ -18,7 +18,7 @@ import triton.language as tl
 from ..lib.addressing import token_of
 from .graph import MARKED, list_regions, mark_tokens
 
-# In the order of logits: NaN, the highest; what is below all logits, and what is above.
+# Integers in the order of logits, see `in_order`: NaN, the highest; below all logits; above all logits.
 _NAN = tl.constexpr(0x7FC00000)
 _NONE, _ABOVE = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 
@@ -36,7 +36,7 @@ def region_means_kernel(
     n_regions,
     CONFIG: tl.constexpr,
 ):
-    """Means over a region's tokens of BLOCK_C of the first MEAN_DIM packed channels; grid (N*P, blocks)."""
+    """Means of BLOCK_C of the first MEAN_DIM channels over a region's tokens; grid (N*P, channel blocks)."""
     MEAN_DIM: tl.constexpr = CONFIG.MEAN_DIM
     PACKED: tl.constexpr = CONFIG.PACKED
     BLOCK_TOKENS: tl.constexpr = CONFIG.BLOCK_TOKENS
@@ -50,8 +50,9 @@ def region_means_kernel(
 
     total = tl.zeros([BLOCK_TOKENS, BLOCK_C], tl.float32)
     n_counted = tl.zeros([BLOCK_TOKENS], tl.int32)
-    # The loads of two steps are in flight: on an H100 that made the means of small regions faster, and those
-    # of large ones no slower, while four steps made these slower (`bra-bench kernel-times`).
+    # Unrolled so that the loads of two steps are in flight at once. On an H100 this made the means of small
+    # regions faster and those of large regions no slower; four steps made those of large regions slower
+    # (`bra-bench kernel-times`).
     for start in tl.range(0, region_tokens, BLOCK_TOKENS, loop_unroll_factor=2):
         index = start + tl.arange(0, BLOCK_TOKENS)
         token = token_of(region, index, region_height, region_width, columns, height, width)
@@ -69,10 +70,10 @@ def region_means_kernel(
 
 @triton.jit
 def in_order(logits):
-    """Integers that compare as the logits do: NaN before +inf, as torch.sort has it, and -0 equal to 0.
+    """int32 numbers in the order of the logits; as in torch.sort, NaN is above +inf, and -0 equals 0.
 
-    Above all NaN must not yield an index out of range: a model whose training diverges should report a NaN
-    loss, not an illegal memory access.
+    NaN needs a place in the order, so that it cannot lead to an index out of range: a model whose training
+    diverges should report a NaN loss, not an illegal memory access.
     """
     bits = tl.where(logits == logits, (logits + 0.0).to(tl.int32, bitcast=True), _NAN)
     return _from_sign(bits)
@@ -80,15 +81,16 @@ def in_order(logits):
 
 @triton.jit
 def _from_sign(bits):
-    """Turns the bits of floats into integers of their order, and back: negative floats are reversed."""
+    """Turns the bits of floats into int32 in their order, and back: flips 31 bits of each negative one."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _each_row_in_a_warp(x):
-    """`x`, (rows, columns), moved between the threads: for a gather Triton puts each row into one warp.
+    """`x`, (rows, columns), unchanged, but with each row in one warp: for a gather Triton moves it there.
 
-    After a product a row lies in all warps, which would have to meet for its largest number.
+    A matrix product leaves each row spread over all warps, which would have to synchronise to find its
+    largest number.
     """
     column = tl.zeros([x.shape[0], 1], tl.int32) + tl.arange(0, x.shape[1])[None, :]
     return tl.gather(x, column, 1)
@@ -96,18 +98,19 @@ def _each_row_in_a_warp(x):
 
 @triton.jit
 def _take_largest(order, column, topk, BLOCK_K: tl.constexpr):
-    """The `topk` largest numbers of every row, descending, of equal ones the first.
+    """The `topk` largest numbers of every row, descending; equal numbers in the order of columns.
 
-    Integers, since NVIDIA's GPUs find the largest of a warp's in one instruction, of floats by exchanges.
+    The numbers are integers, because NVIDIA's GPUs find the largest integer of a warp with one instruction,
+    but the largest float by several exchanges between threads.
 
     Args:
-        order: (rows, columns) int32; _NONE for what must not be taken.
+        order: (rows, columns) int32; _NONE where a number must not be taken.
         column: (rows, columns), the number of each column.
-        topk: how many; a row must have as many.
+        topk: how many numbers to take; every row must have at least as many.
         BLOCK_K: `topk` or more.
 
     Returns:
-        Numbers and columns, (rows, BLOCK_K), and `order` with _NONE in the place of what was taken.
+        The numbers and their columns, both (rows, BLOCK_K), and `order` with _NONE where a number was taken.
     """
     ROWS: tl.constexpr = order.shape[0]
     slot = tl.arange(0, BLOCK_K)[None, :]
@@ -124,17 +127,17 @@ def _take_largest(order, column, topk, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _keep_larger(kept, kept_columns, order, column, topk):
-    """Exchanges the least of the numbers that are kept for larger ones; of equal ones those before stay.
+    """Replaces the smallest kept numbers by larger numbers of `order`; of equal numbers the kept one stays.
 
     Args:
-        kept: (rows, slots) int32; _ABOVE where nothing may be kept.
-        kept_columns: (rows, slots), different ones.
+        kept: (rows, slots) int32; _ABOVE in slots where no number may be kept.
+        kept_columns: (rows, slots), the column of each kept number; all are different.
         order: (rows, columns) int32.
-        column: (rows, columns), ascending, above all that are kept.
-        topk: numbers that are kept of every row.
+        column: (rows, columns), the number of each column, ascending, all larger than `kept_columns`.
+        topk: how many numbers of every row are kept.
 
     Returns:
-        `kept` and `kept_columns`, in no order.
+        `kept` and `kept_columns`, not sorted.
     """
     kept, kept_columns = _each_row_in_a_warp(kept), _each_row_in_a_warp(kept_columns)
     larger = (order > tl.min(kept, axis=1)[:, None]).to(tl.int32)
@@ -152,7 +155,7 @@ def _keep_larger(kept, kept_columns, order, column, topk):
 
 @triton.jit
 def _order_of_logits(query_rows, key_rows, exists, key_region, n_regions, scale, CONFIG: tl.constexpr):
-    """Logits of BLOCK_Q query regions against BLOCK_R key regions as integers, and the key region of each."""
+    """Logits of BLOCK_Q query and BLOCK_R key regions, as `in_order` returns them, and their key regions."""
     DIM: tl.constexpr = CONFIG.DIM
     BLOCK_Q: tl.constexpr = CONFIG.BLOCK_Q
     BLOCK_R: tl.constexpr = CONFIG.BLOCK_R
@@ -176,10 +179,10 @@ def _order_of_logits(query_rows, key_rows, exists, key_region, n_regions, scale,
 
 @triton.jit
 def _largest_of_blocks(query_rows, key_rows, exists, n_regions, topk, scale, CONFIG: tl.constexpr):
-    """As `_order_of_logits`, but the topk largest of all key regions, in no order, and _NONE behind them."""
+    """Like `_order_of_logits`, but only the `topk` largest of all key regions, not sorted, then _NONE."""
     BLOCK_Q: tl.constexpr = CONFIG.BLOCK_Q
     BLOCK_R: tl.constexpr = CONFIG.BLOCK_R
-    SLOTS: tl.constexpr = CONFIG.BLOCK_K if CONFIG.BLOCK_K > 32 else 32  # at least one a thread of a warp
+    SLOTS: tl.constexpr = CONFIG.BLOCK_K if CONFIG.BLOCK_K > 32 else 32  # at least one per thread of a warp
     slot = tl.zeros([BLOCK_Q, 1], tl.int32) + tl.arange(0, SLOTS)[None, :]
     kept = tl.where(slot < topk, _NONE, _ABOVE)
     regions = slot - SLOTS
@@ -213,11 +216,11 @@ def route_kernel(
     width,
     CONFIG: tl.constexpr,
 ):
-    """Logits of BLOCK_Q query regions against all key regions, and each one's topk largest; grid (N, blocks).
+    """Chooses, for BLOCK_Q query regions, the `topk` key regions with the largest logits; grid (N, blocks).
 
-    Several query regions share the keys that they load, and are as many as a matrix unit takes. Key regions
-    that are too many for one product are walked IN_BLOCKS. What the attention walks, tokens of the chosen
-    regions or marks, is written at once, which spares launches.
+    The query regions of a program share the keys that it loads; with 16 of them it uses the matrix units. If
+    there are too many key regions for one product, it processes them IN_BLOCKS. The kernel also writes the
+    tokens of the chosen regions, or the marks, for the attention; this saves launches.
     """
     ROW_STRIDE: tl.constexpr = CONFIG.ROW_STRIDE
     BLOCK_Q: tl.constexpr = CONFIG.BLOCK_Q
@@ -248,7 +251,8 @@ def route_kernel(
         own_marks = tl.where(order == _NONE, 0.0, -MARKED).to(tl.bfloat16)
         at = (image * n_regions + query_region[:, None]) * BLOCK_R + key_region[None, :]
         tl.store(marks.query_marks + at, own_marks, mask=exists[:, None])
-        # By programs of many images: those of one would take as long for it as for all else.
+        # The marks of tokens are the same for all images, and the programs of many images write them
+        # together. Those of a single image would take as long for this as for all the rest.
         region_tokens = region_height * region_width
         n_tokens = n_regions * region_tokens
         if CONFIG.LISTS:

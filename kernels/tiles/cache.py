@@ -1,10 +1,10 @@
 """The user's own cache of tile configurations: what `bra-autotune` measured on this machine's cards.
 
 One file, `tuned.json`, serves all cards and versions. An entry is used only on a card of the same name, with
-the same versions of PyTorch and Triton, and with the same kernel sources as those it was measured with. No
-content of the file can stop a launch: what cannot be used is ignored, with one warning. None is lost either:
-entries that this version does not understand are written back as they are, and a file that it does not
-understand is renamed before a new one is begun.
+the same versions of PyTorch and Triton, and with the same kernel sources as those with which it was measured.
+The content of the file can never stop a launch: entries that cannot be used are ignored, with one warning. No
+content is lost either: an update keeps entries that this version does not understand, and renames a file that
+it does not understand before it begins a new one.
 """
 
 import json
@@ -24,23 +24,25 @@ from . import sources
 from .table import KERNELS, Entry, Key, entry_row, format_rows, parse_entry, require
 
 logger = logging.getLogger(__name__)
-# Bytes. All entries of one card and one set of versions take 0.1 MiB; 8 MiB take a second to read.
+# The largest file that is read, in bytes. All entries of one card and one set of versions take 0.1 MiB;
+# reading 8 MiB takes a second.
 LARGEST = 8 << 20
 _FORMAT = 1
 _CIRCUMSTANCES = ("card", "torch", "triton", "source")
-# What reading, parsing and writing raise for what is no cache of this version; the last for deep nesting.
+# Errors of reading, parsing and writing if a file is not a cache of this version; deeply nested JSON raises
+# the last.
 _NOT_UNDERSTOOD = (OSError, ValueError, RecursionError)
 _warned: set[str] = set()
 
 
 def folder() -> Path:
-    """`$BRA_TRITON_CACHE`, else `bra_triton` in the user's cache folder.
+    """The folder of the cache: `$BRA_TRITON_CACHE`, else `bra_triton` in the user's cache folder.
 
-    Where there is no home folder to find these in, `bra_triton` in the system's folder for temporary files,
-    with a warning.
+    If that folder is in the home folder and there is no home folder: `bra_triton` in the system's folder for
+    temporary files, with a warning.
 
     Raises:
-        FileNotFoundError: if there is no such folder either.
+        FileNotFoundError: if there is no folder for temporary files either.
     """
     given = os.environ.get("BRA_TRITON_CACHE")
     try:
@@ -58,7 +60,7 @@ def path() -> Path:
 
 def circumstances(card: str, kernel: str) -> dict[str, str]:
     """The card, versions and kernel source that an entry must have been measured with to be used here."""
-    # PyTorch's is of a subclass of str, which an entry that was read has not.
+    # `torch.__version__` is an instance of a subclass of str; an entry that was read has a plain str.
     versions = {"torch": str(torch.__version__), "triton": triton_version()}
     return {"card": card, **versions, "source": source_digest(kernel)}
 
@@ -74,7 +76,7 @@ def triton_version() -> str:
 
 @cache
 def source_digest(kernel: str) -> str:
-    """Digest of the source of a kernel and of what it imports; tiles measured with another are not used."""
+    """Digest of a kernel's source and of what it imports; tiles measured with another digest are not used."""
     return sources.digest(f"attention/{kernel}.py")
 
 
@@ -111,8 +113,8 @@ def read(card: str) -> dict[Key, Entry]:
 def update(card: str, entries: Mapping[Key, Entry]) -> None:
     """Adds entries and replaces those of the same card, versions and key; safe beside other processes.
 
-    A file that is not understood, or would become too large to be read, is renamed to `tuned.1.json` (or the
-    next number that is free), with a warning.
+    A file that is not understood, or that would become too large to be read, is renamed to `tuned.1.json` (or
+    the next free number), with a warning.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -152,7 +154,7 @@ def _read_content(source: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no file.
-        OSError, ValueError, RecursionError: if it is not understood as a whole.
+        OSError, ValueError, RecursionError: if the file as a whole is not understood.
     """
     if source.exists() and not source.is_file():  # a pipe would keep the launch waiting
         raise ValueError("it is not a file")
@@ -167,7 +169,7 @@ def _read_content(source: Path) -> dict[str, Any]:
 
 
 def _merged(source: Path, new: list[dict[str, Any]]) -> str:
-    """The file's text with new entries; what is not understood stays. Raises what `_read_content` does."""
+    """The file's text with new entries; entries that are not understood stay. Raises like `_read_content`."""
     content = _read_content(source)
     replaced = {_identity(row) for row in new}
     kept = [row for row in content.pop("entries") if _identity(row) not in replaced]
@@ -187,7 +189,7 @@ def _parse(row: Any) -> tuple[Key, Entry]:
 
 
 def _identity(row: Any) -> tuple[Any, ...] | None:
-    """What an update replaces an entry by; None for entries that are not understood."""
+    """Key and circumstances: an update replaces entries in which both are equal. None if not understood."""
     try:
         key, _ = _parse(row)
     except _NOT_UNDERSTOOD:

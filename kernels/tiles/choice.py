@@ -1,11 +1,11 @@
 """Which tile configuration a launch gets.
 
-A program "owns" a tile of rows (queries in the forward and dQ, keys in dK/dV) and walks a list of the other
-side in steps. Rows past the end of a region are wasted, so smaller regions get smaller tiles.
+A program "owns" a tile of rows (queries in the forward and dQ, keys in dK/dV) and reads the tokens of the
+other side in steps. Rows past the end of a region are wasted, so smaller regions get smaller tiles.
 
-An entry that `bra-autotune` measured on this card (it is in the user's cache) comes first. Otherwise the
-table that the package ships for the card's architecture, or for the nearest older one, has the tile. Tables
-are read at the first launch.
+If `bra-autotune` measured an entry on this card (it is in the user's cache), its tile is chosen. Otherwise
+the tile comes from the table that the package ships for the card's architecture, or for the nearest older
+one. Tables are read at the first launch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,15 +31,15 @@ from .table import (
     packaged_archs,
 )
 
-# Whose tiles are used for tensors that are not on a GPU: those of the interpreter, and those without data.
+# The architecture whose tiles serve tensors that are not on a GPU: in the interpreter, or without data.
 DEFAULT_ARCHITECTURE = "sm_90"
 _architecture: ContextVar[str | None] = ContextVar("architecture", default=None)
 _forced: ContextVar[Mapping[str, Tile]] = ContextVar("forced", default={})  # noqa: B039 (never written to)
 _forced_form: ContextVar[str | None] = ContextVar("forced_form", default=None)
 
-# Tiles of masked attention, half precision, heads of at most 32 channels: of eleven the fastest on an H200 at
-# BiFormer's third stage (`bra-bench kernel-times`), except that for dK/dV 128 x 64 was a little faster, but
-# spills registers under Triton 3.8.
+# Tiles of masked attention, which serves only half precision and heads of at most 32 channels. Of eleven
+# tiles they were the fastest on an H200 at BiFormer's third stage (`bra-bench kernel-times`), with one
+# exception: for dK/dV 128 x 64 was a little faster, but it spills registers under Triton 3.8.
 MASKED = {
     FORWARD: Tile(64, 64, 4, 2),
     QUERY_GRADIENT: Tile(64, 64, 4, 2),
@@ -65,7 +65,7 @@ def choose(
     Args:
         kernel: `FORWARD`, `QUERY_GRADIENT` or `KEY_VALUE_GRADIENT`.
         dtype: float32, float16 or bfloat16.
-        head_dim: the wider of a head's queries and values, at most 256.
+        head_dim: channels of a head's queries or of its values, whichever are more; at most 256.
         region_tokens: tokens in a region, `S`.
         device: where the tensors are; see `use_architecture` for tensors that are not on a GPU.
         form: see `Key`.
@@ -113,7 +113,7 @@ def use_architecture(arch: str) -> Iterator[None]:
 
 @contextmanager
 def use_tiles(by_kernel: Mapping[str, Tile]) -> Iterator[None]:
-    """Context in which launches of this thread get these tiles; kernels that are not named keep theirs."""
+    """Context in which launches of this thread get the tiles `by_kernel`; other kernels keep their tiles."""
     token = _forced.set(by_kernel)
     try:
         yield
@@ -123,10 +123,11 @@ def use_tiles(by_kernel: Mapping[str, Tile]) -> Iterator[None]:
 
 @contextmanager
 def use_form(form: str | None) -> Iterator[None]:
-    """Context in which attentions of this thread get this form of `routing.lists`, which must serve them.
+    """Context in which attentions of this thread get `form`, one of the forms in `routing.lists`.
 
-    With None each gets its own. Those that have but one form, where every region attends to all or routing
-    weights learn, keep it.
+    The form must be able to serve them. With None each attention gets the form that is chosen for it. An
+    attention keeps its form if no other is possible: if every region attends to all regions, or if the
+    routing weights learn.
     """
     token = _forced_form.set(form)
     try:
@@ -170,7 +171,7 @@ def architecture_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-# Called when the tables are forgotten, by `forget`: they drop what was made from them.
+# Functions that `forget` calls; each of them drops what was made from the tables.
 when_forgotten: list[Callable[[], None]] = []
 
 

@@ -1,4 +1,4 @@
-"""The source of a kernel: its module, and what that imports from `kernels`. Needs no Triton."""
+"""The source of a kernel: its module and all that this imports from `kernels`. Does not import Triton."""
 
 import ast
 import hashlib

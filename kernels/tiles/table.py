@@ -1,4 +1,4 @@
-"""Tables of tile configurations: what an entry says, and the files that hold them. Needs no Triton.
+"""Tables of tile configurations: their entries, and the files that hold them. Does not import Triton.
 
 A table is a JSON file with one line per entry, so that two versions can be compared line by line. The package
 ships one per architecture, `tuned/<arch>.json`; `bra-autotune` writes them.
@@ -21,7 +21,8 @@ PLAIN, PADDED, WEIGHTED = FORMS = ("plain", "padded", "weighted")
 FALLBACK = "sm_80"
 _HEAD = ("arch", "origin", "torch", "triton")
 _SHAPE = ("own", "step", "num_warps", "num_stages")
-# The least and the largest value: twice what any table has, and the most warps that a GPU runs.
+# The smallest and the largest value of each field. The largest ones are above all values in the tables; 32 is
+# the most warps that a program can have.
 _LIMITS = {
     "own": (16, 256),
     "step": (16, 256),
@@ -42,13 +43,14 @@ class Tile:
 
     Attributes:
         own: rows that the program owns, a power of two from 16 to 256.
-        step: tokens of the list that it walks in one step of its loop, a power of two from 16 to 256.
-        num_warps: warps of 32 threads, a power of two up to 32, which is what a program may have.
+        step: tokens of the other side that it reads in one step of its loop, a power of two from 16 to 256.
+        num_warps: warps of 32 threads (gfx942: 64), a power of two up to 32, the most that a program may
+            have.
         num_stages: depth of the software pipeline, at most 8.
         exp_share: one in `exp_share` exponentials is evaluated by multiply-adds; a power of two, or 0 for
             none. Only for the forward and dQ in half precision.
-        fuses_lepe: whether the forward adds LePE to its tile before it stores it, instead of a launch of
-            LePE's own. Only for the forward.
+        fuses_lepe: whether the forward adds LePE to its tile before it stores it; if not, LePE has a separate
+            launch. Only for the forward.
 
     Raises:
         ValueError: if a value is not allowed; names it.
@@ -136,7 +138,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """One configuration and what is known about it.
+    """One configuration with its predicted or measured cost.
 
     Attributes:
         tile: the configuration.
