@@ -302,7 +302,7 @@ def _packed(plan: Plan, settings: Settings) -> PackedAttention[Buffer]:
 def _region_queries_keys(plan: Plan, packed: PackedAttention[Buffer]) -> tuple[Buffer, Buffer]:
     """Region queries and keys, `(N, P, qk_dim)` float32 each: `packed.means` or, without it, means of `qkv`.
 
-    Adds the launch that computes the means.
+    Without `packed.means` it adds the launch that computes the means.
     """
     settings, means = packed.settings, packed.means
     if means is None:

@@ -207,7 +207,7 @@ class _DirectLaunches:
     """Compiled launches, which take addresses instead of tensors.
 
     Args:
-        launches: what to launch.
+        launches: the launches, in order.
 
     Attributes:
         places: source and offset of each array that the launches need. The getters of pointers take a list

@@ -70,7 +70,7 @@ class Settings:
 
 @dataclass(slots=True)  # not frozen: a frozen object takes three times as long to make
 class PackedAttention(Generic[A]):
-    """Routing, attention and LePE of one packed projection: what a fused backend computes.
+    """The problem that a fused backend computes: routing, attention and LePE of one packed projection.
 
     Attributes:
         qkv: `(N, H, W, 2*qk_dim + dim)`, contiguous: queries, keys and values side by side.
@@ -166,7 +166,7 @@ class PackedAttention(Generic[A]):
 
 
 class Needs(NamedTuple):
-    """Which tensors of a `PackedAttention` need a gradient; that of `qkv` is computed in any case."""
+    """Which tensors of a `PackedAttention` need a gradient; the gradient of `qkv` is always computed."""
 
     qkv: bool = True
     kv: bool = False
@@ -177,7 +177,7 @@ class Needs(NamedTuple):
 
 
 class PackedGradients(NamedTuple):
-    """Gradients of the tensors of a `PackedAttention`, contiguous; None where none was asked for."""
+    """Gradients of the tensors of a `PackedAttention`, contiguous; None for those not asked for."""
 
     qkv: Tensor
     kv: Tensor | None = None

@@ -50,7 +50,7 @@ def _load_tokens(
     width,
     CONFIG: tl.constexpr,
 ):
-    """Loads tokens of an image, (tokens, channels) in float32; with `fill`, tokens past the edge hold that."""
+    """Loads tokens of an image, (tokens, channels) in float32; tokens past the map's edge hold `fill`."""
     CHANNELS: tl.constexpr = CONFIG.CHANNELS
     if fill is not None:
         live = live & (row < height) & (column < width)

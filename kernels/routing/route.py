@@ -81,7 +81,7 @@ def in_order(logits):
 
 @triton.jit
 def _from_sign(bits):
-    """Turns the bits of floats into int32 in their order, and back: flips 31 bits of each negative one."""
+    """Turns the bits of floats into int32 in their order, and back: flips 31 bits of negative numbers."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 

@@ -1,4 +1,4 @@
-"""Tile configurations as data: what an entry says, the tables of entries, and the choice for a launch."""
+"""Tile configurations as data: entries, tables of entries, and the choice of a tile for a launch."""
 
 from .choice import (
     MASKED,

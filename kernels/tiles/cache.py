@@ -111,7 +111,7 @@ def read(card: str) -> dict[Key, Entry]:
 
 
 def update(card: str, entries: Mapping[Key, Entry]) -> None:
-    """Adds entries and replaces those of the same card, versions and key; safe beside other processes.
+    """Adds entries, in place of those with the same key and circumstances; safe beside other processes.
 
     A file that is not understood, or that would become too large to be read, is renamed to `tuned.1.json` (or
     the next free number), with a warning.

@@ -264,8 +264,8 @@ def packaged_archs() -> tuple[str, ...]:
 def nearest(arch: str, available: tuple[str, ...]) -> str:
     """The available architecture whose table `arch` gets.
 
-    That is `arch` itself if it is available. Otherwise, an NVIDIA architecture gets the newest one before it,
-    an AMD architecture gets any of AMD; if there is none, `FALLBACK`.
+    That is `arch` itself if it is available. Otherwise, an NVIDIA architecture gets the newest available one
+    before it, and an AMD architecture gets the first available one of AMD; if there is none, `FALLBACK`.
 
     Raises:
         ValueError: if `arch` is not the name of an architecture.
