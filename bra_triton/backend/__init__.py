@@ -1,4 +1,5 @@
-"""The backends: `protocol` says what one is, `select` lists them and picks one.
+"""The backends: `protocol` defines what a backend is; `select` lists all backends and picks one for a call.
 
-Not called `backends`: torch.compile refuses to trace any file whose path contains "triton/backends".
+This folder is not called `backends`, because torch.compile refuses to trace any file whose path contains
+"triton/backends".
 """

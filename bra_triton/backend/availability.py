@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can serve, asked before Triton is imported."""
+"""Decides whether the Triton kernels can serve a call, without importing Triton."""
 
 import importlib.metadata
 import importlib.util
@@ -13,17 +13,18 @@ from ..kernels.grid import RegionGrid
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 MAX_HEAD_DIM = 256
-# Compiled for 7.5 every attention kernel spills hundreds of registers.
+# Compiled for compute capability 7.5, every attention kernel spills hundreds of registers.
 MIN_CAPABILITY = (8, 0)
 # One program of the routing kernel holds the logits of all regions in registers.
 MAX_ROUTED_REGIONS = 64 * 64
-# Triton 3.6 dies of a failed assertion where addresses of map and padding are selected, compiled for gfx942;
-# 3.8 compiles it. Versions between were not tried.
+# The first Triton version that compiles the kernels for padded maps on AMD. Compiling for gfx942, Triton 3.6
+# aborts with a failed assertion where a kernel selects between addresses of the map and of the padding;
+# Triton 3.8 compiles it. The versions in between were not tried.
 AMD_PADDING_TRITON = (3, 8)
 
 
 def why_not_triton(request: Request) -> str | None:
-    """Why the Triton kernels cannot serve, or None."""
+    """The reason why the Triton kernels cannot serve the call, or None if they can."""
     x, head_dims, grids = request.like, request.head_dims, request.grids
     if not TRITON_IS_INSTALLED:
         return "Triton is not installed (pip install triton; Linux only)"

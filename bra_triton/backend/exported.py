@@ -1,10 +1,10 @@
-"""The attention as one straight line of plain PyTorch operators, for tracing and export.
+"""The attention as a straight sequence of plain PyTorch operators, for tracing and export.
 
-An exported graph cannot hold the operators of this package, and it need not save memory for a backward: it
-gathers keys and values of all regions at once, or masks what was not chosen. Runtimes differ in the operators
-that they have, so it makes do with few: no tensor has more than four axes, and nothing is sorted. Sizes of
-the map may be symbols, which are not compared: maps are padded, and their padding is cut off, by computed
-indices.
+An exported graph cannot hold the operators of this package, and it has no backward for which memory must be
+saved. So the attention here gathers the keys and values of all regions at once, or attends to all keys and
+masks those that were not chosen. It uses few operators, because not every runtime has all of them: no tensor
+has more than four axes, and nothing is sorted. The map's sizes may be symbols, which must not be compared
+with each other. Therefore maps are padded, and their padding is cut off, by computed indices.
 """
 
 import warnings
@@ -18,11 +18,13 @@ from ..call import Call, RegionalCall, Request
 from ..kernels.grid import RegionGrid
 from .torch.masked import is_cheaper_for
 
-# Chosen regions are a share of all that no other size of the map changes: where it is at least so large, a
-# mask is taken for small maps. A graph that was traced serves larger ones, too, and then computes at most so
-# many times the scores.
+# A mask is used only if the map has at most this many regions for each chosen one. With `n_win` regions a
+# side, this ratio is the same for all sizes of the map. A graph that was traced with a small map may also get
+# larger ones, for which gathering would be faster; under the mask it then computes at most this many times
+# the scores.
 _MOST_REGIONS_PER_CHOICE = 4
-# What hides a key that was not chosen: in half precision minus infinity.
+# Added to the scores of a key that was not chosen, so that its probability is 0. Float16 rounds it to minus
+# infinity.
 _NOT_CHOSEN = -1e30
 
 
@@ -32,7 +34,7 @@ class ExportedBackend:
     name = "exported"
 
     def why_not(self, request: Request) -> str | None:
-        """None: it serves everything."""
+        """Returns None: this backend serves every call."""
         return None
 
     def attend(self, call: Call) -> Tensor:
@@ -56,7 +58,7 @@ def _attend(call: Call) -> Tensor:
     out = (_masked if _is_masked(call) else _gathered)(qkv, call)
     if call.lepe_weight is not None:
         v, side = qkv[..., 2 * spec.qk_dim :].permute(0, 3, 1, 2), call.lepe_weight.shape[-1]
-        # Twice, since PyTorch 2.8 takes one size that it traces for none.
+        # A pair of sizes, because PyTorch 2.8 mistakes a single traced size for a missing one.
         lepe = F.conv2d(v, call.lepe_weight, call.lepe_bias, padding=(side // 2, side // 2), groups=spec.dim)
         out = out + lepe.permute(0, 2, 3, 1)
     if padding is None:
@@ -66,12 +68,16 @@ def _attend(call: Call) -> Tensor:
 
 
 def _is_masked(call: Call) -> bool:
-    """Whether a mask takes less time than gathering: in ONNX Runtime and OpenVINO as on the torch backend."""
+    """Whether a mask takes less time than gathering.
+
+    The torch backend's rule holds for ONNX Runtime and OpenVINO, too.
+    """
     spec, grid = call.spec, call.grid
     if spec.soft_routing or call.kv_downsampling is not None or _is_symbolic(grid):
         return False
     if torch.jit.is_tracing():
-        with warnings.catch_warnings():  # The example's size decides, for all sizes: either form is right.
+        # The size of the traced example decides for all sizes. Both forms are correct for every size.
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             grid = RegionGrid(*map(int, grid.numbers))
     few = grid.n_regions <= _MOST_REGIONS_PER_CHOICE * spec.topk
@@ -79,16 +85,17 @@ def _is_masked(call: Call) -> bool:
 
 
 def _masked(qkv: Tensor, call: Call) -> Tensor:
-    """The attention to all keys, those not chosen hidden: `(N, rows * h, columns * w, dim)`.
+    """Attends to all keys and hides those that were not chosen: `(N, rows * h, columns * w, dim)`.
 
-    A key that is not finite reaches all queries of its head.
+    A key or value that is not finite affects all queries of its head, even where it was not chosen.
     """
     spec, grid = call.spec, call.grid
     widths = [spec.qk_dim, spec.qk_dim, spec.dim]
     of_queries, of_keys, _ = _cut(qkv, grid).split(widths, dim=-1)
     _, chosen = _route(of_queries, of_keys, call)
     region = torch.arange(grid.n_regions, device=qkv.device)
-    # Regions of one image again, and marks instead of indices, since few runtimes scatter.
+    # `_route` numbers regions through all images; go back to numbers inside one image. Make the mask by a
+    # comparison with all region numbers, because few runtimes have a scatter.
     chosen = (chosen % grid.n_regions).reshape(-1, grid.n_regions, chosen.shape[-1], 1)
     mask = (1 - (chosen == region).float().sum(2)) * _NOT_CHOSEN
     of_token = _regions(grid, qkv.device).flatten()
@@ -100,7 +107,7 @@ def _masked(qkv: Tensor, call: Call) -> Tensor:
 
 
 def _gathered(qkv: Tensor, call: Call) -> Tensor:
-    """As `_masked`, but to gathered keys."""
+    """As `_masked`, but gathers the keys and values of the chosen regions."""
     spec, grid = call.spec, call.grid
     regions = _cut(qkv, grid)
     query, key, value = regions.split([spec.qk_dim, spec.qk_dim, spec.dim], dim=-1)
@@ -110,36 +117,39 @@ def _gathered(qkv: Tensor, call: Call) -> Tensor:
         maps = maps.reshape(*maps.shape[:2], grid.region_height, grid.region_width)
         pooled = call.kv_downsampling(maps).flatten(2).transpose(1, 2)
         key, value = pooled.split([spec.qk_dim, spec.dim], dim=-1)
-    # Each by itself: ONNX Runtime takes as long to split what was gathered as for all products.
+    # Gather keys and values separately. If they are gathered together, ONNX Runtime takes as long to split
+    # them as to compute all products.
     key, value = key[chosen], value[chosen]
     if spec.soft_routing:
         key, value = (x * weight[..., None, None].to(x.dtype) for x in (key, value))
     key, value = key.flatten(1, 2), value.flatten(1, 2)
     query, key, value = (_by_head(x, spec.num_heads) for x in (query, key, value))
-    # Not scaled_dot_product_attention: opsets before 14 have none, and later ones none of a negative scale.
+    # Not scaled_dot_product_attention: it can be exported only to opset 14 or later, and there only with a
+    # positive scale.
     scores = (query * spec.scale) @ key.transpose(2, 3)
     out = (scores.softmax(dim=-1) @ value).transpose(1, 2)
     return _put_together(out, grid, spec.dim)
 
 
 def _by_head(x: Tensor, num_heads: int) -> Tensor:
-    """`(N, tokens, num_heads * C)` as `(N, num_heads, tokens, C)`."""
+    """Reshapes `(N, tokens, num_heads * C)` to `(N, num_heads, tokens, C)`."""
     return x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def _route(query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Routing weights and chosen regions, both `(N*P, topk)`, of queries and keys `(N*P, S, qk_dim)`.
 
-    Regions are counted through all images. Of equal logits that with the smaller index is chosen; the chosen
-    ones are in no particular order.
+    Regions are numbered through all images of the batch. Among equal logits the smaller region number is
+    chosen. The chosen regions are in no particular order.
     """
     settings, grid = call.settings, call.grid
     n_regions = grid.n_regions
     first = torch.arange(query.shape[0] // n_regions, device=query.device) * n_regions
     query, key = (call.emb(_means(x, call)) for x in (query, key))
     logits = (query * settings.routing_scale) @ key.transpose(1, 2)
-    # topk may choose among equal logits as it likes, and few runtimes sort stably. So it chooses once more,
-    # where nothing is equal: what is above the least chosen logit, then what equals it, then the rest.
+    # topk may choose any of several equal logits, and few runtimes have a stable sort. So a second topk
+    # chooses by a number that no two regions share. It ranks logits above the least chosen one first, then
+    # those equal to it, then the rest, and inside each of these groups the smaller region number first.
     least = logits.topk(settings.topk).values[..., -1:]
     above = (logits > least).float() + (logits >= least).float()
     index = torch.arange(n_regions, device=logits.device)
@@ -151,8 +161,8 @@ def _route(query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
 def _means(x: Tensor, call: Call) -> Tensor:
     """Means over the tokens of regions `(N*P, S, C)`: `(N, P, C)`.
 
-    In float32 at least, as everywhere: half precision would choose other regions. Means, not sums that are
-    divided: in those OpenVINO 2026.4 adds up along another axis.
+    They are at least float32, as in all backends: half precision would lead to the choice of other regions.
+    Computed by `mean`, not as a sum that is divided: OpenVINO 2026.4 sums along a wrong axis then.
     """
     means = x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
     means = means.reshape(-1, call.grid.n_regions, x.shape[-1])
@@ -162,7 +172,7 @@ def _means(x: Tensor, call: Call) -> Tensor:
 
 
 def _tokens_inside(grid: RegionGrid, device: torch.device) -> Tensor:
-    """How many of each region's tokens are no padding: `(P, 1)`."""
+    """The number of tokens of each region that lie inside the map: `(P, 1)`, float32."""
     region_height, region_width, columns = _as_tensors(grid, device)
     region = torch.arange(grid.n_regions, device=device)[:, None]
     high = (grid.height - region // columns * region_height).float().clamp(max=grid.region_height)
@@ -171,19 +181,20 @@ def _tokens_inside(grid: RegionGrid, device: torch.device) -> Tensor:
 
 
 def _padded(x: Tensor, padding: Tensor, grid: RegionGrid) -> Tensor:
-    """The map `(N, H, W, C)` on whole regions: past its edge stands `padding`, `(C,)`."""
+    """Extends a map `(N, H, W, C)` to whole regions; tokens past its edge hold `padding`, `(C,)`."""
     rows, columns = (
         torch.arange(count * side, device=x.device)
         for count, side in ((grid.rows, grid.region_height), (grid.columns, grid.region_width))
     )
     in_rows, in_columns = rows < grid.height, columns < grid.width
-    # Past the edge stands for now the first row or column: opset 11 clamps no integers.
+    # Past the edge, read the first row or column, which `where` replaces below. Clamping the indices would
+    # need a clamp of integers, which opset 11 does not have.
     x = x.index_select(1, rows * in_rows).index_select(2, columns * in_columns)
     return torch.where((in_rows[:, None] & in_columns)[..., None], x, padding.to(x.dtype))
 
 
 def _cut(x: Tensor, grid: RegionGrid) -> Tensor:
-    """A map of whole regions `(N, rows * h, columns * w, C)` as regions, `(N * P, h * w, C)`."""
+    """Cuts a map of whole regions `(N, rows * h, columns * w, C)` into regions `(N * P, h * w, C)`."""
     channels = x.shape[-1]
     if _is_symbolic(grid):
         return x.flatten(1, 2)[:, _tokens(grid, x.device)].flatten(0, 1)
@@ -192,7 +203,7 @@ def _cut(x: Tensor, grid: RegionGrid) -> Tensor:
 
 
 def _put_together(x: Tensor, grid: RegionGrid, channels: int) -> Tensor:
-    """Undoes `_cut`, of any shape with the elements of `(N * P, h * w, C)` in their order."""
+    """Undoes `_cut`; `x` may have any shape if its elements are in the order of `(N * P, h * w, C)`."""
     if _is_symbolic(grid):
         return x.reshape(-1, grid.n_regions * grid.region_tokens, channels)[:, _positions(grid, x.device)]
     rows = x.reshape(-1, grid.columns, grid.region_height, grid.region_width * channels)
@@ -201,15 +212,16 @@ def _put_together(x: Tensor, grid: RegionGrid, channels: int) -> Tensor:
 
 
 def _is_symbolic(grid: RegionGrid) -> bool:
-    """Whether `torch.export` records sizes as symbols, which reshaping would compare as `_cut` does it.
+    """Whether `torch.export` records the sizes as symbols.
 
-    Indices compare nothing, but runtimes take longer to gather by them than to transpose.
+    Cutting by reshaping would compare symbols, so regions are then gathered by indices. For sizes that are
+    numbers regions are reshaped and transposed, because gathering takes runtimes longer.
     """
     return any(isinstance(number, torch.SymInt) for number in grid.numbers)
 
 
 def _tokens(grid: RegionGrid, device: torch.device) -> Tensor:
-    """Where the tokens of the regions lie on the padded map: `(P, S)`; `RegionGrid.token` of all."""
+    """Row-major positions of all regions' tokens on the padded map: `(P, S)`; compare `RegionGrid.token`."""
     region_height, region_width, columns = _as_tensors(grid, device)
     region = torch.arange(grid.n_regions, device=device)[:, None]
     token = torch.arange(grid.region_tokens, device=device)
@@ -219,7 +231,7 @@ def _tokens(grid: RegionGrid, device: torch.device) -> Tensor:
 
 
 def _regions(grid: RegionGrid, device: torch.device) -> Tensor:
-    """The region of every token of the padded map, `(rows * h, columns * w)`."""
+    """The region number of every token of the padded map: `(rows * h, columns * w)`."""
     region_height, region_width, columns = _as_tensors(grid, device)
     row = torch.arange(grid.rows * grid.region_height, device=device)[:, None]
     column = torch.arange(grid.columns * grid.region_width, device=device)
@@ -227,7 +239,7 @@ def _regions(grid: RegionGrid, device: torch.device) -> Tensor:
 
 
 def _positions(grid: RegionGrid, device: torch.device) -> Tensor:
-    """Where the tokens of the padded map lie among those of the regions, `(rows * h, columns * w)`."""
+    """Positions of the padded map's tokens in the list of all regions' tokens: `(rows * h, columns * w)`."""
     region_height, region_width, _ = _as_tensors(grid, device)
     row = torch.arange(grid.rows * grid.region_height, device=device)[:, None]
     column = torch.arange(grid.columns * grid.region_width, device=device)
@@ -236,6 +248,9 @@ def _positions(grid: RegionGrid, device: torch.device) -> Tensor:
 
 
 def _as_tensors(grid: RegionGrid, device: torch.device) -> list[Tensor]:
-    """Region height, region width and columns, `(1,)` each: ONNX divides by no symbol (PyTorch 2.14)."""
+    """Region height, region width and columns as tensors `(1,)`, int64.
+
+    The ONNX export of PyTorch 2.14 cannot divide by a symbol.
+    """
     sizes = (grid.region_height, grid.region_width, grid.columns)
     return [torch.full((1,), size, dtype=torch.int64, device=device) for size in sizes]

@@ -1,4 +1,7 @@
-"""The fused backends, "triton" and "torch": one way from a call to the operators, on kernels of either."""
+"""The fused backends, "triton" and "torch".
+
+Both take the same path from a call to the operators; they differ only in the kernels that the operators call.
+"""
 
 from dataclasses import replace
 
@@ -32,11 +35,13 @@ class FusedBackend:
         if weight is not None:
             weight, bias = _like(weight, qkv), None if bias is None else _like(bias, qkv)
         kv = means = None
-        # What the signature does not tell, the size of `kv`, plans would depend on, too.
+        # Plans also depend on the size of `kv`, which the signature does not contain. So a call with
+        # down-sampled keys and values does not use the plans that are kept for its signature.
         plans = call.known.plans if call.known and call.kv_downsampling is None else None
         if call.kv_downsampling is not None:
             kv = call.kv_downsampling.pool(qkv, settings.grid, padding, backend=self.name)
-        # Kernels take the largest score before they apply the scale: a negative one goes to the queries.
+        # The kernels find the largest score before they apply the scale, so the scale must be positive. If it
+        # is negative, the queries are negated instead, after the region means have been computed from them.
         is_negative = settings.scale < 0
         if call.has_router_layer or (is_negative and not settings.chooses_all):
             means = self._region_means(call, qkv, padding)
@@ -76,7 +81,7 @@ class FusedBackend:
         return out.permute(0, 3, 1, 2)
 
     def _region_means(self, call: Call, qkv: Tensor, padding: Tensor | None) -> Tensor:
-        """Region queries and keys `(N, P, 2*qk_dim)`, after the router's layer if it has one."""
+        """Region queries and keys `(N, P, 2*qk_dim)`, after the router's layer if there is one."""
         settings = call.settings
         means = routing_operators.means_of_regions(
             qkv,
@@ -91,5 +96,5 @@ class FusedBackend:
 
 
 def _like(x: Tensor, qkv: Tensor) -> Tensor:
-    """Contiguous and in the projection's dtype: under autocast parameters are wider."""
+    """A parameter, contiguous and cast to the dtype of `qkv`, which is narrower under autocast."""
     return (x if x.dtype == qkv.dtype else x.to(qkv.dtype)).contiguous()

@@ -1,4 +1,4 @@
-"""The functions behind the operators of a fused backend: what they do, and where they are."""
+"""The functions that the operators call on a fused backend: their protocol, and the lookup by backend."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -18,10 +18,10 @@ from ..kernels.problem import (
 
 
 class FusedKernels(Protocol):
-    """The computations of a fused backend; a module with these functions is one.
+    """The computations of a fused backend. A module that defines these functions implements the protocol.
 
-    They trust their callers: arguments are checked. None changes an argument, except where it says so; all
-    give the same bits for the same input.
+    The functions do not check their arguments; their callers have done so. A function changes an argument
+    only if its docstring says so. The same input always gives the same bits.
     """
 
     def attend(self, problem: PackedAttention[Tensor], trains: bool) -> tuple[Tensor, list[Tensor]]:
@@ -32,12 +32,12 @@ class FusedKernels(Protocol):
             trains: whether a backward will follow.
 
         Returns:
-            The output `(N, H, W, dim)` of the dtype of `qkv`, contiguous; and what the backward reads, in a
-            form of the backend's own: nothing if none follows.
+            The output `(N, H, W, dim)`, contiguous, of the dtype of `qkv`; and the tensors that the backward
+            reads, which each backend chooses for itself: an empty list if no backward follows.
         """
 
     def saved_like(self, problem: PackedAttention[Tensor]) -> list[Tensor]:
-        """Tensors as `attend` returns them for a backward, without their values: for tracing."""
+        """Tensors like those that `attend` returns for a backward, but uninitialised; for tracing."""
 
     def attend_backward(
         self,
@@ -47,18 +47,18 @@ class FusedKernels(Protocol):
         saved: Sequence[Tensor],
         needs: Needs,
     ) -> PackedGradients:
-        """Gradients of `attend`'s tensors.
+        """Gradients of the tensors of `problem`.
 
         Args:
             grad_out: contiguous `(N, H, W, dim)`, `N` at least 1.
-            problem: the forward's.
-            out: the forward's output; None with LePE, where it is not needed.
-            saved: the forward's.
+            problem: the problem that `attend` got.
+            out: the output that `attend` returned; None with LePE, where it is not needed.
+            saved: the tensors that `attend` returned for the backward.
             needs: which gradients to return.
         """
 
     def attend_routed(self, problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
-        """Attends to regions that are given.
+        """Attends to the regions that `problem` names; no routing, no LePE.
 
         Returns:
             `out` `(N, H, W, num_heads * v_head_dim)`, contiguous, of the maps' dtype; and the backend's
@@ -68,7 +68,14 @@ class FusedKernels(Protocol):
     def attend_routed_backward(
         self, grad_out: Tensor, problem: RoutedAttention[Tensor], out: Tensor, lse: Tensor
     ) -> Gradients[Tensor]:
-        """Gradients of the maps, contiguous; `grad_out` is contiguous, `out` and `lse` the forward's."""
+        """Gradients of the maps, contiguous.
+
+        Args:
+            grad_out: contiguous, of the shape of `out`.
+            problem: the problem that `attend_routed` got.
+            out: what `attend_routed` returned.
+            lse: what `attend_routed` returned.
+        """
 
     def region_means(self, qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels: int) -> Tensor:
         """Means over every region's tokens: `(N, P, channels)`, float32 or float64.
@@ -76,22 +83,22 @@ class FusedKernels(Protocol):
         Args:
             qkv: contiguous `(N, H, W, packed_dim)`.
             padding: `(packed_dim,)`, what tokens past the map's edge hold; None to leave them out.
-            grid: the regions; without `padding` each has a token of the map.
-            channels: how many of the first channels to take.
+            grid: the regions; without `padding`, each must contain a token of the map.
+            channels: number of channels to average, counted from the first.
         """
 
     def route(self, query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
-        """Chooses the `topk` key regions of the largest logits for every query region.
+        """Chooses the `topk` key regions with the largest logits for every query region.
 
         Args:
-            query: `(N, P, qk_dim)` region queries, float32 or float64; rows may be slices of wider ones.
-            key: region keys, strided alike.
+            query: `(N, P, qk_dim)` region queries, float32 or float64; rows may be slices of wider rows.
+            key: `(N, P, qk_dim)` region keys, with the dtype and the strides of `query`.
             topk: regions to choose.
             scale: factor of the logits.
 
         Returns:
             `r_weight`, the softmax over the chosen logits, of the dtype of `query`, and `r_idx` (int32), both
-            `(N, P, topk)`; equal logits by the smaller index first.
+            `(N, P, topk)`; largest logit first, among equal logits the smaller region number first.
         """
 
     def route_backward(
@@ -103,7 +110,7 @@ class FusedKernels(Protocol):
         key: Tensor,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of `route`'s query and key, contiguous, for the gradient of `r_weight`."""
+        """Gradients of `route`'s `query` and `key`, contiguous; `grad_weight` is that of `r_weight`."""
 
     def pool(
         self,
@@ -124,7 +131,8 @@ class FusedKernels(Protocol):
 
         Returns:
             The pooled map `(N, rows*h', columns*w', C)`, contiguous, of the dtype of `x`; and for `MAX` the
-            token of its region that each element is, row-major, int32 of that shape, else None.
+            number of the token, row-major inside its region, from which each element was taken, int32 of the
+            same shape; otherwise None.
         """
 
     def pool_backward(
@@ -137,15 +145,15 @@ class FusedKernels(Protocol):
         weight: Tensor | None,
         grad_x: Tensor,
     ) -> PoolingGradients:
-        """Gradients of `pool`.
+        """Gradients of the tensors that `pool` takes.
 
         Args:
             grad_pooled: `(N, rows*h', columns*w', C)`, contiguous.
-            x: the forward's; its values are read for `WEIGHTED` alone.
-            fill: the forward's.
-            argmax: the forward's.
-            pooling: the forward's.
-            weight: the forward's.
+            x: as for `pool`; its values are read only for `WEIGHTED`.
+            fill: as for `pool`.
+            argmax: the second result of `pool`.
+            pooling: as for `pool`.
+            weight: as for `pool`.
             grad_x: where to write the gradient of `x`, with the strides of `x`; every element is written
                 once.
         """
@@ -153,7 +161,7 @@ class FusedKernels(Protocol):
 
 @cache
 def fused_kernels(backend: str) -> FusedKernels:
-    """The functions of the backend "triton" or "torch"; imports Triton for the former."""
+    """The functions of the backend "triton" or "torch"; imports Triton only for "triton"."""
     if backend == "triton":
         from ..kernels import calls
 

@@ -1,4 +1,4 @@
-"""What a backend is."""
+"""The protocol that every backend implements."""
 
 from typing import Protocol
 
@@ -11,13 +11,16 @@ class Backend(Protocol):
     """One way to compute the attention.
 
     Attributes:
-        name: what users ask for.
+        name: the name by which users ask for this backend.
     """
 
     name: str
 
     def why_not(self, request: Request) -> str | None:
-        """The reason why it cannot serve, or None: the same answer chooses and explains."""
+        """The reason why this backend cannot serve the call, or None if it can.
+
+        The choice of a backend depends on it, and error messages quote it.
+        """
 
     def attend(self, call: Call) -> Tensor:
         """Routing, attention and LePE: `(N, H, W, dim)`; differentiable."""
@@ -26,8 +29,8 @@ class Backend(Protocol):
         """Routing alone.
 
         Returns:
-            `r_weight` (float32; float64 for float64), differentiable if the specification says so, and
-            `r_idx` (int64), both `(N, P, topk)`.
+            `r_weight` (float32; float64 for float64), differentiable if the specification has `diff_routing`,
+            and `r_idx` (int64), both `(N, P, topk)`.
         """
 
     def attend_regional(self, call: RegionalCall) -> Tensor:

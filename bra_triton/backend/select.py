@@ -1,10 +1,10 @@
-"""The backends, in order of preference, and the one rule that picks among them.
+"""The backends in order of preference, and the rule that picks one of them.
 
-`"auto"` takes the first that can serve and logs why those before it could not; a backend asked for by name
-that cannot serve raises and says why. Only the reference calls a router or a pooling layer: where one must be
-called, because it has a hook or was replaced, the reference serves whatever was asked for, and a warning is
-logged. While a graph is exported, the form for exports stands in for the fused backends, whose operators no
-exported graph can hold.
+`"auto"` takes the first backend that can serve the call, and logs why those before it cannot. If a backend is
+asked for by name and cannot serve, `select` raises an error that says why. Only the reference calls a router
+or a pooling layer. If such a layer must be called, because it has a hook or was replaced, the reference
+serves the call, whichever backend was asked for, and a warning is logged. While a graph is exported,
+`ExportedBackend` stands in for the fused backends, because an exported graph cannot hold their operators.
 """
 
 import logging
@@ -35,18 +35,19 @@ def check_name(name: str) -> str:
 
 
 def select(name: str, request: Request) -> Backend:
-    """The backend that serves.
+    """Picks the backend that serves a call.
 
     Args:
         name: `"auto"` or a backend's name.
-        request: the call in question.
+        request: the call.
 
     Raises:
         ValueError: for an unknown name.
-        RuntimeError: if the named backend cannot serve; says why.
+        RuntimeError: if the named backend cannot serve; the message says why.
     """
     check_name(name)
-    if request.calls:  # also where a backend is named: profilers put hooks on every layer
+    # Also if another backend was named: profilers put hooks on every layer, and must not make calls fail.
+    if request.calls:
         _log_once(
             f"calling {request.calls}, which is hooked or was replaced, takes backend 'reference', which "
             "gathers keys and values",
@@ -69,7 +70,7 @@ def select(name: str, request: Request) -> Backend:
 
 
 def _log_once(message: str, level: int) -> None:
-    # torch.compile cannot trace a logger; the choice itself it can.
+    # torch.compile can trace the choice of a backend, but not a logger.
     if not torch.compiler.is_compiling() and message not in _logged:
         _logged.add(message)
         logger.log(level, message)

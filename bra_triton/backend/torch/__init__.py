@@ -1,4 +1,4 @@
-"""The torch backend: any device, any floating dtype, memory linear in the map; see `FusedKernels`."""
+"""The torch backend: `FusedKernels` on any device, in any floating dtype, with memory linear in the map."""
 
 from .attention import attend_routed, attend_routed_backward
 from .packed import attend, attend_backward, saved_like

@@ -1,7 +1,8 @@
-"""Token-to-token attention on the torch backend: memory is linear in the map.
+"""Token-to-token attention on the torch backend; its memory is linear in the size of the map.
 
-Images are attended to in parts, one after the other: by gathering keys and values (`gathered`) or, where that
-takes less time, under a mask (`masked`). Whatever is copied on the way is copied for one part alone.
+The images of a batch are processed in parts, one part after the other. A part gathers keys and values
+(`gathered`) or, where that takes less time, attends to all keys under a mask (`masked`). Temporary copies
+exist for one part at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from .autocast import outside_autocast
 from .regions import of_images
 
 
-@torch.no_grad()  # buffers that are written to have no gradient
+@torch.no_grad()  # autograd must not record the writes into the buffers of the results
 @outside_autocast
 def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     """See `FusedKernels`; the statistic is the natural logarithm of the softmax's denominator."""
@@ -37,7 +38,7 @@ def _attend(
     lse: Tensor,
     is_masked: bool,
 ) -> None:
-    """Writes what `attend_routed` returns; gathers for at most `most` regions at a time."""
+    """Writes the results of `attend_routed`; gathers for at most `most` query regions at a time."""
     for images in _parts(problem, most, is_masked):
         part, part_out, part_lse = of_images(problem, images), out[images], lse[images]
         if not (is_masked and masked.attend(part, part_out, part_lse)):
@@ -63,15 +64,17 @@ def attention_backward(
     gradients: Gradients[Tensor],
     needs_factor: bool = False,
 ) -> SmallGradients[Tensor]:
-    """Writes the gradients of the maps, and returns the others; the same bits for the same input.
+    """Writes the gradients of queries, keys and values, and returns the other gradients.
+
+    The same input always gives the same bits.
 
     Args:
         grad_out: `(N, H, W, num_heads * v_head_dim)`.
-        problem: the forward's.
-        out: the attention's share of what the forward returned.
-        lse: what the forward returned.
-        gradients: maps to write.
-        needs_factor: compute the gradient of the factor, too.
+        problem: the problem that `attend_routed` got.
+        out: the output of `attend_routed`, without LePE.
+        lse: the statistic that `attend_routed` returned.
+        gradients: the maps to write to.
+        needs_factor: whether to compute the gradient of the factor, too.
     """
     is_masked, kernel = not needs_factor and masked.is_cheaper(problem), chunks.kernel_of(problem)
     most = chunks.regions_at_once(problem, kernel, backward=True, needs_factor=needs_factor)
@@ -90,8 +93,8 @@ def attention_backward(
 
 
 def _of_all_parts(found: Sequence[SmallGradients[Tensor]]) -> SmallGradients[Tensor]:
-    """Of parts' gradients those of all images: factors one after the other, the padding's added up."""
-    if len(found) == 1:  # spares a GPU launches
+    """Joins the gradients of all parts: concatenates those of the factor, adds up those of the padding."""
+    if len(found) == 1:  # saves launches on a GPU
         return found[0]
     factors = [x.factor for x in found if x.factor is not None]
     paddings = [x.padding for x in found if x.padding is not None]
@@ -103,7 +106,10 @@ def _of_all_parts(found: Sequence[SmallGradients[Tensor]]) -> SmallGradients[Ten
 
 
 def _parts(problem: RoutedAttention[Tensor], most_regions: int, is_masked: bool) -> Iterator[slice]:
-    """The images of every part: as many as make a chunk but one at least, and an empty part of no image."""
+    """Slices of the batch, one for each part.
+
+    A part has as many images as fit in a chunk, but at least one. A batch without images is one empty part.
+    """
     batch, regions = problem.batch, problem.n_graphs * problem.query_grid.n_regions
     most = masked.images_at_once(problem) if is_masked else most_regions // regions
     step = chunks.even_step(batch, most)

@@ -1,10 +1,10 @@
-"""Plain attention over one chunk of regions, and how many regions that is.
+"""Plain attention over one chunk of regions, and the number of regions in a chunk.
 
-Where PyTorch has a fused kernel that hands out its lse, no scores reach memory. All kernels give the natural
-logarithm, so that the backward need not take the one that the forward took.
+Where PyTorch has a fused kernel that returns its `lse`, no scores are written to memory. The `lse` of all
+kernels is a natural logarithm, so that a backward may use another kernel than its forward.
 
-Shapes: query `(R, S, m, c_qk)`, key `(R, L, m, c_qk)`, value `(R, L, m, c_v)`, of any strides: tokens before
-heads, as maps have them.
+Shapes, for `R` regions with `S` queries and `L` keys each: query `(R, S, m, c_qk)`, key `(R, L, m, c_qk)`,
+value `(R, L, m, c_v)`, with `m` heads, of any strides. As in the maps, tokens come before heads.
 """
 
 import itertools
@@ -19,19 +19,22 @@ from ...kernels.grid import cdiv
 from ...kernels.problem import RoutedAttention, statistic_dtype
 from . import devices, efficient
 
-# On the CPU, elements of the keys and values that a chunk of the backward gathers, and of a chunk's scores
-# where they reach memory: 2 MiB of float32. On two cores of an x86 server, maps of 14 to 80 tokens a side,
-# twice as many take up to a tenth less time for a step of the attention, but up to a tenth more memory.
+# On the CPU: the most elements of keys and values that a chunk of the backward gathers, and the most scores
+# that a chunk writes to memory, if it writes any: 2 MiB of float32. On two cores of an x86 server, with maps
+# of 14 to 80 tokens a side, twice as many elements save up to a tenth of the time of a training step of the
+# attention, but need up to a tenth more memory.
 CHUNK_ELEMENTS = 1 << 19
-# A chunk of the forward gathers this many times as many. That saves up to a sixth of its time, and costs a
-# training no memory, as the backward needs more.
+# A chunk of the forward gathers this many times as many elements. That saves up to a sixth of the forward's
+# time. A training step needs no more memory for it, because its backward needs still more.
 FORWARD_CHUNKS = 2
-# Elsewhere, bytes of all that a chunk takes. Launching one takes the CPU as long as a small call, and a small
-# one leaves most of a GPU idle: on an H100 a step of P3 (float16, batch 8) took 1832 us of the GPU and 7.8 ms
-# of the caller's time in chunks of 32 MiB, and 1154 us and 4.5 ms in chunks of 64 MiB; the reference took
-# 1279 us and 2.3 ms, but 376 MiB. In chunks of 128 MiB such a step is cut once.
+# On other devices: the most bytes that everything in one chunk may take. To launch a chunk takes the CPU as
+# long as a small call, and a small chunk leaves most of a GPU idle. On an H100 a training step of YOLO's P3
+# (float16, batch 8) took 1832 us on the GPU and 7.8 ms on the CPU in chunks of 32 MiB, and 1154 us and 4.5 ms
+# in chunks of 64 MiB; the reference took 1279 us and 2.3 ms, but 376 MiB. In chunks of 128 MiB such a step is
+# cut once.
 CHUNK_BYTES = 1 << 27
-# A chunk may take more, this many times what the maps take, so that large batches are not cut finer.
+# With `EFFICIENT`, a chunk may take this many times the bytes of all query, key and value maps, if that is
+# more, so that a large batch is not cut into more chunks.
 CHUNK_MAPS = 1.0
 
 _FLASH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -42,16 +45,17 @@ Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tup
 
 
 class Kernel(NamedTuple):
-    """One way to attend.
+    """One implementation of the attention over a chunk.
 
     Attributes:
-        forward: from query, key, value and the scale: attention `(R, S, m, c_v)` and the natural logarithm of
-            its softmax's denominator `(R, m, S)`. Without `checked`, both are NaN where there is no softmax:
-            an infinite score leads, or all scores are minus infinity.
-        backward: from the output's gradient, query, key, value, and the output and `lse` that a forward gave:
-            gradients of query, key and value.
-        checked: a slower forward that keeps this promise: all chunks have to be run again with it unless
-            `is_softmax` of what `forward` gave. None where `forward` keeps it.
+        forward: takes query, key, value and the scale; returns the attention `(R, S, m, c_v)` and `lse`, the
+            natural logarithm of the softmax's denominator, `(R, m, S)`. If `checked` is None, both are NaN
+            in rows that have no softmax: the largest score is infinite, or all scores are minus infinity.
+        backward: takes the output's gradient, query, key, value, the output and `lse` of a forward, and the
+            scale; returns the gradients of query, key and value.
+        checked: a slower forward whose results are NaN in such rows, for a `forward` that may return other
+            values there. If `is_softmax` is False for the `lse` of `forward`, all chunks must be run again
+            with `checked`.
     """
 
     forward: Forward
@@ -60,10 +64,10 @@ class Kernel(NamedTuple):
 
 
 def kernel_for(x: Tensor, qk_head_dim: int, v_head_dim: int) -> Kernel:
-    """The fastest that takes heads of these sizes, of tensors like `x`.
+    """The fastest kernel for tensors like `x` and heads of these sizes.
 
-    On the CPU, forward and backward of PyTorch's flash attention are 1.6 to 2.5 times faster than the
-    products (float32, two cores, maps of 14 to 80 tokens a side).
+    On the CPU, forward and backward of PyTorch's flash attention are 1.6 to 2.5 times faster than `PRODUCTS`
+    (float32, two cores, maps of 14 to 80 tokens a side).
     """
     if devices.kind(x) == "cpu" and qk_head_dim == v_head_dim:
         return FLASH
@@ -71,46 +75,47 @@ def kernel_for(x: Tensor, qk_head_dim: int, v_head_dim: int) -> Kernel:
 
 
 def kernel_of(problem: RoutedAttention[Tensor]) -> Kernel:
-    """`kernel_for` the maps and heads of a problem."""
+    """The fastest kernel for the maps and heads of a problem."""
     return kernel_for(problem.query, problem.qk_head_dim, problem.v_head_dim)
 
 
 def regions_at_once(
     problem: RoutedAttention[Tensor], kernel: Kernel, *, backward: bool = False, needs_factor: bool = False
 ) -> int:
-    """How many query regions, of one graph each, make a chunk."""
+    """The number of query regions in a chunk; a region with several graphs counts once for each graph."""
     x, num_heads = problem.query, problem.num_heads // problem.n_graphs
     queries, keys = problem.query_grid.region_tokens, problem.topk * problem.kv_grid.region_tokens
     gathered = keys * num_heads * (problem.qk_head_dim + problem.v_head_dim)
     if devices.kind(x) == "cpu":
         return CHUNK_ELEMENTS * (1 if backward else FORWARD_CHUNKS) // gathered
-    # Keys and values, their product with the factor, and their gradients.
+    # Bytes of keys and values, of their product with the factor, and of their gradients.
     most, size = CHUNK_BYTES, x.element_size()
     needed = gathered * size * (1 + (problem.factor is not None) + backward)
-    if needs_factor:  # products of keys and their gradients, and the same of values
+    if needs_factor:  # the products of keys and values with their gradients
         needed += gathered * _score_size(x)
     if kernel is EFFICIENT:
         maps = x.numel() + problem.key.numel() + problem.value.numel()
         most = max(most, int(CHUNK_MAPS * maps * size))
         if backward:
             needed += efficient.workspace_bytes(queries, num_heads, problem.qk_head_dim)
-    else:  # the products copy keys and values once more, and hold scores in two precisions
+    else:  # `PRODUCTS` copies keys and values once more, and holds scores in two precisions
         needed += gathered * size + num_heads * queries * keys * _bytes_a_score(x, backward)
     return min(most // needed, efficient.MOST_REGIONS)
 
 
 def even_step(size: int, most: int) -> int:
-    """The step that cuts a size evenly into as few parts as `most` allows; 1 at least.
+    """The step that cuts `size` into parts of at most `most`, as few and as equal as possible; at least 1.
 
-    Evenly, as the largest part decides how much memory is taken.
+    The parts are equal because the largest part decides how much memory is needed.
     """
     return max(1, cdiv(size, max(1, cdiv(size, max(1, most)))))
 
 
 def boxes(sizes: Sequence[int], most: int) -> Iterator[Box]:
-    """Cuts a space of these sizes into boxes of at most `most` cells, but of one at least.
+    """Cuts an array of these sizes into boxes of at most `most` elements, but of at least one.
 
-    Axes after the last that is cut are left out: each costs the CPU a microsecond wherever a box is taken.
+    A box has no slices for the axes after the last one that is cut: each slice would cost the CPU a
+    microsecond wherever the box indexes a tensor.
     """
     cuts: list[list[slice]] = []
     for size in reversed(sizes):
@@ -124,15 +129,16 @@ def boxes(sizes: Sequence[int], most: int) -> Iterator[Box]:
 def flash_forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's flash attention for the CPU, heads before tokens; wrong where not `is_softmax(lse)`."""
+    """PyTorch's flash attention for the CPU, heads before tokens; may be wrong if not `is_softmax(lse)`."""
     out, lse = _FLASH_FORWARD(query, key, value, attn_mask=mask, scale=scale)
     return out, lse
 
 
 def is_softmax(lse: Tensor) -> bool:
-    """Whether `flash_forward` has found a softmax in all rows, as far as `lse` tells.
+    """Whether all rows of `flash_forward` have a softmax, as far as `lse` shows it.
 
-    PyTorch's kernel makes 0 of some that have none, and a model that has diverged would report a loss.
+    PyTorch's kernel returns 0 for some rows without a softmax, so that a model that has diverged would still
+    report a finite loss. Therefore this is False if any `lse` is 0, infinite or NaN.
     """
     if lse.numel() == 0:
         return True
@@ -144,7 +150,7 @@ def _checked_flash_forward(query: Tensor, key: Tensor, value: Tensor, scale: flo
     out, lse = flash_forward(query, key, value, scale)
     if is_softmax(lse):
         return out, lse
-    # Where there is none the probabilities do not add up to 1.
+    # Attend to values of 1: the output is the sum of a row's probabilities, which is 1 only with a softmax.
     sums, _ = _FLASH_FORWARD(query, key, torch.ones_like(value), scale=scale)
     is_none = ~(sums[..., 0] > 0.5)
     return out.masked_fill(is_none[..., None], math.nan), lse.masked_fill(is_none, math.nan)
@@ -201,12 +207,12 @@ def _backward_part(
     grad_scores = (grad_out @ value.transpose(-2, -1)).to(lse.dtype).sub_(delta).mul_(probs)
     grad_scores, probs = grad_scores.to(scaled_query.dtype), probs.to(scaled_query.dtype)
     grad_key, grad_value = grad_scores.transpose(-2, -1) @ scaled_query, probs.transpose(-2, -1) @ grad_out
-    # Of more than one part they are added up, in the precision of the statistics.
+    # The gradients of keys and values are added up over the parts, in the precision of the statistics.
     return grad_scores @ key, grad_key.to(lse.dtype), grad_value.to(lse.dtype)
 
 
 def _split(rows: Tensor, key: Tensor, *, backward: bool = False) -> tuple[Tensor, ...]:
-    """The rows `(R, m, S, c)` in parts whose scores are no more than a chunk's."""
+    """Splits the rows `(R, m, S, c)` along `S`, so that the scores of a part fit the limit of a chunk."""
     n_regions, num_heads, list_length, _ = key.shape
     most = CHUNK_ELEMENTS if devices.kind(key) == "cpu" else CHUNK_BYTES // _bytes_a_score(key, backward)
     return rows.split(max(1, most // (n_regions * num_heads * list_length)), dim=2)
@@ -220,13 +226,13 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 def _scores(scaled_query: Tensor, key: Tensor) -> Tensor:
     """Scores in the precision of the statistics: float32, or float64 for float64.
 
-    The query comes scaled, as in the reference: float16 would overflow at products of 65504.
+    The query is scaled before the product, as in the reference: in float16 a product overflows above 65504.
     """
     return (scaled_query @ key.transpose(-2, -1)).to(statistic_dtype(key.dtype))
 
 
 def _bytes_a_score(x: Tensor, backward: bool) -> int:
-    """Of scores or probabilities in two precisions, and in the backward of both."""
+    """Bytes of a score in two precisions; in the backward, of a score and a probability, each in two."""
     return (_score_size(x) + x.element_size()) * (1 + backward)
 
 
@@ -235,7 +241,7 @@ def _score_size(x: Tensor) -> int:
 
 
 def _forward_of_tokens(forward: Forward) -> Forward:
-    """The forward of a function that takes and gives heads before tokens."""
+    """Turns a forward that takes and returns heads before tokens into one with tokens before heads."""
 
     def transposed(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         out, lse = forward(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale)
@@ -245,7 +251,7 @@ def _forward_of_tokens(forward: Forward) -> Forward:
 
 
 def _backward_of_tokens(backward: Backward) -> Backward:
-    """The backward of a function that takes and gives heads before tokens."""
+    """Turns a backward that takes and returns heads before tokens into one with tokens before heads."""
 
     def transposed(
         grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float

@@ -1,4 +1,4 @@
-"""What the torch backend distinguishes devices by; the one place that looks at them."""
+"""The kinds of devices that the torch backend distinguishes."""
 
 import torch
 from torch import Tensor

@@ -1,8 +1,8 @@
-"""PyTorch's memory-efficient attention for NVIDIA, called where it hands out its log-sum-exp.
+"""PyTorch's memory-efficient attention for NVIDIA GPUs, called directly to get its log-sum-exp.
 
-`scaled_dot_product_attention` would keep that to itself, and its backward adds the queries' gradient
-atomically, in an order that changes. Called directly, with its keys in one split, the backward adds nothing
-atomically. Shapes are as in `chunks`.
+`scaled_dot_product_attention` does not return the log-sum-exp, and its backward adds up the queries' gradient
+atomically, in an order that changes. Called directly, with the keys in one split, the backward uses no
+atomics. Shapes are as in `chunks`.
 """
 
 import math
@@ -15,21 +15,21 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention
 
 from . import devices
 
-# Regions are the third axis of the launch grid.
+# The most regions in one call: they are the third axis of the launch grid.
 MOST_REGIONS = 2**16 - 1
 # The backward keeps the queries' gradient in float32 tiles of at least this side, even for a region of one
 # query and a head of 8 channels.
 _TILE_SIDE = 64
-# What the kernels load at once. The backward reads `lse` by whole blocks of this many rows.
+# The kernels load this many bytes at once. The backward reads `lse` in whole blocks of `_LSE_BLOCK` rows.
 _ALIGNMENT_BYTES, _LSE_BLOCK = 16, 32
 _FORWARD = torch.ops.aten._efficient_attention_forward
 _BACKWARD = torch.ops.aten._efficient_attention_backward
 
 
 def serves(x: Tensor, qk_head_dim: int, v_head_dim: int) -> bool:
-    """Whether the kernels take heads of these sizes, of tensors like `x`.
+    """Whether the kernels support tensors like `x` with heads of these sizes.
 
-    PyTorch knows which GPUs and dtypes they take; it also says no where its user has turned them off.
+    PyTorch knows which GPUs and dtypes they support; it also answers no if its user has turned them off.
     """
     if devices.kind(x) != "cuda":  # AMD's backward cannot be told to add up in a fixed order
         return False
@@ -40,21 +40,22 @@ def serves(x: Tensor, qk_head_dim: int, v_head_dim: int) -> bool:
 
 
 def workspace_bytes(query_tokens: int, num_heads: int, qk_head_dim: int) -> int:
-    """What the backward of one region takes besides its results."""
+    """Bytes that the backward of one region needs besides its results."""
     tiles = math.ceil(query_tokens / _TILE_SIDE) * math.ceil(qk_head_dim / _TILE_SIDE)
     return num_heads * tiles * _TILE_SIDE**2 * torch.float32.itemsize
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention `(R, S, m, c_v)`, contiguous, and `lse` `(R, m, S)`; see `chunks.forward`."""
+    """Attention `(R, S, m, c_v)`, contiguous, and `lse` `(R, m, S)`; see `chunks.Kernel`."""
     query, key, value = (_aligned(x) for x in (query, key, value))
-    # No bias, no sequences of several lengths, no dropout, no mask; but with the statistic.
+    # No bias, no sequences of different lengths, no dropout, no mask; True asks for `lse`.
     out, lse, *_ = _FORWARD(query, key, value, *(None,) * 5, 0.0, 0, True, scale=scale)
     lse = lse[..., : query.shape[1]]
-    # Where all scores are minus infinity the kernel gives 0 for both. Such a row's first score tells it from
-    # one whose denominator is 1. Nothing here waits for the GPU.
+    # If all scores of a row are minus infinity, the kernel returns 0 as the row's output and `lse`. A row
+    # whose denominator is 1 has an `lse` of 0, too; the first score of a row tells the two cases apart.
+    # Nothing here waits for the GPU.
     first_score = (query * key[:, :1]).sum(-1).transpose(1, 2)
-    told = torch.where(lse == 0, first_score, lse)  # 0 times it is NaN where there is no softmax
+    told = torch.where(lse == 0, first_score, lse)  # 0 times `told` is NaN in rows without a softmax
     return out.add_(told.transpose(1, 2).unsqueeze(-1), alpha=0), lse.add(told, alpha=0)
 
 
@@ -63,7 +64,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous; `lse` is `(R, m, S)`."""
     n_tokens, n_keys = query.shape[1], key.shape[1]
-    missing = -n_tokens % _LSE_BLOCK  # past the last token probabilities are 0
+    missing = -n_tokens % _LSE_BLOCK  # an `lse` of infinity makes the probabilities of these rows 0
     blocks = F.pad(lse, (0, missing), value=math.inf) if missing else lse.contiguous()
     query, key, value = (_aligned(x) for x in (query, key, value))
     no_seed = lse.new_empty(0, dtype=torch.int64)
@@ -78,9 +79,10 @@ def backward(
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """`x`, or a copy of it, at an address and with strides that the kernels take."""
+    """`x` if the kernels can read it in place, at its address and with its strides; otherwise a copy."""
     regions, tokens, heads, channels = x.stride()
-    # The lowest bit that any of them has: sizes of elements are powers of two.
+    # The lowest bit set here is the lowest set in the address or in any stride in bytes. The strides may be
+    # multiplied together, because the size of an element is a power of two.
     lowest = x.data_ptr() | (regions | tokens | heads) * x.element_size()
     if channels == 1 and lowest % _ALIGNMENT_BYTES == 0:
         return x

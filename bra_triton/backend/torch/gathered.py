@@ -1,7 +1,8 @@
-"""Attention to gathered keys and values: a chunk's are copied side by side, attended to and dropped.
+"""Attention to gathered keys and values, in chunks of query regions.
 
-The backward gathers them again. Queries are read from their map, and outputs written to theirs, chunk by
-chunk. How large a chunk is depends on the device; see `chunks`.
+For each chunk, the keys and values of the chosen regions are copied side by side, attended to and dropped;
+the backward gathers them again. A chunk reads its queries from their map, and writes its output to the
+output's map. The size of a chunk depends on the device; see `chunks`.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from .sums import Choices
 def attend(
     problem: RoutedAttention[Tensor], forward: chunks.Forward, most: int, out: Tensor, lse: Tensor
 ) -> None:
-    """Writes what `attention.attend_routed` returns, in chunks of at most `most` regions."""
+    """Writes the results of `attention.attend_routed`, in chunks of at most `most` query regions."""
     grid, n_graphs = problem.query_grid, problem.n_graphs
     whole_out, whole_lse = out, lse.permute(0, 2, 3, 1)
     if grid.is_padded:
@@ -30,7 +31,7 @@ def attend(
         out_chunk, lse_chunk = forward(chunk.query, *chunk.keys_values(), problem.scale)
         _write(out_regions[chunk.box], out_chunk)
         _write(lse_regions[chunk.box], lse_chunk.transpose(1, 2))
-        del chunk, out_chunk, lse_chunk  # before the next are made
+        del chunk, out_chunk, lse_chunk  # frees their memory before the next chunk is made
     if grid.is_padded:
         out.copy_(whole_out[:, : grid.height, : grid.width])
         lse.copy_(whole_lse[:, : grid.height, : grid.width].permute(0, 3, 1, 2))
@@ -46,7 +47,7 @@ def attend_backward(
     most: int,
     needs_factor: bool,
 ) -> SmallGradients[Tensor]:
-    """As `attention.attention_backward`, in chunks of at most `most` regions."""
+    """As `attention.attention_backward`, in chunks of at most `most` query regions."""
     grid, n_graphs = problem.query_grid, problem.n_graphs
     *maps, lse_regions = (
         by_region(whole_map(x, grid), grid, n_graphs) for x in (grad_out, out, lse.permute(0, 2, 3, 1))
@@ -75,7 +76,8 @@ def attend_backward(
             chunk.choices.add(grad.reshape(len(grad) * problem.topk, -1), total, n_regions)
             for grad, total in ((chunk_key, grad_key), (chunk_value, grad_value))
         )
-        del chunk, grad_rows, out_rows, chunk_query, chunk_key, chunk_value  # before the next are made
+        # Free their memory before the next chunk is made.
+        del chunk, grad_rows, out_rows, chunk_query, chunk_key, chunk_value
     if grid.is_padded:
         gradients.query.copy_(grad_query[:, : grid.height, : grid.width])
     factor = None if grad_factor is None else grad_factor.flatten(2, 3)
@@ -85,10 +87,13 @@ def attend_backward(
 def _write_keys_values(
     problem: RoutedAttention[Tensor], gradients: Gradients[Tensor], *totals: Tensor | None
 ) -> Padding[Tensor] | None:
-    """Writes the gradients of keys and values, `(N*G*P_kv, S_kv*C)`, and returns the padding's."""
+    """Writes the sums of the gradients of keys and values to their maps; returns the padding's gradients.
+
+    `totals` are the sums for the keys and for the values, `(N*G*P_kv, S_kv*c)`, by region.
+    """
     grid, n_graphs, sums = problem.kv_grid, problem.n_graphs, []
     for target, total in zip((gradients.key, gradients.value), totals, strict=True):
-        if total is None:  # a batch of no image
+        if total is None:  # a batch without images
             total = target.new_zeros(0, grid.region_tokens * target.shape[-1] // n_graphs)
         whole = write_map(target, total, grid, n_graphs)
         if problem.padding is not None:
@@ -98,14 +103,17 @@ def _write_keys_values(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some query regions and all that they attend to; every graph counts as an image of its own.
+    """Some query regions with the keys and values that they attend to.
+
+    Every graph counts as an image, with the channels of its heads.
 
     Attributes:
-        box: where they are in `by_region`: slices of images, graphs, rows and columns of regions, of which
-            the last are left out where nothing is cut.
-        choices: the regions that they chose, as rows of `_key_value_regions`.
+        box: where the query regions lie in the view `by_region`: slices of images, graphs, rows and columns
+            of regions. The last slices are missing where nothing is cut.
+        choices: the key regions that they chose, as numbers of rows of `_key_value_regions`.
         query: `(R, S, m, c)`.
-        gathered: their keys and values, `(R*topk, S_kv, c_k + c_v)`, or a tensor of each.
+        gathered: keys and values of the chosen regions: one tensor `(R*topk, S_kv, c_k + c_v)`, or a tensor
+            of the keys and one of the values.
         widths: `c_k` and `c_v`, channels of all heads of one graph.
     """
 
@@ -122,11 +130,11 @@ class _Chunk:
 
     @property
     def topk(self) -> int:
-        """How many regions each chose."""
+        """Number of key regions that each query region chose."""
         return self.gathered[0].shape[0] // self.query.shape[0]
 
     def keys_values(self, weighted: bool = True) -> tuple[Tensor, Tensor]:
-        """Keys and values, `(R, topk*S_kv, m, c)`, times their factor unless not `weighted`."""
+        """Keys and values, `(R, topk*S_kv, m, c)`; if `weighted`, multiplied by the factor."""
         parts, factor = self.gathered, self.choices.factor
         if weighted and factor is not None:
             parts = [x * factor[:, None, None].to(x.dtype) for x in parts]
@@ -138,7 +146,7 @@ class _Chunk:
         return key, value
 
     def factor_gradient(self, grad_key: Tensor, grad_value: Tensor, dtype: torch.dtype) -> Tensor:
-        """Gradient of the factor, `(R, topk)`, for those of the weighted keys and values."""
+        """Gradient of the factor, `(R, topk)`, from the gradients of the weighted keys and values."""
         pairs = zip((grad_key, grad_value), self.keys_values(weighted=False), strict=True)
         of_key, of_value = (
             (grad * x.to(dtype)).unflatten(1, (self.topk, -1)).sum((2, 3, 4)) for grad, x in pairs
@@ -147,7 +155,7 @@ class _Chunk:
 
 
 def _chunks(problem: RoutedAttention[Tensor], most: int) -> Iterator[_Chunk]:
-    """The problem in chunks of whole regions, of at most `most` but of one at least."""
+    """Cuts the problem into chunks of at most `most` whole query regions, but of at least one."""
     grid, topk, n_graphs = problem.query_grid, problem.topk, problem.n_graphs
     num_heads, n_key_regions = problem.num_heads // n_graphs, problem.kv_grid.n_regions
     query = by_region(whole_map(problem.query, grid), grid, n_graphs)
@@ -161,7 +169,8 @@ def _chunks(problem: RoutedAttention[Tensor], most: int) -> Iterator[_Chunk]:
     for box in chunks.boxes(shape, most):
         rows = query[box]
         sizes = rows.shape[:4]
-        # Several images are cut only where `masked` has failed, on the CPU, which does not ask for `reached`.
+        # `first` is correct only if the axis of images is not cut. It is cut only after `masked` has failed
+        # for several images; that happens on the CPU, where nothing reads `reached`.
         first = n_key_regions * (box[1].start if len(box) > 1 else 0)
         choices = Choices(
             index=None if r_idx is None else r_idx[box].flatten(),
@@ -172,19 +181,19 @@ def _chunks(problem: RoutedAttention[Tensor], most: int) -> Iterator[_Chunk]:
         if choices.index is None:
             gathered = [x[choices.reached.start : choices.reached.stop] for x in key_value]
         else:
-            # No chunk is larger than the first, whose memory all share.
+            # All chunks use the memory of the first chunk, which is the largest.
             buffers = buffers or [x.new_empty(len(choices.index), *x.shape[1:]) for x in key_value]
             gathered = [_rows(*each, choices.index) for each in zip(key_value, buffers, strict=True)]
         yield _Chunk(box, choices, _read(rows, num_heads), gathered, widths)
 
 
 def _rows(x: Tensor, buffer: Tensor, index: Tensor) -> Tensor:
-    """The rows of `x` that the index names, in the first of the buffer."""
+    """The rows of `x` that `index` names, written to the first rows of `buffer`."""
     return torch.index_select(x, 0, index, out=buffer[: len(index)])
 
 
 def _key_value_regions(problem: RoutedAttention[Tensor]) -> list[Tensor]:
-    """Keys and values of every region, `(N*G*P_kv, S_kv, c)`: in one tensor if they are side by side."""
+    """Keys and values of every region, `(N*G*P_kv, S_kv, c)`: one tensor if they are slices of one map."""
     grid, n_graphs, padding = problem.kv_grid, problem.n_graphs, problem.padding
     maps = [problem.key, problem.value]
     fills = [] if padding is None else [padding.key, padding.value]
@@ -197,11 +206,11 @@ def _key_value_regions(problem: RoutedAttention[Tensor]) -> list[Tensor]:
 
 
 def _read(regions: Tensor, num_heads: int) -> Tensor:
-    """A box of `by_region` as `(R, S, m, c)`."""
+    """Reshapes a box of the view `by_region` to `(R, S, m, c)`."""
     height, width, channels = regions.shape[4:]
     return regions.reshape(-1, height * width, num_heads, channels // num_heads)
 
 
 def _write(regions: Tensor, rows: Tensor) -> None:
-    """Undoes `_read`."""
+    """Undoes `_read`: writes `rows` to a box of the view `by_region`."""
     regions.copy_(rows.reshape(regions.shape))

@@ -11,19 +11,19 @@ from .regions import without_padding
 
 
 def lepe_forward(attention: Tensor, lepe: Lepe[Tensor]) -> Tensor:
-    """The attention's output `(N, H, W, dim)` and the convolution of the values, added up."""
+    """The sum of the attention's output `(N, H, W, dim)` and the convolution of the values."""
     out = _convolve(_values_in_reach(lepe), lepe.weight, lepe.bias).permute(0, 2, 3, 1)
-    if devices.kind(out) == "cuda":  # `out` is NCHW there: one launch transposes and adds
+    if devices.kind(out) == "cuda":  # the convolution returns NCHW memory: one launch transposes and adds
         return dense(attention + out[:, : lepe.grid.height, : lepe.grid.width])
-    # Into memory that nobody else has: a third map would cost time and memory. And not a view of it, which
-    # PyTorch would let nobody change in place.
+    # Add in place, into the convolution's own output: a third map would cost time and memory. `.data` makes
+    # the result a plain tensor: PyTorch refuses in-place changes of a view that a custom Function returns.
     return dense(without_padding(out, lepe.grid)).add_(attention).data
 
 
 def lepe_backward(
     grad_out: Tensor, grad_value: Tensor, lepe: Lepe[Tensor], needs_weight_grad: bool = True
 ) -> LepeGradients[Tensor]:
-    """Adds the values' gradient to `grad_value` `(N, H, W, dim)`, and returns the others."""
+    """Adds the values' gradient to `grad_value` `(N, H, W, dim)`, and returns the other gradients."""
     height, width = lepe.grid.height, lepe.grid.width
     reach_height, reach_width = lepe.reach
     sum_dtype = statistic_dtype(lepe.value.dtype)
@@ -47,32 +47,33 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The depthwise convolution of `(N, dim, H, W)`."""
     dim, half = x.shape[1], weight.shape[-1] // 2
     if devices.kind(x) == "cuda" and 0 < x.numel() < _INDEXED_BY_32_BITS:
-        # Not cuDNN, which rounds float32 to TF32 unless told not to, and tries algorithms out if told to:
-        # PyTorch has a kernel of its own, which adds up in float32, and the bias with it.
+        # Call PyTorch's own kernel, not cuDNN: it adds up in float32, and adds the bias in the same launch.
+        # cuDNN rounds float32 to TF32 by default, and times several algorithms first if `benchmark` is set.
         sides = list(weight.shape[2:])
         return torch.ops.aten._conv_depthwise2d(x, weight, sides, bias, [1, 1], [half, half], [1, 1])
     return torch.ops.aten.convolution(x, weight, bias, [1, 1], [half, half], [1, 1], False, [0, 0], dim)
 
 
-# As many elements PyTorch's own depthwise kernels for NVIDIA do not take.
+# PyTorch's own depthwise kernels for NVIDIA support only tensors of fewer elements than this.
 _INDEXED_BY_32_BITS = 2**31
 _Derived = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def _derive_on_cpu(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> _Derived:
-    """As `derive_by_taps`, in up to a fourth of the time."""
+    """As `derive_by_taps`, but up to four times as fast."""
     dim, half = x.shape[1], weight.shape[-1] // 2
-    # The bias apart: oneDNN takes up to 50 times as long for it as a sum does (8 x 56 x 56 x 64, one core).
+    # Compute the bias's gradient separately, by a sum. oneDNN takes up to 50 times as long for it as the sum
+    # (8 x 56 x 56 x 64, one core).
     numbers = (None, [1, 1], [half, half], [1, 1], False, [0, 0], dim, [True, wanted[0], False])
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, *numbers)
     return grad_x, grad_weight, grad.sum((0, 2, 3), dtype=statistic_dtype(grad.dtype)) if wanted[1] else None
 
 
 def _derive_on_nvidia(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> _Derived:
-    """As `derive_by_taps`, in a few launches.
+    """As `derive_by_taps`, but in a few launches.
 
-    cuDNN, whose sums may come in a changing order, is never asked for contiguous float32 and more than one
-    channel: PyTorch has a kernel of its own, in which one block adds up all of one element of the weight.
+    cuDNN may add up in a changing order. PyTorch does not call it for contiguous float32 tensors of more than
+    one channel, but a kernel of its own, in which one block computes one element of the weight's gradient.
     """
     dim, half = x.shape[1], weight.shape[-1] // 2
     if dim == 1 or x.numel() >= _INDEXED_BY_32_BITS:
@@ -89,15 +90,15 @@ def _derive_on_nvidia(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[boo
 
 
 def derive_by_taps(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> _Derived:
-    """Gradients of the convolution's map, weight and bias, in an order that never changes.
+    """Gradients of the convolution's map, weight and bias, added up in an order that never changes.
 
-    cuDNN may add the weight's gradient in a changing order unless a flag of the whole process forbids it.
+    cuDNN may add up the weight's gradient in a changing order, unless a flag of the whole process forbids it.
 
     Args:
-        grad: `(N, dim, H, W)`.
+        grad: gradient of the convolution's output, `(N, dim, H, W)`.
         x: the map, `(N, dim, H, W)`.
         weight: `(dim, 1, k, k)`.
-        wanted: whether the weight's gradient is, and the bias's; None without.
+        wanted: whether to compute the weight's gradient, and the bias's; otherwise that gradient is None.
     """
     grad_x = _convolve(grad, weight.flip(2, 3), None)
     if not any(wanted):
@@ -114,12 +115,13 @@ def derive_by_taps(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, 
 
 
 def _values_in_reach(lepe: Lepe[Tensor]) -> Tensor:
-    """The values and what padding the convolution can see: `(N, dim, *reach)`."""
+    """The values, with as much padding as the convolution reads: `(N, dim, *lepe.reach)`."""
     value = lepe.value
     if lepe.fill is not None:
         value = lepe.fill.expand(value.shape[0], *lepe.reach, -1).clone()
         value[:, : lepe.grid.height, : lepe.grid.width] = lepe.value
-    if devices.kind(value) != "cuda":  # whose kernels copy it to NCHW
-        # PyTorch's own copy of a slice of a packed map takes oneDNN two to three times as long.
+    if devices.kind(value) != "cuda":  # the kernels for NVIDIA copy the values to NCHW in any case
+        # Copy the slice of the packed map here: if PyTorch makes the copy, oneDNN takes two to three times as
+        # long.
         value = value.contiguous()
     return value.permute(0, 3, 1, 2)

@@ -1,8 +1,8 @@
-"""Attention of every query to all keys under a mask: on the CPU cheaper than gathering, for small regions.
+"""Attention of every query to all keys under a mask; on the CPU faster than gathering if regions are small.
 
-With regions of a few tokens a gathered key serves a few queries. Here nothing is gathered or reordered:
-PyTorch's flash attention reads queries, keys and values where they lie, and a mask made of the routing hides
-what was not chosen.
+In a region of a few tokens, each gathered key serves only a few queries. Here nothing is gathered or
+reordered: PyTorch's flash attention reads queries, keys and values in place, and a mask made from the routing
+hides the keys of regions that were not chosen.
 """
 
 import math
@@ -15,17 +15,18 @@ from ...kernels.problem import Gradients, Padding, RoutedAttention, SmallGradien
 from . import chunks, devices
 from .regions import sum_over_padding, whole_map
 
-# Elements of an image's mask, 4 MiB of float32: maps of up to 1024 tokens.
+# The most elements of one image's mask: 4 MiB of float32, enough for maps of up to 1024 tokens.
 MOST_MASKED = 2 * chunks.CHUNK_ELEMENTS
-# What gathering costs, in scores under a mask: for each region, for each of its keys, and for each key and
-# query. Fitted to float32 maps of 49 to 1600 tokens in regions of 1 to 36, on two cores of an x86 server;
-# near the boundary half precision and float64 may lose up to a fifth. BiFormer's third stage is found to be
-# cheaper under a mask, YOLO's P5 not; `bra-bench peers` has the times.
+# The cost of gathering, where one score under a mask costs 1: for each region, for each of its gathered keys,
+# and for each pair of a gathered key and a query. Fitted to float32 maps of 49 to 1600 tokens in regions of 1
+# to 36 tokens, on two cores of an x86 server; near the boundary the rule may cost half precision and float64
+# up to a fifth. By this rule, a mask is used for BiFormer's third stage, but not for YOLO's P5;
+# `bra-bench peers` has the times.
 _REGION, _KEY, _PAIR = 300, 32, 1.5
 
 
 def is_cheaper(problem: RoutedAttention[Tensor]) -> bool:
-    """Whether to attend under a mask: on the CPU, where it can and takes less time than gathering."""
+    """Whether to attend under a mask: on the CPU, if the problem permits it and it takes less time."""
     if devices.kind(problem.query) != "cpu" or problem.r_idx is None or problem.factor is not None:
         return False
     return (
@@ -37,7 +38,7 @@ def is_cheaper(problem: RoutedAttention[Tensor]) -> bool:
 
 
 def is_cheaper_for(grid: RegionGrid, kv_grid: RegionGrid, topk: int) -> bool:
-    """Whether to attend under a mask, of an attention of these sizes that can be."""
+    """Whether a mask is faster than gathering for these sizes, if the problem permits a mask."""
     queries, region_keys = grid.region_tokens, kv_grid.region_tokens
     keys, chosen = kv_grid.n_regions * region_keys, topk * region_keys
     fits = grid.n_regions * queries * keys <= MOST_MASKED
@@ -45,16 +46,17 @@ def is_cheaper_for(grid: RegionGrid, kv_grid: RegionGrid, topk: int) -> bool:
 
 
 def images_at_once(problem: RoutedAttention[Tensor]) -> int:
-    """How many images' masks are no larger than a chunk."""
+    """The number of images whose masks together fit in one chunk."""
     grid, kv_grid = problem.query_grid, problem.kv_grid
     return chunks.CHUNK_ELEMENTS // (grid.height * grid.width * kv_grid.n_regions * kv_grid.region_tokens)
 
 
 def attend(problem: RoutedAttention[Tensor], out: Tensor, lse: Tensor) -> bool:
-    """Writes what `attention.attend_routed` returns, and says whether it is right, as far as `out` tells.
+    """Writes the results of `attention.attend_routed`; returns False if `out` shows that they may be wrong.
 
-    Something that is not finite, maybe of a key not chosen, would reach all queries of its head. `lse` tells
-    whether there was a softmax; see `chunks.is_softmax`.
+    Under a mask, a key or value that is not finite affects all queries of its head, even those whose regions
+    did not choose it. So the results are right only if all of `out` is finite. Whether every row has a
+    softmax must be read from `lse`; see `chunks.is_softmax`.
     """
     rows, statistic = chunks.flash_forward(*_maps(problem), scale=problem.scale, mask=_mask(problem))
     tokens = _tokens(rows)
@@ -70,7 +72,10 @@ def attend_backward(
     lse: Tensor,
     gradients: Gradients[Tensor],
 ) -> SmallGradients[Tensor] | None:
-    """As `attention.attention_backward`; None where something is not finite, maybe of a key not chosen."""
+    """As `attention.attention_backward`; but returns None, and writes nothing, if a gradient is not finite.
+
+    A key or value that was not chosen may be the cause, and then the gradients are wrong.
+    """
     kv_grid, sums = problem.kv_grid, []
     grad_rows, rows = (_heads(x, problem.num_heads) for x in (grad_out, out))
     found = chunks.flash_backward(
@@ -89,7 +94,7 @@ def attend_backward(
 
 
 def _maps(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, `(n, m, tokens, c)`."""
+    """Queries, keys and values, `(n, m, tokens, c)`, for `n` images and `m` heads; keys include padding."""
     grid, padding = problem.kv_grid, problem.padding
     key = whole_map(problem.key, grid, None if padding is None else padding.key)
     value = whole_map(problem.value, grid, None if padding is None else padding.value)
@@ -98,36 +103,37 @@ def _maps(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _mask(problem: RoutedAttention[Tensor]) -> Tensor:
-    """What is added to the scores, `(n, 1, H*W, L)`: 0 of chosen regions' keys, else minus infinity."""
+    """The mask to add to the scores, `(n, 1, H*W, L)`: 0 for keys of chosen regions, else minus infinity."""
     assert problem.r_idx is not None
     grid, kv_grid, r_idx = problem.query_grid, problem.kv_grid, problem.r_idx[:, 0].long()
     of_query = _regions(grid)[: grid.height, : grid.width].flatten()
     mask = problem.query.new_full((len(r_idx), grid.n_regions, kv_grid.n_regions), -math.inf)
-    # Keys first: as few rows as there are regions are spread over all keys.
+    # Expand the keys first, while the mask has only one row for each query region, and then the queries.
     mask = mask.scatter_(2, r_idx, 0.0).index_select(2, _regions(kv_grid).flatten())
     return mask.index_select(1, of_query)[:, None]
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
-    """`(n, H, W, m*c)` as `(n, m, H*W, c)`, a view."""
+    """Views `(n, H, W, m*c)` as `(n, m, H*W, c)`."""
     return x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """Undoes `_heads`, but for height and width: `(n, m, L, c)` as `(n, L, m*c)`, contiguous."""
+    """Undoes `_heads`, except that tokens stay one axis: `(n, m, L, c)` to `(n, L, m*c)`, contiguous."""
     return x.transpose(1, 2).flatten(2).contiguous()
 
 
 def _is_finite(x: Tensor) -> bool:
-    """False if anything in `x` is not finite; also if its sum overflows, and then gathering serves.
+    """Whether all elements of `x` are finite, judged by their sum.
 
-    `x` is contiguous, or PyTorch would take a hundred times as long. `isfinite` of every element takes ten
-    times as long, a fifth of the forward of BiFormer's third stage.
+    If the sum of finite elements overflows, the answer is False, too, and the caller gathers instead. `x`
+    must be contiguous: otherwise PyTorch takes a hundred times as long. `isfinite` of every element would
+    take ten times as long as the sum, a fifth of the forward of BiFormer's third stage.
     """
     return math.isfinite(x.sum(dtype=statistic_dtype(x.dtype)).item())
 
 
 def _regions(grid: RegionGrid) -> Tensor:
-    """The region of every token of a map with its padding, `(rows*h, columns*w)`."""
+    """The region number of every token of a map with its padding: `(rows*h, columns*w)`."""
     regions = torch.arange(grid.n_regions).view(grid.rows, grid.columns)
     return regions.repeat_interleave(grid.region_height, 0).repeat_interleave(grid.region_width, 1)

@@ -23,10 +23,11 @@ from .routing import choose, region_means, region_means_gradient, route_backward
 
 
 class _Saved(NamedTuple):
-    """What the backward reads; the tensors that there are, in this order, are what `attend` returns.
+    """The tensors that the backward reads. `attend` returns them in this order, without those that are None.
 
-    `attention` `(N, H, W, dim)` is the attention's share of the output; None where it is the output. `lse` is
-    `(N, num_heads, H, W)`; `r_weight` and `r_idx` are `(N, P, topk)`, None where nothing is routed.
+    `attention` `(N, H, W, dim)` is the output before LePE is added; without LePE it is the output itself,
+    which `attend` does not return again. `lse` is `(N, num_heads, H, W)`. `r_weight` and `r_idx` are
+    `(N, P, topk)`; the first is None if routing weights are not used, the second if all regions are chosen.
     """
 
     attention: Tensor | None
@@ -43,7 +44,7 @@ class _Saved(NamedTuple):
         return cls(attention, lse, r_weight, None if problem.settings.chooses_all else next(rest))
 
 
-@torch.no_grad()  # inside the operator, which has no gradient of its own, PyTorch would record every step
+@torch.no_grad()  # the operator has no autograd formula, so PyTorch would record every step inside it
 @outside_autocast
 def attend(problem: PackedAttention[Tensor], trains: bool) -> tuple[Tensor, list[Tensor]]:
     """See `FusedKernels`."""

@@ -1,8 +1,9 @@
 """Pooling of regions in plain PyTorch, for any device and dtype; see `FusedKernels`.
 
-Memory is linear in the map. Sums run in a fixed order: no atomics on any device. Cells are axis by axis, so
-means are a product with one small matrix an axis and maxima are taken along the columns first, then along
-the rows. A GPU is asked for the largest cell only where nobody tells it: the one synchronisation here.
+Memory is linear in the size of the map. Sums are added up in a fixed order, without atomics on any device. A
+cell is a span of rows times a span of columns. So means are products with one small matrix for each axis, and
+maxima are taken along the columns first, then along the rows. If the size of the largest cell is not given,
+it is read from the GPU; nothing else here synchronises with the GPU.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def pool(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `FusedKernels`; any strides."""
+    """See `FusedKernels`; `x` may have any strides."""
     shape = (x.shape[0], pooling.pooled_grid.height, pooling.pooled_grid.width, x.shape[-1])
     regions = _to_regions(_pad(x, fill, pooling.grid), pooling.grid)
     if pooling.mode == MAX:
@@ -86,7 +87,7 @@ def _to_regions(x: Tensor, grid: RegionGrid) -> Tensor:
 
 
 def _mean_matrices(pooling: RegionPooling[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    """For each axis `(cells, tokens)`: one over the cell's size where it contains the token, else 0."""
+    """For each axis a matrix `(cells, tokens)`: 1 / cell size where the cell contains the token, else 0."""
     matrices = []
     sides = (pooling.grid.region_height, pooling.grid.region_width)
     for cells, side in zip((pooling.row_cells, pooling.column_cells), sides, strict=True):
@@ -97,7 +98,10 @@ def _mean_matrices(pooling: RegionPooling[Tensor], like: Tensor) -> tuple[Tensor
 
 
 def _apply_matrices(regions: Tensor, row_matrix: Tensor, column_matrix: Tensor) -> Tensor:
-    """Multiplies rows and columns of `(B, h, columns, w, C)` regions; `(B, h', columns, w', C)`."""
+    """Multiplies the rows and the columns of regions by a matrix each.
+
+    From `(B, h, columns, w, C)` to `(B, h', columns, w', C)`.
+    """
     batch, height, columns, width, channels = regions.shape
     by_rows = row_matrix @ regions.reshape(batch, height, columns * width * channels)
     pooled = column_matrix @ by_rows.view(batch * len(row_matrix) * columns, width, channels)
@@ -105,21 +109,21 @@ def _apply_matrices(regions: Tensor, row_matrix: Tensor, column_matrix: Tensor) 
 
 
 def _maximum(regions: Tensor, pooling: RegionPooling[Tensor]) -> tuple[Tensor, Tensor]:
-    """Maxima `(B, h', columns, w', C)` and the tokens of the region that they are, int64."""
+    """Maxima `(B, h', columns, w', C)`, and the numbers of their tokens inside the region, int64."""
     high, wide = pooling.largest or (None, None)
     if devices.kind(regions) == "cpu":
-        high = wide = None  # it costs nothing to ask
+        high = wide = None  # on the CPU it costs nothing to read the size from the cells
     value, column = _maximum_along(regions, 3, pooling.column_cells, wide)
     value, row = _maximum_along(value, 1, pooling.row_cells, high)
     return value, row * pooling.grid.region_width + column.gather(1, row)
 
 
 def _maximum_along(x: Tensor, dim: int, cells: Tensor, largest: int | None) -> tuple[Tensor, Tensor]:
-    """The first maximum of each cell along a dimension: value and position."""
+    """The first maximum of each cell along a dimension: its value and its position."""
     start, end = cells.long()[:, :1], cells.long()[:, 1:]
     largest = int((end - start).max()) if largest is None else largest
     within = torch.arange(largest, device=x.device)
-    position = torch.minimum(start + within, end - 1)  # the last one again and again in smaller cells
+    position = torch.minimum(start + within, end - 1)  # smaller cells repeat their last position
     windows = x.index_select(dim, position.flatten()).unflatten(dim, position.shape)
     value, first = windows.max(dim + 1)
     return value, first + start.view(-1, *(1,) * (x.dim() - 1 - dim))
@@ -138,7 +142,7 @@ def _scatter(grad: Tensor, argmax: Tensor, grid: RegionGrid) -> Tensor:
     if grad.device.type == "cpu":
         total.view(-1).index_add_(0, element, grad.flatten())
     else:
-        # index_add_ uses atomics there; accumulating index_put_ sorts.
+        # On other devices index_add_ uses atomics, while an accumulating index_put_ sorts.
         total.view(-1).index_put_((element,), grad.flatten(), accumulate=True)
     return total
 
@@ -155,14 +159,17 @@ def _weighted_backward(
     for i, j, rows, spans in _taps(pooling, weight):
         tokens = regions.index_select(1, rows).index_select(3, spans)
         grad_weight[:, i, j] = (grad * tokens).sum((0, 1, 2, 3))
-        # No token occurs twice in one tap's rows or columns, so index_add_ has nothing to order.
+        # No token occurs twice in the rows or columns of one tap, so the order of index_add_ is irrelevant.
         by_rows.zero_().index_add_(3, spans, grad * weight[:, i, j].to(grad.dtype))
         total.index_add_(1, rows, by_rows)
     return total, PoolingGradients(None, grad_weight, grad.sum((0, 1, 2, 3)))
 
 
 def _taps(pooling: RegionPooling[Tensor], weight: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """For every element of the kernel the rows and columns of a region that it meets, one a cell."""
+    """For every element of the kernel, its row and column, and those of the region that it multiplies.
+
+    The rows and columns of the region are index tensors with one entry for each cell.
+    """
     row_starts, column_starts = pooling.row_cells[:, 0], pooling.column_cells[:, 0]
     for i in range(weight.shape[1]):
         for j in range(weight.shape[2]):

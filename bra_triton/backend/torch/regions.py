@@ -1,4 +1,4 @@
-"""Maps cut into dense regions and put together again, in plain PyTorch; padding is made and dropped here."""
+"""Cuts maps into regions and puts them together again, in plain PyTorch; also adds and removes padding."""
 
 from dataclasses import replace
 
@@ -22,12 +22,12 @@ def by_region(x: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Tensor:
     """
     batch, _, _, channels = x.shape
     sides = (grid.rows, grid.region_height, grid.columns, grid.region_width)
-    # einops would take three times as long, which counts where a GPU waits for its launches.
+    # einops would take three times as long, which matters where a GPU waits for its launches.
     return x.view(batch, *sides, n_graphs, channels // n_graphs).permute(0, 5, 1, 3, 2, 4, 6)
 
 
 def of_images(problem: RoutedAttention[Tensor], images: slice) -> RoutedAttention[Tensor]:
-    """The attention of some images."""
+    """The same problem for a slice of its images."""
     if images == slice(0, problem.batch):
         return problem
     r_idx, factor, key_value = (
@@ -40,21 +40,24 @@ def of_images(problem: RoutedAttention[Tensor], images: slice) -> RoutedAttentio
 
 
 def whole_map(x: Tensor, grid: RegionGrid, padding: Tensor | None = None) -> Tensor:
-    """The map as one of whole regions: itself, or a copy with padding; see `pad_map`."""
+    """The map extended to whole regions: `x` itself, or a copy with padding; see `pad_map`."""
     return pad_map(x, grid, padding) if grid.is_padded else x
 
 
 def empty_map(
     like: Tensor, grid: RegionGrid, channels: int | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """A map of whole regions, of the batch of `like`, and of its channels and dtype unless they are given."""
+    """An uninitialised map of whole regions, `(N, rows*h, columns*w, channels)`.
+
+    `N` is that of `like`, and so are `channels` and `dtype` unless they are given.
+    """
     rows, columns = grid.rows * grid.region_height, grid.columns * grid.region_width
     channels = like.shape[-1] if channels is None else channels
     return like.new_empty(like.shape[0], rows, columns, channels, dtype=dtype)
 
 
 def without_padding(x: Tensor, grid: RegionGrid) -> Tensor:
-    """Undoes `whole_map`: contiguous, and a tensor of its own, not a view."""
+    """Undoes `whole_map`: `x` itself, or, if the grid is padded, a contiguous tensor that is not a view."""
     return dense(x[:, : grid.height, : grid.width]).data if grid.is_padded else x
 
 
@@ -69,7 +72,10 @@ def write_map(target: Tensor, regions: Tensor, grid: RegionGrid, n_graphs: int =
 
 
 def pad_map(x: Tensor, grid: RegionGrid, padding: Tensor | None = None) -> Tensor:
-    """The map with its padding: `(N, H, W, C)` to `(N, rows*h, columns*w, C)`."""
+    """A copy of the map with its padding: `(N, H, W, C)` to `(N, rows*h, columns*w, C)`.
+
+    Tokens past the edge hold `padding`, `(C,)`, or 0 if it is None.
+    """
     bottom, right = grid.padding
     if padding is None:
         return F.pad(x, (0, 0, 0, right, 0, bottom))
@@ -79,21 +85,25 @@ def pad_map(x: Tensor, grid: RegionGrid, padding: Tensor | None = None) -> Tenso
 
 
 def counted_tokens(grid: RegionGrid, padding: Tensor | None, device: torch.device) -> Tensor | int:
-    """How many tokens the mean of a region is over: `(P, 1)`, or all of them, where padding is given."""
+    """The number of tokens that a region's mean is taken over.
+
+    All tokens of a region if `padding` is given or the map needs none; otherwise those inside the map,
+    `(P, 1)`.
+    """
     if padding is not None or not grid.is_padded:
         return grid.region_tokens
     return tokens_inside(grid, device).view(-1, 1)
 
 
 def sum_over_padding(whole: Tensor, grid: RegionGrid) -> Tensor:
-    """Sum over images and padding tokens of a map with its padding: `(C,)`."""
+    """Sum over all images and padding tokens of a map with its padding: `(C,)`, float32 or float64."""
     dtype = statistic_dtype(whole.dtype)
     below, beside = whole[:, grid.height :], whole[:, : grid.height, grid.width :]
     return below.sum(dim=(0, 1, 2), dtype=dtype) + beside.sum(dim=(0, 1, 2), dtype=dtype)
 
 
 def flat_index(r_idx: Tensor, n_regions: int) -> Tensor:
-    """Key regions counted through all images and graphs, of `(N, G, P, topk)`."""
+    """Changes the region numbers in `r_idx`, `(N, G, P, topk)`, to numbers through all images and graphs."""
     batch, n_graphs = r_idx.shape[:2]
     if batch * n_graphs == 1:
         return r_idx

@@ -21,8 +21,8 @@ def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels
     Args:
         qkv: `(N, H, W, packed_dim)`.
         padding: `(packed_dim,)`, what tokens past the map's edge hold; None to leave them out.
-        grid: the regions; without `padding` each has a token of the map.
-        channels: how many of the first channels to take.
+        grid: the regions; without `padding`, each must contain a token of the map.
+        channels: number of channels to average, counted from the first.
 
     Returns:
         `(N, P, channels)`: float32; float64 for float64.
@@ -32,14 +32,14 @@ def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels
         x = pad_map(x, grid, None if padding is None else padding[:channels])
     sides = (grid.rows, grid.region_height, grid.columns, grid.region_width)
     tokens = x.view(x.shape[0], *sides, channels)
-    # Columns first: each of the two sums then runs along memory that the other left dense.
+    # Sum over a region's columns first and over its rows second, so that both sums read contiguous memory.
     sums = tokens.sum(4, dtype=statistic_dtype(qkv.dtype)).sum(2).flatten(1, 2)
     return sums / counted_tokens(grid, padding, qkv.device)
 
 
 @outside_autocast
 def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Chooses the `topk` key regions of the largest logits for every query region.
+    """Chooses the `topk` key regions with the largest logits for every query region.
 
     Args:
         query: `(N, P, qk_dim)`, region queries.
@@ -49,7 +49,7 @@ def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, 
 
     Returns:
         `r_weight`, the softmax over the chosen logits, of the dtype of `query`, and `r_idx` (int32), both
-        `(N, P, topk)`; equal logits by the smaller index first.
+        `(N, P, topk)`; largest logit first, among equal logits the smaller region number first.
     """
     r_weight, r_idx = choose(query, key, topk, scale, weighs=True)
     assert r_weight is not None
@@ -63,10 +63,11 @@ def choose(query: Tensor, key: Tensor, topk: int, scale: float, weighs: bool) ->
 
 
 def _select_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """As `select_topk`, which sorts all logits; that takes the CPU up to three times as long."""
+    """As `select_topk`, but faster on the CPU, where sorting all logits takes up to three times as long."""
     if devices.kind(logits) == "cpu" and topk < logits.shape[-1]:
         values, indices = torch.topk(logits, topk + 1)
-        # Its order of equal logits is open. NaN is not less than anything, and goes the long way, too.
+        # torch.topk does not define the order of equal logits, so its result is used only if the logits
+        # strictly descend. They never do if one is NaN: `select_topk` sorts then, too.
         if (values[..., 1:] < values[..., :-1]).all():
             return values[..., :topk], indices[..., :topk]
     return select_topk(logits, topk)
@@ -76,7 +77,7 @@ def _select_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 def route_backward(
     grad_weight: Tensor, r_weight: Tensor, r_idx: Tensor, query: Tensor, key: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `route`'s query and key, `(N, P, qk_dim)`, for the gradient of `r_weight`."""
+    """Gradients of `route`'s `query` and `key`, `(N, P, qk_dim)`; `grad_weight` is that of `r_weight`."""
     grad_logits = r_weight * (grad_weight - (r_weight * grad_weight).sum(-1, keepdim=True)) * scale
     rows, keys = query.flatten(0, 1), key.flatten(0, 1)
     index, weight = flat_index(r_idx[:, None], key.shape[1]).flatten(0, 2), grad_logits.flatten(0, 1)
@@ -94,7 +95,7 @@ def route_backward(
 
 
 def region_means_gradient(grad: Tensor, counts_padding: bool, grid: RegionGrid) -> Tensor:
-    """What the tokens of the map receive from the gradient of region means.
+    """Gradient of the map whose region means have the gradient `grad`.
 
     Args:
         grad: `(N, P, C)`.
@@ -102,7 +103,7 @@ def region_means_gradient(grad: Tensor, counts_padding: bool, grid: RegionGrid) 
         grid: the regions.
 
     Returns:
-        `(N, H, W, C)`, a view or not.
+        `(N, H, W, C)`; may be a view.
     """
     counted = grid.region_tokens if counts_padding else tokens_inside(grid, grad.device).view(-1, 1)
     per_token = (grad / counted).unflatten(1, (grid.rows, grid.columns))

@@ -1,4 +1,4 @@
-"""Sums over all that chose a region, in an order that never changes."""
+"""Sums, for each key region, over the choices of that region, in an order that never changes."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,14 +12,15 @@ from . import devices
 
 
 class Bags(NamedTuple):
-    """The choices of each key region's choosers, in one list: `torch.embedding_bag` sums over them.
+    """All choices in one list, sorted by the key region chosen, over which `torch.embedding_bag` sums.
 
-    On NVIDIA and AMD that is one launch without atomics, which adds up in float32, one row after the other,
-    reads each row once, where it lies, and rounds once.
+    On NVIDIA and AMD GPUs `torch.embedding_bag` is one launch without atomics. It reads each row once, in
+    place, adds the rows one after the other in float32, and rounds the sum once.
 
     Attributes:
-        choices: `(R*topk,)` int64: choices, counted row by row, in the order of what was chosen.
-        starts: `(P,)` int64: where in `choices` those of each key region start.
+        choices: `(R*topk,)` int64: numbers of choices (`query_region * topk + slot`), sorted by the key
+            region chosen.
+        starts: `(P,)` int64: where in `choices` the choices of each key region start.
     """
 
     choices: Tensor
@@ -27,18 +28,19 @@ class Bags(NamedTuple):
 
     @classmethod
     def of(cls, index: Tensor, regions: range) -> "Bags":
-        """For chosen regions `index`, `(R*topk,)`, all of them in `regions`."""
+        """The bags of the key regions `regions`; `index`, `(R*topk,)`, is the region of each choice."""
         chosen, choices = index.sort(stable=True)
         bags = torch.arange(regions.start, regions.stop, dtype=chosen.dtype, device=chosen.device)
         return cls(choices, torch.searchsorted(chosen, bags))
 
     def sums(self, rows: Tensor, weight: Tensor | None, topk: int = 1) -> Tensor:
-        """For each key region the sum of its choosers' rows: `(P, F)`, of the dtype of `rows`.
+        """For each key region, the sum of the rows of its choices: `(P, F)`, of the dtype of `rows`.
 
         Args:
-            rows: `(R*topk, F)`; or, with `topk`, `(R, F)`: the same for all choices of a region.
-            weight: `(R*topk,)`: a factor of each choice's row.
-            topk: how many choices share a row.
+            rows: `(R*topk, F)`, a row for each choice; or, with `topk`, `(R, F)`, a row that all choices of a
+                query region share.
+            weight: `(R*topk,)`: a factor for the row of each choice.
+            topk: number of choices that share a row.
         """
         indices = self.choices if topk == 1 else self.choices // topk
         weights = None if weight is None else weight.to(rows.dtype).index_select(0, self.choices)
@@ -46,25 +48,25 @@ class Bags(NamedTuple):
 
 
 def bag_sums(rows: Tensor, indices: Tensor, starts: Tensor, weights: Tensor | None) -> Tensor:
-    """Sums of the rows that each bag names, times their weights; see `Bags`."""
+    """For each bag, the sum of the rows that it names, times their weights; see `Bags`."""
     return torch.embedding_bag(rows, indices, starts, False, 0, False, weights)[0]
 
 
 def has_bags(x: Tensor) -> bool:
-    """Whether `Bags` are the fastest for tensors like `x`."""
+    """Whether `Bags` are the fastest way to sum tensors like `x`."""
     return devices.kind(x) in ("cuda", "hip")
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What the query regions of a chunk chose.
+    """The choices of the query regions of a chunk.
 
     Attributes:
-        index: `(R*topk,)` int32: key regions, counted through all graphs and images; None where each query
-            region stands for one graph of an image, and chose the one region that this has.
-        factor: `(R*topk,)`: what the rows of a choice are multiplied by; None for nothing.
-        reached: key regions of the chunk's graphs and images.
-        is_complete: whether the chunk has all regions that chose one of `reached`.
+        index: `(R*topk,)` int32: the chosen key regions, numbered through all images and graphs; None if
+            every graph has only one region, which chose itself.
+        factor: `(R*topk,)`: factor for the row of each choice; None if there is none.
+        reached: numbers of all key regions of the chunk's images and graphs.
+        is_complete: whether the chunk has all query regions that chose one of `reached`.
     """
 
     index: Tensor | None
@@ -78,15 +80,16 @@ class Choices:
         return Bags.of(self.index, self.reached)
 
     def add(self, rows: Tensor, total: Tensor | None, n_regions: int) -> Tensor:
-        """Adds what belongs to each choice to the total of the key region chosen.
+        """Adds the row of each choice, times its factor, to the total of the key region chosen.
 
         Args:
             rows: `(R*topk, F)`.
             total: `(n_regions, F)`, which is changed; None before the first chunk.
-            n_regions: key regions of all graphs and images.
+            n_regions: number of key regions of all images and graphs.
 
         Returns:
-            The total. Half precision adds up to `P*topk` terms in it, and so does that in float32.
+            The total. A region may have up to `P*topk` terms, so half precision is added up in float32. The
+            total has the dtype of `rows` only if all terms of a region are added up at once.
         """
         dtype = statistic_dtype(rows.dtype)
         if self.index is not None and not has_bags(rows):
@@ -109,7 +112,7 @@ def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
     if devices.kind(total) == "cpu":
         total.index_add_(0, index, rows)
     else:
-        # index_add_ uses atomics there; accumulating index_put_ sorts.
+        # On other devices index_add_ uses atomics, while an accumulating index_put_ sorts.
         total.index_put_((index.long(),), rows, accumulate=True)
 
 
