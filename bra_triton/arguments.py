@@ -11,22 +11,22 @@ from torch import Tensor
 from .export import is_eager
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Its product with log2(e), which kernels take, must be finite in float32.
+# Kernels multiply a scale by log2(e). The product must be finite in float32.
 LARGEST_SCALE = 1e38
 
 
 def is_whole(value: Any, least: int = 1) -> bool:
-    """Whether it is an int of at least `least`, NumPy's too, or a size of a graph that is being recorded."""
+    """Whether `value` is an int of at least `least`, Python's or NumPy's, or a size in a recorded graph."""
     if isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and not is_eager()):
         return True
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """An int of at least `least`, which may come as NumPy's.
+    """`value`, an int of at least `least`, as Python's int; it may be NumPy's.
 
     Raises:
-        ValueError: if it is none; a bool is none.
+        ValueError: if it is anything else, such as a bool.
     """
     if not is_whole(value, least):
         raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
@@ -34,10 +34,10 @@ def whole(name: str, value: Any, least: int = 1) -> int:
 
 
 def whole_pair(name: str, value: Any) -> tuple[int, int]:
-    """Two ints of at least 1, in a tuple or a list.
+    """`value`, a tuple or list of two ints of at least 1, as a tuple.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is anything else.
     """
     is_pair = isinstance(value, tuple | list) and len(value) == 2
     if not is_pair or not all(is_whole(side) for side in value):
@@ -46,7 +46,7 @@ def whole_pair(name: str, value: Any) -> tuple[int, int]:
 
 
 def windows(name: str, value: Any) -> int | tuple[int, int]:
-    """How many regions a map is cut into: a side, or along its height and its width where they differ.
+    """The number of regions along each side of a map, or a pair for height and width if these differ.
 
     Raises:
         ValueError: if it is neither an int of at least 1 nor two of them.
@@ -58,10 +58,10 @@ def windows(name: str, value: Any) -> int | tuple[int, int]:
 
 
 def flag(name: str, value: Any) -> bool:
-    """A bool, or 0 or 1 in its place.
+    """`value`, a bool or 0 or 1, as a bool.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is anything else.
     """
     if not isinstance(value, numbers.Integral) or value not in (0, 1):
         raise ValueError(f"{name} must be True or False, got {value!r}")
@@ -69,11 +69,11 @@ def flag(name: str, value: Any) -> bool:
 
 
 def factor(name: str, value: Any) -> float:
-    """A finite number other than 0; a number of a graph that is being recorded as it is.
+    """`value`, a number from -1e38 to 1e38 other than 0, as a float; in a recorded graph, `value` itself.
 
     Raises:
-        TypeError: for a tensor, to which no gradient would flow.
-        ValueError: if it is none.
+        TypeError: if it is a tensor, because it would get no gradient.
+        ValueError: if it is anything else.
     """
     is_tensor = isinstance(value, Tensor)
     if not is_eager() and (isinstance(value, torch.SymFloat) or (is_tensor and not value.requires_grad)):
@@ -90,10 +90,10 @@ def factor(name: str, value: Any) -> float:
 
 
 def at_least_one(name: str, value: Any) -> float:
-    """A finite number of at least 1, whole or not.
+    """`value`, a finite number of at least 1, whole or not, as a float.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is anything else.
     """
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_real or not 1 <= value < math.inf:
@@ -102,10 +102,10 @@ def at_least_one(name: str, value: Any) -> float:
 
 
 def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
-    """One of the allowed strings.
+    """`value`, one of the allowed strings.
 
     Raises:
-        ValueError: if it is none of them.
+        ValueError: if it is anything else.
     """
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
@@ -113,11 +113,11 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
 
 
 def dense_floats(name: str, x: Any) -> Tensor:
-    """A dense tensor of one of the `FLOATS`.
+    """`x`, a dense tensor of one of the `FLOATS`.
 
     Raises:
-        TypeError: if it is no tensor.
-        ValueError: if its dtype or layout is another.
+        TypeError: if it is not a tensor.
+        ValueError: if its dtype or layout is another one.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {x!r}")

@@ -1,7 +1,7 @@
-"""One object for one call: the tensors, what is computed of them, and the regions; checked once, here.
+"""One object for each call: its tensors, the specification of what is computed, and the regions.
 
-A call with a signature (shapes, dtypes, numbers) that passed the checks before need not be checked again:
-`functional` keeps the signatures it has seen.
+The checks of a call are here. If a call with the same signature (shapes, dtypes, numbers) has passed them
+before, they are not repeated: `functional` keeps the signatures that have passed.
 """
 
 import os
@@ -20,16 +20,16 @@ from .kernels.problem import Settings
 from .modules.downsampling import KVDownsampling
 from .spec import AttentionSpec
 
-# The environment variable that, at 1, has values checked on a GPU too, which waits for the device.
+# If this environment variable is 1, the values of a graph are checked on a GPU, too, which waits for the GPU.
 CHECK = "BRA_TRITON_CHECK"
 
 
 class Request(Protocol):
-    """What the choice of a backend depends on; both kinds of call have it."""
+    """The properties that the choice of a backend depends on; `Call` and `RegionalCall` have them."""
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the device and dtype in question."""
+        """A tensor with the device and dtype of the call."""
 
     @property
     def head_dims(self) -> tuple[int, int]:
@@ -37,26 +37,26 @@ class Request(Protocol):
 
     @property
     def grids(self) -> tuple[RegionGrid, ...]:
-        """The maps and their regions."""
+        """The regions of each map."""
 
     @property
     def routes(self) -> bool:
-        """Whether regions are chosen, not given."""
+        """Whether the call chooses regions; False if they are given."""
 
     @property
     def calls(self) -> str:
-        """What only the reference can call, in words; empty for nothing."""
+        """The names of layers that only the reference can call, for messages; empty if there are none."""
 
 
 @dataclass(slots=True)
 class Known:
-    """What is known of all calls with one signature.
+    """Results that all calls with the same signature share.
 
     Attributes:
-        settings: their numbers.
-        backend: what serves them; None where that has not been decided.
-        plans: a place for the backend's own plans of them; None where the calls are not kept, as in a graph
-            that a compiler records.
+        settings: the numbers of the calls.
+        backend: the backend that serves the calls; None if it is not chosen yet.
+        plans: where the backend keeps its plans for the calls; None if nothing is kept for their signature,
+            as in a graph that a compiler records.
     """
 
     settings: Settings
@@ -66,7 +66,7 @@ class Known:
 
 @dataclass(slots=True)
 class Call:
-    """Bi-level routing attention of a packed projection; what backends receive.
+    """Bi-level routing attention of a packed projection; backends receive this object.
 
     Attributes:
         qkv: `(N, H, W, 2*qk_dim + dim)`, of any strides.
@@ -77,13 +77,14 @@ class Call:
         router_weight: `(qk_dim, qk_dim)`: linear layer on region queries and keys; needs `diff_routing`.
         router_bias: `(qk_dim,)`; only with `router_weight`.
         kv_downsampling: reduces keys and values inside each region.
-        given_grid: the regions, where they are not `n_win` a side.
-        router_layer: what to call in the place of a linear layer on region queries and keys.
-        router: what to call in the place of the whole routing, with `(N, P, qk_dim)` region queries and keys;
-            returns what `Backend.route` does.
-        calls: what of this only the reference can call, in words: "router", "kv_down"; empty for nothing.
+        given_grid: the regions, if they are not `n_win` regions a side.
+        router_layer: module to call instead of a linear layer on region queries and keys.
+        router: function to call instead of the whole routing, with region queries and keys `(N, P, qk_dim)`;
+            returns the same as `Backend.route`.
+        calls: names of the layers that only the reference can call, "router" and "kv_down"; empty if there
+            are none.
         eager: whether no graph is being recorded, see `export.is_eager`.
-        known: what is known of calls with the same signature, where there was one before.
+        known: results that this call shares with others of the same signature; None if not looked up yet.
     """
 
     qkv: Tensor
@@ -137,7 +138,7 @@ class Call:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What the checks and the choice of a backend depend on."""
+        """Everything that the checks and the choice of a backend depend on."""
         qkv, down = self.qkv, self.kv_downsampling
         return (
             self.spec,
@@ -154,11 +155,11 @@ class Call:
 
     @property
     def has_router_layer(self) -> bool:
-        """Whether region queries and keys pass a layer of the router."""
+        """Whether the router applies a layer to region queries and keys."""
         return self.router_weight is not None or self.router_layer is not None
 
     def emb(self, means: Tensor) -> Tensor:
-        """The router's layer on `(..., qk_dim)` region queries or keys, in their precision."""
+        """Applies the router's layer to region queries or keys `(..., qk_dim)`; keeps their dtype."""
         if self.router_layer is not None:
             return in_dtype_of(self.router_layer, means).to(means.dtype)
         if self.router_weight is None:
@@ -168,12 +169,12 @@ class Call:
             return F.linear(means, self.router_weight.to(means.dtype), bias)
 
     def check(self) -> None:
-        """Raises ValueError or TypeError where the tensors do not fit each other; names the argument."""
+        """Raises ValueError or TypeError if the tensors do not fit each other; names the argument."""
         qkv, spec = dense_floats("qkv", self.qkv), self.spec
         for name in ("lepe_weight", "lepe_bias", "padding", "router_weight", "router_bias"):
             _check_kind(name, getattr(self, name), qkv.device)
         if self.given_grid is None:
-            # Raises where the map cannot be cut and may not be padded.
+            # Raises ValueError if the map must be padded and there is no padding.
             RegionGrid.of_windows(qkv.shape[1], qkv.shape[2], spec.n_win, auto_pad=self.padding is not None)
         if qkv.shape[-1] != spec.packed_dim:
             raise ValueError(
@@ -201,7 +202,7 @@ class Call:
 
 @dataclass(slots=True)
 class RegionalCall:
-    """Attention to the regions that a given graph names, a graph per head; what backends receive.
+    """Attention to the regions that a given graph names, a graph per head; backends receive this object.
 
     Attributes:
         query: `(N, C, H, W)`.
@@ -209,7 +210,7 @@ class RegionalCall:
         value: `(N, C_v, H_kv, W_kv)`.
         scale: factor of the logits.
         region_graph: `(N, G, P, topk)`, int64 or int32: key regions that every query region attends to, in
-            `[0, P_kv)`; `G` is `num_heads`, or 1 where all heads share a graph. A region named twice counts
+            `[0, P_kv)`; `G` is `num_heads`, or 1 if all heads share a graph. A region named twice counts
             twice.
         query_grid: regions of `query`.
         kv_grid: regions of `key` and `value`; padded keys take part, with logit 0 and value 0.
@@ -261,7 +262,7 @@ def regional_call(
     kv_region_size: tuple[int, int] | None,
     auto_pad: bool,
 ) -> RegionalCall:
-    """Checks the arguments of `functional.regional_routing_attention` and puts them together.
+    """Checks the arguments of `functional.regional_routing_attention` and makes a call of them.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
@@ -276,14 +277,14 @@ def regional_call(
     )
     _check_graph(region_graph, query, value, query_grid, kv_grid)
     num_heads = region_graph.shape[1]
-    # A graph expanded over the heads is used as one.
+    # If one graph was expanded over the heads, use it as a single graph for all heads.
     graph = region_graph[:, :1] if region_graph.stride(1) == 0 else region_graph
     graph = _in_range(graph, kv_grid.n_regions)
     return RegionalCall(query, key, value, scale, graph, query_grid, kv_grid, num_heads)
 
 
 def in_dtype_of(layer: nn.Module, *means: Tensor) -> Any:
-    """What a layer makes of region queries or keys, which may be more precise than its parameters."""
+    """Calls a layer with region queries or keys, cast to the dtype of its parameters."""
     dtypes = (p.dtype for p in layer.parameters() if p.is_floating_point())
     dtype = next(dtypes, means[0].dtype)
     return layer(*(x.to(dtype) for x in means))
@@ -377,7 +378,7 @@ def _check_graph(
 
 
 def _in_range(graph: Tensor, n_regions: int) -> Tensor:
-    """The graph with all entries in `[0, n_regions)`: checked where its values are at hand, else clamped."""
+    """The graph with entries in `[0, n_regions)`: checked if they can be read without a wait, else clamped."""
     if not _has_values(graph) or (graph.device.type != "cpu" and os.environ.get(CHECK) != "1"):
         return graph.clamp(0, n_regions - 1)
     outside = graph[(graph < 0) | (graph >= n_regions)]
@@ -389,7 +390,7 @@ def _in_range(graph: Tensor, n_regions: int) -> Tensor:
 
 
 def _has_values(x: Tensor) -> bool:
-    """Whether there are numbers to look at: not while a graph is recorded, nor in fakes and under vmap."""
+    """Whether the values of `x` can be read: not while a graph is recorded, of fakes, or under vmap."""
     if not is_eager() or type(x) is not Tensor or x.is_meta:
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)

@@ -1,4 +1,4 @@
-"""Whether PyTorch is recording a graph to be taken elsewhere, where this package's operators do not exist."""
+"""Tells whether PyTorch records a graph, and whether it is for use without this package's operators."""
 
 import torch
 
@@ -9,5 +9,5 @@ def being_exported() -> bool:
 
 
 def is_eager() -> bool:
-    """True where operations run as they are called, and no graph of them is recorded, to whatever end."""
+    """True if operations run when they are called; False while a graph of them is recorded, by any tool."""
     return not torch.compiler.is_compiling() and not torch._C._is_tracing()

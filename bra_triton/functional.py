@@ -1,4 +1,4 @@
-"""The functional API: arguments put together to one call, checked, and handed to the backend that serves."""
+"""The functional API: makes a call of the arguments, checks it, and hands it to the backend that serves."""
 
 import math
 from collections.abc import Callable, Hashable
@@ -18,7 +18,7 @@ from .modules.downsampling import KVDownsampling
 from .spec import AttentionSpec
 
 T = TypeVar("T")
-# Signatures that have passed the checks, what serves them, and their numbers.
+# For each signature that has passed the checks: the numbers, the backend and a place for its plans.
 _known: dict[Hashable, Known] = Bounded()
 
 
@@ -46,20 +46,21 @@ def bi_level_routing_attention(
         qkv: `(N, H, W, 2*qk_dim + dim)`: queries, keys and values side by side; float32, float16, bfloat16 or
             float64, any strides (contiguous costs no copy).
         num_heads: attention heads; divides `qk_dim` and `dim`.
-        n_win: regions a side, or `(rows, columns)` of them.
-        topk: regions that every region attends to.
-        qk_dim: channels of queries and keys; a third of `qkv`'s by default.
-        scale: factor of the logits, not 0; `qk_dim ** -0.5` by default. A number, as it gets no gradient.
+        n_win: number of regions along each side, or `(rows, columns)`.
+        topk: number of regions that every region attends to.
+        qk_dim: channels of queries and keys; by default a third of the channels of `qkv`.
+        scale: factor of the logits, not 0; `qk_dim ** -0.5` by default. Must be a number, because it gets no
+            gradient.
         lepe_weight: `(dim, 1, k, k)`, `k` odd: depthwise convolution of the values added to the output.
         lepe_bias: `(dim,)`; only with `lepe_weight`.
-        padding: `(2*qk_dim + dim,)`: what the tokens hold that make `H` and `W` multiples of `n_win` at the
-            bottom and right. They take part in all but the output, and are never stored. Without it `H` and
-            `W` must be such multiples.
+        padding: `(2*qk_dim + dim,)`: the packed row of each token that is added at the bottom and right to
+            make `H` and `W` multiples of `n_win`. These tokens take part in everything except the output, and
+            are never stored. Without `padding`, `H` and `W` must be multiples of `n_win`.
         soft_routing: multiply the chosen keys and values by the routing weights.
         diff_routing: let gradients reach the regions' queries and keys through the routing weights.
         router_weight: `(qk_dim, qk_dim)`: linear layer on region queries and keys; needs `diff_routing`.
         router_bias: `(qk_dim,)`; only with `router_weight`.
-        kv_downsampling: what `downsampling.build` makes: reduces keys and values inside each region.
+        kv_downsampling: module made by `downsampling.build`; reduces keys and values inside each region.
         backend: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
 
     Returns:
@@ -97,9 +98,9 @@ def region_routing(
     """Region-to-region routing of a packed projection (BiFormer, equations 3 and 4).
 
     Args:
-        qkv: as for `bi_level_routing_attention`, as are all that follow.
-        n_win: regions a side, or `(rows, columns)` of them.
-        topk: regions to choose for every region; equal logits by the smaller index first.
+        qkv: as for `bi_level_routing_attention`; so are all other arguments.
+        n_win: number of regions along each side, or `(rows, columns)`.
+        topk: number of regions to choose for every region; among equal logits the smaller index comes first.
         qk_dim: channels of queries and keys.
         scale: factor of the logits.
         padding: what tokens past the map's edge hold.
@@ -122,7 +123,7 @@ def region_routing(
         (torch.Size([2, 16, 3]), torch.Size([2, 16, 3]))
     """
     dim, qk_dim = _made(_dims_of, _channels_of(qkv), qk_dim)
-    # Nothing here depends on the heads: the narrowest there can be suit every backend.
+    # The routing does not depend on the heads. Use as many as possible: every backend takes the narrowest.
     spec = _made(_spec_of, dim, qk_dim, math.gcd(dim, qk_dim), n_win, topk, scale, False, diff_routing)
     call = Call(qkv, spec, padding=padding, router_weight=router_weight, router_bias=router_bias)
     return _backend_of(call, backend).route(call)
@@ -143,27 +144,27 @@ def regional_routing_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention from every query region to the tokens of the key regions that a graph names, per head.
 
-    The signature and the two results of `regional_routing_attention_torch` in rayleizhu/BiFormer
-    `ops/torch/rrsda.py`. The second is None unless asked for, as in `nn.MultiheadAttention`: no attention
-    matrix is held.
+    The signature and the two results are those of `regional_routing_attention_torch` in rayleizhu/BiFormer
+    `ops/torch/rrsda.py`. The second result, the attention matrix, is None unless it is asked for, as in
+    `nn.MultiheadAttention`: without `ret_attn_mask` it never exists in memory.
 
     Args:
         query: `(N, C, H, W)`, float32, float16, bfloat16 or float64. Channels-last maps, and channel slices
             of them, are read in place; others are copied once.
         key: `(N, C, H_kv, W_kv)`; the map may differ from the queries' in size and number of regions.
         value: `(N, C_v, H_kv, W_kv)`.
-        scale: factor of the logits, not 0. A number, as it gets no gradient.
+        scale: factor of the logits, not 0. Must be a number, because it gets no gradient.
         region_graph: `(N, num_heads, P, topk)`, int64 or int32, of any strides: key regions that every query
             region attends to, in `[0, P_kv)`; `num_heads` divides `C` and `C_v`. A graph expanded over the
-            heads is used as one. On the CPU an entry outside is an error. On other devices, where looking
-            would wait for the device, and in compiled, exported or vmapped graphs, it counts as the nearest
-            region, the first or the last; with `BRA_TRITON_CHECK=1` in the environment it is an error on
-            other devices, too.
-        region_size: tokens a column and a row of a query region.
-        kv_region_size: the same of a key region; `region_size` by default.
+            heads is used as one. On the CPU an entry outside this range is an error. On other devices, where
+            the check would wait for the device, and in compiled, exported or vmapped graphs, such an entry
+            counts as the nearest region, the first or the last; with `BRA_TRITON_CHECK=1` in the environment
+            it is an error on other devices, too.
+        region_size: height and width of a query region, in tokens.
+        kv_region_size: height and width of a key region; `region_size` by default.
         auto_pad: zero-pad maps at the bottom and right to multiples of the region sizes; padded keys take
             part, with logit 0 and value 0. Nothing is copied for it.
-        ret_attn_mask: return the attention matrix; for looking, runs the reference.
+        ret_attn_mask: whether to return the attention matrix, for inspection; the reference computes it.
         backend: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
 
     Returns:
@@ -188,14 +189,14 @@ def regional_routing_attention(
 
 
 def attend(call: Call, backend: str = "auto") -> Tensor:
-    """`bi_level_routing_attention` of a call that is put together."""
+    """`bi_level_routing_attention` for a `Call`."""
     return _backend_of(call, backend).attend(call)
 
 
 def _backend_of(call: Call, name: str) -> Backend:
-    """The backend that serves; raises where the call is wrong or none can.
+    """The backend that serves a call; raises if the call is wrong or no backend can serve it.
 
-    A signature that has passed once is known by itself: the checks would cost as much as the launches.
+    A signature that has passed the checks is not checked again: that would cost as much as the launches.
     """
     if not call.eager:
         call.check()
@@ -203,7 +204,8 @@ def _backend_of(call: Call, name: str) -> Backend:
     try:
         signature = (name, call.signature)
         known = _known.get(signature)
-    except (AttributeError, TypeError):  # a tensor that is none, a name that is none: the checks say which
+    # An argument has a wrong type. The checks raise an error that names the argument.
+    except (AttributeError, TypeError):
         check_name(name)
         call.check()
         raise
@@ -247,20 +249,20 @@ def _spec_of(
     soft_routing: bool,
     diff_routing: bool,
 ) -> AttentionSpec:
-    scale = None if scale is None else factor("scale", scale)  # not by the specification's name for it
+    scale = None if scale is None else factor("scale", scale)  # `AttentionSpec` would call it "qk_scale"
     return AttentionSpec(dim, qk_dim, num_heads, n_win, topk, scale, soft_routing, diff_routing)
 
 
 def _made(make: Callable[..., T], *arguments: Any) -> T:
-    """`make(*arguments)`, made and checked once for arguments of the same types and values."""
+    """`make(*arguments)`, computed and checked only once for arguments of the same types and values."""
     if is_eager():
         try:
             return _kept(make, *arguments)
-        except TypeError:  # what cannot be kept is no number, and is refused below
+        except TypeError:  # an argument without a hash, such as a list; `make` takes it or raises, below
             pass
     return make(*arguments)
 
 
-@lru_cache(MOST_ENTRIES, typed=True)  # True is no number of heads, though it equals 1
+@lru_cache(MOST_ENTRIES, typed=True)  # typed: True equals 1, but is not a valid number of heads
 def _kept(make: Callable[..., T], *arguments: Any) -> T:
     return make(*arguments)

@@ -2,9 +2,9 @@
 
 After Zhu et al., "BiFormer: Vision Transformer with Bi-Level Routing Attention" (CVPR 2023), section 3.2, and
 rayleizhu/BiFormer: `ops/bra_legacy.py` for packed projections, `ops/bra_nchw.py` and `ops/torch/rrsda.py` for
-a graph per head. It gathers the routed keys and values and holds the attention matrix: `topk` times the map
-and `topk * S` scores per token. It shares no computation with the other backends, except the order of equal
-logits.
+a graph per head. The reference gathers the routed keys and values and holds the attention matrix, which take
+`topk` times the memory of the map and `topk * S` scores per token. It shares no computation with the other
+backends, except the order of equal logits.
 
 Letters in the einops patterns: `n` batch, `(j i)` region row and column, `(h w)` token row and column in a
 region, `m` head, `c` channel, `r` region, `t` chosen region, `s` token of a region.
@@ -23,7 +23,7 @@ from .topk import select_topk
 
 
 class Scored(NamedTuple):
-    """An attention's output and what led to it.
+    """The output of an attention, with the routing and the attention matrix that led to it.
 
     Attributes:
         out: `(N, H, W, dim)`.
@@ -44,7 +44,7 @@ class ReferenceBackend:
     name = "reference"
 
     def why_not(self, request: Request) -> str | None:
-        """None: it serves everything."""
+        """Returns None: this backend serves every call."""
         return None
 
     def attend(self, call: Call) -> Tensor:
@@ -67,7 +67,7 @@ def attend(call: Call) -> Scored:
     factor = None
     if spec.routing_weight == "soft":
         factor = r_weight
-    elif spec.routing_weight == "hard":  # exactly one forward, the gradient of r_weight backward
+    elif spec.routing_weight == "hard":  # exactly 1 in the forward; in the backward r_weight gets a gradient
         factor = 1 + (r_weight - r_weight.detach())
     out, attn_weight = _attend_to(call, r_idx, factor)
     if call.lepe_weight is not None:
@@ -98,7 +98,7 @@ def route(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def choose_regions(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
-    """What `route` returns, for `(N, P, qk_dim)` region queries and keys."""
+    """Chooses regions for region queries and keys `(N, P, qk_dim)`; returns the same as `route`."""
     with torch.autocast(query.device.type, enabled=False):
         logits = (query * scale) @ rearrange(key, "n r c -> n c r")
     top_logits, r_idx = select_topk(logits, topk)
@@ -136,7 +136,7 @@ def _attend_to(call: Call, r_idx: Tensor, factor: Tensor | None) -> tuple[Tensor
     """
     spec, grid, heads = call.spec, call.grid, {"m": call.spec.num_heads}
     query, key_value = _split_regions(padded(call), grid).split([spec.qk_dim, spec.qk_dim + spec.dim], dim=-1)
-    # Keys and values together: they share the samples of fractional pooling.
+    # Reduce keys and values together, because they share the random samples of fractional pooling.
     reduce = call.kv_downsampling or nn.Identity()
     reduced = reduce(rearrange(key_value, "n r h w c -> (n r) c h w"))
     key_value = rearrange(reduced, "(n r) c h w -> n r (h w) c", r=grid.n_regions)
@@ -174,7 +174,7 @@ def gather_regions(x: Tensor, r_idx: Tensor) -> Tensor:
 
 
 def padded(call: Call) -> Tensor:
-    """The packed projection on whole regions: past the map's edge stands `padding`."""
+    """The packed projection, extended to whole regions; tokens past the edge hold `padding`, or else 0."""
     qkv, (bottom, right) = call.qkv, call.grid.padding
     if not call.grid.is_padded:
         return qkv
@@ -193,7 +193,7 @@ def _split_regions(x: Tensor, grid: RegionGrid) -> Tensor:
 def _region_means(x: Tensor, grid: RegionGrid, counts_padding: bool) -> Tensor:
     """Means over every region's tokens, `(n, r, c)`, of a padded map.
 
-    In float32 at least: half precision would choose other regions than the other backends do.
+    They are at least float32: half precision would lead to other regions than in the other backends.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     regions = _split_regions(x, grid)

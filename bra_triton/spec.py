@@ -1,4 +1,4 @@
-"""The numbers that define one bi-level routing attention, checked once, where they enter."""
+"""The numbers that define one bi-level routing attention, checked once, when the object is made."""
 
 from dataclasses import dataclass
 
@@ -15,17 +15,17 @@ class AttentionSpec:
         dim: channels of the values and of the output.
         qk_dim: channels of the queries and of the keys, all heads together.
         num_heads: attention heads; divides `dim` and `qk_dim`.
-        n_win: regions a side, or `(rows, columns)` of them.
-        topk: regions that every region attends to, 1 to their number.
-        qk_scale: factor of the logits; where it is None, `qk_dim ** -0.5`. The fused backends copy the
-            projection if it is negative.
+        n_win: number of regions along each side, or `(rows, columns)`.
+        topk: number of regions that every region attends to, from 1 to the number of regions.
+        qk_scale: factor of the logits; if it is None, `qk_dim ** -0.5`. The fused backends copy the
+            projection if the factor is negative.
         soft_routing: multiply the chosen keys and values by the routing weights.
         diff_routing: let gradients reach the regions' queries and keys through the routing weights. Without
             `soft_routing` the forward does not use the weights, and their gradient is straight-through.
-        router_scale: factor of the regions' logits; `scale` where it is None.
+        router_scale: factor of the regions' logits; if it is None, `scale`.
         counts_padding: whether tokens past the map's edge take part in the regions' means.
 
-    Numbers may come as NumPy's, and are Python's here.
+    Numbers may be NumPy's; the attributes are Python's.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -71,7 +71,7 @@ class AttentionSpec:
 
     @property
     def scale(self) -> float:
-        """Factor of the logits, of the regions' and of the tokens' alike."""
+        """Factor of the tokens' logits, and of the regions' logits unless `router_scale` is given."""
         return self.qk_dim**-0.5 if self.qk_scale is None else self.qk_scale
 
     @property
@@ -81,7 +81,7 @@ class AttentionSpec:
 
     @property
     def routing_weight(self) -> str:
-        """How the routing weights enter: "none", "soft" or "hard" (straight-through)."""
+        """How the routing weights are used: "none", "soft" or "hard" (straight-through)."""
         return "soft" if self.soft_routing else "hard" if self.diff_routing else "none"
 
     @property
@@ -100,7 +100,8 @@ class AttentionSpec:
             self.qk_dim,
             self.num_heads,
             grid,
-            # A map smaller than n_win tokens a side may have fewer regions than topk.
+            # `nchwBRA` cuts a map with fewer than n_win tokens a side into fewer regions, and may have fewer
+            # than topk.
             smaller(self.topk, grid.n_regions),
             self.scale,
             self.routing_scale,

@@ -1,11 +1,11 @@
-"""Choosing the regions to attend to, from region-level logits, in plain PyTorch."""
+"""Chooses the regions to attend to by the regions' logits, in plain PyTorch."""
 
 import torch
 from torch import Tensor
 
 
 def select_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """The `topk` largest logits of each row, largest first; equal logits by the smaller index first.
+    """The `topk` largest logits of each row, largest first; among equal logits the smaller index first.
 
     Args:
         logits: `(..., P)`.
@@ -15,8 +15,8 @@ def select_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         Their values and their indices (int64), both `(..., topk)`.
     """
     if torch.onnx.is_in_onnx_export():
-        # ONNX has no stable sort, but its TopK breaks ties as demanded here.
+        # ONNX has no stable sort, but its TopK orders equal logits as this function must.
         return torch.topk(logits, topk, dim=-1)
-    # torch.topk leaves the order of equal logits open, and it differs between devices.
+    # torch.topk does not define the order of equal logits, which differs between devices.
     values, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
     return values[..., :topk], indices[..., :topk]

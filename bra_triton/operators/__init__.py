@@ -1,1 +1,1 @@
-"""The operators that PyTorch sees: schema, fake implementation and autograd, for `torch.compile`."""
+"""What PyTorch sees: `autograd.Function`s, and operators with schemas and fakes for `torch.compile`."""

@@ -1,14 +1,14 @@
-"""Routing, attention and LePE of a packed projection, as PyTorch sees it.
+"""Makes routing, attention and LePE of a packed projection differentiable, in eager and compiled calls.
 
-`attend` is what the rest of the package calls. Eagerly it is an `autograd.Function` and a call of the
-backend; under a compiler, a dispatch mode or a transform it is another one over the operators, which compute
-the same. The operators themselves have no gradient, and trust their callers: arguments are checked, and
-contiguous.
+The rest of the package calls `attend`. In an eager call, `attend` calls the backend inside an
+`autograd.Function`. Under a compiler, a dispatch mode or a transform of `torch.func` it uses another
+`autograd.Function`, which calls the operators; they compute the same. The operators have no autograd formula,
+and do not check their arguments: callers have checked them and made them contiguous.
 
-What a forward takes and leaves for its backward is kept from having four axes (`_set_apart`): before a
-convolution Inductor takes every tensor of four axes for images and brings what is kept of them into
-channels-last memory. That would copy the packed projection in the forward and back in the backward, and fails
-for sizes that are symbols (PyTorch 2.14).
+Tensors with four axes that a forward takes, or leaves for its backward, get a fifth axis (`_set_apart`). If a
+convolution follows, Inductor treats every tensor with four axes as images, and converts those that are kept
+for the backward to channels-last memory. That would copy the packed projection in the forward and copy it
+back in the backward, and it fails for sizes that are symbols (PyTorch 2.14).
 
 This file is the only one that takes a `PackedAttention` apart for a schema and puts it together again.
 """
@@ -66,7 +66,8 @@ def attend(problem: PackedAttention[Tensor], backend: str, eager: bool) -> Tenso
         if trains:
             function = _AttendTransformed if eager else _AttendByOperator
             out = function.apply(*map(_set_apart, tensors[:_N_MAPS]), *tensors[_N_MAPS:], *numbers)[0]
-            # The backward's own output may not be changed in place. Inductor drops the copy.
+            # Without LePE the backward reads the output, which the caller may change in place: return a copy.
+            # Inductor drops the copy.
             return _put_back(out).clone() if problem.lepe_weight is None else out
         return torch.ops.bra_triton.attend(*tensors, *numbers, False)[0]
     if trains:
@@ -75,13 +76,13 @@ def attend(problem: PackedAttention[Tensor], backend: str, eager: bool) -> Tenso
 
 
 class _Attend(torch.autograd.Function):
-    """`attend` with a gradient, past PyTorch's dispatcher."""
+    """`attend` with a gradient, without PyTorch's dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, settings: Settings, plans: Any, backend: str, *tensors: Tensor | None) -> Tensor:
         problem = _problem(tensors, settings, plans)
         out, saved = fused_kernels(backend).attend(problem, trains=True)
-        needs_output = problem.lepe_weight is None  # with LePE it is no part of what a backward needs
+        needs_output = problem.lepe_weight is None  # with LePE the backward does not read the output
         ctx.witness = Witness(out) if needs_output else None
         ctx.save_for_backward(*tensors, out.data if needs_output else None, *saved)
         ctx.settings, ctx.plans, ctx.backend, ctx.tiles = settings, plans, backend, tiles.in_force()
@@ -89,10 +90,10 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-        all_saved = ctx.saved_tensors  # once: non-reentrant checkpointing lets no one ask for them again
+        all_saved = ctx.saved_tensors  # non-reentrant checkpointing permits only one access
         tensors, out, saved = _parts(all_saved)
         problem, needs = _problem(tensors, ctx.settings, ctx.plans), ctx.needs_input_grad[3:]
-        # Autograd runs this in a thread of its own, to which what is in force must be taken along.
+        # Autograd runs this in another thread, so the tile settings of the forward's thread are restored.
         with nullcontext() if ctx.tiles is None else tiles.restored(ctx.tiles):
             if ctx.witness is not None and ctx.witness.sees_change:
                 out = fused_kernels(ctx.backend).attend(problem, trains=False)[0]
@@ -101,10 +102,10 @@ class _Attend(torch.autograd.Function):
 
 
 class _AttendByOperator(torch.autograd.Function):
-    """`attend` with a gradient, by the operators.
+    """`attend` with a gradient, computed by the operators.
 
-    Not their own autograd formula, by `torch.library.register_autograd`: a compiled graph passes it at every
-    call, though gradients are none of its business there, for 10 us of the CPU's time.
+    The operators have no autograd formula (`torch.library.register_autograd`), because a compiled graph would
+    run it in every call, for 10 us of CPU time, although the graph needs no gradients there.
     """
 
     @staticmethod
@@ -137,14 +138,14 @@ class _AttendByOperator(torch.autograd.Function):
 
 
 class _AttendTransformed(Transformable, _AttendByOperator):
-    """The same for eager calls, which a transform of `torch.func` may take."""
+    """`_AttendByOperator` for eager calls, which may be under a transform of `torch.func`."""
 
 
 @operator(
     "attend", f"({_TENSORS}, {_NUMBERS}, bool trains) -> (Tensor out, Tensor[] saved)", has_gradient=False
 )
 def _attend_operator(*given: Any) -> tuple[Tensor, list[Tensor]]:
-    """See `attend`: the output, and what the backward reads."""
+    """Computes `attend`; returns the output and the tensors that the backward reads."""
     *arguments, trains = given
     problem, backend = _known_problem(arguments)
     return _kept_apart(problem, *fused_kernels(backend).attend(problem, trains), trains)
@@ -153,7 +154,7 @@ def _attend_operator(*given: Any) -> tuple[Tensor, list[Tensor]]:
 def _kept_apart(
     problem: PackedAttention[Tensor], out: Tensor, saved: Sequence[Tensor], trains: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """A forward's results, set apart as far as the backward reads them."""
+    """The results of a forward, with `_set_apart` applied to those that the backward reads."""
     reads_output = trains and problem.lepe_weight is None
     return _set_apart(out) if reads_output else out, [_set_apart(x) for x in saved]
 
@@ -182,12 +183,12 @@ def _(*given: Any, **_: Any) -> int:
     has_gradient=False,
 )
 def _attend_backward_operator(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
-    """Gradients of the tensors that `attend` takes, in its order: of those that are wanted."""
+    """The wanted gradients of the tensors that `attend` takes, in the order of these tensors."""
     tensors, (out, saved, *numbers, wanted) = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
     problem, backend = _known_problem((*tensors, *numbers))
     found = _backward(grad_out, problem, _put_back(out), [_put_back(x) for x in saved], (backend, wanted))
     return [
-        torch.zeros_like(x) if gradient is None else gradient  # of a padding that pads nothing
+        torch.zeros_like(x) if gradient is None else gradient  # None for a padding that pads nothing
         for x, gradient, is_wanted in zip(tensors, found, wanted, strict=True)
         if is_wanted
     ]
@@ -204,12 +205,12 @@ def _(grad_out: Any, *given: Any, **_: Any) -> int:
     shapes, (_, _, *numbers, _, _) = given[:_N_TENSORS], given[_N_TENSORS:]
     settings, dim, pairs, lepe = _counts((*shapes, *numbers))
     routing = 2 * settings.region_pairs * settings.qk_dim * settings.diff_routing
-    # Scores are computed again, which PyTorch counts in its own attention, too.
+    # The backward computes the scores again; PyTorch counts that for its own attention, too.
     return 2 * shapes[0][0] * (routing + pairs * (3 * settings.qk_dim + 2 * dim) + 2 * lepe)
 
 
 def _counts(shapes: Sequence[Any]) -> tuple[Settings, int, int, int]:
-    """Settings, channels of the values, scores of one head and products of LePE: of one image, padded."""
+    """Settings, channels of values, and of an image with padding: scores of a head, products of LePE."""
     qkv, kv, _, _, lepe_weight, _, *numbers = shapes
     settings = _settings(*numbers)
     grid, dim = settings.grid, qkv[-1] - 2 * settings.qk_dim
@@ -219,13 +220,13 @@ def _counts(shapes: Sequence[Any]) -> tuple[Settings, int, int, int]:
 
 
 def _wanted(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[bool]:
-    """Which of the tensors get a gradient."""
+    """Whether each of the tensors gets a gradient; `qkv`, the first, always does."""
     others = zip(tensors[1:], needs[1:_N_TENSORS], strict=True)
     return [True, *(x is not None and is_needed for x, is_needed in others)]
 
 
 def _set_apart(x: Any) -> Any:
-    """A tensor of four axes with one more, of one entry, before the last; others, and None, as they are."""
+    """Inserts an axis of one entry before the last axis of a tensor with four; returns all else unchanged."""
     return x if x is None or x.dim() != 4 else x.unsqueeze(-2)
 
 
@@ -252,13 +253,13 @@ def _backward(
 def _parts(
     saved: Sequence[Tensor | None],
 ) -> tuple[Sequence[Tensor | None], Tensor | None, list[Tensor]]:
-    """Undoes what is saved for a backward: the problem's tensors, the output, and what `attend` saved."""
+    """Splits the tensors saved for a backward: the problem's, the output, and those of the backend."""
     rest = [x for x in saved[_N_TENSORS + 1 :] if x is not None]
     return saved[:_N_TENSORS], saved[_N_TENSORS], rest
 
 
 def _numbers(settings: Settings, backend: str) -> tuple[Any, ...]:
-    """What a schema can say of the settings, and the backend."""
+    """The settings, as lists of numbers and a string, which a schema can have; and the backend's name."""
     return (
         [settings.qk_dim, settings.num_heads, settings.topk, *settings.grid.numbers],
         [settings.scale, settings.routing_scale],
@@ -289,7 +290,7 @@ def _settings(
 
 
 def _known_problem(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], str]:
-    """The problem of an operator's tensors and numbers, with a place for its plans; and the backend."""
+    """The problem that an operator's arguments describe, with a place for its plans; the backend's name."""
     tensors, (*numbers, backend) = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
     sizes, scales, routing_weight, flags = numbers
     qkv, kv, padding, means, lepe_weight, lepe_bias = tensors
@@ -303,11 +304,11 @@ def _known_problem(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], s
         known = _known[key] = _settings(*numbers), Bounded()
     problem = _problem([*map(_put_back, tensors[:_N_MAPS]), *tensors[_N_MAPS:]], *known)
     if problem.padding is not None and not problem.settings.grid.is_padded:
-        problem.padding = None  # a graph that serves several sizes gives it to those that need none, too
+        problem.padding = None  # a compiled graph for several sizes passes a padding for all of them
     return problem, backend
 
 
-# What `_known_problem` has made before: to make it anew would cost as much as the launches.
+# Settings and plans that `_known_problem` has made. To make them again would cost as much as the launches.
 _known: dict[Hashable, tuple[Settings, dict[Hashable, Any]]] = Bounded()
 
 

@@ -1,4 +1,4 @@
-"""How an operator is entered in PyTorch's dispatcher, and what the operators have in common."""
+"""Registers operators in PyTorch's dispatcher, and defines what all operators of the package share."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
@@ -16,17 +16,18 @@ _library = torch.library.Library("bra_triton", "FRAGMENT")
 
 
 def operator(name: str, schema: str, has_gradient: bool = True) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: makes `bra_triton::<name>` of a function that changes no argument.
+    """Decorator: registers a function that changes no argument as the operator `bra_triton::<name>`.
 
-    `torch.library.custom_op` would do the same, but PyTorch 2.11 runs what is inside with Dynamo's hook on
-    every call of a Python function. Timed by hand on Python 3.12, a launch that took 24 us of the CPU's time
-    took 106 us as such an operator; on a slower machine of the kind 33 us became 57 us as this one.
+    `torch.library.custom_op` would do the same, but in PyTorch 2.11 Dynamo's hook then runs for every Python
+    function that is called inside the operator. Timed by hand on Python 3.12, a launch that took 24 us of CPU
+    time took 106 us inside a `custom_op`. Inside an operator of this decorator, timed on a slower machine of
+    the same kind, a launch of 33 us took 57 us.
 
     Args:
-        name: of the operator.
+        name: name of the operator.
         schema: arguments and results, as in PyTorch's `native_functions.yaml`.
-        has_gradient: whether an autograd formula will be registered. If not, PyTorch records nothing of the
-            operator, and gradients are its caller's affair.
+        has_gradient: whether an autograd formula will be registered. If not, autograd records nothing when
+            the operator is called, and the caller must provide the gradients.
     """
 
     def make(function: Callable[..., Any]) -> Any:
@@ -49,7 +50,7 @@ def operator(name: str, schema: str, has_gradient: bool = True) -> Callable[[Cal
 
 
 def gradient_operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
-    """`operator` for a function that computes gradients, and has none itself: differentiating it raises."""
+    """As `operator`, for a function that computes gradients; differentiating these raises RuntimeError."""
 
     def make(function: Callable[..., Any]) -> Any:
         made = operator(name, schema)(function)
@@ -60,12 +61,12 @@ def gradient_operator(name: str, schema: str) -> Callable[[Callable[..., Any]], 
 
 
 def fake_of(made: Any) -> Callable[[Callable[..., Any]], None]:
-    """Decorator: the operator's results without their values, for compilers."""
+    """Decorator: registers a function that makes the operator's results without values, for compilers."""
 
     def register(function: Callable[..., Any]) -> None:
         @wraps(function)
         def run(*arguments: Any) -> Any:
-            if forward_ad._current_level >= 0:  # whose tangents a compiler keeps to itself
+            if forward_ad._current_level >= 0:  # under a compiler, tensors do not show their tangents
                 raise RuntimeError(_NO_FORWARD_MODE)
             return function(*arguments)
 
@@ -75,7 +76,7 @@ def fake_of(made: Any) -> Callable[[Callable[..., Any]], None]:
 
 
 def flops_of(made: Any) -> Callable[[Callable[..., int]], None]:
-    """Decorator: how PyTorch's `FlopCounterMode` counts the operator, from the shapes of its arguments.
+    """Decorator: registers how PyTorch's `FlopCounterMode` counts the operator, from its arguments' shapes.
 
     A product and an addition are two operations, as everywhere in that counter.
     """
@@ -89,13 +90,14 @@ def flops_of(made: Any) -> Callable[[Callable[..., int]], None]:
 def differentiable(made: Any, gradients: Callable[..., Any], save: Callable[..., None]) -> Any:
     """Gives an operator a gradient, and returns a function that calls it.
 
-    What `torch.library.register_autograd` makes of the formula takes no nested transforms of `torch.func`,
-    such as gradients of every sample, for which the function has another way.
+    An autograd formula that is registered by `torch.library.register_autograd` does not work under nested
+    transforms of `torch.func`, such as gradients for every sample. So the returned function uses an
+    `autograd.Function` under transforms.
 
     Args:
         made: the operator.
-        gradients: the formula, as `torch.library.register_autograd` takes it.
-        save: its `setup_context`.
+        gradients: the backward, as `torch.library.register_autograd` takes it.
+        save: the `setup_context` of `torch.library.register_autograd`.
     """
     torch.library.register_autograd(made, gradients, setup_context=save)
 
@@ -119,9 +121,9 @@ def differentiable(made: Any, gradients: Callable[..., Any], save: Callable[...,
 
 
 class Transformable(torch.autograd.Function):
-    """What transforms of `torch.func` may take: sample by sample, and without forward mode.
+    """Base of functions that work under `torch.func`: `vmap` calls them for each sample; no forward mode.
 
-    Not for `torch.compile`, which takes no function with a rule for forward mode.
+    Not for `torch.compile`, which does not accept a function that has a rule for forward mode.
     """
 
     @classmethod
@@ -131,7 +133,7 @@ class Transformable(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Refuses."""
+        """Raises RuntimeError: there is no forward mode."""
         raise RuntimeError(_NO_FORWARD_MODE)
 
 
@@ -156,14 +158,14 @@ def by_sample(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _map_pair(function: Callable[..., Any], x: Any, dim: Any, index: int) -> Any:
-    """The function of an argument and where its samples lie, or of each of a list of them."""
+    """Calls `function` with an argument and the axis of its samples, or with each pair of two lists."""
     if isinstance(dim, list | tuple):
         return [function(each, d, index) for each, d in zip(x, dim, strict=True)]
     return function(x, dim, index)
 
 
 def refuse_tangents(arguments: Iterable[Any]) -> None:
-    """Raises RuntimeError where a tensor carries a tangent, which an operator would drop."""
+    """Raises RuntimeError if a tensor has a tangent, which an operator would drop."""
     if forward_ad._current_level >= 0:
         for x in tree_leaves(arguments):
             if isinstance(x, Tensor) and _has_tangent(x):
@@ -171,7 +173,7 @@ def refuse_tangents(arguments: Iterable[Any]) -> None:
 
 
 def _has_tangent(x: Tensor) -> bool:
-    """Whether it has one, or the tensor inside it that a transform of `torch.func` has wrapped."""
+    """Whether `x` has a tangent, or a tensor inside `x` that transforms of `torch.func` have wrapped."""
     functorch = torch._C._functorch
     if not functorch.is_batchedtensor(x) and forward_ad.unpack_dual(x).tangent is not None:
         return True
@@ -194,7 +196,7 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        """Nothing is needed."""
+        """Saves nothing."""
 
     backward = staticmethod(_refuse)
 
@@ -202,9 +204,10 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 def refusing_second_derivative(
     gradients: Sequence[Tensor | None], *inputs: Tensor | None
 ) -> Sequence[Tensor | None]:
-    """Gradients that an `autograd.Function` returns, such that differentiating them raises.
+    """Changes the gradients that an `autograd.Function` returns, so that differentiating them raises.
 
-    They have no graph: without this, their own gradient under `create_graph=True` would silently be none.
+    The gradients are computed without a graph. Without this change, PyTorch would silently leave out their
+    own gradient under `create_graph=True`.
     """
     if not torch.is_grad_enabled():
         return gradients
@@ -212,34 +215,34 @@ def refusing_second_derivative(
 
 
 class Witness:
-    """Tells whether the output of a forward, which its backward reads, was changed in place in between.
+    """Tells whether the output of a forward, which the backward reads, was changed in place in between.
 
-    Callers may do that. PyTorch would raise an error if the output itself were saved, and a copy would take a
-    map's memory. So `out.data` is saved, which autograd does not watch, and a backward that finds the output
-    changed computes it anew.
+    Callers may change it. PyTorch would then raise an error if the output itself had been saved, and a copy
+    would take as much memory as a map. So `out.data` is saved, which autograd does not watch, and a backward
+    that finds the output changed computes it again.
     """
 
     def __init__(self, out: Tensor) -> None:
         self._version = out._version
         self._shadow = out.detach()
-        self._shadow.data = out.new_empty(0)  # leaves it the count of changes, which it shares with `out`
+        self._shadow.data = out.new_empty(0)  # keeps the count of changes, which is shared with `out`
 
     @property
     def sees_change(self) -> bool:
-        """Whether it was changed."""
+        """Whether the output was changed."""
         return self._shadow._version != self._version
 
 
 def is_seen(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether something wants to see the operators of an eager call.
+    """Whether an eager call must use the operators, because something needs to see them.
 
-    That is a dispatch mode such as a FLOP counter, a transform of `torch.func`, a level of forward-mode
-    differentiation, or a subclass of Tensor. For anything else an `autograd.Function`, which leaves PyTorch's
-    dispatcher out, serves for less.
+    That may be a dispatch mode such as a FLOP counter, a transform of `torch.func`, a level of forward-mode
+    differentiation, or a subclass of Tensor. Otherwise an `autograd.Function` that does not use PyTorch's
+    dispatcher costs less.
     """
     if _len_dispatch_stack() or _peek_transforms() is not None or forward_ad._current_level >= 0:
         return True
-    for x in tensors:  # noqa: SIM110  a generator would cost a call a tensor
+    for x in tensors:  # noqa: SIM110  a generator would cost one more call for each tensor
         if x is not None and type(x) not in _PLAIN_TYPES:
             return True
     return False
@@ -251,7 +254,7 @@ _peek_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a backward will follow."""
+    """Whether a backward will follow: gradients are enabled, and a tensor requires one."""
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
@@ -260,7 +263,7 @@ def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """An operator cannot return None: an empty tensor stands for it."""
+    """`x`, or an empty tensor instead of None, which an operator cannot return."""
     return like.new_empty(0) if x is None else x
 
 

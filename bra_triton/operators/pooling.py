@@ -1,6 +1,7 @@
-"""Down-sampling of keys and values per region, as PyTorch sees it; see `operators.attention` for the style.
+"""The operators that down-sample the keys and values inside each region.
 
-Callers (`downsampling`) have checked the arguments. `grid` is a `RegionGrid`'s numbers.
+The operators do not check their arguments; `modules.downsampling`, which calls them, has done so. Arguments
+named `grid` are `RegionGrid.numbers`.
 
 | operator | gradient |
 |---|---|
@@ -59,8 +60,8 @@ def pool_regions(
         backend: "triton" or "torch".
 
     Returns:
-        Keys and values `(N, rows*h', columns*w', qk_dim + dim)`, contiguous; and for the backward the tokens
-        that are the maxima, int32, empty except for `MAX`.
+        Keys and values `(N, rows*h', columns*w', qk_dim + dim)`, contiguous; and, for the backward, the
+        tokens that are the maxima, int32 of the same shape, empty except for `MAX`.
     """
     high, wide = largest
     pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid), (high, wide))
@@ -106,7 +107,7 @@ def pool_regions_backward(
     mode: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `qkv`, packed, with zeros for the queries; of `fill`, `weight`, `bias`, empty without."""
+    """Gradients of `qkv` (0 for the queries), `fill`, `weight` and `bias`; empty for arguments not given."""
     pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid))
     grad_qkv = qkv.new_empty(qkv.shape)
     grad_qkv[..., :qk_dim] = 0
@@ -151,7 +152,7 @@ def _(grad_pooled: Any, *shapes: Any, **_: Any) -> int:
 
 
 def _convolution_flops(pooled: Any, weight: Any) -> int:
-    """Of the mode that multiplies; the others are not counted, as PyTorch counts no pooling."""
+    """FLOPs of `WEIGHTED`; 0 for the other modes, because PyTorch does not count pooling either."""
     return 0 if weight is None else 2 * math.prod(pooled) * math.prod(weight[1:])
 
 
@@ -180,6 +181,6 @@ pool = differentiable(pool_regions, _backward, _save_for_backward)
 
 
 def _fill_of(fill: Tensor | None, qkv: Tensor, qk_dim: int) -> Tensor:
-    """The keys' and values' share of `fill`."""
+    """The part of `fill` for the keys and values; zeros if there is no `fill`."""
     channels = qkv.shape[-1] - qk_dim
     return qkv.new_zeros(channels) if fill is None else fill[qk_dim:].contiguous()

@@ -1,4 +1,4 @@
-"""Attention to the regions that a given graph names, as PyTorch sees it; see `operators.attention`.
+"""Makes the attention to the regions of a given graph differentiable; see `operators.attention`.
 
 | operator | gradient |
 |---|---|
@@ -46,7 +46,7 @@ def attend_regional(
 ) -> Tensor:
     """Attends to the named regions: `(N, H, W, num_heads * v_head_dim)`; differentiable.
 
-    Tokens past the edge of keys and values are zeros, and take part.
+    Tokens past the edge of the maps of keys and values hold zeros and take part in the attention.
 
     Args:
         maps: queries `(N, H, W, num_heads * qk_head_dim)`, keys `(N, H_kv, W_kv, num_heads * qk_head_dim)`
@@ -78,7 +78,7 @@ def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tu
 
 
 class _AttendRegional(torch.autograd.Function):
-    """`attend_regional` with a gradient, past PyTorch's dispatcher."""
+    """`attend_regional` with a gradient, without PyTorch's dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -130,7 +130,7 @@ def _(grad_out: Any, out: Any, lse: Any, *shapes: Any, **_: Any) -> int:
 
 
 def _counts(query: Any, key: Any, value: Any, r_idx: Any, *numbers: Any) -> tuple[int, int, int]:
-    """Channels of queries and of values, and the scores of one head, of all images."""
+    """Channels of the queries and of the values, and the number of scores of one head in all images."""
     query_grid, kv_grid = (RegionGrid(*grid) for grid in numbers[:2])
     queries = query[0] * query_grid.n_regions * query_grid.region_tokens
     return query[-1], value[-1], queries * r_idx[-1] * kv_grid.region_tokens
@@ -163,7 +163,7 @@ def _problem(
     scale: float,
     backend: str,
 ) -> tuple[RoutedAttention[Tensor], str]:
-    """Undoes the flattening of a schema: what a backend takes, and its name."""
+    """The problem that an operator's arguments describe, as backends take it; and the backend's name."""
     query, key, value = (with_dense_tokens(x) for x in (query, key, value))
     grids = RegionGrid(*query_grid), RegionGrid(*kv_grid)
     padding = None
@@ -173,9 +173,10 @@ def _problem(
 
 
 def with_dense_tokens(x: Tensor) -> Tensor:
-    """An NHWC map as backends take it, dense except for its channels; a copy only where it is not so already.
+    """An NHWC map that is dense except for its channels, as backends need it: `x` itself, or a copy.
 
-    The stride from token to token must be right even in a column of single tokens: kernels need no other.
+    The stride from token to token must be correct even if the map is one token wide, because kernels compute
+    the addresses of rows and images from it, too.
     """
     _, height, width, channels = x.shape
     batch_stride, row_stride, token_stride, channel_stride = x.stride()

@@ -1,7 +1,7 @@
-"""Routing on its own, as PyTorch sees it: region means, then the choice of regions.
+"""The operators of routing alone: region means, and the choice of regions.
 
-For a router with a layer of its own, which stands between the two, and for whoever asks for the routing
-alone; `operators.attention` does both itself.
+They serve routers with a layer, which is applied between these two steps, and calls that ask only for the
+routing. `operators.attention` does both steps by itself.
 
 | operator | gradient |
 |---|---|
@@ -10,7 +10,8 @@ alone; `operators.attention` does both itself.
 | `bra_triton::route` | for `query`, `key` |
 | `bra_triton::route_backward` | none |
 
-The operators trust their callers: arguments are checked. `grid` is a `RegionGrid`'s numbers.
+The operators do not check their arguments; their callers have done so. Arguments named `grid` are
+`RegionGrid.numbers`.
 """
 
 import math
@@ -36,8 +37,8 @@ def region_means(
 ) -> Tensor:
     """Mean query and key of every region: `(N, P, 2*qk_dim)`, float32 or float64.
 
-    `qkv` `(N, H, W, 2*qk_dim + dim)` is contiguous; `padding` `(2*qk_dim + dim,)` is what tokens past the
-    map's edge hold. Without it they are left out of the means.
+    `qkv` `(N, H, W, 2*qk_dim + dim)` is contiguous. `padding` `(2*qk_dim + dim,)` is what tokens past the
+    map's edge hold; if it is None, these tokens are left out of the means.
     """
     return fused_kernels(backend).region_means(qkv.contiguous(), padding, RegionGrid(*grid), 2 * qk_dim)
 
@@ -54,7 +55,7 @@ def _(qkv: Tensor, padding: Tensor | None, qk_dim: int, grid: Sequence[int], bac
 def region_means_backward(
     grad: Tensor, qkv: Tensor, padding: Tensor | None, grid: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the packed projection (zero in the values) and of the padding (empty without it)."""
+    """Gradients of `qkv` (0 for the values) and of `padding` (empty if it is None)."""
     regions, width = RegionGrid(*grid), grad.shape[-1]
     grad_qkv = qkv.new_zeros(qkv.shape)
     grad_qkv[..., :width] = region_means_gradient(grad, padding is not None, regions)
@@ -153,7 +154,10 @@ choose_regions = differentiable(route, _route_backward, _save_route)
 
 
 def _alike(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the same strides, dense except for their channels, as slices of one tensor of means are."""
+    """`query` and `key` with equal strides, dense except for their channels; copies unless they have these.
+
+    Slices of one tensor of means have such strides.
+    """
     row = query.stride(1)
     if (
         query.stride() == key.stride()
