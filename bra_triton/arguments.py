@@ -23,7 +23,7 @@ def is_whole(value: Any, least: int = 1) -> bool:
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """`value`, an int of at least `least`, as Python's int; it may be NumPy's.
+    """Returns `value` as a Python int if it is an int of at least `least`, Python's or NumPy's.
 
     Raises:
         ValueError: if it is anything else, such as a bool.
@@ -34,7 +34,7 @@ def whole(name: str, value: Any, least: int = 1) -> int:
 
 
 def whole_pair(name: str, value: Any) -> tuple[int, int]:
-    """`value`, a tuple or list of two ints of at least 1, as a tuple.
+    """Returns `value` as a tuple if it is a tuple or list of two ints of at least 1.
 
     Raises:
         ValueError: if it is anything else.
@@ -46,7 +46,7 @@ def whole_pair(name: str, value: Any) -> tuple[int, int]:
 
 
 def windows(name: str, value: Any) -> int | tuple[int, int]:
-    """The number of regions along each side of a map, or a pair for height and width if these differ.
+    """Returns the number of regions along each side of a map, or a pair if height and width differ.
 
     Raises:
         ValueError: if it is neither an int of at least 1 nor two of them.
@@ -58,7 +58,7 @@ def windows(name: str, value: Any) -> int | tuple[int, int]:
 
 
 def flag(name: str, value: Any) -> bool:
-    """`value`, a bool or 0 or 1, as a bool.
+    """Returns `value` as a bool if it is a bool, 0 or 1.
 
     Raises:
         ValueError: if it is anything else.
@@ -69,7 +69,9 @@ def flag(name: str, value: Any) -> bool:
 
 
 def factor(name: str, value: Any) -> float:
-    """`value`, a number from -1e38 to 1e38 other than 0, as a float; in a recorded graph, `value` itself.
+    """Returns `value` as a float if it is a number from -1e38 to 1e38 other than 0.
+
+    A number of a graph that is being recorded is returned unchanged.
 
     Raises:
         TypeError: if it is a tensor, because it would get no gradient.
@@ -90,7 +92,7 @@ def factor(name: str, value: Any) -> float:
 
 
 def at_least_one(name: str, value: Any) -> float:
-    """`value`, a finite number of at least 1, whole or not, as a float.
+    """Returns `value` as a float if it is a finite number of at least 1, whole or not.
 
     Raises:
         ValueError: if it is anything else.
@@ -102,7 +104,7 @@ def at_least_one(name: str, value: Any) -> float:
 
 
 def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
-    """`value`, one of the allowed strings.
+    """Returns `value` if it is one of the allowed strings.
 
     Raises:
         ValueError: if it is anything else.
@@ -113,11 +115,11 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
 
 
 def dense_floats(name: str, x: Any) -> Tensor:
-    """`x`, a dense tensor of one of the `FLOATS`.
+    """Returns `x` if it is a dense tensor of one of the dtypes `FLOATS`.
 
     Raises:
         TypeError: if it is not a tensor.
-        ValueError: if its dtype or layout is another one.
+        ValueError: if its dtype or layout is a different one.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {x!r}")

@@ -284,7 +284,7 @@ def regional_call(
 
 
 def in_dtype_of(layer: nn.Module, *means: Tensor) -> Any:
-    """Calls a layer with region queries or keys, cast to the dtype of its parameters."""
+    """Calls a layer with region queries or keys, cast to its parameters' dtype, which may be less precise."""
     dtypes = (p.dtype for p in layer.parameters() if p.is_floating_point())
     dtype = next(dtypes, means[0].dtype)
     return layer(*(x.to(dtype) for x in means))
@@ -378,7 +378,11 @@ def _check_graph(
 
 
 def _in_range(graph: Tensor, n_regions: int) -> Tensor:
-    """The graph with entries in `[0, n_regions)`: checked if they can be read without a wait, else clamped."""
+    """The graph with all entries in `[0, n_regions)`.
+
+    Checks the entries on the CPU, or if the environment variable `CHECK` is 1. Clamps them otherwise, and
+    where they cannot be read.
+    """
     if not _has_values(graph) or (graph.device.type != "cpu" and os.environ.get(CHECK) != "1"):
         return graph.clamp(0, n_regions - 1)
     outside = graph[(graph < 0) | (graph >= n_regions)]
@@ -390,7 +394,7 @@ def _in_range(graph: Tensor, n_regions: int) -> Tensor:
 
 
 def _has_values(x: Tensor) -> bool:
-    """Whether the values of `x` can be read: not while a graph is recorded, of fakes, or under vmap."""
+    """Whether the values of `x` can be read; False while a graph is recorded, for fakes and under vmap."""
     if not is_eager() or type(x) is not Tensor or x.is_meta:
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)

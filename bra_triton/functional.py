@@ -53,9 +53,9 @@ def bi_level_routing_attention(
             gradient.
         lepe_weight: `(dim, 1, k, k)`, `k` odd: depthwise convolution of the values added to the output.
         lepe_bias: `(dim,)`; only with `lepe_weight`.
-        padding: `(2*qk_dim + dim,)`: the packed row of each token that is added at the bottom and right to
-            make `H` and `W` multiples of `n_win`. These tokens take part in everything except the output, and
-            are never stored. Without `padding`, `H` and `W` must be multiples of `n_win`.
+        padding: `(2*qk_dim + dim,)`: query, key and value of each token that is added at the bottom and right
+            to make `H` and `W` multiples of `n_win`. These tokens take part in all but the output; the
+            Triton kernels never store them. Without `padding`, `H` and `W` must be multiples of `n_win`.
         soft_routing: multiply the chosen keys and values by the routing weights.
         diff_routing: let gradients reach the regions' queries and keys through the routing weights.
         router_weight: `(qk_dim, qk_dim)`: linear layer on region queries and keys; needs `diff_routing`.
@@ -146,7 +146,7 @@ def regional_routing_attention(
 
     The signature and the two results are those of `regional_routing_attention_torch` in rayleizhu/BiFormer
     `ops/torch/rrsda.py`. The second result, the attention matrix, is None unless it is asked for, as in
-    `nn.MultiheadAttention`: without `ret_attn_mask` it never exists in memory.
+    `nn.MultiheadAttention`: the fused backends never hold this matrix in memory.
 
     Args:
         query: `(N, C, H, W)`, float32, float16, bfloat16 or float64. Channels-last maps, and channel slices
@@ -163,7 +163,7 @@ def regional_routing_attention(
         region_size: height and width of a query region, in tokens.
         kv_region_size: height and width of a key region; `region_size` by default.
         auto_pad: zero-pad maps at the bottom and right to multiples of the region sizes; padded keys take
-            part, with logit 0 and value 0. Nothing is copied for it.
+            part, with logit 0 and value 0. The Triton kernels need no copy for it.
         ret_attn_mask: whether to return the attention matrix, for inspection; the reference computes it.
         backend: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
 

@@ -1,10 +1,10 @@
 """Bi-level routing attention in plain einops: the definition of the semantics and the oracle of the tests.
 
-After Zhu et al., "BiFormer: Vision Transformer with Bi-Level Routing Attention" (CVPR 2023), section 3.2, and
-rayleizhu/BiFormer: `ops/bra_legacy.py` for packed projections, `ops/bra_nchw.py` and `ops/torch/rrsda.py` for
-a graph per head. The reference gathers the routed keys and values and holds the attention matrix, which take
-`topk` times the memory of the map and `topk * S` scores per token. It shares no computation with the other
-backends, except the order of equal logits.
+It follows Zhu et al., "BiFormer: Vision Transformer with Bi-Level Routing Attention" (CVPR 2023), section
+3.2, and rayleizhu/BiFormer: `ops/bra_legacy.py` for packed projections, `ops/bra_nchw.py` and
+`ops/torch/rrsda.py` for a graph per head. The reference gathers the routed keys and values and holds the
+attention matrix, which take `topk` times the memory of the map and `topk * S` scores per token. It shares no
+computation with the other backends, except the order of equal logits.
 
 Letters in the einops patterns: `n` batch, `(j i)` region row and column, `(h w)` token row and column in a
 region, `m` head, `c` channel, `r` region, `t` chosen region, `s` token of a region.

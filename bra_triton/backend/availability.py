@@ -15,7 +15,8 @@ TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 MAX_HEAD_DIM = 256
 # Compiled for compute capability 7.5, every attention kernel spills hundreds of registers.
 MIN_CAPABILITY = (8, 0)
-# One program of the routing kernel holds the logits of all regions in registers.
+# With `topk` above 256, a program of the routing kernel holds the logits of one query region with all key
+# regions in registers.
 MAX_ROUTED_REGIONS = 64 * 64
 # The first Triton version that compiles the kernels for padded maps on AMD. Compiling for gfx942, Triton 3.6
 # aborts with a failed assertion where a kernel selects between addresses of the map and of the padding;

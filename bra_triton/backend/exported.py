@@ -162,7 +162,7 @@ def _means(x: Tensor, call: Call) -> Tensor:
     """Means over the tokens of regions `(N*P, S, C)`: `(N, P, C)`.
 
     They are at least float32, as in all backends: half precision would lead to the choice of other regions.
-    Computed by `mean`, not as a sum that is divided: OpenVINO 2026.4 sums along a wrong axis then.
+    They are computed by `mean`: of a sum that is divided, OpenVINO 2026.4 adds up along a wrong axis.
     """
     means = x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
     means = means.reshape(-1, call.grid.n_regions, x.shape[-1])
@@ -214,8 +214,8 @@ def _put_together(x: Tensor, grid: RegionGrid, channels: int) -> Tensor:
 def _is_symbolic(grid: RegionGrid) -> bool:
     """Whether `torch.export` records the sizes as symbols.
 
-    Cutting by reshaping would compare symbols, so regions are then gathered by indices. For sizes that are
-    numbers regions are reshaped and transposed, because gathering takes runtimes longer.
+    `_cut` and `_put_together` gather by indices then, because reshaping would compare symbols. Sizes that are
+    numbers are reshaped and transposed, which takes runtimes less time than gathering.
     """
     return any(isinstance(number, torch.SymInt) for number in grid.numbers)
 

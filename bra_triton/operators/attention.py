@@ -5,10 +5,10 @@ The rest of the package calls `attend`. In an eager call, `attend` calls the bac
 `autograd.Function`, which calls the operators; they compute the same. The operators have no autograd formula,
 and do not check their arguments: callers have checked them and made them contiguous.
 
-Tensors with four axes that a forward takes, or leaves for its backward, get a fifth axis (`_set_apart`). If a
-convolution follows, Inductor treats every tensor with four axes as images, and converts those that are kept
-for the backward to channels-last memory. That would copy the packed projection in the forward and copy it
-back in the backward, and it fails for sizes that are symbols (PyTorch 2.14).
+Tensors with four axes that a forward takes, or leaves for its backward, get a fifth axis of one entry
+(`_set_apart`). If a convolution follows, Inductor treats every tensor with four axes as images, and converts
+those that are kept for the backward to channels-last memory. That would copy the packed projection in the
+forward and copy it back in the backward, and it fails for sizes that are symbols (PyTorch 2.14).
 
 This file is the only one that takes a `PackedAttention` apart for a schema and puts it together again.
 """
@@ -210,7 +210,7 @@ def _(grad_out: Any, *given: Any, **_: Any) -> int:
 
 
 def _counts(shapes: Sequence[Any]) -> tuple[Settings, int, int, int]:
-    """Settings, channels of values, and of an image with padding: scores of a head, products of LePE."""
+    """Settings, channels of values; and for one image with padding, scores of a head, products of LePE."""
     qkv, kv, _, _, lepe_weight, _, *numbers = shapes
     settings = _settings(*numbers)
     grid, dim = settings.grid, qkv[-1] - 2 * settings.qk_dim
@@ -226,7 +226,7 @@ def _wanted(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[boo
 
 
 def _set_apart(x: Any) -> Any:
-    """Inserts an axis of one entry before the last axis of a tensor with four; returns all else unchanged."""
+    """Gives a tensor with four axes a fifth, of one entry, before the last; returns all else unchanged."""
     return x if x is None or x.dim() != 4 else x.unsqueeze(-2)
 
 
@@ -304,7 +304,7 @@ def _known_problem(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], s
         known = _known[key] = _settings(*numbers), Bounded()
     problem = _problem([*map(_put_back, tensors[:_N_MAPS]), *tensors[_N_MAPS:]], *known)
     if problem.padding is not None and not problem.settings.grid.is_padded:
-        problem.padding = None  # a compiled graph for several sizes passes a padding for all of them
+        problem.padding = None  # a compiled graph for several sizes passes a padding even if none is needed
     return problem, backend
 
 

@@ -121,9 +121,10 @@ def differentiable(made: Any, gradients: Callable[..., Any], save: Callable[...,
 
 
 class Transformable(torch.autograd.Function):
-    """Base of functions that work under `torch.func`: `vmap` calls them for each sample; no forward mode.
+    """Base of the functions for transforms of `torch.func`: `vmap` calls them once for each sample.
 
-    Not for `torch.compile`, which does not accept a function that has a rule for forward mode.
+    Forward mode raises RuntimeError. Not for `torch.compile`, which does not accept a function that has a
+    rule for forward mode.
     """
 
     @classmethod
@@ -158,7 +159,7 @@ def by_sample(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _map_pair(function: Callable[..., Any], x: Any, dim: Any, index: int) -> Any:
-    """Calls `function` with an argument and the axis of its samples, or with each pair of two lists."""
+    """`function(x, dim, index)`; if `dim` is a list, a list of these for each pair of `x` and `dim`."""
     if isinstance(dim, list | tuple):
         return [function(each, d, index) for each, d in zip(x, dim, strict=True)]
     return function(x, dim, index)

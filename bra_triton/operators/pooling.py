@@ -61,7 +61,7 @@ def pool_regions(
 
     Returns:
         Keys and values `(N, rows*h', columns*w', qk_dim + dim)`, contiguous; and, for the backward, the
-        tokens that are the maxima, int32 of the same shape, empty except for `MAX`.
+        number of each maximum's token inside its region, int32 of the same shape, empty except for `MAX`.
     """
     high, wide = largest
     pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid), (high, wide))

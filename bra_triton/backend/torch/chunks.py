@@ -27,11 +27,11 @@ CHUNK_ELEMENTS = 1 << 19
 # A chunk of the forward gathers this many times as many elements. That saves up to a sixth of the forward's
 # time. A training step needs no more memory for it, because its backward needs still more.
 FORWARD_CHUNKS = 2
-# On other devices: the most bytes that everything in one chunk may take. To launch a chunk takes the CPU as
-# long as a small call, and a small chunk leaves most of a GPU idle. On an H100 a training step of YOLO's P3
-# (float16, batch 8) took 1832 us on the GPU and 7.8 ms on the CPU in chunks of 32 MiB, and 1154 us and 4.5 ms
-# in chunks of 64 MiB; the reference took 1279 us and 2.3 ms, but 376 MiB. In chunks of 128 MiB such a step is
-# cut once.
+# On other devices: the most bytes that everything in one chunk may take. Launching one chunk costs as much
+# CPU time as a whole small call, and a small chunk leaves most of a GPU idle. On an H100 a training step of
+# YOLO's P3 (float16, batch 8) took 1832 us on the GPU and 7.8 ms on the CPU in chunks of 32 MiB, and 1154 us
+# and 4.5 ms in chunks of 64 MiB; the reference took 1279 us and 2.3 ms, but 376 MiB. In chunks of 128 MiB
+# such a step is cut once.
 CHUNK_BYTES = 1 << 27
 # With `EFFICIENT`, a chunk may take this many times the bytes of all query, key and value maps, if that is
 # more, so that a large batch is not cut into more chunks.
@@ -53,9 +53,9 @@ class Kernel(NamedTuple):
             in rows that have no softmax: the largest score is infinite, or all scores are minus infinity.
         backward: takes the output's gradient, query, key, value, the output and `lse` of a forward, and the
             scale; returns the gradients of query, key and value.
-        checked: a slower forward whose results are NaN in such rows, for a `forward` that may return other
-            values there. If `is_softmax` is False for the `lse` of `forward`, all chunks must be run again
-            with `checked`.
+        checked: a slower forward whose results are NaN in such rows; None if those of `forward` are. If
+            `is_softmax` is False for the `lse` that `forward` returned, all chunks must be run again with
+            `checked`.
     """
 
     forward: Forward

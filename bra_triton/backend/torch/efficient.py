@@ -81,8 +81,7 @@ def backward(
 def _aligned(x: Tensor) -> Tensor:
     """`x` if the kernels can read it in place, at its address and with its strides; otherwise a copy."""
     regions, tokens, heads, channels = x.stride()
-    # The lowest bit set here is the lowest set in the address or in any stride in bytes. The strides may be
-    # multiplied together, because the size of an element is a power of two.
+    # A bitwise or of the address and of the strides in bytes: it is a multiple of 16 only if each of them is.
     lowest = x.data_ptr() | (regions | tokens | heads) * x.element_size()
     if channels == 1 and lowest % _ALIGNMENT_BYTES == 0:
         return x

@@ -105,7 +105,7 @@ def _write_keys_values(
 class _Chunk:
     """Some query regions with the keys and values that they attend to.
 
-    Every graph counts as an image, with the channels of its heads.
+    A query region with several graphs counts once for each graph, with the channels of that graph's heads.
 
     Attributes:
         box: where the query regions lie in the view `by_region`: slices of images, graphs, rows and columns

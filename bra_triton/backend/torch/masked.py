@@ -19,8 +19,8 @@ from .regions import sum_over_padding, whole_map
 MOST_MASKED = 2 * chunks.CHUNK_ELEMENTS
 # The cost of gathering, where one score under a mask costs 1: for each region, for each of its gathered keys,
 # and for each pair of a gathered key and a query. Fitted to float32 maps of 49 to 1600 tokens in regions of 1
-# to 36 tokens, on two cores of an x86 server; near the boundary the rule may cost half precision and float64
-# up to a fifth. By this rule, a mask is used for BiFormer's third stage, but not for YOLO's P5;
+# to 36 tokens, on two cores of an x86 server; near the boundary, half precision and float64 may lose up to a
+# fifth of the time by this rule. It uses a mask for BiFormer's third stage, but not for YOLO's P5;
 # `bra-bench peers` has the times.
 _REGION, _KEY, _PAIR = 300, 32, 1.5
 

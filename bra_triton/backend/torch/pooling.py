@@ -142,7 +142,7 @@ def _scatter(grad: Tensor, argmax: Tensor, grid: RegionGrid) -> Tensor:
     if grad.device.type == "cpu":
         total.view(-1).index_add_(0, element, grad.flatten())
     else:
-        # On other devices index_add_ uses atomics, while an accumulating index_put_ sorts.
+        # On other devices index_add_ uses atomics; an accumulating index_put_ sorts the indices instead.
         total.view(-1).index_put_((element,), grad.flatten(), accumulate=True)
     return total
 
@@ -166,9 +166,9 @@ def _weighted_backward(
 
 
 def _taps(pooling: RegionPooling[Tensor], weight: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """For every element of the kernel, its row and column, and those of the region that it multiplies.
+    """For every element of the kernel: its row and column, and the region's rows and columns it multiplies.
 
-    The rows and columns of the region are index tensors with one entry for each cell.
+    The region's rows are a tensor with one entry for each cell, and so are its columns.
     """
     row_starts, column_starts = pooling.row_cells[:, 0], pooling.column_cells[:, 0]
     for i in range(weight.shape[1]):

@@ -67,7 +67,7 @@ def _select_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     if devices.kind(logits) == "cpu" and topk < logits.shape[-1]:
         values, indices = torch.topk(logits, topk + 1)
         # torch.topk does not define the order of equal logits, so its result is used only if the logits
-        # strictly descend. They never do if one is NaN: `select_topk` sorts then, too.
+        # strictly descend. If one of them is NaN, the comparison is false, and `select_topk` sorts, too.
         if (values[..., 1:] < values[..., :-1]).all():
             return values[..., :topk], indices[..., :topk]
     return select_topk(logits, topk)

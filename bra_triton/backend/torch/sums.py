@@ -28,7 +28,7 @@ class Bags(NamedTuple):
 
     @classmethod
     def of(cls, index: Tensor, regions: range) -> "Bags":
-        """The bags of the key regions `regions`; `index`, `(R*topk,)`, is the region of each choice."""
+        """Bags of the key regions `regions`; `index`, `(R*topk,)`, is each choice's, all in `regions`."""
         chosen, choices = index.sort(stable=True)
         bags = torch.arange(regions.start, regions.stop, dtype=chosen.dtype, device=chosen.device)
         return cls(choices, torch.searchsorted(chosen, bags))
@@ -112,7 +112,7 @@ def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
     if devices.kind(total) == "cpu":
         total.index_add_(0, index, rows)
     else:
-        # On other devices index_add_ uses atomics, while an accumulating index_put_ sorts.
+        # On other devices index_add_ uses atomics; an accumulating index_put_ sorts the indices instead.
         total.index_put_((index.long(),), rows, accumulate=True)
 
 
