@@ -20,7 +20,7 @@ from .kernels.problem import Settings
 from .modules.downsampling import KVDownsampling
 from .spec import AttentionSpec
 
-# If this environment variable is 1, the values of a graph are checked on a GPU, too, which waits for the GPU.
+# If this environment variable is 1, the values of region graphs are checked on a GPU, too, by waiting for it.
 CHECK = "BRA_TRITON_CHECK"
 
 
@@ -73,7 +73,7 @@ class Call:
         spec: what is computed.
         lepe_weight: `(dim, 1, k, k)`, `k` odd: depthwise convolution of the values added to the output.
         lepe_bias: `(dim,)`; only with `lepe_weight`.
-        padding: `(2*qk_dim + dim,)`: what tokens past the map's edge hold; None where there are none.
+        padding: `(2*qk_dim + dim,)`: what tokens past the map's edge hold; None if there are no such tokens.
         router_weight: `(qk_dim, qk_dim)`: linear layer on region queries and keys; needs `diff_routing`.
         router_bias: `(qk_dim,)`; only with `router_weight`.
         kv_downsampling: reduces keys and values inside each region.
@@ -380,8 +380,8 @@ def _check_graph(
 def _in_range(graph: Tensor, n_regions: int) -> Tensor:
     """The graph with all entries in `[0, n_regions)`.
 
-    Checks the entries on the CPU, or if the environment variable `CHECK` is 1. Clamps them otherwise, and
-    where they cannot be read.
+    Checks the entries on the CPU, or if the environment variable that `CHECK` names is 1. Clamps them
+    otherwise, and where they cannot be read.
     """
     if not _has_values(graph) or (graph.device.type != "cpu" and os.environ.get(CHECK) != "1"):
         return graph.clamp(0, n_regions - 1)

@@ -162,7 +162,7 @@ def _means(x: Tensor, call: Call) -> Tensor:
     """Means over the tokens of regions `(N*P, S, C)`: `(N, P, C)`.
 
     They are at least float32, as in all backends: half precision would lead to the choice of other regions.
-    They are computed by `mean`: of a sum that is divided, OpenVINO 2026.4 adds up along a wrong axis.
+    They are computed by `mean`, because OpenVINO 2026.4 computes a sum that is divided along a wrong axis.
     """
     means = x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
     means = means.reshape(-1, call.grid.n_regions, x.shape[-1])

@@ -159,7 +159,7 @@ def by_sample(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _map_pair(function: Callable[..., Any], x: Any, dim: Any, index: int) -> Any:
-    """`function(x, dim, index)`; if `dim` is a list, a list of these for each pair of `x` and `dim`."""
+    """Calls `function(x, dim, index)`; if `dim` is a list, calls it for each pair and returns a list."""
     if isinstance(dim, list | tuple):
         return [function(each, d, index) for each, d in zip(x, dim, strict=True)]
     return function(x, dim, index)
