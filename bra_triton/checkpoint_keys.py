@@ -1,10 +1,12 @@
-"""What other implementations call the parameters of an attention and of a BiFormer block.
+"""Names of an attention's and a BiFormer block's parameters in other implementations, and in this package.
 
-| elsewhere | here | whose |
+| elsewhere | here | which implementation |
 |---|---|---|
-| `lepe.weight` | `attn.lepe.weight` | pastes that are a row of a YOLO model; ours holds the attention |
-| `qkv.weight` | `qkv.qkv.weight` | pastes whose projection is one layer |
+| `lepe.weight` | `attn.lepe.weight` | copies that are a row of a YOLO model; our row holds it as `attn` |
+| `qkv.weight` | `qkv.qkv.weight` | copies whose projection is one layer |
 | `mlp.3.weight` | `mlp.2.weight` | the authors' `Block`, which has an empty layer before the GELU |
+
+A copy is a version of the authors' module in another project.
 """
 
 import re
@@ -24,8 +26,8 @@ def take_names(state: MutableMapping[str, T], names: Iterable[str]) -> None:
     """Renames in place the entries of a `state_dict` that have another implementation's names.
 
     Args:
-        state: parameters, or anything else, by name. A name that is among `names` stays.
-        names: those that the model has.
+        state: values of any kind by the names of parameters. Entries whose name is in `names` stay.
+        names: the model's names.
 
     Example:
         >>> state = {"model.11.lepe.weight": 1}
@@ -42,7 +44,7 @@ def take_names(state: MutableMapping[str, T], names: Iterable[str]) -> None:
 
 
 def _elsewhere(name: str, own: set[str]) -> Iterator[str]:
-    """What an entry may be called elsewhere."""
+    """The names that the entry `name` may have elsewhere; `own` are the model's names."""
     places = [name]
     if found := _IN_ROW.fullmatch(name):
         places.append((found[1] or "") + found[2])

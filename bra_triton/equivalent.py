@@ -1,4 +1,7 @@
-"""This package's module that computes what a module of another implementation computes, found by trying."""
+"""Finds, by a trial, the module of this package that computes the same as another implementation's module.
+
+Here "the original" is the other implementation's module, and "ours" the module of this package.
+"""
 
 import copy
 import inspect
@@ -11,14 +14,14 @@ from .modules.nchw import NCHWBiLevelRoutingAttention
 from .modules.nhwc import BiLevelRoutingAttention
 from .modules.permuted import PermutedBiLevelRoutingAttention
 
-# Float64 rounds to some 1e-13 here; an original that casts to float32 inside, to 1e-7.
+# Rounding errors here are about 1e-13 in float64, and 1e-7 if the original casts to float32 inside.
 TOLERANCE = 1e-5
-# Layers of the original that hold no parameters themselves, and whose work ours does in its own way.
+# Modules of the original that hold no parameters themselves; ours computes their results differently.
 _OTHERWISE = {"", "qkv", "router", "kv_gather", "kv_down"}
 
 
 class NotTheSameError(Exception):
-    """Says what ours does not have or do."""
+    """Ours does not compute the same as the original; the message says what ours lacks."""
 
 
 def reason_of(error: Exception) -> str:
@@ -28,29 +31,29 @@ def reason_of(error: Exception) -> str:
 
 
 def class_name(module: nn.Module) -> str:
-    """The module's class with where it comes from."""
+    """The qualified name of a module's class, with the Python module that defines it."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def equivalent(original: nn.Module, backend: str) -> nn.Module:
-    """Ours with the settings of the original and its very layers, which the two then share.
+    """Our module with the settings and the layers of the original; the two modules then share the layers.
 
-    It is tried on copies: in float64 on the CPU, with random weights, in training and in eval.
+    A trial on copies decides: in float64 on the CPU, with random weights, in training and in eval.
 
     Raises:
-        NotTheSameError: where no module of ours computes the same; says why.
-        Exception: whatever reading or copying the original raises.
+        NotTheSameError: if no module of ours computes the same; says why.
+        Exception: any error that is raised while the original is read or copied.
     """
     return _with_layers_of(original, _class_for(original), backend)
 
 
 def _with_layers_of(original: nn.Module, kind: type[nn.Module], backend: str) -> Any:
-    """Ours with the original's settings and its very layers; raises where that leaves something out."""
+    """Ours with the original's settings and layers; raises NotTheSameError if they do not fit."""
     known = vars(original)
     settings = {name: known[name] for name in inspect.signature(kind).parameters if name in known}
     settings.pop("attn_backend", None)
     settings |= {"backend": backend, "qk_scale": known.get("scale", settings.get("qk_scale"))}
-    with torch.device("meta"):  # no memory and no random numbers for weights that are not kept
+    with torch.device("meta"):  # weights that will be replaced take no memory and no random numbers
         ours = kind(**settings).train(original.training)
     layers = ["qkv_linear", "output_linear"]
     if issubclass(kind, BiLevelRoutingAttention):
@@ -60,17 +63,17 @@ def _with_layers_of(original: nn.Module, kind: type[nn.Module], backend: str) ->
         try:
             layer = original.get_submodule(path)
         except AttributeError as error:
-            if path == "router.emb":  # a paste may route without a module: the trial tells whether alike
+            if path == "router.emb":  # some originals route without it; the trial compares results
                 continue
             raise NotTheSameError(f"it has no layer {path}, which ours takes over") from error
         setattr(ours.get_submodule(parent), name, layer)
-    setattr(ours, "lepe", original._modules.get("lepe"))  # noqa: B010  which mypy takes for a tensor
+    setattr(ours, "lepe", original._modules.get("lepe"))  # noqa: B010  mypy takes `ours.lepe` for a tensor
     _check_layers(original, ours)
     return ours
 
 
 def _check_layers(original: nn.Module, ours: nn.Module) -> None:
-    """Raises where ours lacks a parameter, buffer or layer of the original."""
+    """Raises NotTheSameError if parameters or buffers differ, or ours lacks a layer of the original."""
     tensors = [dict(m.named_parameters()).keys() | dict(m.named_buffers()).keys() for m in (original, ours)]
     if different := sorted(tensors[0] ^ tensors[1]):
         raise NotTheSameError(
@@ -84,11 +87,11 @@ def _check_layers(original: nn.Module, ours: nn.Module) -> None:
 
 
 def _class_for(original: nn.Module) -> type[nn.Module]:
-    """Which of our classes computes the same; raises where none does."""
+    """Our class that computes the same as the original; raises NotTheSameError if there is none."""
     kinds: tuple[type[nn.Module], ...] = (BiLevelRoutingAttention, PermutedBiLevelRoutingAttention)
     if "qkv_linear" in original._modules:
         kinds = (NCHWBiLevelRoutingAttention,)
-    _with_layers_of(original, kinds[0], "auto")  # what is wrong for every class needs no trial
+    _with_layers_of(original, kinds[0], "auto")  # raises, without a trial, if no class of ours can fit
     failures = []
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         trial = _trial_copy(original)
@@ -96,7 +99,7 @@ def _class_for(original: nn.Module) -> type[nn.Module]:
             ours = _with_layers_of(trial, kind, "torch")
             try:
                 differs = _difference(trial, ours)
-            except Exception as error:  # as a rule the map has the wrong layout
+            except Exception as error:  # usually because the map has the wrong layout
                 differs = reason_of(error)
             if differs is None:
                 return kind
@@ -120,9 +123,9 @@ def _trial_copy(original: nn.Module) -> nn.Module:
 
 
 def _difference(trial: nn.Module, ours: Any) -> str | None:
-    """What differs between a copy and ours with its parameters, in training or eval; None if nothing.
+    """Compares the trial copy with ours, in training and in eval; returns what differs, or None.
 
-    Outputs and all gradients are compared. What either module raises is not caught.
+    The outputs and all gradients are compared. Errors of either module are not caught.
     """
     may_pad = ours.auto_pad or isinstance(ours, NCHWBiLevelRoutingAttention)
     shape = _map_shape(ours, int(may_pad))
@@ -146,13 +149,16 @@ def _difference(trial: nn.Module, ours: Any) -> str | None:
 def _takes(module: nn.Module, shape: tuple[int, ...]) -> bool:
     try:
         module(torch.randn(shape, dtype=torch.float64))
-    except Exception:  # an assertion of the original's, as a rule
+    except Exception:  # usually an assertion of the original
         return False
     return True
 
 
 def _map_shape(ours: Any, rest: int) -> tuple[int, ...]:
-    """A map with sides that differ, so that no layout passes for another; a rest of 1 needs padding."""
+    """Shape of the map for a trial; with `rest` 1 the map needs padding, with 0 it does not.
+
+    Its height and width differ, so that no layout can be mistaken for another.
+    """
     side = getattr(ours._modules.get("kv_down"), "ratio", 2)  # a region must hold a pooling window
     (rows, columns), dim = ours.spec.windows, ours.spec.dim
     size = (rows * side + rest, columns * (side + 1) + rest)
@@ -160,13 +166,13 @@ def _map_shape(ours: Any, rest: int) -> tuple[int, ...]:
 
 
 def _outcome(module: nn.Module, shape: tuple[int, ...], parameters: list[Tensor]) -> tuple[Tensor, ...]:
-    """Output, gradient of a random map, and gradients of the parameters; those not used have zeros."""
+    """Output for a random map, gradient of the map, and gradients of the parameters (zeros if unused)."""
     torch.manual_seed(1)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     out = module(x)
     if not isinstance(out, Tensor):
         raise TypeError(f"its forward returns a {type(out).__name__}, ours a tensor")
     torch.manual_seed(2)
-    grad_out = torch.randn(out.shape, dtype=out.dtype)  # randn_like would draw in the order of the memory
+    grad_out = torch.randn(out.shape, dtype=out.dtype)  # randn_like draws in the order of memory
     inputs = (x, *parameters)
     return out, *torch.autograd.grad(out, inputs, grad_out, allow_unused=True, materialize_grads=True)

@@ -1,7 +1,8 @@
-"""Puts this package's modules in the place of other implementations of bi-level routing attention.
+"""Replaces other implementations of bi-level routing attention by this package's modules ("ours").
 
-Implementations differ in more than their names: pastes permute maps, take more inputs, drop scores. So a
-class proves nothing, and a module is replaced only if a trial shows that ours computes the same.
+Other projects hold changed copies of the original: some permute maps, take more inputs or apply dropout to
+the scores. So the class of a module proves nothing, and a module is replaced only if a trial shows that ours
+computes the same.
 """
 
 import inspect
@@ -24,8 +25,8 @@ class Finding:
     Attributes:
         name: its qualified names in the model, joined by commas; empty for the model itself.
         original: its class.
-        ours: the class that took its place; empty where none did.
-        note: why it was not replaced; or the layers in it whose hooks are not called any more, if any.
+        ours: the class that took its place; empty if it was not replaced.
+        note: why it was not replaced; or which of its layers have hooks that are not called any more, if any.
     """
 
     name: str
@@ -41,12 +42,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What `replace_attention` did; `str` has a line for every module.
+    """What `replace_attention` did; `str` of it has a line for every module.
 
     Attributes:
-        model: the model, or what took its place where the model was itself an attention.
+        model: the model; if it was itself an attention and was replaced, the module that took its place.
         replaced: the modules that were replaced.
-        not_replaced: those that look like bi-level routing attention and were not, with the reason.
+        not_replaced: the modules that look like bi-level routing attention but were kept, with the reason.
     """
 
     model: nn.Module = field(repr=False)
@@ -64,18 +65,18 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
 
     A module is looked at if it has `n_win`, `topk`, and `qkv` or `qkv_linear`, whatever its class is called.
     It is replaced if ours gives the same outputs and gradients: copies of both are run on the CPU, on a small
-    map, in float64, with random weights, in training and in eval. That takes the memory of a training step of
-    the original on two maps with some six tokens in each region.
+    map, in float64, with random weights, in training and in eval. This takes as much memory as a training
+    step of the original on two maps with about six tokens in each region.
 
-    Ours takes over the layers themselves, so parameters (also in an optimizer), dtypes, devices,
-    `requires_grad` and `state_dict` are unchanged. It keeps training mode, forward and backward hooks of the
-    module, and attributes that it does not have itself.
+    Ours takes over the original's layers themselves, so parameters (also in an optimizer), dtypes, devices,
+    `requires_grad` and `state_dict` are unchanged. It also takes over the training mode, the forward and
+    backward hooks of the module, and the attributes that only the original has.
 
     Args:
-        model: the model; it may be an attention itself, then use `Report.model` in its place.
-        backend: that of the new modules: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
-        subclasses: replace modules whose class overrides the `forward` of another, too. What such a `forward`
-            does beside computing its result is lost.
+        model: the model; if it is an attention itself, use `Report.model` in its place afterwards.
+        backend: backend of the new modules: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
+        subclasses: also replace modules whose class overrides the `forward` of another class. Whatever such a
+            `forward` does besides computing its result is lost.
 
     Returns:
         A frozen `Report`: the model, what was replaced, what was not and why.
@@ -104,7 +105,7 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
         found = (", ".join(names), class_name(original))
         try:
             ours, note = _replacement(original, backend, subclasses)
-        except Exception as error:  # somebody else's forward may raise anything, and each error is a reason
+        except Exception as error:  # a foreign forward may raise any error; the report gives it as the reason
             not_replaced.append(Finding(*found, note=reason_of(error)))
         else:
             replacements[original] = ours
@@ -119,21 +120,21 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
 def _looks_like_attention(module: nn.Module) -> bool:
     if isinstance(module, (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)):
         return False
-    # Not hasattr: a wrapper such as torch.compile's answers for the module inside.
+    # Not hasattr: a wrapper, such as that of torch.compile, has the attributes of the module inside, too.
     own = vars(module).keys() | module._modules.keys()
     return {"n_win", "topk"} <= own and not own.isdisjoint({"qkv", "qkv_linear"})
 
 
 def _replacement(original: nn.Module, backend: str, subclasses: bool) -> tuple[nn.Module, str]:
-    """Ours, ready to take the original's place, and which hooks are lost."""
+    """Our module, ready to take the original's place, and a note on hooks that are not called any more."""
     _check_forward(original, subclasses)
     ours = equivalent(original, backend)
     taken = vars(ours).keys() | ours._modules.keys() | {"forward"}
     for name, value in vars(original).items():
         is_free = name not in taken and not isinstance(getattr(type(ours), name, None), property)
-        if is_free or name in _CALL_HOOKS:  # the dictionary itself, so that handles can remove their hooks
+        if is_free or name in _CALL_HOOKS:  # hooks: the same dictionary, so that handles can remove them
             vars(ours)[name] = value
-    for name in ("router", "kv_down"):  # ours are called alike, but are made anew
+    for name in ("router", "kv_down"):  # ours are new layers of the same names, so far without hooks
         if original._modules.get(name) is not None and name in ours._modules:
             hooks = vars(original._modules[name])
             vars(ours._modules[name]).update({kind: hooks[kind] for kind in _CALL_HOOKS})
@@ -148,7 +149,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _check_forward(original: nn.Module, subclasses: bool) -> None:
-    """Raises where calls may ask for more than ours does."""
+    """Raises NotTheSameError if the original's `forward` takes more than ours, or may do more."""
     _, *extra = (name for name in inspect.signature(original.forward).parameters if name != "ret_attn_mask")
     if extra:
         raise NotTheSameError(f"its forward takes {', '.join(extra)}, which ours does not")

@@ -13,7 +13,7 @@ import bra_triton
 
 
 def main() -> int:
-    """Runs the demo, or the arguments of the command line as `yolo` would; `--version` has both versions."""
+    """Runs the demo, prints both versions (`--version`), or runs the command line as `yolo` would."""
     if sys.argv[1:2] == ["demo"]:
         from . import demo
 

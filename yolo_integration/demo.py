@@ -1,8 +1,8 @@
 """`bra-yolo demo`: YOLO26 with bi-level routing attention learns eight photographs, and shows where it looks.
 
-Trains `yolo26n-bra.yaml` with the settings of the users' recipe until it knows the photographs by heart,
-finds their objects again, and draws what its attention looks at beside what it found. Nothing is downloaded,
-and no GPU is needed.
+It trains `yolo26n-bra.yaml` with the users' usual settings until the model knows the photographs by heart.
+The trained model then finds their objects again, and the demo draws what its attention looks at beside the
+objects that were found. Nothing is downloaded, and no GPU is needed.
 """
 
 import argparse
@@ -28,25 +28,28 @@ INTRODUCTION = """\
 YOLO26n with bi-level routing attention learns eight photographs by heart. It is trained and judged on the
 same pictures: that shows that the blocks learn, not how well they do on others. Nothing is downloaded.
 """
-# The users' recipe; then what eight photographs need instead of a large data set: no augmentation, a high
-# learning rate without a long warm-up, and one validation at the end. Not MuSGD, the recipe's optimizer: a
-# step takes a fourth more time on a CPU, and after 200 at 320 pixels mAP50-95 was 0.82, AdamW's 0.95.
+# RECIPE: the settings with which users train such models. FEW_PHOTOGRAPHS: settings for eight photographs in
+# the place of a large data set: no augmentation, a high learning rate without a long warm-up, one validation
+# at the end. AdamW replaces the recipe's optimizer, MuSGD: a step of MuSGD takes a fourth more time on a CPU,
+# and after 200 steps at 320 pixels mAP50-95 was 0.82 with MuSGD and 0.95 with AdamW.
 RECIPE = {"cache": False, "single_cls": False, "close_mosaic": 10, "workers": 0, "amp": False}
 FEW_PHOTOGRAPHS = {
     **dict.fromkeys(("mosaic", "fliplr", "scale", "translate", "hsv_h", "hsv_s", "hsv_v", "erasing"), 0.0),
     **{"optimizer": "AdamW", "lr0": 0.003, "warmup_epochs": 5, "deterministic": True},
-    **{"box": 15.0, "cls": 1.0},  # twice Ultralytics': small boxes come late
+    **{"box": 15.0, "cls": 1.0},  # twice Ultralytics' values: small boxes are learned late
     **{"batch": 8, "nbs": 8},  # step the optimizer after every batch: the next one has the same eight images
     **dict.fromkeys(("plots", "val", "verbose"), False),
 }
-# A batch is the whole data set, so its statistics are those to validate with. Ultralytics' 0.03 averages them
-# over some 33 steps, in which the weights have changed: mAP50 was 0.13 where the batch's own gave 0.88.
+# Momentum of BatchNorm's running statistics, which validation uses. A batch is the whole data set, so the
+# statistics of the last batches suit best. Ultralytics' 0.03 averages over about 33 steps, during which the
+# weights change: mAP50 was then 0.13, and with the statistics of the batch itself 0.88.
 NORM_MOMENTUM = 0.3
 CONFIDENCE, OVERLAP = 0.25, 0.5
-# Every object has to be found as well. Seeds 0, 1 and 2 find all 23 and reach 0.995, Ultralytics' highest.
+# Below this mAP50 the demo fails; it also fails if an object is not found. With seeds 0, 1 and 2 all 23
+# objects are found, and mAP50 is 0.995, the highest that Ultralytics computes.
 LEAST_MAP50 = 0.95
-# Trainings at 320 pixels, where the smaller bottle has 8 x 11, missed up to three objects after 200 to 350
-# steps: a bottle whose boxes had yet to shrink to its size, or a tie whose class was not learned.
+# At 320 pixels, where the smaller bottle has 8 x 11 pixels, trainings of 200 to 350 steps missed up to three
+# objects: a bottle, whose predicted boxes were still too large, or a tie, whose class was not yet learned.
 STEPS, IMAGE_SIZE = 150, 480
 PAGE = "pointer.html"
 STEPS_PER_LINE = 10
@@ -83,7 +86,8 @@ def learn(options: argparse.Namespace) -> dict[str, Any]:
     fit(model, data, options.epochs, settings(options, "train"))
     seconds = time.perf_counter() - start
     trained = YOLO(options.out / "train" / "weights" / "last.pt")
-    # Square as in training. By default Ultralytics cuts pictures closer, and regions fall differently.
+    # Square inputs, as in training. By default Ultralytics pads a picture less here, to a rectangle: regions
+    # would cover other parts of it.
     look = {**place(options, "predictions"), "rect": False, "plots": False, "verbose": False}
     metrics = trained.val(data=str(data), **look)
     results = trained.predict(data.parent / "images", save=True, conf=CONFIDENCE, **look)
@@ -104,7 +108,7 @@ def learn(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def fit(model: YOLO, data: Path, epochs: int, arguments: dict[str, Any]) -> None:
-    """Trains quietly, with what a few photographs need that Ultralytics has no setting for."""
+    """Trains without Ultralytics' messages, with two changes that no setting of Ultralytics offers."""
 
     def prepare(trainer: Any) -> None:
         torch.set_num_threads(os.cpu_count() or 1)  # Ultralytics leaves one core of the CPU idle
@@ -116,7 +120,7 @@ def fit(model: YOLO, data: Path, epochs: int, arguments: dict[str, Any]) -> None
     level = LOGGER.level
     LOGGER.setLevel("WARNING")
     try:
-        model.train(data=str(data), epochs=epochs, save=False, **arguments)  # except for the last epoch
+        model.train(data=str(data), epochs=epochs, save=False, **arguments)  # saves the last epoch only
     finally:
         LOGGER.setLevel(level)
 
@@ -130,7 +134,7 @@ def _report_step(trainer: Any) -> None:
 def missed_objects(photo: Photo, result: Any) -> list[str]:
     """Classes of the labelled objects that no prediction of their class overlaps by half (IoU of 0.5).
 
-    A prediction counts for one object: the first whose best it is.
+    An object takes the prediction that overlaps it most, which then counts for no other object.
     """
     kinds = [result.names[int(kind)] for kind in result.boxes.cls]
     left, missed = set(range(len(kinds))), []
@@ -145,7 +149,7 @@ def missed_objects(photo: Photo, result: Any) -> list[str]:
 
 
 def draw_attention(trained: YOLO, images: Sequence[Path], options: argparse.Namespace) -> None:
-    """Predictions, routed regions and attention weights: a picture for each image, a page for the first."""
+    """Draws predictions, routed regions, attention weights: a figure of each image, a page of the first."""
     folder = options.out / "attention"
     folder.mkdir(exist_ok=True)
     look = {"imgsz": options.imgsz, "rect": False, "conf": CONFIDENCE, "verbose": False}
@@ -155,7 +159,7 @@ def draw_attention(trained: YOLO, images: Sequence[Path], options: argparse.Name
 
 
 def report(learned: dict[str, Any], out: Path) -> None:
-    """Prints what was shown and where to look at it."""
+    """Prints the results and where the pictures are."""
     objects, missed = learned["objects"], learned["missed"]
     print(f"\n{INTRODUCTION}")
     print(f"  trained        {learned['steps']} steps in {learned['seconds']:.0f} s")
@@ -167,7 +171,7 @@ def report(learned: dict[str, Any], out: Path) -> None:
 
 
 def find_failures(learned: dict[str, Any], required_map50: float) -> list[str]:
-    """What the figures say against the demo: mAP50 too low (NaN fails), or a labelled object not found."""
+    """Why the demo failed: mAP50 too low or NaN, or labelled objects not found. Empty if it succeeded."""
     failures = []
     if not learned["mAP50"] >= required_map50:
         failures.append(f"mAP50 {learned['mAP50']:.3f} is under {required_map50}")
@@ -189,6 +193,6 @@ def settings(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def place(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Arguments that all of Ultralytics' modes share here."""
+    """Arguments that training, validation and prediction share; files go to the folder `name`."""
     folder = {"project": str(options.out.resolve()), "name": name, "exist_ok": True}
     return {"imgsz": options.imgsz, **folder, "device": 0 if torch.cuda.is_available() else "cpu"}

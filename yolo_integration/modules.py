@@ -24,13 +24,14 @@ from bra_triton.export import is_eager
 from bra_triton.modules.block import Block
 
 HEAD_DIM = 32
-# Divides the maps of images of 320, 480, 640, 800 and 960 pixels at every stride from 8 to 32; of the other
-# usual size, 736, it pads at most 15 %. The drop-in's own default, 7, pads up to 49 % there.
+# Default of `n_win`. 5 divides the maps of images of 320, 480, 640, 800 and 960 pixels at every stride from 8
+# to 32. At 736 pixels, the other usual size, at most 15 % of the tokens are padding. With 7, the default of
+# the drop-in module, up to 49 % are padding at these sizes.
 N_WIN = 5
-# A larger share of padding is warned of.
+# A warning is logged if a larger share of the tokens is padding.
 MOST_PADDING = 0.2
-# What the warning advises. One of these pads the maps of any image of 320 to 1280 pixels, a multiple of 32,
-# at strides of 8 to 32 by at most 16 %.
+# Values of `n_win` that the warning advises. For every image of 320 to 1280 pixels (a multiple of 32), at
+# strides of 8 to 32, one of them leaves at most 16 % padding.
 ADVISED_N_WIN = range(4, 9)
 ATTENTIONS = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
 
@@ -88,14 +89,14 @@ def _with_defaults(dim: int, arguments: Mapping[str, Any] | None) -> dict[str, A
 
 
 def _check_padding(attention: Any, x: Tensor) -> None:
-    """Warns of much padding in training: Ultralytics builds and measures models in eval, on other sizes."""
-    if attention.training and is_eager() and isinstance(x, Tensor):  # torch.fx traces without a map
+    """Warns of much padding, in training only: in eval Ultralytics also runs models on sizes of its own."""
+    if attention.training and is_eager() and isinstance(x, Tensor):  # torch.fx passes a proxy
         _warn_of_padding(x.shape[2], x.shape[3], *attention.spec.windows, attention.spec.topk)
 
 
 @lru_cache(1024)
 def _warn_of_padding(height: int, width: int, rows: int, columns: int, topk: int) -> None:
-    """Warns once for every size; padding takes part in the softmax."""
+    """Warns once for every size of a map. Much padding matters because it takes part in the softmax."""
     share = _share_of_padding(height, width, rows, columns)
     if share > MOST_PADDING:
         better = _advised_n_win(height, topk), _advised_n_win(width, topk)
@@ -110,9 +111,10 @@ def _warn_of_padding(height: int, width: int, rows: int, columns: int, topk: int
 
 
 def _advised_n_win(side: int, topk: int) -> int:
-    """The number of regions along a map's side that pads it least; of equal ones that closest to `N_WIN`.
+    """The number of regions along a map's side that pads it least; among equals the closest to `N_WIN`.
 
-    Left out are numbers that make fewer than `topk` regions of a map with as many along its other side.
+    Numbers whose square is below `topk` are left out: a map with as many regions along its other side would
+    have fewer than `topk` regions.
     """
     enough = [n_win for n_win in ADVISED_N_WIN if n_win**2 >= topk] or ADVISED_N_WIN[-1:]
     return min(enough, key=lambda n_win: (-side % n_win, abs(n_win - N_WIN)))
@@ -226,7 +228,7 @@ class BiFormerBlock(Block, TakesNames):
     def __init__(self, dim: int, attention: Mapping[str, Any] | None = None, mlp_ratio: float = 3.0) -> None:
         hidden = _hidden_channels("mlp_ratio", mlp_ratio, dim)
         super().__init__(dim, build_attention(dim, attention), hidden)
-        del self.mlp[1]  # the place for a convolution: keys of the `state_dict` do not count it here
+        del self.mlp[1]  # the identity: the keys of the `state_dict` do not count it here
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(N, dim, H, W)` of any strides to the same shape, in channels-last memory."""
@@ -237,7 +239,7 @@ class BiFormerBlock(Block, TakesNames):
 class BRABlock(nn.Module):
     """Attention, then a convolutional feed-forward, each added to its input: in `C2BRA` and `C3k2BRA`.
 
-    It is built like Ultralytics' `PSABlock`, and layers that are the same have the same names.
+    It is built like Ultralytics' `PSABlock`, with the same names for the same layers.
 
     Args:
         dim: channels of the map.

@@ -1,7 +1,7 @@
-"""Weights of a model with other rows: which row of the one belongs to which of the other.
+"""Transfers weights between models with different rows: finds which row of one belongs to which of the other.
 
-Ultralytics transfers a tensor where name and shape agree, and a name begins with the number of its row. So
-one row more in the backbone would leave all rows behind it without weights. Here rows are matched first.
+Ultralytics transfers a tensor if its name and shape agree, and a name begins with the number of its row. So
+with one more row in the backbone, all rows after it would get no weights. Here rows are matched first.
 """
 
 import copy
@@ -19,11 +19,11 @@ Shapes = Mapping[str, Size]
 
 
 def with_rows_of(source: Any, target: nn.Module) -> nn.Module:
-    """The source with its rows at the places of the target's, as far as both are alike.
+    """A copy of the source in which each row has the number of the target's row that it matches.
 
     Args:
-        source: a model of Ultralytics; it is not changed, and shares its rows with what is returned.
-        target: the model that is to get its weights.
+        source: a model of Ultralytics; it is not changed, and shares its rows with the returned model.
+        target: the model that will get the weights.
 
     Returns:
         A model with as many rows as the target. Rows without a counterpart are empty.
@@ -36,21 +36,21 @@ def with_rows_of(source: Any, target: nn.Module) -> nn.Module:
 
 
 def match_rows(source: list[Shapes], target: list[Shapes]) -> list[int | None]:
-    """For every row of the target that of the source, so that most tensors agree in name and shape.
+    """Matches rows so that as many tensors as possible agree in name and shape.
 
     Args:
         source: for each row the shapes of its tensors by name.
-        target: likewise.
+        target: the same for the other model.
 
     Returns:
-        Rising indices of `source`; None for rows that have no counterpart.
+        For each row of `target` the index of its row in `source`, in rising order; None if it has none.
 
     Example:
         >>> conv, attention = {"weight": torch.Size([8, 8])}, {"qkv": torch.Size([24, 8])}
         >>> match_rows([conv, conv], [conv, attention, conv])
         [0, None, 1]
     """
-    # best[i][j]: tensors that agree at most in the rows from i and from j on.
+    # best[i][j]: how many tensors can agree at most in the rows from i on of source and from j on of target.
     best = [[0] * (len(target) + 1) for _ in range(len(source) + 1)]
     alike = [[sum(theirs.get(k) == v for k, v in ours.items()) for ours in target] for theirs in source]
     for i in reversed(range(len(source))):
@@ -64,7 +64,8 @@ def match_rows(source: list[Shapes], target: list[Shapes]) -> list[int | None]:
         is_match = i < len(source) and best[i][j] > best[i][j + 1]
         places.append(i if is_match else None)
         i += is_match
-    # As many rows between two matches in both belong together, too: another implementation has other names.
+    # If both have the same number of rows between two matches, these rows belong together, too, although no
+    # tensor agrees: the names of another implementation differ.
     matches = [(at, j) for j, at in enumerate(places) if at is not None]
     for (i, j), (next_i, next_j) in pairwise([(-1, -1), *matches, (len(source), len(target))]):
         if next_i - i == next_j - j:
@@ -73,7 +74,7 @@ def match_rows(source: list[Shapes], target: list[Shapes]) -> list[int | None]:
 
 
 def report(source: nn.Module, target: nn.Module) -> None:
-    """Logs which layers of the target have no counterpart, and so keep the weights that they had."""
+    """Logs which layers of the target have no counterpart in the source and so keep their own weights."""
     given, own = dict(source.state_dict()), target.state_dict()
     take_names(given, own)
     new = [name for name, value in own.items() if name not in given or given[name].shape != value.shape]

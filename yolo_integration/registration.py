@@ -36,12 +36,19 @@ _parse_lock = threading.RLock()
 def register() -> None:
     """Registers blocks and yamls in Ultralytics; importing `bra_triton.yolo_integration` does it already.
 
-    Afterwards yaml rows may name `BiLevelRoutingAttention`, `nchwBRA` (or `NCHWBiLevelRoutingAttention`),
-    `BiFormerBlock`, `C2BRA` and `C3k2BRA`; Ultralytics finds the packaged yamls by name, in every scale, and
-    the photographs of `photo_dataset` as `data="photos.yaml"`; weights are transferred by structure and by
-    the names of other implementations; the summary counts the attention; an export that cannot hold it is
-    refused; restricted loading (`ULTRALYTICS_SAFE_LOAD`) accepts the blocks; and the child processes of
-    multi-GPU training register them too. Further calls change nothing.
+    Afterwards
+
+    - yaml rows may name `BiLevelRoutingAttention`, `nchwBRA` (or `NCHWBiLevelRoutingAttention`),
+      `BiFormerBlock`, `C2BRA` and `C3k2BRA`;
+    - Ultralytics finds the packaged yamls by name, in every scale, and the photographs of `photo_dataset` as
+      `data="photos.yaml"`;
+    - weights are transferred between models with different rows, and from other implementations' names;
+    - the model summary counts the attention's multiply-adds;
+    - an export to a format that cannot hold the attention is refused;
+    - restricted loading (`ULTRALYTICS_SAFE_LOAD`) accepts the blocks;
+    - the child processes of multi-GPU training register the blocks, too.
+
+    Further calls change nothing.
 
     Example:
         >>> register()
@@ -76,7 +83,7 @@ def register_in_child_process(trainer: Any) -> None:
 
 
 def refuse_export(exporter: Any) -> None:
-    """Raises ValueError where a model with this package's attention cannot be exported so."""
+    """Raises ValueError if the model has this package's attention and the export's format cannot hold it."""
     if exporter.args.format == "ncnn" and _has_attention(exporter.model):
         raise ValueError(
             "format='ncnn' cannot hold bi-level routing attention: NCNN has no operator that chooses regions "
@@ -94,7 +101,7 @@ def _wrap_once(module: ModuleType | type, name: str, wrapper: Callable[..., Any]
         return
     if isinstance(module, type):
 
-        def wrapped(*args: Any, **kwargs: Any) -> Any:  # a function, which becomes a method
+        def wrapped(*args: Any, **kwargs: Any) -> Any:  # not a partial: only a function becomes a method
             return wrapper(original, *args, **kwargs)
     else:
         wrapped = functools.partial(wrapper, original)
@@ -121,16 +128,16 @@ def _find_packaged_yaml(original: Callable[..., Any], file: str | Path, *args: A
 def _by_our_names(
     original: Callable[..., Any], given: dict[str, Any], own: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """What a model's `load` takes of a checkpoint, whose names may be those of another implementation."""
+    """Wraps `intersect_dicts`, which selects a checkpoint's tensors by name: renames the tensors first."""
     renamed = dict(given)
     take_names(renamed, own)
     return original(renamed, own, *args, **kwargs)
 
 
 def _find_photographs(original: Callable[..., Any], file: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """Writes the data set to where Ultralytics keeps those that it downloads, and returns its yaml."""
+    """For `PHOTOS` writes the photographs into Ultralytics' folder of data sets; returns the yaml's path."""
     if str(file) == PHOTOS and not os.path.exists(PHOTOS):
-        from .photo_dataset import write_photo_dataset  # not above: it is also run, by `python -m`
+        from .photo_dataset import write_photo_dataset  # not at the top: it is also run, by `python -m`
 
         return str(write_photo_dataset(DATASETS_DIR / "photos"))
     return original(file, *args, **kwargs)

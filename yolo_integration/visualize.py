@@ -16,7 +16,7 @@ DOTS_PER_INCH = 110
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 and a message where an argument is wrong."""
+    """Runs the command; returns 0. If an argument is wrong, it exits with status 2 and a message."""
     parser = _parser()
     options = parser.parse_args(arguments)
     for name, file in (("IMAGE", options.image), ("--weights", options.weights)):

@@ -1,8 +1,8 @@
-"""The yaml rows of this package's blocks: what they may say, and their form for Ultralytics' `parse_model`.
+"""The yaml rows of this package's blocks: checks them and rewrites them for Ultralytics' `parse_model`.
 
-Rows of the two attentions take what their class takes after `dim`: by position in the order of its signature,
-by name in a mapping, or some by position followed by others by name. Rows of blocks take names only. Input
-channels are never given:
+Rows of the two attentions take the arguments that follow `dim` in the signature of their class: by position,
+by name in a mapping, or some by position followed by others by name. Rows of blocks take arguments by name
+only. A row never gives its input channels:
 
     - [-1, 1, BiLevelRoutingAttention, []]
     - [-1, 1, BiLevelRoutingAttention, [8, 7]]              # num_heads=8, n_win=7
@@ -46,8 +46,8 @@ YAML_MODULES: dict[str, type[nn.Module]] = {
     "C3k2BRA": C3k2BRA,
 }
 
-# A row may name a block by this path. Where the package was not imported, parse_model raises a KeyError that
-# holds nothing but the name in the row; this one says what to import.
+# A row may name a block with this prefix. If the package was not imported, parse_model raises a KeyError that
+# holds nothing but the name in the row; with the prefix the name says what to import.
 IMPORT_PATH = "bra_triton.yolo_integration."
 
 _ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
@@ -61,11 +61,12 @@ _CHANNEL_NAMES = ("dim", "c1", "c2", "ch")
 
 # Classes to which parse_model passes input channels, scaled output channels and repeats, and nothing else.
 _PLAIN_CSP_CLASSES = ("C3TR", "C3x", "C3Ghost", "BottleneckCSP", "C1", "C2")
-# For each block of ours that is to be treated so, the classes as which it can be parsed. C2fCIB is first for
-# C3k2BRA because, like C3k2, it makes parse_model choose the newer form of the Detect head.
+# For each of our blocks that parse_model has to treat like these classes, the classes in whose place it can
+# be parsed. C2fCIB is first for C3k2BRA because, like C3k2, it makes parse_model choose the newer form of the
+# Detect head.
 _PARSED_AS = {"C2BRA": _PLAIN_CSP_CLASSES, "C3k2BRA": ("C2fCIB", *_PLAIN_CSP_CLASSES)}
 
-# Names that public pastes give to relatives of the blocks: C2f_BiFormer, BRA, BiLevelRoutingAttention_nchw.
+# Names of similar blocks in other projects: C2f_BiFormer, BRA, BiLevelRoutingAttention_nchw.
 _RELATIVE = re.compile(r"BRA|(?i:(?<![a-z])bra(?![a-z])|nchw_?bra|bi_?former|bi_?level|routing_?attention)")
 _NEAREST = (
     ("C2f|C3", "C3k2BRA"),
@@ -136,7 +137,7 @@ def _expand_row(index: int, row: Sequence[Any]) -> Sequence[Any]:
 
 
 def _block_name(row: Sequence[Any]) -> str:
-    """The name in a row, without `IMPORT_PATH`; empty for what is no row."""
+    """The name in a row, without `IMPORT_PATH`; empty if `row` is not a row."""
     is_row = isinstance(row, Sequence) and len(row) > 2 and isinstance(row[2], str)
     return row[2].removeprefix(IMPORT_PATH) if is_row else ""
 
@@ -286,7 +287,7 @@ def errors_name_the_row(model: Mapping[str, Any]) -> Iterator[None]:
 def blocks_parsed_as_csp(model: Mapping[str, Any]) -> Iterator[None]:
     """Context in which `parse_model` treats `C2BRA` like `C2PSA` and `C3k2BRA` like `C3k2`.
 
-    It passes them input channels, scaled width and repeats. parse_model decides what to pass to a class by
+    parse_model passes them input channels, scaled width and repeats. It decides what to pass to a class by
     sets of classes, which it builds in every call from global names of its module. So in this context some of
     these names, of classes that the yaml does not use, refer to this package's blocks.
 

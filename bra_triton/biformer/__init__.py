@@ -1,4 +1,4 @@
-"""BiFormer, the authors' network, on this package's attention.
+"""BiFormer, the authors' network, built with this package's attention.
 
 If timm is installed, importing this package registers the models with it, so that
 `timm.create_model("biformer_tiny", features_only=True)` works.
@@ -28,5 +28,5 @@ __all__ = [
 
 try:
     from . import timm_models  # noqa: F401
-except ImportError as error:  # not installed, or from before 1.0
+except ImportError as error:  # timm is not installed, or is older than 1.0
     logging.getLogger("bra_triton").info("BiFormer is not registered with timm: %s", error)

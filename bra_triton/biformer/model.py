@@ -1,4 +1,4 @@
-"""BiFormer with the structure and the `state_dict` of rayleizhu/BiFormer `models/biformer.py`."""
+"""BiFormer with the same structure and `state_dict` keys as rayleizhu/BiFormer `models/biformer.py`."""
 
 import math
 import numbers
@@ -14,7 +14,7 @@ from ..arguments import whole
 from ..modules.block import Block
 from ..modules.nhwc import BiLevelRoutingAttention, depthwise_convolution
 
-# What `topks` may hold besides a number of regions.
+# Values of `topks` that stand for dense attention instead of a number of regions.
 DENSE, DENSE_WITH_LEPE = -1, -2
 DENSE_HEADS = 8  # fixed in the authors' dense attention, whatever `head_dim` is
 
@@ -29,10 +29,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class DenseAttention(nn.Module):
     """Attention of every token to every other: the authors' `AttentionLePE`, in BiFormer's last stage.
 
-    It is not bi-level routing attention with every region chosen: logits are scaled by the width of a head,
-    the projection has no bias, and the positional convolution, LePE, is one of the input, not of the values.
-    On a GPU the backward of PyTorch's `scaled_dot_product_attention`, which computes it, has the same bits in
-    every run only under `torch.use_deterministic_algorithms(True)`.
+    It differs from bi-level routing attention whose regions choose all regions: the width of a head scales
+    the logits, the projection has no bias, and LePE, the positional convolution, is applied to the input
+    instead of the values. PyTorch's `scaled_dot_product_attention` computes it. On a GPU the backward of that
+    function has the same bits in every run only under `torch.use_deterministic_algorithms(True)`.
 
     Args:
         dim: channels of the map, a multiple of 8: there are 8 heads.
@@ -57,7 +57,7 @@ class DenseAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attends over a map `(N, H, W, dim)`; returns the same shape."""
         batch, height, width, dim = x.shape
-        # Not unflatten: ONNX's opset 11 has none.
+        # reshape, because ONNX's opset 11 has no unflatten.
         qkv = self.qkv(x).reshape(batch, height * width, 3, DENSE_HEADS, dim // DENSE_HEADS)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
         out = _attend(query, key, value).transpose(1, 2).reshape(x.shape)
@@ -74,30 +74,31 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class BiFormer(nn.Module):
-    """The classifier: stages of blocks. A stage has half the map of the one before, the first a quarter.
+    """The classifier: stages of blocks. The first stage's map has a quarter of the image's height and width.
 
-    The defaults are those of the released BiFormer-T; `VARIANTS` has what S and B change. The checkpoints
-    that the authors released load with `strict=True`: `model.load_state_dict(torch.load(path)["model"])`.
+    Every further stage halves both. The defaults are those of the released BiFormer-T; `VARIANTS` has the
+    arguments that differ for S and B. The checkpoints that the authors released load with `strict=True`:
+    `model.load_state_dict(torch.load(path)["model"])`.
 
-    Of the authors' arguments those are left out that every released model has at the same value: `pre_norm`
-    (True), `before_attn_dwconv` (3), `mlp_dwconv` (False), `pe`, `representation_size` and
+    Some of the authors' arguments have the same value in every released model, and do not exist here:
+    `pre_norm` (True), `before_attn_dwconv` (3), `mlp_dwconv` (False), `pe`, `representation_size` and
     `use_checkpoint_stages` (none). `qk_dims` is `embed_dim`.
 
     Args:
         depth: blocks of each stage.
         embed_dim: channels of each stage.
         in_chans: channels of the image.
-        num_classes: outputs of the classifier; 0 for none, and the forward returns the pooled features.
+        num_classes: outputs of the classifier; with 0 there is none, and `forward` returns pooled features.
         head_dim: width of a head of the routed attentions; divides their stages' channels.
         mlp_ratio: width of an MLP's hidden layer, divided by the channels.
-        n_win: regions a side.
-        topks: for each stage the regions that every region attends to; -1 for dense attention, -2 for dense
-            attention with LePE.
+        n_win: regions along each side of a map.
+        topks: for each stage the number of regions that every region attends to; -1 for dense attention, -2
+            for dense attention with LePE.
         side_dwconv: kernel size (odd) of LePE; 0 for none.
         drop_path_rate: probability that a sample skips the last block's attention or MLP in training. It
-            grows linearly from 0 at the first block. Needs torchvision where it is not 0.
-        layer_scale_init_value: at what the learned factors of attention and MLP, one for each channel, start;
-            none where it is not positive, as in the released models.
+            grows linearly from 0 at the first block. Needs torchvision if it is not 0.
+        layer_scale_init_value: initial value of the learned factors of attention and MLP, one for each
+            channel; if it is not positive, as in the released models, there are no such factors.
         **attention: further arguments of `bra_triton.BiLevelRoutingAttention`, for all routed stages:
             `auto_pad`, `kv_downsample_mode`, `diff_routing`, `backend`, ...
 
@@ -158,7 +159,7 @@ class BiFormer(nn.Module):
         self.apply(_initialise)
 
     def get_classifier(self) -> nn.Module:
-        """The last layer: linear, or the identity where there are no classes."""
+        """The last layer: linear, or the identity if there are no classes."""
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -169,7 +170,7 @@ class BiFormer(nn.Module):
         self.head.apply(_initialise)
 
     def stage_maps(self, x: Tensor) -> list[Tensor]:
-        """The output of every stage, `(N, embed_dim[i], H / (4 * 2**i), W / (4 * 2**i))`, of an image."""
+        """The output of every stage, `(N, embed_dim[i], H / (4 * 2**i), W / (4 * 2**i))`, for images."""
         maps = []
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))
@@ -183,8 +184,8 @@ class BiFormer(nn.Module):
     def forward(self, x: Tensor) -> Any:
         """Maps images `(N, in_chans, H, W)` to logits `(N, num_classes)`.
 
-        Without `auto_pad=True` the sides of every routed stage's map must be multiples of `n_win`. In the
-        released models those of the image are then multiples of 112.
+        Without `auto_pad=True` the sides of every routed stage's map must be multiples of `n_win`. For the
+        released models this means that the sides of the image must be multiples of 112.
         """
         return self.head(self.forward_features(x).mean((2, 3)))
 
@@ -192,12 +193,12 @@ class BiFormer(nn.Module):
 class BiFormerBackbone(BiFormer):
     """BiFormer without its classifier, for detection and segmentation: one map of each stage.
 
-    Like the authors' `BiFormer_mm` it normalises each map by a LayerNorm of its own (`extra_norms`). Weights
-    of a classifier load with `strict=False`: they lack `extra_norms` and have `head` and `norm` to spare. The
-    authors detect with `n_win=16`, and segment with 8.
+    Like the authors' `BiFormer_mm`, it has a LayerNorm for the map of each stage (`extra_norms`). Weights of
+    a classifier load with `strict=False`: they lack `extra_norms`, and their `head` and `norm` are not used.
+    The authors use `n_win=16` for detection and 8 for segmentation.
 
     Args:
-        auto_pad: pad maps to multiples of `n_win`; by default True, as images of detectors have any size.
+        auto_pad: pad maps to multiples of `n_win`; by default True, since detectors take images of any size.
         **arguments: those of `BiFormer`, except `num_classes`.
 
     Example:
@@ -219,7 +220,7 @@ class BiFormerBackbone(BiFormer):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The maps of all stages of images `(N, in_chans, H, W)`, as `forward_features`."""
+        """Maps images `(N, in_chans, H, W)` to the maps of all stages, as `forward_features` returns them."""
         return self.forward_features(x)
 
 
@@ -260,7 +261,7 @@ def biformer_base(**arguments: Any) -> BiFormer:
 
 
 def _downsampling_layers(in_chans: int, embed_dim: Sequence[int]) -> list[nn.Sequential]:
-    """For each stage what makes its map: two convolutions with stride 2 for the first, one for the others."""
+    """For each stage the layers that make its map: two convolutions of stride 2 for the first, else one."""
 
     def halve(c1: int, c2: int) -> list[nn.Module]:
         return [nn.Conv2d(c1, c2, 3, stride=2, padding=1), nn.BatchNorm2d(c2)]
@@ -288,7 +289,7 @@ def _initialise(module: nn.Module) -> None:
 def _check_stages(
     depth: Sequence[int], embed_dim: Sequence[int], topks: Sequence[int], head_dim: int
 ) -> None:
-    """Raises ValueError where stages are described wrongly."""
+    """Raises ValueError if the arguments do not describe stages."""
     if not len(depth) == len(embed_dim) == len(topks) >= 1:
         raise ValueError(
             "depth, embed_dim and topks must have one entry for each stage, "

@@ -1,4 +1,4 @@
-"""The models in timm's registry, with what timm asks of a model whose maps it hands out."""
+"""The models in timm's registry, with the attributes and methods that timm needs to extract feature maps."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .model import VARIANTS, BiFormer
 
-# The authors release weights on a file host without stable addresses, so timm is told of none.
+# Without addresses of weights: the authors release them on a file host that has no stable addresses.
 default_cfgs = generate_default_cfgs(
     {
         name: {
@@ -45,12 +45,12 @@ class TimmBiFormer(BiFormer):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The maps of the stages named by `indices`, and the final features unless they are not wanted.
+        """The maps of the stages in `indices` and, unless `intermediates_only`, the final features.
 
         Args:
             x: images, `(N, in_chans, H, W)`.
-            indices: stages; the last `indices` of them for an int, all for None.
-            norm: must be False, as the classifier's norm fits the last stage alone.
+            indices: numbers of stages; an int stands for that many of the last stages, None for all stages.
+            norm: must be False, because the classifier's norm fits only the last stage.
             output_fmt: must be `"NCHW"`.
             intermediates_only: return only the list of maps.
 

@@ -1,4 +1,7 @@
-"""What the drop-in modules have in common: the original's attributes, and what may be set of them."""
+"""The base classes of the drop-in modules: their attributes, and which of these can be set.
+
+"The original" is the authors' module, in rayleizhu/BiFormer, that a drop-in module stands for.
+"""
 
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -16,12 +19,13 @@ from .inputs import apply
 
 FIXED_BY_PARAMETERS = "it shapes the parameters; give it to the constructor"
 NEVER_CALLED = "no backend would call it"
-# None of them is optional but `lepe`, which the original makes a function where there is none.
+# Attributes that must hold a module. Only `lepe` can also be None: no LePE, for which the original stores a
+# function.
 _LAYERS = ("lepe", "qkv", "wo", "router", "kv_down", "qkv_linear", "output_linear")
 
 
 def number(name: str) -> property:
-    """A number of the specification; setting it makes another one, which checks as the constructor does."""
+    """A property that reads a number of `spec`; setting it makes a new spec, which checks the number."""
 
     def read(module: "Specified") -> Any:
         return getattr(module.spec, name)
@@ -33,21 +37,22 @@ def number(name: str) -> property:
 
 
 class Specified(nn.Module):
-    """A module with a specification, some of whose attributes may not be set.
+    """A module with a specification. Setting an attribute that `_fixed` names raises AttributeError.
 
     Attributes:
-        spec: what is computed.
+        spec: the numbers that define the attention.
     """
 
     spec: AttentionSpec
-    # Attributes that cannot be set, and why: what the original had under these names would be ignored here.
+    # Attributes that cannot be set, each with the reason. The original uses them; here a new value would be
+    # ignored.
     _fixed: ClassVar[dict[str, str]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._fixed:
             raise AttributeError(f"{name} cannot be set, got {value!r}: {self._fixed[name]}")
         if isinstance(getattr(type(self), name, None), property):
-            # nn.Module would make a parameter or a submodule of it, which nothing reads.
+            # nn.Module would register a parameter or a module under this name and not call the setter.
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -56,9 +61,9 @@ class Specified(nn.Module):
 class Attention(Specified, TakesNames):
     """The base of the drop-in modules.
 
-    `n_win`, `num_heads`, `topk`, `scale`, `soft_routing`, `diff_routing`, `auto_pad` and `backend` may be set
-    at any time, and are checked as by the constructor. What shapes the parameters can be read; setting it
-    raises AttributeError.
+    `n_win`, `num_heads`, `topk`, `scale`, `soft_routing`, `diff_routing`, `auto_pad` and `backend` can be set
+    at any time; a new value is checked as in the constructor. Attributes that determine the shapes of the
+    parameters can only be read: setting one raises AttributeError.
     """
 
     _fixed: ClassVar[dict[str, str]] = {"dim": FIXED_BY_PARAMETERS, "attn_act": NEVER_CALLED}
@@ -72,7 +77,7 @@ class Attention(Specified, TakesNames):
 
     @property
     def scale(self) -> float:
-        """Factor of the tokens' logits; as in the original, setting it leaves that of the router's alone."""
+        """Factor of the tokens' logits. As in the original, setting it keeps the router's factor."""
         return self.spec.scale
 
     @scale.setter
@@ -82,7 +87,7 @@ class Attention(Specified, TakesNames):
 
     @property
     def backend(self) -> str:
-        """`"auto"` or a backend's name; setting another raises ValueError."""
+        """`"auto"` or a backend's name; setting any other value raises ValueError."""
         return self._backend
 
     @backend.setter
@@ -97,14 +102,14 @@ class Attention(Specified, TakesNames):
         super().__setattr__(name, value)
 
     def _leaf(self, x: Any, *others: Any) -> Any:
-        """The module as a leaf of the graph that `torch.fx` traces, of which `x` is a node.
+        """Adds a call of this module, as one node, to the graph that `torch.fx` traces; returns its proxy.
 
         Args:
-            x: the forward's first argument, no tensor.
-            others: what follows it.
+            x: the forward's first argument, which is not a tensor: the proxy of a map.
+            others: the forward's other arguments.
 
         Raises:
-            TypeError: where `x` is anything else, or the module is all that is traced.
+            TypeError: if `x` is no proxy, or if this module itself is the root of the trace.
         """
         if not isinstance(x, torch.fx.Proxy):
             raise TypeError(f"x must be a tensor, got {x!r}")
@@ -118,14 +123,19 @@ class Attention(Specified, TakesNames):
         return tracer.create_proxy("call_module", path, (x, *others), {})
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Refuses: `torch.jit.script`, which asks for this, would fail somewhere inside."""
+        """Raises TypeError: `torch.jit.script` calls this, and would otherwise fail later, less clearly."""
         raise TypeError(
             "torch.jit.script cannot compile bi-level routing attention; use torch.jit.trace, torch.export "
             "or torch.compile"
         )
 
     def _with_lepe(self, out: Tensor, call: Call) -> Tensor:
-        """The output `(N, H, W, dim)` of a call without LePE, with what LePE's layer adds if there is one."""
+        """Calls LePE's layer and adds its output to `out`; returns `out` itself if there is no such layer.
+
+        Args:
+            out: `(N, H, W, dim)`: the output of the call, without LePE.
+            call: the call.
+        """
         lepe = self._modules.get("lepe")
         if lepe is None:
             return out

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 class Block(nn.Module):
     """A position convolution, then attention, then an MLP, each added to its input.
 
-    Attention and MLP have a LayerNorm before them. The parameters are those of the authors' block
-    (rayleizhu/BiFormer, `models/biformer.py`). The map is brought into channels-last memory once, for the
-    norms, the attention and the MLP together; if it is already there, it is not copied.
+    A LayerNorm stands before the attention and another before the MLP. The parameters are those of the
+    authors' block (rayleizhu/BiFormer, `models/biformer.py`). The map is copied to channels-last memory once,
+    for the norms, the attention and the MLP together; a map that is channels-last already is not copied.
 
     Args:
         dim: channels of the map.
         attention: maps `(N, H, W, dim)` to the same shape.
         hidden: width of the MLP's hidden layer.
         drop_path: probability with which a sample skips attention or MLP in training (stochastic depth).
-        layer_scale_init_value: at what `gamma1` and `gamma2`, learned factors of attention and MLP, start;
-            none where it is not positive.
+        layer_scale_init_value: initial value of `gamma1` and `gamma2`, the learned factors of attention and
+            MLP, `(dim,)` each; if it is not positive, there are no such factors.
 
     Raises:
         ModuleNotFoundError: if `drop_path` is positive and torchvision, which computes it, is not installed.
@@ -45,7 +45,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attention
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        # The authors' block may have a convolution in the second place, which no released model has.
+        # The identity: the authors' block can have a convolution here, but no released model has one.
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.Identity(), nn.GELU(), nn.Linear(hidden, dim))
         self.drop_path = _stochastic_depth(drop_path)
         for name in ("gamma1", "gamma2"):

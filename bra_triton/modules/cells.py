@@ -1,6 +1,7 @@
-"""Cells of a region, along one side: where they lie, and what is computed over them in plain PyTorch.
+"""Tables of cells along a side of a region, and the maxima and means of cells in plain PyTorch.
 
-A table of cells is `(cells, 2)` int32: the first token of each cell, and the one past its last.
+A cell is a rectangle of tokens that down-sampling reduces to one token. A table is `(cells, 2)` int32: for
+each cell the number of its first token and of the token after its last, counted along the side.
 """
 
 import torch
@@ -8,17 +9,17 @@ from torch import Tensor
 
 from ..kernels.grid import larger
 
-Cells = tuple[Tensor, Tensor]  # along the rows and along the columns
+Cells = tuple[Tensor, Tensor]  # the tables along a region's height and along its width
 
 
 def fractional_cells(side: int, count: int, window: int, sample: Tensor) -> Tensor:
-    """Cells of fractional max-pooling along one side, as PyTorch's `fractional_max_pool2d` places them.
+    """The table of fractional max-pooling; places the cells as PyTorch's `fractional_max_pool2d` does.
 
     Args:
         side: tokens along the side.
-        count: cells.
-        window: tokens in each cell.
-        sample: float32 scalar in `[0, 1)`, on the device where the cells shall be.
+        count: cells along the side.
+        window: tokens of a cell along the side.
+        sample: random number in `[0, 1)`, a float32 scalar; the table is made on its device.
 
     Returns:
         `(count, 2)` int32.
@@ -31,18 +32,18 @@ def fractional_cells(side: int, count: int, window: int, sample: Tensor) -> Tens
 
 
 def window_maxima(x: Tensor, dim: int, cells: Tensor, window: int) -> Tensor:
-    """Maxima of `x` over the cells along a dimension, all of at most `window` tokens."""
+    """Maxima of `x` over cells along dimension `dim`; no cell may have more than `window` tokens."""
     position = cells[:, :1] + torch.arange(window, dtype=torch.int32, device=x.device)
-    last = cells[:, 1:] - 1  # taken again and again in smaller cells
-    # Neither torch.minimum nor unflatten: in opset 11 there is no minimum of integers, and no unflatten.
+    last = cells[:, 1:] - 1  # a cell with fewer tokens repeats its last one
+    # torch.where and reshape, because ONNX's opset 11 has no minimum of integers and no unflatten.
     position = torch.where(position < last, position, last)
     shape = (*x.shape[:dim], cells.shape[0], window, *x.shape[dim + 1 :])
     windows = x.index_select(dim, position.flatten()).reshape(shape)
-    return windows.max(dim + 1).values  # the gradient goes to one of equals; amax would share it out
+    return windows.max(dim + 1).values  # of equal maxima one gets the gradient; amax would divide it
 
 
 def mean_matrix(cells: Tensor, side: int, like: Tensor) -> Tensor:
-    """`(cells, side)`: one over the cell's size where it contains the token, else 0; dtype of `like`."""
+    """Weights `(cells, side)` for means: 1 / (tokens of the cell) inside it, else 0; dtype of `like`."""
     token = torch.arange(side, dtype=torch.int32, device=cells.device)
     start, end = cells[:, :1], cells[:, 1:]
     return ((token >= start) & (token < end)).to(like.dtype) / (end - start).to(like.dtype)

@@ -1,7 +1,8 @@
-"""How keys and values are reduced inside each region: one module a mode, each with two paths to one result.
+"""Down-sampling of keys and values inside each region: a class for each mode, with two ways to one result.
 
-`pool` runs on a fused backend, in place in the packed projection. `forward` is plain differentiable PyTorch
-on regions cut apart, for the reference and for export. What both share is where a region's cells lie.
+`pool` runs on a fused backend and reads keys and values from the packed projection without a copy. `forward`
+is plain differentiable PyTorch on regions cut out of the map, for the reference and for export. Both take the
+places of a region's cells from `cells`.
 """
 
 from abc import ABC, abstractmethod
@@ -23,10 +24,10 @@ from .cells import Cells, fractional_cells, mean_matrix, window_maxima
 from .layers import is_plain
 
 MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool", "fracpool", "conv")
-# Random samples are multiples of 1 / SAMPLE_STEPS, which float32 adds to whole numbers without rounding: so
-# no cell's start is off by one, which would leave a token out.
+# Random samples are multiples of 1 / SAMPLE_STEPS, which float32 adds to whole numbers without rounding.
+# Rounding could move the start of a cell by one token and so leave a token in no cell.
 SAMPLE_STEPS = 1024
-# Tables of fixed cells, by all that they depend on.
+# Tables of fixed cells; a key holds everything that its table depends on.
 _kept: dict[tuple[object, ...], Tensor] = Bounded()
 
 
@@ -39,11 +40,11 @@ def build(
         mode: one of `MODES`.
         qk_dim: channels of the keys.
         dim: channels of the values.
-        kv_per_win: cells a side of a region, for `"ada_avgpool"` and `"ada_maxpool"`.
-        ratio: window and stride of `"avgpool"` and `"maxpool"`; stride of `"conv"`; for `"fracpool"` by how
-            much a side shrinks, not necessarily a whole number.
-        kernel: window of `"fracpool"`, by default the smallest that leaves no token out; kernel of `"conv"`,
-            by default `ratio`.
+        kv_per_win: cells along each side of a region, for `"ada_avgpool"` and `"ada_maxpool"`.
+        ratio: window and stride of `"avgpool"` and `"maxpool"`; stride of `"conv"`; for `"fracpool"` the
+            factor by which a side shrinks, not necessarily a whole number.
+        kernel: window of `"fracpool"`, by default the smallest whose cells cover all tokens; kernel of
+            `"conv"`, by default `ratio`.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -61,7 +62,7 @@ def build(
 
 
 class KVDownsampling(nn.Module, ABC):
-    """What the modes have in common.
+    """The base class of the modes.
 
     Args:
         qk_dim: channels of the keys.
@@ -77,22 +78,22 @@ class KVDownsampling(nn.Module, ABC):
 
     @abstractmethod
     def count(self, side: int) -> int:
-        """Cells along a side of a region of `side` tokens; raises ValueError where there can be none."""
+        """Number of cells along a region's side of `side` tokens; raises ValueError if no cell fits."""
 
     @abstractmethod
     def largest(self, side: int) -> int:
-        """At least as many tokens as the largest cell has along a side of a region of `side` tokens."""
+        """Upper bound of the tokens of a cell along a region's side of `side` tokens."""
 
     @abstractmethod
     def cells(self, height: int, width: int, device: torch.device) -> Cells:
-        """Where the cells of a region of `height` x `width` tokens lie; for `"fracpool"` drawn anew.
+        """Places of the cells in a region of `height` x `width` tokens; in training `"fracpool"` draws them.
 
         Returns:
-            `(h', 2)` and `(w', 2)` int32: start and end of each cell, along the rows and along the columns.
+            `(h', 2)` and `(w', 2)` int32: start and end of each cell, along the height and along the width.
         """
 
     def kv_grid(self, grid: RegionGrid) -> RegionGrid:
-        """Regions of the reduced map of keys and values, those of the map being `grid`."""
+        """The regions on the reduced map of keys and values, for a map whose regions are `grid`."""
         return grid.pooled(self.count(grid.region_height), self.count(grid.region_width))
 
     def packed_parameters(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -108,14 +109,14 @@ class KVDownsampling(nn.Module, ABC):
         backend: str,
         cells: Cells | None = None,
     ) -> Tensor:
-        """Reduces keys and values of a packed projection, in place; differentiable.
+        """Reduces keys and values, which it reads from the packed projection without a copy; differentiable.
 
         Args:
             qkv: `(N, H, W, 2*qk_dim + dim)`, contiguous.
-            grid: its regions.
-            fill: `(2*qk_dim + dim,)`: what tokens past the map's edge hold, 0 by default.
+            grid: the regions of the map.
+            fill: `(2*qk_dim + dim,)`: the packed row of every token past the map's edge; zeros by default.
             backend: "triton" or "torch".
-            cells: what `cells` returned for these regions; drawn anew by default.
+            cells: a result of `cells` for these regions; by default `cells` is called.
 
         Returns:
             Keys and values side by side, `(N, H', W', qk_dim + dim)` under `kv_grid(grid)`, contiguous.
@@ -135,11 +136,11 @@ class KVDownsampling(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
-        """Reduces regions that are cut apart, in plain differentiable PyTorch.
+        """Reduces regions that were cut out of the map, in plain differentiable PyTorch.
 
         Args:
             x: `(B, qk_dim + dim, h, w)`: keys and values of regions.
-            cells: what `cells` returned for `h` and `w`; drawn anew by default.
+            cells: a result of `cells` for `h` and `w`; by default `cells` is called.
 
         Returns:
             `(B, qk_dim + dim, h', w')`.
@@ -147,18 +148,19 @@ class KVDownsampling(nn.Module, ABC):
 
 
 class FixedCells(KVDownsampling):
-    """Modes whose cells depend on the side of the region alone."""
+    """The base class of the modes whose cells depend on nothing but the sides of a region."""
 
     def cells(self, height: int, width: int, device: torch.device) -> Cells:
-        """See `KVDownsampling.cells`; not to be changed in place, since later calls get the same tensors."""
+        """See `KVDownsampling.cells`. Later calls return the same tensors: do not change them in place."""
         rows = self._kept_along(height, device)
         return rows, rows if is_sure(height == width) else self._kept_along(width, device)
 
     def _kept_along(self, side: int, device: torch.device) -> Tensor:
         """`_along`, computed once: a table takes up to nine operators, each of which is a launch on a GPU.
 
-        Not where a graph is recorded. Another stream computes its own, since it does not wait for this one,
-        and so does inference mode, whose tensors no backward can save.
+        While a graph is recorded, or something observes operators (`is_seen`), every call computes the table.
+        Each stream has its own tables, because streams do not wait for each other; so has inference mode,
+        because a backward cannot save its tensors.
         """
         device, stream = torch.device(device), 0
         if not is_eager() or being_exported() or is_seen(()):
@@ -169,7 +171,7 @@ class FixedCells(KVDownsampling):
             current = torch.cuda.current_stream(device)
             device, stream = current.device, current.cuda_stream
         key = (type(self), self.numbers, side, device, stream, torch.is_inference_mode_enabled())
-        found = _kept.get(key)  # asked once: another thread may empty `_kept` at any time
+        found = _kept.get(key)  # looked up only once: another thread may empty `_kept` at any time
         if found is None:
             found = _kept[key] = self._along(side, device)
         return found
@@ -177,7 +179,7 @@ class FixedCells(KVDownsampling):
     @property
     @abstractmethod
     def numbers(self) -> tuple[int, ...]:
-        """What the cells depend on besides the side."""
+        """The numbers that, besides the side, determine the cells."""
 
     @abstractmethod
     def _along(self, side: int, device: torch.device) -> Tensor:
@@ -185,7 +187,7 @@ class FixedCells(KVDownsampling):
 
 
 class AdaptivePooling(FixedCells):
-    """`"ada_avgpool"`, `"ada_maxpool"`: `kv_per_win` cells a side, as equal as can be, which may overlap."""
+    """`"ada_avgpool"`, `"ada_maxpool"`: `kv_per_win` cells per side, nearly equal; they may overlap."""
 
     def __init__(self, qk_dim: int, dim: int, mode: str, kv_per_win: int) -> None:
         super().__init__(qk_dim, dim, mode)
@@ -197,7 +199,7 @@ class AdaptivePooling(FixedCells):
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Cells a side."""
+        """Cells per side."""
         return (self.kv_per_win,)
 
     def largest(self, side: int) -> int:
@@ -217,7 +219,7 @@ class AdaptivePooling(FixedCells):
         return pool(x, self.kv_per_win)
 
     def _exportable(self, x: Tensor) -> Tensor:
-        """The same without adaptive pooling, which ONNX has not."""
+        """Computes what `forward` computes, without adaptive pooling, which ONNX does not have."""
         height, width = x.shape[-2:]
         row_cells, column_cells = self.cells(height, width, x.device)
         if self.mode == MEAN:
@@ -226,7 +228,7 @@ class AdaptivePooling(FixedCells):
         return window_maxima(x, 2, row_cells, self.largest(height))
 
     def extra_repr(self) -> str:
-        """Mode and cells a side."""
+        """Mode and cells per side."""
         return f"{self.mode}, kv_per_win={self.kv_per_win}"
 
 
@@ -268,13 +270,14 @@ class WindowPooling(FixedCells):
 class FractionalMaxPooling(KVDownsampling):
     """`"fracpool"`: Graham, "Fractional Max-Pooling" (2014), with overlapping windows at random distances.
 
-    Keys and values of all regions and images share a call's random samples; in eval the samples are 0.5.
+    Each call draws two random samples, one for each side, for keys and values of all regions and images; in
+    eval both are 0.5.
     """
 
     def __init__(self, qk_dim: int, dim: int, ratio: float, kernel: int | None) -> None:
         super().__init__(qk_dim, dim, MAX)
         self.ratio = at_least_one("kv_downsample_ratio", ratio)
-        # Whole numbers, which torch.compile can divide where the side is symbolic.
+        # As a fraction of whole numbers, by which torch.compile can divide a symbolic side.
         self._ratio = Fraction(self.ratio).limit_denominator(1000)
         self.kernel = None if kernel is None else whole("kv_downsample_kernel", kernel)
 
@@ -283,9 +286,9 @@ class FractionalMaxPooling(KVDownsampling):
         return larger(1, side * self._ratio.denominator // self._ratio.numerator)
 
     def window(self, side: int) -> int:
-        """Tokens along a side of every cell; raises ValueError where cells leave a token out or coincide."""
+        """Tokens of a cell along a side; raises ValueError if cells would coincide or leave a token out."""
         count = self.count(side)
-        # Of positive numbers alone: an exported graph's division rounds negative ones up.
+        # Only positive numbers are divided: the division of an exported graph rounds negative ones up.
         smallest, largest = (side + count - 1) // count, side - count + 1
         if self.kernel is None:
             return smallest
@@ -369,7 +372,7 @@ class DepthwiseConvolution(FixedCells):
 
 
 def may_be_bypassed(kv_down: Any) -> bool:
-    """Whether a fused backend may compute what it does: nothing expects it or a layer of it to be called."""
+    """Whether a fused backend may compute the down-sampling without calling `kv_down` and its layers."""
     return isinstance(kv_down, KVDownsampling) and all(
         is_plain(layer, type(kv_down) if layer is kv_down else nn.Conv2d) for layer in kv_down.modules()
     )

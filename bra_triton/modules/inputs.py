@@ -1,4 +1,4 @@
-"""What the modules have in common in taking a map."""
+"""How the drop-in modules take a map: a check of its shape, a copy if needed, layers with clear errors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,17 +10,19 @@ from ..export import is_eager
 
 
 def check_shape(x: Tensor, axes: str, channel_axis: int, dim: int) -> None:
-    """Raises ValueError where `x` is no map with `dim` channels."""
+    """Raises ValueError unless `x` has four axes and `dim` channels; the message calls the axes `axes`."""
     if x.dim() != 4 or x.shape[channel_axis] != dim:
         raise ValueError(f"x must be {axes} with dim={dim}, got shape {tuple(x.shape)}")
 
 
 def for_keeping(x: Tensor, layer: Any) -> Tensor:
-    """A copy of a map for a linear layer to keep for its gradient: the caller may change `x` in place.
+    """A copy of a map `(N, H, W, C)` for a linear layer, which keeps its input for the backward.
 
-    It is `x` itself where the layer keeps nothing, or a copy that it makes anyway, for the map's strides or
-    its dtype; where `x` is a leaf that learns, which autograd lets nobody change in place; and in a graph
-    that is recorded, whose every run would pay for the copy.
+    The caller may then change `x` in place before the backward. `x` itself is returned if
+    - the layer keeps nothing, because no gradient of its parameters is needed;
+    - the layer makes a copy anyway, because of the strides of `x` or of its dtype (autocast);
+    - `x` is a leaf that requires a gradient, which autograd does not let anybody change in place;
+    - a graph is being recorded: each of its runs would pay for the copy.
     """
     if not torch.is_grad_enabled() or not is_eager() or (x.requires_grad and x.is_leaf):
         return x
@@ -32,7 +34,7 @@ def for_keeping(x: Tensor, layer: Any) -> Tensor:
 
 
 def _folds(x: Tensor) -> bool:
-    """Whether a map `(N, H, W, C)` is one of rows, `(N*H*W, C)`, without being copied."""
+    """Whether a map `(N, H, W, C)` can be viewed as `(N*H*W, C)`, without a copy."""
     following = None
     for size, stride in zip(reversed(x.shape[:3]), reversed(x.stride()[:3]), strict=True):
         if size != 1:
@@ -43,11 +45,11 @@ def _folds(x: Tensor) -> bool:
 
 
 def apply(name: str, layer: Any, x: Tensor, run: Callable[[Any, Tensor], Tensor] | None = None) -> Any:
-    """`run(layer, x)`, by default `layer(x)`; if that fails, says in which layer.
+    """Returns `run(layer, x)`, by default `layer(x)`; an error of the layer names it.
 
     Raises:
-        RuntimeError: the layer's own, with its name. Errors of a class derived from it stay as they are:
-            callers look for the one that says that memory ran out.
+        RuntimeError: the layer's error, with `name` before its text. Errors of derived classes pass
+            unchanged, because callers look for `torch.OutOfMemoryError` by its class.
     """
     try:
         return layer(x) if run is None else run(layer, x)
@@ -58,10 +60,11 @@ def apply(name: str, layer: Any, x: Tensor, run: Callable[[Any, Tensor], Tensor]
 
 
 def project(name: str, layer: Any, x: Tensor, run: Callable[[Any, Tensor], Tensor] | None = None) -> Any:
-    """`apply`; if that fails because `x` is unlike the parameters, says so.
+    """Does what `apply` does, with a clearer error if `x` does not suit the layer's parameters.
 
     Raises:
-        ValueError: naming `x` and what it must be.
+        ValueError: if the layer fails, and `x` has another device, layout or dtype than the parameters.
+        RuntimeError: if the layer fails for another reason; see `apply`.
     """
     try:
         return apply(name, layer, x, run)

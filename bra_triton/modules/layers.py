@@ -1,4 +1,7 @@
-"""The layers inside the drop-in modules, and whether one may be bypassed: computed with, but not called."""
+"""The layers inside the drop-in modules, and whether a layer may be bypassed.
+
+To bypass a layer means to compute its result from its parameters, in a kernel, without calling the layer.
+"""
 
 from typing import Any
 
@@ -11,7 +14,7 @@ def depthwise_convolution(dim: int, side: int) -> nn.Conv2d | None:
     """LePE's layer, with a kernel of `side` x `side`; None for a side of 0.
 
     Raises:
-        ValueError: if the side is no int, even or negative.
+        ValueError: if the side is not an int, is negative, or is even and not 0.
     """
     if not is_whole(side, 0) or (side % 2 == 0 and side != 0):
         raise ValueError(f"side_dwconv must be 0 or an odd kernel size, got {side}")
@@ -19,16 +22,16 @@ def depthwise_convolution(dim: int, side: int) -> nn.Conv2d | None:
 
 
 def is_plain(layer: Any, kind: type[nn.Module]) -> bool:
-    """Whether a layer is of this very class, and nothing expects it to be called.
+    """Whether a layer may be bypassed: its class is exactly `kind`, and it has no hooks nor own `forward`.
 
-    Then it may be bypassed. An adapter, a quantised or parametrised layer is of another class; pruning and
-    weight normalisation have hooks that make the weight anew in every call.
+    All other layers must be called: an adapter, a quantised or a parametrised layer has another class, and
+    pruning and weight normalisation add hooks that compute the weight anew in every call.
     """
     if type(layer) is not kind:
-        # torch.export wraps the modules inside that which it exports in classes of its own.
+        # torch.export replaces the layers of an exported module by wrappers, whose class is another one.
         exported = getattr(layer, "get_base", None)
         return exported is not None and is_plain(exported(), kind)
-    state = layer.__dict__  # in which a name costs a quarter of what an attribute of a module does
+    state = layer.__dict__  # a look-up here takes a quarter of the time of an attribute of a module
     return not (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
@@ -39,7 +42,10 @@ def is_plain(layer: Any, kind: type[nn.Module]) -> bool:
 
 
 def is_plain_convolution(layer: Any, groups: int) -> bool:
-    """`is_plain` for a convolution of an odd side that keeps the size of a map, which it pads with zeros."""
+    """Whether a layer is a plain convolution with an odd square kernel that keeps the size of a map.
+
+    It must have `groups` groups and pad the map with zeros.
+    """
     if not is_plain(layer, nn.Conv2d):
         return False
     state = layer.__dict__
@@ -62,5 +68,5 @@ def plain_parameters(layer: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def lepe_parameters(lepe: Any, dim: int) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias of LePE's layer; None twice where there is none or where it must be called."""
+    """Weight and bias of LePE's layer; `(None, None)` if there is no layer or if it must be called."""
     return plain_parameters(lepe) if is_plain_convolution(lepe, dim) else (None, None)

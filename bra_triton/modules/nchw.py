@@ -1,4 +1,4 @@
-"""The drop-in for the authors' NCHW module: its arguments and `state_dict`."""
+"""The drop-in for the authors' NCHW module, with the same arguments and `state_dict` keys."""
 
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -27,30 +27,34 @@ ATTENTION_BACKENDS = ("torch", "triton")
 class NCHWBiLevelRoutingAttention(Attention):
     """Bi-level routing attention over an NCHW map, after rayleizhu/BiFormer `ops/bra_nchw.py`.
 
-    It differs from `BiLevelRoutingAttention` in this: 1x1 convolutions project; regions are
-    `(H // n_win, W // n_win)` tokens large, so that where that leaves a rest there are more than `n_win` of
-    them a side and the last are padded; the router's logits are not scaled, and padding is left out of its
-    means; queries, keys and values are zero-padded *after* the projection, so that a padded key has logit 0
-    and value 0. Padding is no choice here, as in the original, which ignores `auto_pad`.
+    It differs from `BiLevelRoutingAttention` in four points:
+
+    - 1x1 convolutions project.
+    - A region is `H // n_win` by `W // n_win` tokens large. If a division leaves a remainder, there are more
+      than `n_win` regions along that side, and the last ones are padded. As in the original, `auto_pad` does
+      not switch this padding on or off.
+    - The router's logits are not scaled, and the regions' means leave padding out.
+    - Queries, keys and values are zero-padded *after* the projection: a padded key has logit 0 and value 0.
 
     The parameters are the original's, so its weights load with `strict=True`. A map in channels-last memory
-    is projected and attended to without a copy; another is copied once, in the projection.
+    is projected and attended to without a copy; any other map is copied once, in the projection.
 
     Args:
         dim: channels of the map.
         num_heads: attention heads; divides `dim`.
-        n_win: regions a side, if it divides the side; or `(rows, columns)` of them.
-        qk_scale: factor of the tokens' logits, not 0; `dim ** -0.5` by default (of all heads together, on
-            purpose). A number, as it gets no gradient.
+        n_win: regions along each side of the map, if it divides the side; or two numbers, `(rows, columns)`.
+        qk_scale: factor of the tokens' logits, not 0; by default `dim ** -0.5`, as in the original: `dim`
+            counts the channels of all heads together. It must be a number, because it gets no gradient.
         topk: regions that every region attends to, 1 to `n_win**2`.
         side_dwconv: kernel size (odd) of the depthwise convolution of the values, LePE; 0 for none.
-        auto_pad: take maps of fewer than `n_win` tokens a side too, which the original does not: regions are
-            then one token high or wide, and where there are fewer than `topk`, all are attended to.
+        auto_pad: also take maps with fewer than `n_win` tokens along a side, which the original does not
+            take. Regions are then one token high or wide; if there are fewer than `topk` regions, every
+            region attends to all of them.
         attn_backend: the original's name for `backend`: `"torch"`, its only value there, or `"triton"`.
         backend: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
 
-    Attributes are the original's; see `base.Attention` for what may be set. A layer may be replaced, wrapped
-    or hooked, and is then called.
+    Attributes have the original's names; `base.Attention` lists those that can be set. A layer can be
+    replaced, wrapped or hooked; every backend then calls it.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -108,7 +112,7 @@ class NCHWBiLevelRoutingAttention(Attention):
 
         Args:
             x: `(N, dim, H, W)`, float32, float16, bfloat16 or float64, of any strides.
-            ret_attn_mask: return the attention matrix too; for looking, runs the reference.
+            ret_attn_mask: also return the attention matrix, for inspection; the reference then computes both.
 
         Returns:
             `(N, dim, H, W)` in channels-last memory; with `ret_attn_mask` also `attn_weight`
@@ -116,7 +120,7 @@ class NCHWBiLevelRoutingAttention(Attention):
 
         Raises:
             ValueError, TypeError: naming the argument, its value and what is allowed.
-            RuntimeError: if the backend asked for by name cannot serve; says why.
+            RuntimeError: if `backend` names one that cannot compute this call; says why.
         """
         if not isinstance(x, Tensor):
             return self._leaf(x, ret_attn_mask)
@@ -128,16 +132,16 @@ class NCHWBiLevelRoutingAttention(Attention):
         return self._out(attend(call, self._backend), call)
 
     def call_of(self, x: Tensor) -> Call:
-        """What `forward` has a backend compute; raises as `forward` does."""
+        """The `Call` that `forward` hands to a backend; raises the same errors as `forward`."""
         grid = self.grid(x)
         qkv = project("qkv_linear", self._modules["qkv_linear"], x.permute(0, 2, 3, 1), _project)
-        # Tokens past the edge are left out of the means, but are zeros to the attention, and take part.
+        # The regions' means leave out tokens past the map's edge. In the attention they take part, as zeros.
         padding = qkv.new_zeros(qkv.shape[-1]) if grid.is_padded else None
         weight, bias = lepe_parameters(self._modules.get("lepe"), self.spec.dim)
         return Call(qkv, self.spec, weight, bias, padding, given_grid=grid)
 
     def grid(self, x: Tensor) -> RegionGrid:
-        """The regions of a map `(N, dim, H, W)`; raises ValueError where it has none."""
+        """The regions of a map `(N, dim, H, W)`; raises ValueError if it cannot be cut into regions."""
         check_shape(x, "(N, dim, H, W)", 1, self.spec.dim)
         grid_of = _grid_of if is_eager() else _grid_of.__wrapped__
         return grid_of(x.shape[2], x.shape[3], self.spec.windows, self.auto_pad)
@@ -157,17 +161,19 @@ def _grid_of(height: int, width: int, windows: tuple[int, int], auto_pad: bool) 
             "auto_pad=True takes smaller ones"
         )
     region_height, region_width = larger(height // windows[0], 1), larger(width // windows[1], 1)
-    # There are never fewer than `smaller` says; it tells torch.export that there is more than one.
+    # Every side has at least `smaller(...)` regions, so this `larger` changes no number. It is here to tell
+    # torch.export that a side has more than one region.
     rows = larger(cdiv(height, region_height), smaller(height, windows[0]))
     columns = larger(cdiv(width, region_width), smaller(width, windows[1]))
     return RegionGrid(height, width, region_height, region_width, rows, columns)
 
 
 def _project(layer: Any, x: Tensor) -> Tensor:
-    """The layer, a 1x1 convolution, on an NHWC map."""
+    """Applies a layer, normally a 1x1 convolution, to an NHWC map; returns an NHWC map."""
     if is_plain_convolution(layer, 1) and layer.kernel_size == (1, 1):
-        # The same numbers as one matrix product, whose gradients repeat their bits. A convolution costs the
-        # CPU twice as much, and beside one Inductor copies the maps kept for the backward (PyTorch 2.14).
+        # A matrix product gives the same numbers, and its gradients have the same bits in every run. A
+        # convolution takes twice the time on a CPU, and Inductor then copies the maps that are kept for the
+        # backward (PyTorch 2.14).
         return F.linear(x, layer.weight.flatten(1), layer.bias)
     channels_last = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     return layer(channels_last).permute(0, 2, 3, 1)

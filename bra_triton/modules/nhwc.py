@@ -1,4 +1,4 @@
-"""The drop-in module: the original's arguments and `state_dict`."""
+"""The drop-in module for NHWC maps, with the original's arguments and `state_dict` keys."""
 
 from typing import Any, ClassVar
 
@@ -33,14 +33,14 @@ class QKVLinear(nn.Module):
 
 
 class TopkRouting(Specified):
-    """The original's router: its parameters under the original's names, and its numbers.
+    """The router: holds the parameters and numbers of the original's router under the same names.
 
-    The fused backends choose regions themselves and do not call it. If it has a hook, the reference serves,
-    which does.
+    The fused backends choose regions themselves and do not call this module. If it has a hook, the reference
+    computes the call, because the reference calls the router.
 
     Args:
-        spec: what is computed.
-        param_routing: apply one shared linear layer to queries and keys first.
+        spec: the numbers that define the attention.
+        param_routing: first apply a linear layer, the same one, to region queries and to region keys.
     """
 
     _fixed: ClassVar[dict[str, str]] = {
@@ -61,7 +61,7 @@ class TopkRouting(Specified):
 
         Args:
             query: `(N, P, qk_dim)` region queries.
-            key: region keys.
+            key: `(N, P, qk_dim)` region keys.
 
         Returns:
             `r_weight`, the softmax over the chosen logits, and `r_idx` (int64), both `(N, P, topk)`.
@@ -82,14 +82,15 @@ class BiLevelRoutingAttention(Attention):
     Args:
         dim: channels of the map.
         num_heads: attention heads; divides `dim` and `qk_dim`.
-        n_win: regions a side, so `P = n_win**2` regions; or `(rows, columns)` of them, for maps that are not
-            square.
+        n_win: regions along each side of the map, so `P = n_win**2`; or two numbers, `(rows, columns)`, for
+            maps that are not square.
         qk_dim: channels of queries and keys; `dim` by default.
-        qk_scale: factor of the logits, not 0; `qk_dim ** -0.5` by default (of all heads together, on
-            purpose). A number, as it gets no gradient.
-        kv_per_win: keys a side of a region, for `kv_downsample_mode` `"ada_avgpool"` and `"ada_maxpool"`.
+        qk_scale: factor of the logits, not 0; by default `qk_dim ** -0.5`, as in the original: `qk_dim`
+            counts the channels of all heads together. It must be a number, because it gets no gradient.
+        kv_per_win: keys along each side of a region, for `kv_downsample_mode` `"ada_avgpool"` and
+            `"ada_maxpool"`.
         kv_downsample_ratio: how much the other modes reduce a side of a region; see `downsampling.build`.
-        kv_downsample_kernel: window of `"fracpool"`, kernel of `"conv"`; by default after the ratio.
+        kv_downsample_kernel: window of `"fracpool"`, kernel of `"conv"`; by default the ratio decides.
         kv_downsample_mode: how keys and values are reduced inside each region, one of `downsampling.MODES`.
             The original leaves `"fracpool"` and `"conv"` unimplemented.
         topk: regions that every region attends to.
@@ -102,9 +103,9 @@ class BiLevelRoutingAttention(Attention):
         auto_pad: zero-pad the map at the bottom and right to multiples of `n_win`.
         backend: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
 
-    Attributes are the original's; see `base.Attention` for what may be set. A layer may be replaced, wrapped
-    or hooked: then `qkv`, `wo`, `lepe` and `router.emb` are called by every backend, `router` and `kv_down`
-    by the reference alone, which then serves whatever `backend` says.
+    Attributes have the original's names; `base.Attention` lists those that can be set. Layers can be
+    replaced, wrapped or hooked. Every backend then calls such a `qkv`, `wo`, `lepe` or `router.emb`. Only the
+    reference calls such a `router` or `kv_down`; it then computes the call, whatever `backend` is.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -162,14 +163,14 @@ class BiLevelRoutingAttention(Attention):
         self.spec, dim, qk_dim = spec, spec.dim, spec.qk_dim
         self.auto_pad = auto_pad
         self.backend = backend
-        vars(self).update(  # past `__setattr__`, which lets nobody set them
+        vars(self).update(  # not by assignment, which `__setattr__` refuses
             param_attention=param_attention,
             param_routing=flag("param_routing", param_routing),
             kv_downsample_mode=kv_downsample_mode,
             kv_per_win=kv_per_win,
             kv_downsample_ratio=kv_downsample_ratio,
             kv_downsample_kernel=kv_downsample_kernel,
-            kv_downsample_kenel=kv_downsample_kernel,  # as the original spells it
+            kv_downsample_kenel=kv_downsample_kernel,  # the original's spelling
         )
         self._check(spec)
         self.lepe = depthwise_convolution(dim, side_dwconv)
@@ -199,7 +200,8 @@ class BiLevelRoutingAttention(Attention):
 
         Args:
             x: `(N, H, W, dim)`, float32, float16, bfloat16 or float64, of any strides.
-            ret_attn_mask: return routing and attention matrix too; for looking, runs the reference.
+            ret_attn_mask: also return routing and attention matrix, for inspection; the reference then
+                computes all of them.
 
         Returns:
             `(N, H, W, dim)`; with `ret_attn_mask` also `r_weight` and `r_idx` `(N, P, topk)` and
@@ -207,12 +209,12 @@ class BiLevelRoutingAttention(Attention):
 
         Raises:
             ValueError, TypeError: naming the argument, its value and what is allowed.
-            RuntimeError: if the backend asked for by name cannot serve; says why.
+            RuntimeError: if `backend` names one that cannot compute this call; says why.
         """
         if not isinstance(x, Tensor):
             return self._leaf(x, ret_attn_mask)
         check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
-        # `x += attention(x)` works with the original, which rearranges the map before it projects it.
+        # `x += attention(x)` must work in training, as it does with the original, which projects a copy of x.
         kept = for_keeping(x, self._modules["qkv"])
         call = self._call(self._project(kept), self._padding(x), is_eager())
         if ret_attn_mask:
@@ -221,12 +223,12 @@ class BiLevelRoutingAttention(Attention):
         return self._out(attend(call, self._backend), call)
 
     def grid(self, x: Tensor) -> RegionGrid:
-        """The regions of a map as the forward takes it; raises ValueError where it has none."""
+        """The regions of a map of the forward's shape; raises ValueError if it cannot be cut into regions."""
         return RegionGrid.of_windows(x.shape[1], x.shape[2], self.spec.n_win, self.auto_pad)
 
     def _project(self, x: Tensor) -> Tensor:
-        qkv = project("qkv", self._modules["qkv"], x)  # as an attribute a module costs a microsecond
-        # The original's projection returns queries, and keys with values.
+        qkv = project("qkv", self._modules["qkv"], x)  # `self.qkv` would take a microsecond longer
+        # The original's projection returns two tensors: queries, and keys and values side by side.
         return torch.cat(qkv, dim=-1) if isinstance(qkv, tuple) else qkv
 
     def _out(self, out: Tensor, call: Call) -> Tensor:
@@ -235,12 +237,12 @@ class BiLevelRoutingAttention(Attention):
         return apply("wo", self._modules["wo"], out)
 
     def call_of(self, x: Tensor) -> Call:
-        """What `forward` has a backend compute, except in an export; for tools that look into it."""
+        """The `Call` that `forward` hands to a backend, for tools that inspect it."""
         check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
         return self._call(self._project(x), self._padding(x), is_eager())
 
     def _call(self, qkv: Tensor, padding: Tensor | None, eager: bool) -> Call:
-        """One call, with the parameters that take part in it, or what must be called instead of them."""
+        """Puts a `Call` together; a layer enters it by its parameters or, if it must be called, itself."""
         modules: dict[str, Any] = self._modules
         router, kv_down = modules["router"], modules["kv_down"]
         weight, bias = lepe_parameters(modules.get("lepe"), self.spec.dim)
@@ -259,17 +261,17 @@ class BiLevelRoutingAttention(Attention):
         return call
 
     def _route(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """What the router makes of region queries and keys, where it must be called."""
-        if isinstance(self.router, TopkRouting):  # which routes in the precision of the means
+        """Calls the router on region queries and keys; returns `r_weight` and `r_idx` (int64)."""
+        if isinstance(self.router, TopkRouting):  # it keeps the precision of the region queries and keys
             return self.router(query, key)
         r_weight, r_idx = in_dtype_of(self.router, query, key)
         return r_weight, r_idx.long()
 
     def _padding(self, x: Tensor) -> Tensor | None:
-        """What the projection makes of the zero tokens that pad the map, `(2*qk_dim + dim,)`; None without.
+        """The packed row `(2*qk_dim + dim,)` of a padding token, projected from zeros; None without padding.
 
         Raises:
-            ValueError: if the map needs padding and may not be padded.
+            ValueError: if the map needs padding and `auto_pad` is False.
         """
         _, height, width, _ = x.shape
         rows, columns = self.spec.windows
@@ -281,5 +283,5 @@ class BiLevelRoutingAttention(Attention):
         layer: Any = self.qkv.qkv if is_plain(self.qkv, QKVLinear) else None
         if is_plain(layer, nn.Linear) and layer.bias is not None:
             return layer.bias
-        # Whatever else the projection is: an adapter, a quantised layer.
+        # Any other projection, such as an adapter or a quantised layer, is called on a zero token.
         return self._project(torch.zeros(1, self.spec.dim, dtype=x.dtype, device=x.device))[0]

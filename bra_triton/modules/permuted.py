@@ -1,4 +1,4 @@
-"""The drop-in for pastes of the original module that permute inside."""
+"""The drop-in for copies of the original module that take NCHW maps and permute them inside."""
 
 from torch import Tensor
 
@@ -8,10 +8,10 @@ from .nhwc import BiLevelRoutingAttention
 
 
 class PermutedBiLevelRoutingAttention(BiLevelRoutingAttention):
-    """`BiLevelRoutingAttention` that takes and returns NCHW maps, as many pastes of the original do.
+    """`BiLevelRoutingAttention` that takes and returns NCHW maps, as many copies of the original do.
 
-    It computes what the NHWC module computes. `NCHWBiLevelRoutingAttention`, the authors' own NCHW form, does
-    not: it pads otherwise and does not scale the router's logits. Arguments and errors are those of
+    It computes the same as the NHWC module. `NCHWBiLevelRoutingAttention`, the authors' own NCHW form, does
+    not: it pads differently and does not scale the router's logits. Arguments and errors are those of
     `BiLevelRoutingAttention`.
 
     Example:
@@ -22,7 +22,7 @@ class PermutedBiLevelRoutingAttention(BiLevelRoutingAttention):
     def forward(
         self, x: Tensor, ret_attn_mask: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`BiLevelRoutingAttention.forward` for `x` `(N, dim, H, W)`; the output has that shape, too."""
+        """`BiLevelRoutingAttention.forward` for `x` `(N, dim, H, W)`; the output has the same shape."""
         if not isinstance(x, Tensor):
             return self._leaf(x, ret_attn_mask)
         result = super().forward(x.permute(0, 2, 3, 1), ret_attn_mask)

@@ -1,4 +1,4 @@
-"""The drop-in for models of tokens, such as timm's vision transformers."""
+"""The drop-in for models that pass tokens in a sequence, such as timm's vision transformers."""
 
 import math
 from typing import Any
@@ -14,14 +14,14 @@ from .nhwc import BiLevelRoutingAttention
 
 
 class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
-    """`BiLevelRoutingAttention` that takes and returns the tokens of a map in a row.
+    """`BiLevelRoutingAttention` that takes and returns a map as a sequence of tokens, row by row.
 
-    It stands where timm's blocks have their `attn`. Tokens that are not on the map, such as a class token,
-    have no region; models need average pooling instead (`class_token=False, global_pool="avg"` in timm).
+    It can replace `attn` in timm's blocks. A class token, or any other token that is not on the map, has no
+    region; build the model without it, with average pooling (`class_token=False, global_pool="avg"` in timm).
 
     Args:
         arguments: those of `BiLevelRoutingAttention`, by position.
-        size: height and width of the map; a square one by default.
+        size: height and width of the map; by default the map is square.
         named: those of `BiLevelRoutingAttention`, by name.
 
     Example:
@@ -41,20 +41,20 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
     def forward(  # type: ignore[override]
         self, x: Tensor, attn_mask: Any = None, is_causal: bool = False, ret_attn_mask: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`BiLevelRoutingAttention.forward` for `x` `(N, H * W, dim)`; the output has that shape, too.
+        """`BiLevelRoutingAttention.forward` for `x` `(N, H * W, dim)`; the output has the same shape.
 
         Args:
             x: the tokens, row by row.
-            attn_mask: None, for callers that pass it on.
-            is_causal: False, likewise.
+            attn_mask: must be None; accepted because callers pass it.
+            is_causal: must be False; accepted because callers pass it.
             ret_attn_mask: as in the base class.
 
         Raises:
-            ValueError: for a mask, or where the tokens are not those of a map; and as the base class.
+            ValueError: for a mask, or if `x` does not have as many tokens as the map; and as the base class.
         """
         if not isinstance(x, Tensor):
             return self._leaf(x)
-        if is_eager():  # ONNX's legacy exporter passes a tensor
+        if is_eager():  # not in an export: ONNX's legacy exporter passes a tensor
             is_causal = flag("is_causal", is_causal)
         if attn_mask is not None or is_causal:
             raise ValueError(
@@ -75,7 +75,7 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
         return super().call_of(self._map_of(x))
 
     def _map_of(self, x: Tensor) -> Tensor:
-        """The tokens as an NHWC map, without `unflatten`, which ONNX's opset 11 lacks."""
+        """The tokens as an NHWC map. It is made by `reshape`: ONNX's opset 11 has no `unflatten`."""
         if dense_floats("x", x).dim() != 3:
             raise ValueError(f"x must be (N, H * W, dim), got shape {tuple(x.shape)}")
         side = 0 if self.size else _root(x.shape[1])
@@ -89,5 +89,5 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
 
 
 def _root(tokens: Any) -> Any:
-    """The side of a square map, rounded down; also of a number that is a symbol, which has no `isqrt`."""
+    """The side of a square map of `tokens` tokens, rounded down. Symbols of a compiler have no `isqrt`."""
     return torch.sym_int(tokens**0.5) if torch.compiler.is_compiling() else math.isqrt(tokens)

@@ -1,8 +1,8 @@
-"""Pictures of what the attention looks at: routed regions and weights, of any model that holds the modules.
+"""Pictures of what the attention looks at: routed regions and weights, in any model with the drop-in modules.
 
 `attention_figure` makes a figure for one query point, `attention_page` a page in which the pointer is the
-query point, and `record` has the numbers behind both. They need matplotlib (`pip install matplotlib`;
-Ultralytics brings it). The modules' own forward does nothing for them.
+query point, and `record` returns the numbers behind both. They need matplotlib (`pip install matplotlib`;
+Ultralytics installs it). The forward of the drop-in modules has no code for them.
 """
 
 from collections.abc import Sequence
@@ -34,18 +34,19 @@ def attention_figure(
     layers: Sequence[str | int] | None = None,
     **settings: Any,
 ) -> Figure:
-    """For a query point: its region, the regions it was routed to, and the attention's weights.
+    """Draws, for a query point, its region, the regions it was routed to, and the attention's weights.
 
-    Two panels for each layer, over the picture: the regions with the routing weights, and the weights with
-    which each key enters the output at the query point, averaged over the heads. Down-sampled keys are drawn
-    as equal parts of their region.
+    Each layer gets two panels, drawn over the picture: the regions with the routing weights, and the weight
+    of each key in the output at the query point, averaged over the heads. Down-sampled keys are drawn as
+    equal parts of their region.
 
     Args:
         model: any module that holds a `BiLevelRoutingAttention` or an `nchwBRA`, or a `YOLO` of Ultralytics,
-            whose predictions are drawn beside.
+            whose predictions are drawn, too.
         image: one image, as the model takes it; see `record`.
-        point: x and y in pixels: of the original picture where a `YOLO` letterboxes it, else of the network's
-            input. By default the centre of the surest prediction, or of the picture.
+        point: x and y in pixels: of the original picture if a `YOLO` letterboxes it, else of the network's
+            input. By default the centre of the prediction with the highest confidence; if there is none, of
+            the picture.
         layers: positions or names; all by default. "model.10" means every layer in that row of a `YOLO`.
         settings: further arguments of the model's call, such as `imgsz=640`.
 
@@ -75,10 +76,10 @@ def attention_page(
     layers: Sequence[str | int] | None = None,
     **settings: Any,
 ) -> str:
-    """One HTML page, without anything to load, that shows routing and weights where the pointer is.
+    """One HTML page, which loads no other file, that shows routing and weights for the point at the pointer.
 
-    Arguments and errors are those of `attention_figure`; `point` is where the page begins. A page of more
-    than 128 MiB of weights is refused with a ValueError.
+    Arguments and errors are those of `attention_figure`; `point` is the first query point that the page
+    shows. If there are more than 128 MiB of weights, a ValueError is raised.
 
     Returns:
         The page's text; write it to a file and open that in a browser (Chrome 80, Firefox 113, Safari 16.4 or

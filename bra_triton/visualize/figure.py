@@ -1,6 +1,6 @@
 """The figure: for one query point its region, the regions that it was routed to, and the attention's weights.
 
-As in figure 4 of Zhu et al., "BiFormer" (CVPR 2023). It needs matplotlib, and no display.
+It is drawn like figure 4 of Zhu et al., "BiFormer" (CVPR 2023). It needs matplotlib, but no display.
 """
 
 from collections.abc import Iterator
@@ -28,9 +28,9 @@ def draw(picture: Picture, layers: list[LayerAttention], place: tuple[float, flo
     """Draws two panels for every layer, beside the predictions if there are any.
 
     Args:
-        picture: what lies beneath.
-        layers: a row of panels each.
-        place: the query point, in the network's input.
+        picture: the picture under the drawings.
+        layers: the layers; each gets a row of panels.
+        place: the query point, x and y in pixels of the network's input.
     """
     first = int(bool(picture.predictions))
     widest = max(picture.extent(layer)[0] for layer in layers)
@@ -58,7 +58,7 @@ def draw(picture: Picture, layers: list[LayerAttention], place: tuple[float, flo
 
 
 def regions_of(picture: Picture, layer: LayerAttention) -> Iterator[tuple[float, float, float, float]]:
-    """Left, top, width and height of every region in the network's input, row by row."""
+    """Left, top, width and height of every region, row by row, in pixels of the network's input."""
     grid = layer.grid
     wide, high = (
         total / n for total, n in zip(picture.extent(layer), (grid.columns, grid.rows), strict=True)
@@ -134,7 +134,7 @@ def _draw_heat(axes: Axes, picture: Picture, layer: LayerAttention, place: tuple
 def _draw_picture(
     axes: Axes, picture: Picture, layer: LayerAttention | None = None, grey: bool = False
 ) -> None:
-    """The picture in its place, the bars of letterboxing, and past them the padding of the layer's map."""
+    """Draws the picture, the bars of letterboxing around it, and beyond them the padding of the map."""
     pixels = picture.pixels.mean(axis=2) if grey else picture.pixels
     rows, columns = picture.pixels.shape[:2]
     right, bottom = picture.left + picture.scale * columns, picture.top + picture.scale * rows
@@ -163,7 +163,7 @@ def _draw_box(
     width: float,
     face: ColorType = "none",
 ) -> None:
-    """A rectangle, given as `regions_of` gives it."""
+    """Draws a rectangle; `box` is its left, top, width and height."""
     left, top, wide, high = box
     axes.add_patch(Rectangle((left, top), wide, high, edgecolor=edge, facecolor=face, linewidth=width))
 

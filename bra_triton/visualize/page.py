@@ -1,6 +1,7 @@
-"""The page: one HTML file, for any browser, that shows every layer and head where the pointer is.
+"""The page: one HTML file, for any browser, that shows every layer and head for the point at the pointer.
 
-Picture, routing and all weights are in it; it loads nothing, which its content security policy makes certain.
+The file contains the picture, the routing and all weights. It loads nothing else, which its content security
+policy enforces.
 """
 
 import base64
@@ -17,7 +18,7 @@ from PIL import Image
 from .picture import Picture
 from .recording import LayerAttention
 
-# A byte for every weight; a browser takes some times as much to unpack them.
+# The most weights on a page, of one byte each. To unpack them, a browser needs several times this memory.
 MOST_BYTES = 128 * 2**20
 LEVELS = 255
 
@@ -26,12 +27,12 @@ def build(picture: Picture, layers: list[LayerAttention], place: tuple[float, fl
     """The page's text.
 
     Args:
-        picture: what lies beneath.
-        layers: what can be looked at.
-        place: the query point to begin with, in the network's input.
+        picture: the picture under the drawings.
+        layers: the layers that the page shows.
+        place: the first query point, x and y in pixels of the network's input.
 
     Raises:
-        ValueError: if there are more weights than a browser can take; names the layers' sizes.
+        ValueError: if the weights take more than `MOST_BYTES`; names the layers and their sizes.
     """
     size = sum(layer.weights.numel() for layer in layers)
     if size > MOST_BYTES:
@@ -51,12 +52,12 @@ def build(picture: Picture, layers: list[LayerAttention], place: tuple[float, fl
         "layers": [_described(layer) for layer in layers],
     }
     template = resources.files(__package__).joinpath("page.html").read_text("utf-8")
-    # No "<" in a script: "</script>" would end it.
+    # Escape "<": a "</script>" in the data would end the script.
     return template.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1)
 
 
 def _described(layer: LayerAttention) -> dict[str, Any]:
-    """A layer as the page's script reads it; arrays are little-endian, deflated, in base 64."""
+    """A layer's data as the page's script reads them; arrays are little-endian, deflated, in base 64."""
     grid, kv_grid = layer.grid, layer.kv_grid
     peaks = layer.weights.amax(dim=-1)
     levels = (layer.weights / peaks.clamp(min=1e-30)[..., None] * LEVELS).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""The picture under the drawings: what the model saw, as sharp as it is to be had, and where it lies."""
+"""The picture under the drawings, at the best resolution there is, and its place in the network's input."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,7 +11,7 @@ from .recording import LayerAttention, Recording
 
 @dataclass(frozen=True)
 class Prediction:
-    """A box that the model found: label, confidence, and left, top, right and bottom in the picture."""
+    """A box that the model found: label, confidence, and left, top, right, bottom in the picture's pixels."""
 
     label: str
     confidence: float
@@ -25,11 +25,11 @@ class Picture:
     Attributes:
         pixels: `(H, W, 3)` uint8.
         width: columns of the network's input.
-        height: its rows.
-        scale: columns of the input for one of the picture's: letterboxing makes a picture smaller ...
-        left: ... and puts bars around it, this wide at the left ...
-        top: ... and this high at the top.
-        predictions: the boxes that were found, the surest first.
+        height: rows of the network's input.
+        scale: pixels of the input per pixel of the picture, which letterboxing resizes.
+        left: width of the bar that letterboxing puts at the left, in pixels of the input.
+        top: height of the bar that letterboxing puts at the top, in pixels of the input.
+        predictions: the boxes that were found, the highest confidence first.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -42,12 +42,12 @@ class Picture:
 
     @classmethod
     def of(cls, recording: Recording) -> "Picture":
-        """The original picture where a `YOLO` letterboxed one, else the network's input."""
+        """The original picture if a `YOLO` letterboxed it, else the network's input."""
         image = recording.image.numpy()
         height, width = image.shape[-2:]
         result = recording.result[0] if isinstance(recording.result, list) else recording.result
         original = getattr(result, "orig_img", None)
-        if original is None or getattr(result, "probs", None) is not None:  # a classifier crops its pictures
+        if original is None or getattr(result, "probs", None) is not None:  # classifiers crop theirs
             return cls(_shown(image), width, height)
         rows, columns = original.shape[:2]
         scale = min(height / rows, width / columns)
@@ -56,11 +56,11 @@ class Picture:
         return cls(pixels, width, height, scale, left, top, _predictions(result))
 
     def place(self, point: tuple[float, float] | None) -> tuple[float, float]:
-        """Where a point of the picture lies in the network's input.
+        """Converts a point of the picture to pixels of the network's input.
 
         Args:
-            point: x and y in the picture's pixels; by default the centre of the surest prediction, or of the
-                picture where there is none.
+            point: x and y in the picture's pixels; by default the centre of the prediction with the highest
+                confidence, or of the picture if there is none.
 
         Raises:
             ValueError: if the point lies outside.
@@ -90,7 +90,7 @@ class Picture:
 
 
 def _shown(image: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Pixels from a network's input `(C, H, W)`; its range becomes 0 to 255 where it is not 0 to 1."""
+    """A network's input `(C, H, W)` as pixels `(H, W, 3)`, rescaled if its values are not from 0 to 1."""
     if image.shape[0] not in (1, 3):
         image = image.mean(axis=0, keepdims=True)
     low, high = float(image.min()), float(image.max())

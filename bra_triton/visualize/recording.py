@@ -1,7 +1,7 @@
-"""What the attention layers of a model attend to while the model looks at one image.
+"""Records what the attention layers of a model attend to in one image.
 
-A hook on every layer takes the map that the layer is given and has the reference attend to it once more,
-because the kernels hold no attention matrix that could be read. The layers' own forward is not changed.
+A hook on every layer takes the layer's input and lets the reference compute its attention again, because the
+kernels never hold an attention matrix that could be read. The layers' forward is not changed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +30,11 @@ class LayerAttention:
         name: the layer's name in the model.
         grid: regions of the layer's map.
         kv_grid: the same regions on the map of keys and values, which down-sampling makes smaller.
-        r_idx: `(P, topk)` int64: the regions that each region was routed to, the most similar first.
+        r_idx: `(P, topk)` int64: the regions that each region was routed to, the largest logit first.
         r_weight: `(P, topk)` float32: the routing weights, which sum to 1.
-        weights: `(num_heads, P, S, topk*S_kv)` float32: with what weight the values of the keys enter the
-            output of a query. They sum to 1 over the keys, except with soft routing, which multiplies them by
-            the routing weights.
+        weights: `(num_heads, P, S, topk*S_kv)` float32: the weight of each key's value in the output of each
+            query. They sum to 1 over the keys, except with soft routing, which multiplies them by the routing
+            weights.
     """
 
     name: str
@@ -81,7 +81,7 @@ class LayerAttention:
         return region, row % grid.region_height * grid.region_width + column % grid.region_width
 
     def heat(self, region: int, token: int) -> Tensor:
-        """The weights of a query on the map of keys, padding included; NaN in regions it does not attend to.
+        """A query's weights on the map of keys, padding included; NaN in regions that were not chosen.
 
         Returns:
             `(num_heads, H_kv, W_kv)` float32.
@@ -94,11 +94,11 @@ class LayerAttention:
 
 @dataclass(frozen=True)
 class Recording:
-    """One image's way through a model.
+    """A model's result for one image, and the attention of its layers.
 
     Attributes:
         result: what the model returned.
-        image: `(C, H, W)` float32 on the CPU: what the network was given, after any preprocessing.
+        image: `(C, H, W)` float32 on the CPU: the network's input, after any preprocessing.
         layers: its attention layers, in the order in which they ran.
     """
 
@@ -114,13 +114,13 @@ def record(
 
     Args:
         model: any module that holds a `BiLevelRoutingAttention` or an `nchwBRA`, or a `YOLO` of Ultralytics.
-        image: one image, as the model takes it. A tensor may come without the batch's axis; a `YOLO` also
-            takes a file's name, a PIL image or a NumPy array, which it letterboxes.
-        layers: which layers, as `choose` takes them; all by default.
+        image: one image, as the model takes it. A tensor may lack the batch axis. A `YOLO` also takes a file
+            name, a PIL image or a NumPy array, and letterboxes it.
+        layers: the layers to record, by position or name, see `choose`; all by default.
         settings: further arguments of the call, such as `imgsz=640` of a `YOLO`.
 
     Returns:
-        The recording. A layer that runs several times is recorded the last time.
+        The recording. If a layer runs several times, its last run is recorded.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
@@ -148,9 +148,10 @@ def record(
     inputs: list[Tensor] = []
     seen: dict[str, LayerAttention] = {}
 
-    # Plain functions: a YOLO predicts with a deep copy of its network, which shares functions alone.
+    # The hooks are plain functions, because a YOLO predicts with a deep copy of its network: deepcopy keeps
+    # functions as they are, so the copy's hooks write to `inputs` and `seen`, too.
     def start(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[:] = [_first(args, kwargs)]  # the last call counts, as a YOLO may warm up with others
+        inputs[:] = [_first(args, kwargs)]  # only the last call counts: a YOLO may warm up first
         seen.clear()
 
     def look(name: str) -> Callable[..., None]:
@@ -173,15 +174,15 @@ def record(
 
 
 def choose(names: Sequence[str], layers: Sequence[str | int] | None) -> list[str]:
-    """The names that are meant, in the model's order.
+    """The names of the chosen layers, in the model's order.
 
     Args:
-        names: all there are.
-        layers: positions in `names`, from 0 (digits may come as a string), names, or what names begin with up
-            to a dot: `"model.10"` means every layer in it. All of them where it is None.
+        names: the names of all layers.
+        layers: positions in `names`, from 0, as ints or as strings of digits; names; or beginnings of names,
+            up to a dot: `"model.10"` chooses every layer in it. None chooses all.
 
     Raises:
-        ValueError: if a layer is none of them; lists those that there are.
+        ValueError: if an entry of `layers` fits no name; lists the names.
     """
     if layers is None:
         return [*names]
@@ -205,7 +206,7 @@ def _network(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards every module's own mode again."""
+    """Context in which a network is in evaluation mode; afterwards each module has its former mode."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -217,7 +218,7 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_predictor(model: Any) -> Iterator[None]:
-    """Makes a `YOLO` predict with a new copy of its network: one that it has made before has no hooks."""
+    """Context in which a `YOLO` predicts with a new copy of its network: an earlier copy has no hooks."""
     if hasattr(model, "predictor"):
         predictor, model.predictor = model.predictor, None
         try:
