@@ -2,7 +2,7 @@
 
 | elsewhere | here | which implementation |
 |---|---|---|
-| `lepe.weight` | `attn.lepe.weight` | copies that are a row of a YOLO model; our row holds it as `attn` |
+| `lepe.weight` | `attn.lepe.weight` | copies that are a YOLO row; our row holds the attention as `attn` |
 | `qkv.weight` | `qkv.qkv.weight` | copies whose projection is one layer |
 | `mlp.3.weight` | `mlp.2.weight` | the authors' `Block`, which has an empty layer before the GELU |
 
@@ -26,7 +26,7 @@ def take_names(state: MutableMapping[str, T], names: Iterable[str]) -> None:
     """Renames in place the entries of a `state_dict` that have another implementation's names.
 
     Args:
-        state: values of any kind by the names of parameters. Entries whose name is in `names` stay.
+        state: parameters, or any other values, by name. Entries whose name is in `names` stay.
         names: the model's names.
 
     Example:

@@ -16,12 +16,13 @@ from .modules.permuted import PermutedBiLevelRoutingAttention
 
 # Rounding errors here are about 1e-13 in float64, and 1e-7 if the original casts to float32 inside.
 TOLERANCE = 1e-5
-# Modules of the original that hold no parameters themselves; ours computes their results differently.
+# Modules of the original that ours need not contain: they hold no parameters themselves, and ours does their
+# work in another way.
 _OTHERWISE = {"", "qkv", "router", "kv_gather", "kv_down"}
 
 
 class NotTheSameError(Exception):
-    """Ours does not compute the same as the original; the message says what ours lacks."""
+    """Ours does not compute the same as the original; the message says what ours lacks or does not do."""
 
 
 def reason_of(error: Exception) -> str:
@@ -73,7 +74,7 @@ def _with_layers_of(original: nn.Module, kind: type[nn.Module], backend: str) ->
 
 
 def _check_layers(original: nn.Module, ours: nn.Module) -> None:
-    """Raises NotTheSameError if parameters or buffers differ, or ours lacks a layer of the original."""
+    """Raises NotTheSameError if names of parameters or buffers differ, or ours lacks a layer."""
     tensors = [dict(m.named_parameters()).keys() | dict(m.named_buffers()).keys() for m in (original, ours)]
     if different := sorted(tensors[0] ^ tensors[1]):
         raise NotTheSameError(

@@ -79,7 +79,7 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
             `forward` does besides computing its result is lost.
 
     Returns:
-        A frozen `Report`: the model, what was replaced, what was not and why.
+        A frozen `Report`: the model, the modules that were replaced, and those that were not, with reasons.
 
     Raises:
         TypeError: if `model` is no `nn.Module`.

@@ -1,8 +1,8 @@
 """`bra-yolo demo`: YOLO26 with bi-level routing attention learns eight photographs, and shows where it looks.
 
-It trains `yolo26n-bra.yaml` with the users' usual settings until the model knows the photographs by heart.
-The trained model then finds their objects again, and the demo draws what its attention looks at beside the
-objects that were found. Nothing is downloaded, and no GPU is needed.
+The demo trains `yolo26n-bra.yaml` with the users' usual settings until the model knows the photographs by
+heart. The trained model then finds their objects again, and the demo draws what its attention looks at beside
+the objects that were found. Nothing is downloaded, and no GPU is needed.
 """
 
 import argparse
@@ -36,8 +36,8 @@ RECIPE = {"cache": False, "single_cls": False, "close_mosaic": 10, "workers": 0,
 FEW_PHOTOGRAPHS = {
     **dict.fromkeys(("mosaic", "fliplr", "scale", "translate", "hsv_h", "hsv_s", "hsv_v", "erasing"), 0.0),
     **{"optimizer": "AdamW", "lr0": 0.003, "warmup_epochs": 5, "deterministic": True},
-    **{"box": 15.0, "cls": 1.0},  # twice Ultralytics' values: small boxes are learned late
-    **{"batch": 8, "nbs": 8},  # step the optimizer after every batch: the next one has the same eight images
+    **{"box": 15.0, "cls": 1.0},  # twice Ultralytics' values, or small boxes are learned late
+    **{"batch": 8, "nbs": 8},  # a step after every batch, because the next batch has the same eight images
     **dict.fromkeys(("plots", "val", "verbose"), False),
 }
 # Momentum of BatchNorm's running statistics, which validation uses. A batch is the whole data set, so the
@@ -120,7 +120,7 @@ def fit(model: YOLO, data: Path, epochs: int, arguments: dict[str, Any]) -> None
     level = LOGGER.level
     LOGGER.setLevel("WARNING")
     try:
-        model.train(data=str(data), epochs=epochs, save=False, **arguments)  # saves the last epoch only
+        model.train(data=str(data), epochs=epochs, save=False, **arguments)  # only the last epoch is saved
     finally:
         LOGGER.setLevel(level)
 

@@ -39,8 +39,8 @@ def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> 
 def at_real_size(original: Callable[..., float], model: nn.Module, imgsz: Any = 640) -> float:
     """Does the work of Ultralytics' `get_flops`, on an image of the full size.
 
-    Ultralytics counts on an image of 32 pixels and extrapolates. That is wrong for the attention: its work is
-    not proportional to the image's size, and on small maps most of it is padding.
+    Ultralytics counts on small images, 32 pixels high, and extrapolates. That is wrong for the attention: its
+    work is not proportional to the image's size, and on small maps most of it is padding.
 
     Args:
         original: Ultralytics' function, for models without these attentions.

@@ -1,7 +1,7 @@
 """YOLO blocks built on bi-level routing attention. Maps come in and go out as NCHW, as Ultralytics has them.
 
-All take the attention's arguments as one mapping, because a yaml row has no keyword arguments. By default
-heads are about 32 channels wide, there are 5 x 5 regions (`N_WIN`), and maps of any size are accepted
+All blocks take the attention's arguments as one mapping, because a yaml row has no keyword arguments. By
+default heads are about 32 channels wide, there are 5 x 5 regions (`N_WIN`), and maps of any size are accepted
 (`auto_pad`).
 """
 
@@ -89,7 +89,7 @@ def _with_defaults(dim: int, arguments: Mapping[str, Any] | None) -> dict[str, A
 
 
 def _check_padding(attention: Any, x: Tensor) -> None:
-    """Warns of much padding, in training only: in eval Ultralytics also runs models on sizes of its own."""
+    """Warns of much padding in training. In eval, Ultralytics builds and measures models on other sizes."""
     if attention.training and is_eager() and isinstance(x, Tensor):  # torch.fx passes a proxy
         _warn_of_padding(x.shape[2], x.shape[3], *attention.spec.windows, attention.spec.topk)
 
@@ -113,8 +113,8 @@ def _warn_of_padding(height: int, width: int, rows: int, columns: int, topk: int
 def _advised_n_win(side: int, topk: int) -> int:
     """The number of regions along a map's side that pads it least; among equals the closest to `N_WIN`.
 
-    Numbers whose square is below `topk` are left out: a map with as many regions along its other side would
-    have fewer than `topk` regions.
+    Numbers whose square is below `topk` are left out, because a map with as many regions along its other side
+    would have fewer than `topk` regions. If no number remains, the largest one is returned.
     """
     enough = [n_win for n_win in ADVISED_N_WIN if n_win**2 >= topk] or ADVISED_N_WIN[-1:]
     return min(enough, key=lambda n_win: (-side % n_win, abs(n_win - N_WIN)))
@@ -127,7 +127,7 @@ def _share_of_padding(height: int, width: int, rows: int, columns: int) -> float
 
 
 def _hidden_channels(name: str, ratio: float, channels: int) -> int:
-    """`ratio * channels`, rounded down; raises ValueError about the argument `name` where that is below 1."""
+    """`ratio * channels`, rounded down; raises ValueError about the argument `name` if that is below 1."""
     is_number = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool)
     if not is_number or not 1 <= ratio * channels < math.inf:
         raise ValueError(
@@ -228,7 +228,7 @@ class BiFormerBlock(Block, TakesNames):
     def __init__(self, dim: int, attention: Mapping[str, Any] | None = None, mlp_ratio: float = 3.0) -> None:
         hidden = _hidden_channels("mlp_ratio", mlp_ratio, dim)
         super().__init__(dim, build_attention(dim, attention), hidden)
-        del self.mlp[1]  # the identity: the keys of the `state_dict` do not count it here
+        del self.mlp[1]  # the identity: without it the keys of the last layer are `mlp.2.*`
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(N, dim, H, W)` of any strides to the same shape, in channels-last memory."""
@@ -260,8 +260,8 @@ class BRABlock(nn.Module):
 class C2BRA(nn.Module):
     """A cross-stage partial stage of attention blocks; it replaces and resembles Ultralytics' `C2PSA`.
 
-    Half of the hidden channels bypass the blocks. Unlike `C2PSA`, the output may have another width than the
-    input.
+    Half of the hidden channels bypass the blocks. The output may have another width than the input, which
+    `C2PSA` does not allow.
 
     Args:
         c1: input channels.

@@ -50,7 +50,7 @@ def match_rows(source: list[Shapes], target: list[Shapes]) -> list[int | None]:
         >>> match_rows([conv, conv], [conv, attention, conv])
         [0, None, 1]
     """
-    # best[i][j]: how many tensors can agree at most in the rows from i on of source and from j on of target.
+    # best[i][j]: the largest number of agreeing tensors of source rows from i on and target rows from j on.
     best = [[0] * (len(target) + 1) for _ in range(len(source) + 1)]
     alike = [[sum(theirs.get(k) == v for k, v in ours.items()) for ours in target] for theirs in source]
     for i in reversed(range(len(source))):

@@ -42,7 +42,7 @@ def register() -> None:
       `BiFormerBlock`, `C2BRA` and `C3k2BRA`;
     - Ultralytics finds the packaged yamls by name, in every scale, and the photographs of `photo_dataset` as
       `data="photos.yaml"`;
-    - weights are transferred between models with different rows, and from other implementations' names;
+    - weights are also transferred between models with different rows, and under other implementations' names;
     - the model summary counts the attention's multiply-adds;
     - an export to a format that cannot hold the attention is refused;
     - restricted loading (`ULTRALYTICS_SAFE_LOAD`) accepts the blocks;
@@ -135,9 +135,10 @@ def _by_our_names(
 
 
 def _find_photographs(original: Callable[..., Any], file: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """For `PHOTOS` writes the photographs into Ultralytics' folder of data sets; returns the yaml's path."""
+    """For `photos.yaml`: writes the photographs to Ultralytics' folder of data sets; returns the path."""
     if str(file) == PHOTOS and not os.path.exists(PHOTOS):
-        from .photo_dataset import write_photo_dataset  # not at the top: it is also run, by `python -m`
+        # Not imported at the top: `python -m` would warn that the module to run has been imported already.
+        from .photo_dataset import write_photo_dataset
 
         return str(write_photo_dataset(DATASETS_DIR / "photos"))
     return original(file, *args, **kwargs)

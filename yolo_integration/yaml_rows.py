@@ -47,7 +47,7 @@ YAML_MODULES: dict[str, type[nn.Module]] = {
 }
 
 # A row may name a block with this prefix. If the package was not imported, parse_model raises a KeyError that
-# holds nothing but the name in the row; with the prefix the name says what to import.
+# contains only the name in the row; with the prefix this name says what to import.
 IMPORT_PATH = "bra_triton.yolo_integration."
 
 _ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
@@ -191,7 +191,7 @@ def _expand_arguments(name: str, source: int, arguments: list[Any]) -> list[Any]
 
 
 def _by_name(name: str, channels: list[Any], arguments: list[Any], own: list[str]) -> dict[str, Any]:
-    """A row's arguments after the output channels by name: those of the attention and the block's `own`."""
+    """The arguments after a row's output channels, by name: the attention's and the block's `own`."""
     attention = _ATTENTIONS.get(YAML_MODULES[name], BiLevelRoutingAttention)
     parameters = [value for key, value in inspect.signature(attention).parameters.items() if key != "dim"]
     allowed = [*(parameter.name for parameter in parameters), *own]

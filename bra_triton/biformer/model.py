@@ -29,10 +29,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class DenseAttention(nn.Module):
     """Attention of every token to every other: the authors' `AttentionLePE`, in BiFormer's last stage.
 
-    It differs from bi-level routing attention whose regions choose all regions: the width of a head scales
-    the logits, the projection has no bias, and LePE, the positional convolution, is applied to the input
-    instead of the values. PyTorch's `scaled_dot_product_attention` computes it. On a GPU the backward of that
-    function has the same bits in every run only under `torch.use_deterministic_algorithms(True)`.
+    It differs from bi-level routing attention in which every region chooses all regions: the width of a head
+    scales the logits, the projection has no bias, and LePE, the positional convolution, is applied to the
+    input instead of the values. PyTorch's `scaled_dot_product_attention` computes the attention. On a GPU the
+    backward of that function has the same bits in every run only under
+    `torch.use_deterministic_algorithms(True)`.
 
     Args:
         dim: channels of the map, a multiple of 8: there are 8 heads.

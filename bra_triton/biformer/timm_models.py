@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .model import VARIANTS, BiFormer
 
-# Without addresses of weights: the authors release them on a file host that has no stable addresses.
+# No addresses of weights: the authors release them on a file host that has no stable addresses.
 default_cfgs = generate_default_cfgs(
     {
         name: {

@@ -1,1 +1,1 @@
-"""The drop-in modules: they hold parameters and check arguments; backends compute the attention."""
+"""The drop-in modules: parameters and checks of arguments, no computation."""

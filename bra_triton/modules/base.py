@@ -1,6 +1,6 @@
 """The base classes of the drop-in modules: their attributes, and which of these can be set.
 
-"The original" is the authors' module, in rayleizhu/BiFormer, that a drop-in module stands for.
+"The original" is the authors' module, in rayleizhu/BiFormer, that a drop-in module replaces.
 """
 
 from dataclasses import replace
@@ -77,7 +77,7 @@ class Attention(Specified, TakesNames):
 
     @property
     def scale(self) -> float:
-        """Factor of the tokens' logits. As in the original, setting it keeps the router's factor."""
+        """Factor of the tokens' logits. As in the original, setting it does not change the router's."""
         return self.spec.scale
 
     @scale.setter
@@ -134,7 +134,7 @@ class Attention(Specified, TakesNames):
 
         Args:
             out: `(N, H, W, dim)`: the output of the call, without LePE.
-            call: the call.
+            call: the call; the layer gets its values.
         """
         lepe = self._modules.get("lepe")
         if lepe is None:

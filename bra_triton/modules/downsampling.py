@@ -34,7 +34,7 @@ _kept: dict[tuple[object, ...], Tensor] = Bounded()
 def build(
     mode: str, qk_dim: int, dim: int, kv_per_win: int = 4, ratio: float = 4, kernel: int | None = None
 ) -> "nn.Identity | KVDownsampling":
-    """The module for a `kv_downsample_mode`; `nn.Identity` where nothing is reduced.
+    """The module for a `kv_downsample_mode`; `nn.Identity` if nothing is reduced.
 
     Args:
         mode: one of `MODES`.
@@ -156,11 +156,11 @@ class FixedCells(KVDownsampling):
         return rows, rows if is_sure(height == width) else self._kept_along(width, device)
 
     def _kept_along(self, side: int, device: torch.device) -> Tensor:
-        """`_along`, computed once: a table takes up to nine operators, each of which is a launch on a GPU.
+        """The table `_along`, computed once: it takes up to nine operators, each of them a launch on a GPU.
 
         While a graph is recorded, or something observes operators (`is_seen`), every call computes the table.
-        Each stream has its own tables, because streams do not wait for each other; so has inference mode,
-        because a backward cannot save its tensors.
+        Each stream has its own tables, because streams do not wait for each other. Inference mode also has
+        its own, because a backward cannot save its tensors.
         """
         device, stream = torch.device(device), 0
         if not is_eager() or being_exported() or is_seen(()):

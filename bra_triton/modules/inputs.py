@@ -20,8 +20,8 @@ def for_keeping(x: Tensor, layer: Any) -> Tensor:
 
     The caller may then change `x` in place before the backward. `x` itself is returned if
     - the layer keeps nothing, because no gradient of its parameters is needed;
-    - the layer makes a copy anyway, because of the strides of `x` or of its dtype (autocast);
-    - `x` is a leaf that requires a gradient, which autograd does not let anybody change in place;
+    - the layer makes a copy anyway, because of the strides of `x` or its dtype (autocast);
+    - `x` is a leaf that requires a gradient: autograd forbids to change it in place;
     - a graph is being recorded: each of its runs would pay for the copy.
     """
     if not torch.is_grad_enabled() or not is_eager() or (x.requires_grad and x.is_leaf):
@@ -45,7 +45,7 @@ def _folds(x: Tensor) -> bool:
 
 
 def apply(name: str, layer: Any, x: Tensor, run: Callable[[Any, Tensor], Tensor] | None = None) -> Any:
-    """Returns `run(layer, x)`, by default `layer(x)`; an error of the layer names it.
+    """Returns `run(layer, x)`, by default `layer(x)`; if the layer fails, the error contains `name`.
 
     Raises:
         RuntimeError: the layer's error, with `name` before its text. Errors of derived classes pass
@@ -63,8 +63,7 @@ def project(name: str, layer: Any, x: Tensor, run: Callable[[Any, Tensor], Tenso
     """Does what `apply` does, with a clearer error if `x` does not suit the layer's parameters.
 
     Raises:
-        ValueError: if the layer fails, and `x` has another device, layout or dtype than the parameters.
-        RuntimeError: if the layer fails for another reason; see `apply`.
+        ValueError: if the layer fails and `x` has not the parameters' device, layout or dtype.
     """
     try:
         return apply(name, layer, x, run)

@@ -1,6 +1,6 @@
 """The layers inside the drop-in modules, and whether a layer may be bypassed.
 
-To bypass a layer means to compute its result from its parameters, in a kernel, without calling the layer.
+To bypass a layer means that a backend computes the layer's result from its parameters, without calling it.
 """
 
 from typing import Any
@@ -22,13 +22,13 @@ def depthwise_convolution(dim: int, side: int) -> nn.Conv2d | None:
 
 
 def is_plain(layer: Any, kind: type[nn.Module]) -> bool:
-    """Whether a layer may be bypassed: its class is exactly `kind`, and it has no hooks nor own `forward`.
+    """Whether a layer may be bypassed: its class is exactly `kind`, and it has no hook and no own `forward`.
 
     All other layers must be called: an adapter, a quantised or a parametrised layer has another class, and
     pruning and weight normalisation add hooks that compute the weight anew in every call.
     """
     if type(layer) is not kind:
-        # torch.export replaces the layers of an exported module by wrappers, whose class is another one.
+        # torch.export wraps the layers of an exported module in other classes; `get_base` returns the layer.
         exported = getattr(layer, "get_base", None)
         return exported is not None and is_plain(exported(), kind)
     state = layer.__dict__  # a look-up here takes a quarter of the time of an attribute of a module

@@ -53,8 +53,8 @@ class NCHWBiLevelRoutingAttention(Attention):
         attn_backend: the original's name for `backend`: `"torch"`, its only value there, or `"triton"`.
         backend: `"auto"`, or a name of `bra_triton.backend.select.BACKENDS`.
 
-    Attributes have the original's names; `base.Attention` lists those that can be set. A layer can be
-    replaced, wrapped or hooked; every backend then calls it.
+    Attributes have the original's names; those that `base.Attention` lists can be set, except `soft_routing`
+    and `diff_routing`. A layer can be replaced, wrapped or hooked; the module then calls it.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -120,7 +120,7 @@ class NCHWBiLevelRoutingAttention(Attention):
 
         Raises:
             ValueError, TypeError: naming the argument, its value and what is allowed.
-            RuntimeError: if `backend` names one that cannot compute this call; says why.
+            RuntimeError: if `backend` names a backend that cannot compute this call; says why.
         """
         if not isinstance(x, Tensor):
             return self._leaf(x, ret_attn_mask)

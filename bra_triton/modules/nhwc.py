@@ -90,7 +90,7 @@ class BiLevelRoutingAttention(Attention):
         kv_per_win: keys along each side of a region, for `kv_downsample_mode` `"ada_avgpool"` and
             `"ada_maxpool"`.
         kv_downsample_ratio: how much the other modes reduce a side of a region; see `downsampling.build`.
-        kv_downsample_kernel: window of `"fracpool"`, kernel of `"conv"`; by default the ratio decides.
+        kv_downsample_kernel: window of `"fracpool"`, kernel of `"conv"`; by default set by the ratio.
         kv_downsample_mode: how keys and values are reduced inside each region, one of `downsampling.MODES`.
             The original leaves `"fracpool"` and `"conv"` unimplemented.
         topk: regions that every region attends to.
@@ -209,7 +209,7 @@ class BiLevelRoutingAttention(Attention):
 
         Raises:
             ValueError, TypeError: naming the argument, its value and what is allowed.
-            RuntimeError: if `backend` names one that cannot compute this call; says why.
+            RuntimeError: if `backend` names a backend that cannot compute this call; says why.
         """
         if not isinstance(x, Tensor):
             return self._leaf(x, ret_attn_mask)
@@ -223,7 +223,7 @@ class BiLevelRoutingAttention(Attention):
         return self._out(attend(call, self._backend), call)
 
     def grid(self, x: Tensor) -> RegionGrid:
-        """The regions of a map of the forward's shape; raises ValueError if it cannot be cut into regions."""
+        """The regions of a map, as `forward` takes it; raises ValueError if it cannot be cut into regions."""
         return RegionGrid.of_windows(x.shape[1], x.shape[2], self.spec.n_win, self.auto_pad)
 
     def _project(self, x: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class BiLevelRoutingAttention(Attention):
         return self._call(self._project(x), self._padding(x), is_eager())
 
     def _call(self, qkv: Tensor, padding: Tensor | None, eager: bool) -> Call:
-        """Puts a `Call` together; a layer enters it by its parameters or, if it must be called, itself."""
+        """Makes a `Call`. It holds a layer's parameters or, if the layer must be called, the layer itself."""
         modules: dict[str, Any] = self._modules
         router, kv_down = modules["router"], modules["kv_down"]
         weight, bias = lepe_parameters(modules.get("lepe"), self.spec.dim)

@@ -1,4 +1,4 @@
-"""The drop-in for models that pass tokens in a sequence, such as timm's vision transformers."""
+"""The drop-in for models that hold a map as a sequence of tokens, such as timm's vision transformers."""
 
 import math
 from typing import Any
@@ -45,8 +45,8 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
 
         Args:
             x: the tokens, row by row.
-            attn_mask: must be None; accepted because callers pass it.
-            is_causal: must be False; accepted because callers pass it.
+            attn_mask: must be None; timm's blocks pass this argument.
+            is_causal: must be False; timm's blocks pass this argument.
             ret_attn_mask: as in the base class.
 
         Raises:
@@ -89,5 +89,5 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
 
 
 def _root(tokens: Any) -> Any:
-    """The side of a square map of `tokens` tokens, rounded down. Symbols of a compiler have no `isqrt`."""
+    """The side of a square map of `tokens` tokens, rounded down. `isqrt` takes no symbols of a compiler."""
     return torch.sym_int(tokens**0.5) if torch.compiler.is_compiling() else math.isqrt(tokens)

@@ -76,7 +76,7 @@ def attention_page(
     layers: Sequence[str | int] | None = None,
     **settings: Any,
 ) -> str:
-    """One HTML page, which loads no other file, that shows routing and weights for the point at the pointer.
+    """One HTML page, which loads no other file; it shows routing and weights for the point at the pointer.
 
     Arguments and errors are those of `attention_figure`; `point` is the first query point that the page
     shows. If there are more than 128 MiB of weights, a ValueError is raised.

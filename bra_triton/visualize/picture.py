@@ -47,7 +47,7 @@ class Picture:
         height, width = image.shape[-2:]
         result = recording.result[0] if isinstance(recording.result, list) else recording.result
         original = getattr(result, "orig_img", None)
-        if original is None or getattr(result, "probs", None) is not None:  # classifiers crop theirs
+        if original is None or getattr(result, "probs", None) is not None:  # a classifier crops its pictures
             return cls(_shown(image), width, height)
         rows, columns = original.shape[:2]
         scale = min(height / rows, width / columns)

@@ -99,7 +99,7 @@ class Recording:
     Attributes:
         result: what the model returned.
         image: `(C, H, W)` float32 on the CPU: the network's input, after any preprocessing.
-        layers: its attention layers, in the order in which they ran.
+        layers: the model's attention layers, in the order in which they ran.
     """
 
     result: Any
