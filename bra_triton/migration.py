@@ -1,8 +1,8 @@
 """Replaces other implementations of bi-level routing attention by this package's modules ("ours").
 
-Other projects hold changed copies of the original: some permute maps, take more inputs or apply dropout to
-the scores. So the class of a module proves nothing, and a module is replaced only if a trial shows that ours
-computes the same.
+Other projects hold changed copies of the original: some permute maps, take more inputs or apply dropout. So
+the class of a module proves nothing, and a module is replaced only if a trial shows that ours computes the
+same.
 """
 
 import inspect

@@ -109,7 +109,7 @@ class Attention(Specified, TakesNames):
             others: the forward's other arguments.
 
         Raises:
-            TypeError: if `x` is no proxy, or if this module itself is the root of the trace.
+            TypeError: if `x` is not a proxy, or if this module itself is the root of the trace.
         """
         if not isinstance(x, torch.fx.Proxy):
             raise TypeError(f"x must be a tensor, got {x!r}")

@@ -63,7 +63,7 @@ def project(name: str, layer: Any, x: Tensor, run: Callable[[Any, Tensor], Tenso
     """Does what `apply` does, with a clearer error if `x` does not suit the layer's parameters.
 
     Raises:
-        ValueError: if the layer fails and `x` has not the parameters' device, layout or dtype.
+        ValueError: if the layer fails and `x` does not have the parameters' device, layout or dtype.
     """
     try:
         return apply(name, layer, x, run)

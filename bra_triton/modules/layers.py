@@ -22,7 +22,7 @@ def depthwise_convolution(dim: int, side: int) -> nn.Conv2d | None:
 
 
 def is_plain(layer: Any, kind: type[nn.Module]) -> bool:
-    """Whether a layer may be bypassed: its class is exactly `kind`, and it has no hook and no own `forward`.
+    """Whether a layer may be bypassed: its class is exactly `kind`, and no hook or `forward` was set on it.
 
     All other layers must be called: an adapter, a quantised or a parametrised layer has another class, and
     pruning and weight normalisation add hooks that compute the weight anew in every call.
