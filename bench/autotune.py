@@ -1,18 +1,18 @@
-"""`bra-autotune`: finds tile configurations, on the card at hand or, for the shipped tables, without one.
+"""`bra-autotune`: finds the best tile configurations, by timing on a GPU or by prediction without one.
 
-On a GPU it times every configuration worth trying that computes the right result, and keeps the winners in
-the user's cache, where later launches find them. Soft routing has entries of its own, of which hard routing
-shares that of dQ, and so has padding. A run that is stopped keeps the entries that it finished, and run again
-goes on where it was.
+On a GPU it checks and times every configuration that is worth trying, and writes the fastest correct ones to
+the user's cache, where later launches find them. Soft routing has its own entries in the table of tiles, and
+so have maps with padding; hard routing shares only soft routing's entry for dQ. If a run is stopped, the
+entries that it finished are kept, and the next run continues from there.
 
     bra-autotune                                        # all problems, forward and backward, float16
     bra-autotune --problem yolo_p3 --dtype bfloat16
     bra-autotune --routing-weight soft
-    bra-autotune --refine                               # minutes: the tiles in use, with deeper pipelines
+    bra-autotune --refine                               # minutes: only the tiles in use and their variants
     bra-autotune --shape 16 80 80 64 --num-heads 2 --n-win 8 --topk 4 --kernel forward
 
-With `--arch` it needs no GPU: it compiles the configurations, predicts what they cost from the machine code
-and writes the shipped table of that architecture:
+With `--arch` it needs no GPU: it compiles the configurations, predicts their cost from the machine code and
+writes the table that the package ships for that architecture:
 
     bra-autotune --arch sm_90 --head-dim 32 64
 """
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def predict(args: argparse.Namespace, arch: str) -> None:
-    """Compiles, ranks, and writes the table of one architecture."""
+    """Compiles and ranks the configurations for one architecture, and writes its table."""
     bits = sorted({8 * DTYPES[name].itemsize for name in args.dtype})
     sizes = itertools.product(args.kernel, bits, args.head_dim, tiles.SIZES, tiles.FORMS)
     keys = [Key(*each) for each in sizes]
@@ -77,9 +77,10 @@ def measure(
     device: torch.device,
     timer: timing.Timer = timing.device_milliseconds,
 ) -> None:
-    """Times on `device` and keeps the winners in the user's cache, also when it is interrupted."""
+    """Times configurations on `device` and keeps the fastest in the user's cache, even if interrupted."""
     card = timing.card_name(device)
-    timing.keep(partial(tile_cache.update, card, {}))  # what cannot be written shows before hours of timing
+    # An update without entries: if the cache cannot be written, the warning comes before hours of timing.
+    timing.keep(partial(tile_cache.update, card, {}))
     trials = timing.trials(problems, [DTYPES[name] for name in args.dtype], args.kernel, device, args.refine)
     results: dict[timing.Trial, float] = {}
     try:
@@ -113,7 +114,7 @@ def _problems(args: argparse.Namespace) -> list[Problem]:
         raise ValueError(f"--shape needs {', '.join(missing)}")
     sizes = [*args.shape, args.num_heads, args.n_win, args.topk, args.routing_weight]
     problem = Problem("", *sizes)
-    _ = problem.settings  # raises ValueError
+    _ = problem.settings  # raises ValueError if the numbers do not fit each other
     return [problem]
 
 

@@ -1,17 +1,18 @@
-"""All that needs a GPU, in one command and in limited time: `bra-bench check`, or `make gpu-check`.
+"""Runs all checks and measurements that need a GPU, in limited time: `bra-bench check`, or `make gpu-check`.
 
-Needs PyTorch, Triton, einops and pytest, and this working tree; nothing is installed or downloaded. Where the
-tree is a copy without git, `BRA_TRITON_COMMIT` says of which commit, and the report repeats it.
+It needs PyTorch, Triton, einops, pytest and this working tree; it installs and downloads nothing. If the tree
+is a copy without git, set the environment variable `BRA_TRITON_COMMIT` to its commit; the report repeats it.
 
-First, beside each other: every mode in float32, float16 and bfloat16 against the float64 reference, for the
-same bits in every run, in CUDA graphs, and for host synchronisation (`tests/gpu`, a process a mode); and
-every peer that is to be timed against the definition, which compiles it, too. Then the measurements, one
-after the other, in the order of `--parts`.
+The checks run first, several at a time:
+- every mode, one process per mode (`tests/gpu`): float32, float16 and bfloat16 against the float64 reference,
+  equal bits in every run, CUDA graphs, and that nothing waits for the GPU;
+- every peer that will be timed, against the definition; this also compiles the peer.
+Then the measurements run one after the other, in the order of `--parts`.
 
-Whatever fails, hangs or dies is reported and the rest goes on. The folder of results holds `report.md`,
-`results.json` and the log of every process; the first two hold, at any moment, all that has ended and what it
-wrote. Exit status 1 if a command failed or a check did not finish. A measurement cut off by the time is no
-failure.
+A command that fails, hangs or dies is reported, and the others go on. The folder of results holds
+`report.md`, `results.json` and the log of every process; the first two are rewritten whenever a command ends.
+The exit status is 1 if a command failed or a check did not finish. A measurement that the time limit ends is
+no failure.
 """
 
 import argparse
@@ -40,16 +41,16 @@ from bra_triton.bench.problems import MODELS
 
 
 class Part(NamedTuple):
-    """What `--parts` chooses: commands that run one after the other."""
+    """One choice of `--parts`: commands that run one after the other."""
 
-    limit: float  # seconds, of all of them together
+    limit: float  # seconds for all commands together
     commands: Sequence[str] = ()
-    first: Mapping[str, str] = MappingProxyType({})  # commands by name, among the checks: they compile
+    first: Mapping[str, str] = MappingProxyType({})  # by name, commands that run as checks: they compile
     needs: str = ""  # a package without which the part is left out
 
 
 def _peers(limit: float, *rows: tuple[str, str]) -> Part:
-    """`bra-bench peers` by problems and flags; among the checks a process for each problem."""
+    """A part that runs `bra-bench peers` once per row (problems, flags), with a check for each problem."""
     text = "bra-bench peers --problem {} {}"
     checks = {p: text.format(p, f"{flags} --check-only") for names, flags in rows for p in names.split()}
     return Part(limit, [text.format(*row) for row in rows], checks)
@@ -63,33 +64,36 @@ SMALL_MAPS = "yolo_p5 yolo_p5_n_win_5 biformer_stage2 biformer_stage3 biformer_s
 PEERS = "--peers fused reference gather dense torch"
 FLEX = "--peers fused flex dense"
 HOST_COMPILED = "bra-bench host --compiled --form identity --phase 'no grad' step"
-# In the order of worth: the time may not last for all.
+# The most useful parts come first, because the time may not be enough for all.
 PARTS = {
-    "modes": Part(0),  # all of it is checks
+    "modes": Part(0),  # consists of checks only
     "small-maps": _peers(60, (SMALL_MAPS, "--batch 1 8 64 --peers fused dense")),
     "peers": _peers(120, (MAPS, f"--batch 8 {PEERS}"), ("high_resolution", f"--batch 4 {PEERS}")),
     "kernels": Part(100, [f"bra-bench kernel-times --problem {' '.join(MODELS)}"]),
     "host": Part(90, ["bra-bench host", HOST_COMPILED], {"compiled": f"{HOST_COMPILED} --repeats 1"}),
-    # The other peers would hold 60 GB of scores and more.
+    # Without the other peers, which would hold 60 GB of scores and more.
     "largest-map": _peers(60, ("issue_21", "--peers fused torch --repeats 3")),
     "tiles": Part(150, ["bra-autotune --refine"]),
-    # Apart from the other peers: every process traces it anew, which takes longer than to time all others.
+    # Not in "peers": every process traces FlexAttention anew, which takes longer than timing all other peers.
     "flex": _peers(150, (MAPS, f"--batch 8 {FLEX}"), ("high_resolution", f"--batch 4 {FLEX}")),
     "models": Part(150, ["bra-bench models --amp --batch 8"], needs="ultralytics"),
 }
-# What runs without a GPU, on maps of a few tokens.
+# The parts of a rehearsal without a GPU (`--device cpu`), on maps of a few tokens.
 REHEARSED = {
-    "modes": Part(0),  # all of it is checks
+    "modes": Part(0),  # consists of checks only
     "small-maps": _peers(60, ("tiny tiny_padded", "--batch 1 2 --peers fused dense --repeats 1")),
     "peers": _peers(60, ("tiny_padded", "--peers fused reference gather dense --repeats 1")),
     "host": Part(60, ["bra-bench host --form identity --phase 'no grad' --repeats 1"]),
 }
 TABLES = {"cuda": PARTS, "cpu": REHEARSED}
-CHECKS = "checks"  # a part whose commands run beside each other, and have to finish
-CHECKS_LIMIT, CHECKS_SHARE = 240.0, 0.7  # seconds; of the budget, lest a check that hangs takes all of it
-# How the names of checks begin, in their order. Modes come first: every measurement checks what it times, but
-# nothing else checks them, and on an H100, with little time left, three were not reached. Of the rest those
-# with PyTorch's compiler come first, which take longest, so that all end at about the same time.
+CHECKS = "checks"  # the part whose commands run several at a time and must all finish
+# The checks may take so many seconds, and at most this share of the budget: a check that hangs must leave
+# time for the measurements.
+CHECKS_LIMIT, CHECKS_SHARE = 240.0, 0.7
+# The checks start in the order of the first words of their names. Modes start first: every measurement checks
+# what it times, but only these checks test the modes, and on an H100, with little time left, three modes were
+# not reached. Then come the checks that take longest, such as those with PyTorch's compiler, so that all
+# checks end at about the same time.
 ORDER_OF_CHECKS = ("mode", "file", "flex", "host", "largest-map", "peers")
 IN_TREE = (sys.executable, str(ROOT / "bench" / "in_tree.py"))
 PROGRAMS = {
@@ -98,8 +102,8 @@ PROGRAMS = {
     "pytest": (*IN_TREE, "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}"),
 }
 GPU_TESTS = ROOT / "tests" / "gpu"
-NO_TESTS = 5  # how pytest ends where all tests of a file were deselected
-MOST_OUTPUT = 100_000  # characters of a command's output that the report repeats
+NO_TESTS = 5  # pytest's exit status if all tests of a file were deselected
+MOST_OUTPUT = 100_000  # characters at the end of a command's output that the report repeats
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (out / "report.md").write_text(markdown(results))
 
     print(measure.on_one_line(versions), flush=True)
-    # What was started ends with this process, too, when `timeout` or a user stops it.
+    # If `timeout` or a user stops this process, exit by an exception: `run_all` then kills what it started.
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     try:
         for part, planned in plan.items():
@@ -151,7 +155,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--budget-seconds", type=float, default=840.0, help="of the whole (default: 840)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, tiny and interpreted")
     add("--parts", nargs="+", choices=PARTS, help="in this order (default: all)")
-    workers = max(1, min(14, (os.cpu_count() or 1) - 2))  # each has a context on the GPU, of half a GiB
+    workers = max(1, min(14, (os.cpu_count() or 1) - 2))  # each has a GPU context of half a GiB
     add("--workers", type=count, default=workers, help="checks beside each other")
     options = parser.parse_args(arguments)
     if not (ROOT / "pyproject.toml").is_file():
@@ -171,19 +175,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plan_of(options: argparse.Namespace, out: Path) -> dict[str, list[Job]]:
-    """What runs, in this order: the checks, then what was asked for."""
+    """The jobs by part, in the order in which they run: the checks, then the parts of `options`."""
     parts = {name: TABLES[options.device][name] for name in options.parts}
     plan: dict[str, list[Job]] = {CHECKS: []}
     for name, part in parts.items():
         plan[CHECKS] += [_job(out, f"{name} {what}", text) for what, text in part.first.items()]
         plan[name] = [_job(out, f"{name} {i}", text) for i, text in enumerate(part.commands, 1)]
     if "modes" in parts:
-        # The interpreter leaves some modes out, and what compiles is left out where the interpreter runs.
+        # Under the interpreter some modes have no tests, and all tests of a file may be marked `compiled`.
         passes = (0, NO_TESTS) if options.device == "cpu" else (0,)
         modes = GPU_TESTS / "test_modes.py"
         for file in sorted({*GPU_TESTS.glob("test_*.py")} - {modes}):
             name = f"file {file.parent.name}/{file.stem}"
-            # What is marked `compiled` needs no GPU, and `make test` runs it.
+            # Without the tests marked `compiled`: they need no GPU, and `make test` runs them.
             plan[CHECKS].append(_job(out, name, f"pytest -m 'not compiled' {file}", passes))
         for mode in all_modes():
             plan[CHECKS].append(_job(out, f"mode {mode}", f"pytest -k '[{mode}-' {modes}", passes))
@@ -192,13 +196,13 @@ def plan_of(options: argparse.Namespace, out: Path) -> dict[str, list[Job]]:
 
 
 def all_modes() -> list[str]:
-    """Names of the modes of `tests/gpu/modes.py`, by which its tests are named."""
+    """Names of the modes in `tests/gpu/modes.py`; the ids of the tests begin with them."""
     sys.path += [str(ROOT / "tests"), str(GPU_TESTS)]
     return [mode.name for mode in importlib.import_module("modes").MODES]
 
 
 def _job(out: Path, name: str, text: str, passes: Sequence[int] = (0,)) -> Job:
-    """A command as a user types it; `bra-bench` writes its numbers beside the log."""
+    """The job of a command as a user types it; `bra-bench` writes its numbers beside the log."""
     log = out / "logs" / f"{_slug(name)}.log"
     program, *words = shlex.split(text)
     numbers = ["--json", str(log.with_suffix(".json"))] if program == "bra-bench" else []
@@ -212,36 +216,36 @@ def _slug(name: str) -> str:
 def _environment(part: str, options: argparse.Namespace, out: Path) -> dict[str, str]:
     environment = {
         "YOLO_OFFLINE": "true",
-        "PYTHONUNBUFFERED": "1",  # what a process printed before it was ended is there
-        # Nobody knows what plugins of pytest lie on another machine; the tests need none.
+        "PYTHONUNBUFFERED": "1",  # the log has all that a killed process had printed
+        # Without the plugins of pytest that happen to be installed; the tests need none.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "COLUMNS": "500",  # to which pytest cuts the lines of its summary
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else every process starts as many as there are cores
-        # The tiles that are shipped, not those that a tuner kept for this user.
+        "COLUMNS": "500",  # pytest cuts the lines of its summary to this width
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # by default every process starts one for each core
+        # A separate folder: launches get the shipped tiles, not those that `bra-autotune` kept for this user.
         "BRA_TRITON_CACHE": str(out / "tiles" / part),
     }
     if part == CHECKS:
         environment["OMP_NUM_THREADS"] = "1"
     if options.device == "cpu":
-        # The tests' kernels are interpreted; `host` launches compiled ones, by a stand-in for the driver.
+        # The checks interpret kernels; `bra-bench host` launches compiled ones with a stand-in driver.
         environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1" if part == CHECKS else "0"}
     return environment
 
 
 def _record(part: str, job: Job) -> dict[str, Any]:
-    """What `results.json` has of a job; of a measurement what it printed, too, and its numbers."""
+    """The entry of a job in `results.json`; for a measurement also its output and its numbers."""
     shown = ("name", "status", "seconds", "says", "failures")
     found = {"part": part, "command": job.text, **{name: getattr(job, name) for name in shown}}
     if part != CHECKS:
         found["output"] = job.printed[-MOST_OUTPUT:]
-        # Of a command that was ended while it wrote them, there are none.
+        # A command that was killed has left no file of numbers, or an incomplete one.
         with contextlib.suppress(OSError, ValueError):
             found["numbers"] = json.loads(job.log.with_suffix(".json").read_text())
     return found
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """What was run, on and with what, what failed and why, and what was printed."""
+    """The report: card and versions, all commands, why some failed, and what the measurements printed."""
     found = list(results["jobs"].values())
     passed = sum(job["status"] == jobs.PASSED for job in found)
     versions = [f"- {key} {value}" for key, value in results["versions"].items() if value]

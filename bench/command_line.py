@@ -1,4 +1,4 @@
-"""`bra-bench`: all that is measured, a sub-command each; `bra-bench COMMAND --help` lists its options."""
+"""`bra-bench`: a sub-command for each measurement; `bra-bench COMMAND --help` lists its options."""
 
 import argparse
 import importlib
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import bra_triton
 
-# Module and purpose. A module is imported when its command is called: some need packages that others do not.
+# Module and purpose. A module is imported only when its command is called: some need optional packages.
 COMMANDS = {
     "host": ("host", "what a call costs the CPU, beside plain attention; needs no GPU"),
     "peers": ("peer_times", "time and memory beside FlexAttention, dense attention and the einops reference"),

@@ -1,4 +1,4 @@
-"""What the commands share: options, tables, JSON, and how far a long one is."""
+"""What the commands share: options, JSON files, exit status, tables and a line of progress."""
 
 import argparse
 import json
@@ -10,7 +10,10 @@ from pathlib import Path
 def parser_of(
     command: str, module_doc: str, repeats: int = 0, has_json: bool = True
 ) -> argparse.ArgumentParser:
-    """A parser described by the module's first paragraph; `--repeats` has that default, 0 leaves it out."""
+    """A command's parser, described by the first paragraph of `module_doc`.
+
+    `repeats` is the default of `--repeats`; 0 leaves this option out.
+    """
     purpose = module_doc.split("\n\n", maxsplit=1)[0]
     parser = argparse.ArgumentParser(f"bra-bench {command}", description=purpose)
     if repeats:
@@ -21,7 +24,7 @@ def parser_of(
 
 
 def count(text: str) -> int:
-    """A number of at least 1, for `type` of an option."""
+    """Converts the text of an option to an integer of at least 1; for the option's `type`."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -29,22 +32,23 @@ def count(text: str) -> int:
 
 
 def write_json(file: Path | None, data: object) -> None:
-    """Writes to a file, if there is one."""
+    """Writes `data` to `file` as JSON, unless `file` is None."""
     if file:
         file.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def conclude(failures: Sequence[str], word: str = "MISSED") -> int:
-    """Prints the failures, a line each; the exit status is 1 if there are any."""
+    """Prints each failure on a line; returns the exit status, 1 if there are any."""
     for failure in failures:
         print(f"{word}: {failure}")
     return int(bool(failures))
 
 
 def table(title: str, rows: Sequence[Mapping[str, object]]) -> str:
-    """A table in Markdown under its title, from what each row has by column; empty without rows.
+    """A Markdown table under its title; an empty string if there are no rows.
 
-    Columns are those of the first row. None is an empty cell.
+    A row maps columns to values, all rows in the same order; the first row names the columns. None makes an
+    empty cell.
     """
     if not rows:
         return ""

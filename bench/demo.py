@@ -1,8 +1,8 @@
-"""The main job: `bra-yolo demo`, which learns eight photographs, and a comparison with the reference.
+"""Runs `bra-yolo demo`, which learns eight photographs, and compares training with the reference.
 
 After the demo the same model is trained from the same seed for a few steps, once on the fused backend and
-once on the einops reference, and their losses are printed side by side. Everything lands in one
-folder, the figures in `summary.json`.
+twice on the einops reference (see `CONTROL`), and the losses are printed side by side. All files go to one
+folder, the figures to `summary.json`.
 """
 
 import argparse
@@ -22,18 +22,20 @@ from bra_triton.yolo_integration.demo import MODEL
 from bra_triton.yolo_integration.photo_dataset import write_photo_dataset
 
 BACKENDS = ("auto", "reference")
-# Plain SGD at a low rate, where a step amplifies rounding the least: MuSGD's orthogonalised updates made
-# 2e-7 into 2e-3 within three steps, and high rates flip the assignment of boxes to predictions.
+# Plain SGD at a low learning rate, because its steps amplify rounding the least. With MuSGD's orthogonalised
+# updates a difference of 2e-7 grew to 2e-3 within three steps, and with high learning rates boxes get
+# assigned to other predictions.
 COMPARISON = {"optimizer": "SGD", "lr0": 1e-3, "warmup_epochs": 0}
-# "Agree to rounding" is judged against a control, the reference with every weight moved by half a unit in the
-# last place: training amplifies that as it amplifies the backends' rounding. Other orders of addition may
-# cost some units more than the control's one.
+# The backends agree if their losses differ by at most CONTROL_FACTOR times the distance between the reference
+# and a control: the reference with every weight moved by half a unit in the last place. Training amplifies
+# this change as it amplifies the backends' rounding. The factor is larger than 1 because another order of
+# addition may change a result by several units in the last place.
 CONTROL_FACTOR = 10
 CONTROL = "control"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; returns 0 if the model learned and the backends agree."""
+    """Runs the demo and the comparison; returns 0 if the model learned and the backends agree."""
     parser = demo.parser("bra-bench demo", __doc__)
     parser.add_argument("--compare-steps", type=int, default=5, help="steps on each backend")
     options = parser.parse_args(arguments)
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary["training"] = demo.learn(options)
     losses = {name: compare_steps(data, name, options) for name in (*BACKENDS, CONTROL)}
     summary["losses"] = losses
-    summary["loss_distance"] = {  # relative, of each step
+    summary["loss_distance"] = {  # one relative difference per step
         name: [abs(a / b - 1) for a, b in zip(losses[name], losses["reference"], strict=True)]
         for name in ("auto", CONTROL)
     }
@@ -58,15 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def find_failures(summary: dict[str, Any], required_map50: float) -> list[str]:
-    """What the figures say against the job: too little learned, or backends that part by more than rounding.
+    """Reasons for a failure: the model learned too little, or the backends differ by more than rounding.
 
-    Each step is held to the control's largest distance so far, lest the last step's amplification excuse a
-    wrong gradient in the first. NaN fails.
+    The limit of a step comes from the control's largest distance up to this step. With the largest of all
+    steps, the amplified rounding of the last one would hide a wrong gradient in the first. NaN is a failure.
     """
     failures = demo.find_failures(summary["training"], required_map50)
     fused, control = summary["loss_distance"]["auto"], summary["loss_distance"][CONTROL]
     for step, distance in enumerate(fused):
-        # The control may agree to the last bit; another order of addition need not.
+        # At least eps: even if the control agrees to the last bit, another order of addition may not.
         allowed = CONTROL_FACTOR * max(*control[: step + 1], torch.finfo(torch.float32).eps)
         if not distance <= allowed:
             failures.append(
@@ -77,7 +79,7 @@ def find_failures(summary: dict[str, Any], required_map50: float) -> list[str]:
 
 
 def compare_steps(data: Path, backend: str, options: argparse.Namespace) -> list[float]:
-    """Trains from the seed for a few steps on a backend, or as `CONTROL`; the loss of each step."""
+    """Trains from the seed for a few steps on a backend, or as `CONTROL`; returns the loss of each step."""
     losses = []
 
     def prepare(trainer: Any) -> None:

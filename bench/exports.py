@@ -1,8 +1,8 @@
-"""Times the module as other runtimes run it: its export beside an export of the einops reference.
+"""Times the module's export in other runtimes, beside an export of the einops reference.
 
-Both have the same weights and 5 x 5 LePE, and are exported for one size. What a runtime gives is compared
-with PyTorch before anything is timed. A ratio is what the reference's export takes over what ours takes, in
-one run on the CPU: 1.1 means 1.1 times as fast.
+Both have the same weights and 5 x 5 LePE, and are exported for one size of map. Before timing, each runtime's
+output is compared with PyTorch's. A ratio is the time of the reference's export divided by the time of ours,
+in one run on the CPU: 1.1 means that ours is 1.1 times as fast.
 """
 
 import warnings
@@ -19,11 +19,11 @@ from bra_triton.bench.console import parser_of, write_json
 from bra_triton.bench.models import INFERENCE, PRESET, REFERENCE, Row, module_pair, ratios, report
 from bra_triton.bench.problems import Problem
 
-LEAST_RATIO = 0.95  # runs of one export vary by as much
+LEAST_RATIO = 0.95  # not 1: the time of one export varies by 5 % from run to run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and prints; returns 1 where our export is slower than the reference's."""
+    """Measures and prints; returns 1 if a ratio is below `LEAST_RATIO`."""
     parser = parser_of("exports", __doc__, repeats=9)
     options = parser.parse_args(arguments)
     exporters = {name: export for name, (package, export) in RUNTIMES.items() if find_spec(package)}
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(measure.on_one_line(described), flush=True)
     rows = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of exporters, about their own code
+        warnings.simplefilter("ignore")  # exporters warn about their own code
         for (name, problem), (runtime, export) in product(PRESET.items(), exporters.items()):
             rows[f"{name}: {problem}, {runtime}"] = measure_exports(problem, export, options.repeats)
     title = "The module's export beside that of the einops reference, CPU, float32"
@@ -47,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure_exports(
     problem: Problem, export: Callable[[nn.Module, Tensor], Callable[[], Tensor]], repeats: int
 ) -> Row:
-    """Seconds of our export and of the reference's, which take turns.
+    """Milliseconds of our export and of the reference's, which take turns.
 
     Raises:
-        WrongResultError: what a runtime gives is not what PyTorch gives.
+        WrongResultError: a runtime's output differs from PyTorch's.
     """
     modules, x = module_pair(problem)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def _onnx_runtime(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
         file = f"{folder}/module.onnx"
         torch.onnx.export(module, (x,), file, input_names=["x"], dynamo=False, opset_version=17)
         options = onnxruntime.SessionOptions()
-        # Else its threads, waiting for more work, keep the other export's from running.
+        # By default its idle threads spin while they wait for work, which slows the other export down.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(file, options)
     return lambda: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
@@ -80,7 +80,7 @@ def _openvino(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     import openvino
 
     model = openvino.convert_model(module, example_input=x, input=[x.shape])
-    # In float32: on processors that have bfloat16 it takes that by default.
+    # Ask for float32: on processors with bfloat16, OpenVINO computes in bfloat16 by default.
     run = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda: torch.from_numpy(run(x.numpy())[0])
 

@@ -1,9 +1,9 @@
 """How time and memory of the attention grow with the map, `topk` and the batch, beside its peers.
 
-Every point is a row of `bra-bench peers`: checked against float64, then timed. Each curve's exponent is the
-slope of a straight line through the logarithms: 1 where cost is proportional to what is varied, 2 where it is
-proportional to its square. With a fixed `n_win` the regions grow with the map, so the cost of routed
-attention approaches an exponent of 2, too, though at `topk / n_win**2` of dense attention's.
+Every point is a row of `bra-bench peers`: checked against float64, then timed. The exponent of a curve is the
+slope of the straight line that fits the logarithms: 1 if the cost is proportional to the varied quantity, 2
+if it is proportional to its square. With a fixed `n_win` the regions grow with the map, so the exponent of
+routed attention approaches 2, too; its cost is then `topk / n_win**2` times that of dense attention.
 """
 
 import math
@@ -21,23 +21,23 @@ BASE = replace(PROBLEMS["yolo_p3"], batch=1)
 SMALL = replace(PROBLEMS["yolo_p4"], batch=1)
 
 
-# The quantity, and the problems in which it, and nothing else, differs, by its value.
+# By sweep: the name of the varied quantity, and by its value the problems, which differ in nothing else.
 SWEEPS: dict[str, tuple[str, dict[int, Problem]]] = {
     "map": ("tokens", {s * s: replace(BASE, height=s, width=s) for s in (32, 48, 64, 96, 128)}),
     "topk": ("topk", {k: replace(BASE, topk=k) for k in (1, 2, 4, 8, 16)}),
     "batch": ("images", {n: replace(SMALL, batch=n) for n in (1, 2, 4, 8)}),
 }
-# Of a row of `bra-bench peers`: which pass, and which of its numbers.
+# By figure: which pass of a row of `bra-bench peers`, and which number of that pass.
 FIGURES = {
     "forward, ms": ("forward", "work ms"),
     "training, ms": ("training", "work ms"),
     "training, MiB": ("training", "peak MiB"),
 }
-Curves = dict[str, dict[int, float]]  # by peer and figure: by value of the quantity
+Curves = dict[str, dict[int, float]]  # by peer and figure, then by the quantity's value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints a table for each sweep and draws it; returns 1 where a result was wrong."""
+    """Measures, prints and draws each sweep; returns 1 if a result is wrong or the fused peer fails."""
     dtype = "float16" if measure.default_device().type == "cuda" else "float32"
     parser = parser_of("growth", __doc__, repeats=3, has_json=False)
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def curves_of(rows: dict[int, peer_times.Row]) -> Curves:
-    """The figures of a sweep's rows, without those that a peer does not have."""
+    """The curves of a sweep's rows; a point is left out if the peer has no such figure."""
     return {
         f"{peer} {figure}": {
             value: row["peers"][peer][which][key]
@@ -73,7 +73,7 @@ def curves_of(rows: dict[int, peer_times.Row]) -> Curves:
 
 
 def exponent(points: dict[int, float]) -> float:
-    """The slope of the line that fits the logarithms best; NaN for fewer than two points."""
+    """The slope of the line that best fits the points' logarithms; NaN for fewer than two points."""
     if len(points) < 2:
         return math.nan
     logarithms = [math.log(x) for x in points], [math.log(y) for y in points.values()]
@@ -81,7 +81,7 @@ def exponent(points: dict[int, float]) -> float:
 
 
 def report(name: str, curves: Curves) -> str:
-    """A sweep as text: a row for each value of its quantity, and one of exponents."""
+    """A sweep as a table: one row for each value of its quantity, and a last row with the exponents."""
     quantity, problems = SWEEPS[name]
     rows: list[dict[str, object]] = [
         {quantity: value}
@@ -94,7 +94,7 @@ def report(name: str, curves: Curves) -> str:
 
 
 def draw(found: dict[str, Curves], path: Path) -> None:
-    """All sweeps as one picture: a row each, with logarithmic axes."""
+    """Draws a picture of all sweeps, one row of plots for each, with logarithmic axes."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(12, 3.5 * len(found)), layout="constrained")

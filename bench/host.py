@@ -1,10 +1,10 @@
-"""What a call costs the CPU, beside a plain attention module and the einops reference in the same process.
+"""Measures the CPU time of a call, beside a plain attention module and the einops reference.
 
-Without a GPU, kernels take Triton's real launch path and a stand-in for the driver (`stand_in`); with one,
-they are launched on it, and a call is timed until it returns. Either way maps are so small that neither
-kernels nor PyTorch's own operators take long: what is left is Python, dispatch and launches. The calls take
-turns, and times are minima of many; the ratio to the plain module (Linear, `scaled_dot_product_attention`,
-Linear) is what carries over to another machine.
+Without a GPU, kernels take Triton's real launch path to a stand-in for the driver (`stand_in`). With a GPU,
+they are launched on it, and a call is timed until it returns, not until the GPU is idle. The maps are so
+small that kernels and PyTorch's own operators take little time: most of the time is Python, dispatch and
+launches. All calls are made in one process and take turns, and each time is the minimum of many. Only the
+ratio to the plain module (Linear, `scaled_dot_product_attention`, Linear) can be compared between machines.
 """
 
 import argparse
@@ -35,8 +35,8 @@ FORMS = {
 }
 PHASES = ("no grad", "grad", "step")
 OURS, PLAIN, EINOPS = "fused", "plain", "einops"
-# The most that a call of our module may cost, by form, phase and whether it is compiled: times what the plain
-# module costs or, of the other forms, what our identity form does.
+# The most CPU time that a call of our module may take, by form, phase and whether it is compiled: for the
+# identity form as a multiple of the plain module's time, for the other forms of our identity form's time.
 TARGETS = {
     ("identity", "no grad", False): 1.0,
     ("identity", "step", False): 1.15,
@@ -47,7 +47,7 @@ Row = dict[str, Any]
 
 
 class PlainAttention(nn.Module):
-    """Multi-head attention of every token to every token: what users compare a call with."""
+    """Multi-head attention of every token to every token, with which a call of ours is compared."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class PlainAttention(nn.Module):
         self.qkv, self.wo = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(N, H, W, dim)` to the same."""
+        """Takes a map `(N, H, W, dim)` and returns one of the same shape."""
         batch, height, width, dim = x.shape
         packed = self.qkv(x.flatten(1, 2)).view(batch, height * width, 3, self.num_heads, -1)
         query, key, value = packed.permute(2, 0, 3, 1, 4)
@@ -77,9 +77,9 @@ def modules_of(form: str, device: torch.device) -> dict[str, nn.Module]:
 
 
 def measure_phase(phase: str, options: argparse.Namespace, device: torch.device) -> list[Row]:
-    """One row per form: seconds by module; of the fused module launches and PyTorch's operators, too.
+    """One row per form: seconds of each module, and the fused module's launches and PyTorch operators.
 
-    All modules of all forms take turns, so that their times compare.
+    All modules of all forms take turns, so that what disturbs the machine affects all of them alike.
     """
     rows: dict[str, Row] = {}
     runs: dict[tuple[str, str], measure.Run] = {}
@@ -94,7 +94,7 @@ def measure_phase(phase: str, options: argparse.Namespace, device: torch.device)
 
 
 def calls_of(form: str, phase: str, compiled: bool, device: torch.device) -> dict[str, measure.Run]:
-    """A call of each module of a form; compiled without the einops reference."""
+    """A call of each module of a form; if `compiled`, without the einops reference."""
     problem = FORMS[form]
     x = torch.randn(problem.batch, problem.height, problem.width, problem.dim, device=device)
     modules = modules_of(form, device)
@@ -111,14 +111,14 @@ def calls_of(form: str, phase: str, compiled: bool, device: torch.device) -> dic
 
 
 def launches_of(run: measure.Run) -> int:
-    """Kernels of this package that a call launches."""
+    """How many kernels of this package a call launches."""
     with mock.patch.object(Plan, "_launch", autospec=True, side_effect=Plan._launch) as launch:
         run()
     return sum(len(call.args[0].launches) for call in launch.call_args_list)
 
 
 def report(rows: Sequence[Row]) -> str:
-    """The rows as text: times in us, and their ratios to the plain module's."""
+    """The rows as a table: times in us, and their ratios to the plain module's time."""
     cells = []
     for row in rows:
         seconds, plain = row["seconds"], row["seconds"][PLAIN]
@@ -143,7 +143,7 @@ def missed(rows: Sequence[Row]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and prints; with `--check` returns 1 where a target is missed."""
+    """Measures and prints; with `--check` returns 1 if a target is missed."""
     options = _parse(arguments)
     device = measure.default_device()
     torch.set_num_threads(1)
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{measure.on_one_line(described)}\nlaunches by {launcher}; minima of {options.repeats} calls\n")
     context = contextlib.nullcontext() if device.type == "cuda" else stand_in.without_gpu()
     with context, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Inductor, about the machine
+        warnings.simplefilter("ignore")  # Inductor warns about the machine
         rows = [row for phase in options.phase for row in measure_phase(phase, options, device)]
     print(report(rows))
     write_json(options.json, {"versions": described, "rows": rows})

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def install(root: Path = ROOT) -> None:
     """Imports the tree's `bra_triton` in this process, in the place of an installed copy."""
     folder = root / "bra_triton"
-    # What lies beside this folder (`kernels`, `bench`, ...) is installed inside it.
+    # The folders beside `bra_triton` (`kernels`, `bench`, ...) are installed inside it: search both places.
     places = [str(folder), str(root)]
     spec = importlib.util.spec_from_file_location(
         "bra_triton", folder / "__init__.py", submodule_search_locations=places
@@ -29,11 +29,12 @@ def main(arguments: list[str]) -> None:
     """Runs the module `arguments[0]` with the rest as its command line."""
     if not arguments:
         raise SystemExit(f"usage: {sys.argv[0]} MODULE [ARGUMENT ...]")
-    # Python put this file's folder first, where `measure` and `host` would hide others' modules.
+    # Python put this file's folder first in the path: its `measure` and `host` would hide other modules.
     sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "bench")]
     install()
     sys.argv = arguments
-    # `sys.modules` stays as it is: to processes that this one spawns this file is the main one.
+    # Without `alter_sys`, this file stays the main module. Processes that this one spawns import it as
+    # `__mp_main__`, which installs the tree in them, too (see below).
     runpy.run_module(arguments[0], run_name="__main__")
 
 

@@ -1,4 +1,4 @@
-"""Commands that run beside each other until a deadline."""
+"""Runs commands, several at a time, until a deadline."""
 
 import contextlib
 import os
@@ -11,28 +11,28 @@ from pathlib import Path
 
 PASSED, FAILED, NOT_FINISHED = "passed", "failed", "not finished"
 LOG_TAIL = 500
-# How lines begin that name a failure: in pytest's summary, and in what `bra-bench` prints.
+# How lines begin that name a failure, in pytest's summary and in the output of `bra-bench`.
 NAMES_A_FAILURE = ("FAILED", "ERROR", "MISSED", "not seen on the GPU")
 
 
 @dataclass
 class Job:
-    """A command, and what became of it."""
+    """A command and its result."""
 
-    name: str  # what it is reported under
-    text: str  # what a user types
+    name: str  # the job's name in the report
+    text: str  # the command as a user types it
     command: Sequence[str]  # program and arguments
-    log: Path  # receives what it prints; a file `.err` beside it what it prints as errors
-    passes: Sequence[int] = (0,)  # the exit statuses that are no failure
+    log: Path  # receives stdout; a file `.err` beside it receives stderr
+    passes: Sequence[int] = (0,)  # exit statuses that are no failure
     status: str = NOT_FINISHED  # or PASSED or FAILED
     seconds: float = 0.0
-    says: str = ""  # the last line that it printed; pytest's has the numbers of tests
-    # The lines in which it names a failure, as pytest's summary does; else the end of its log.
+    says: str = ""  # the last line of stdout; pytest's last line has the numbers of tests
+    # If it failed: the lines that name a failure, as in pytest's summary, or else the end of its output.
     failures: list[str] = field(default_factory=list)
 
     @property
     def printed(self) -> str:
-        """What it has printed so far."""
+        """What the command has written to stdout so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
@@ -41,12 +41,12 @@ def run_all(
 ) -> Iterator[Job]:
     """Runs the jobs in order, `workers` at a time, and yields each when it has ended, or at the deadline.
 
-    At the deadline (of `time.monotonic`), or when this process is stopped, what runs is ended, and what has
-    not begun does not begin. Commands run in the folder `cwd`, in this process's environment with
+    At the deadline (a time of `time.monotonic`), or when this process is stopped, the running jobs are
+    killed, and no other job starts. Commands run in the folder `cwd`, in this process's environment with
     `environment` added.
     """
     waiting = [*jobs]
-    running: list[tuple[Job, subprocess.Popen[bytes], float]] = []  # with when they began
+    running: list[tuple[Job, subprocess.Popen[bytes], float]] = []  # and the times of their start
     try:
         while (waiting or running) and time.monotonic() < deadline:
             while waiting and len(running) < workers:
@@ -55,7 +55,7 @@ def run_all(
             time.sleep(0.05)
             ended = [each for each in running if each[1].poll() is not None]
             running = [each for each in running if each not in ended]
-            for job, process, start in ended:  # all before the first is yielded, when this may be closed
+            for job, process, start in ended:  # all before the first yield: there a caller may close this
                 _note(job, process.returncode, start)
             yield from (job for job, _, _ in ended)
     finally:
@@ -63,7 +63,7 @@ def run_all(
             os.killpg(process.pid, signal.SIGKILL)
         for job, process, start in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)  # a process that waits for a GPU that hangs cannot even be killed
+                process.wait(5)  # a process cannot be killed while it waits for a GPU that hangs
             _note(job, None, start)
     yield from (job for job, _, _ in running)
     yield from waiting
@@ -72,7 +72,7 @@ def run_all(
 def _start(job: Job, cwd: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("wb") as log, job.log.with_suffix(".err").open("wb") as errors:
-        # A session of its own, so that what it starts can be ended with it.
+        # In a new session, so that the processes that the command starts can be killed with it.
         return subprocess.Popen(
             job.command,
             stdout=log,
@@ -85,7 +85,7 @@ def _start(job: Job, cwd: Path, environment: Mapping[str, str]) -> subprocess.Po
 
 
 def _note(job: Job, code: int | None, start: float) -> None:
-    """What became of a job that ended with this exit status; None if it was ended."""
+    """Stores the result of a job; `code` is its exit status, or None if it was killed."""
     job.seconds = round(time.monotonic() - start, 1)
     lines = job.printed.replace("`", "'").strip().splitlines() or [""]
     job.says = lines[-1][:100]

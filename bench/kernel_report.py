@@ -1,8 +1,8 @@
-"""The kernel report: what every kernel costs as it is shipped. Needs no GPU.
+"""The kernel report: the cost of every kernel with the tiles that the package ships. Needs no GPU.
 
-All of it is compiled and counted, or predicted from those counts (`machine_code/cost_model.py`); nothing is
-measured. The exit status is 1 when a target is missed, or when a shipped configuration spills in float16 on
-sm_80 or sm_90. It stops at one that does not compile.
+All figures are counted in compiled code, or predicted from these counts (`machine_code/cost_model.py`);
+nothing is measured. The exit status is 1 if a target is missed, or if a shipped configuration spills in
+float16 on sm_80 or sm_90. The report stops with an error at a kernel that does not compile.
 """
 
 import argparse
@@ -27,12 +27,13 @@ from bra_triton.kernels import tiles
 from bra_triton.kernels.plan import Launch
 from bra_triton.kernels.routing.lists import ROUTED, SMALL_MAP
 
-# Issue slots per score that the shipped loops may take, by kernel and architecture, then by head: float16,
-# regions of TARGET_REGION_TOKENS and more. What the loop of plain dense attention took in the same tile
-# (Triton 3.8, at commit fcc7952, which had such kernels to compile), times 1.08 in the forward and 1.12 in
-# the gradients: the difference is what routing costs. The shipped loops took .93 to 1.09 times the dense
-# ones. Two of sm_90 may take more, because the tile that was the fastest on an H100 does: an eighth of the
-# exponentials by multiply-adds (forward, heads of 64), five stages (dK/dV, heads of 32).
+# The most issue slots per score that the shipped loops may take, by kernel and architecture, then by channels
+# of a head; for float16 and regions of at least TARGET_REGION_TOKENS. A target is what the loop of plain
+# dense attention took in the same tile (Triton 3.8, at commit fcc7952, which had such kernels), times 1.08 in
+# the forward and 1.12 in the gradients: this margin is for routing. The shipped loops took 0.93 to 1.09 times
+# the slots of the dense ones. Two targets of sm_90 are higher, because the tile that was the fastest on an
+# H100 takes more slots: it computes an eighth of the exponentials by multiply-adds (forward, heads of 64) or
+# has five stages (dK/dV, heads of 32).
 TARGETS = {
     ("attention_forward", "sm_80"): {32: 9.18, 64: 12.29},
     ("attention_forward", "sm_90"): {32: 8.51, 64: 9.75},
@@ -44,8 +45,9 @@ TARGETS = {
 TARGET_REGION_TOKENS = 100
 CHECKED_ARCHITECTURES = ("sm_80", "sm_90")
 
-# The most time that the attention kernels of a pass may take beside those of dense attention to the same map,
-# both predicted. What is masked walks all keys, too, and loads marks besides.
+# The most time that the attention kernels of a pass may take, as a multiple of the time of dense attention to
+# the same map; both are predicted. A masked attention, such as biformer_stage3, may take more than dense
+# attention: its kernels also process all keys, and load marks in addition.
 MOST_BESIDE_DENSE = {"yolo_p4": 1.0, "yolo_p5_n_win_5": 1.0, "biformer_stage3": 1.1}
 _BATCH_BESIDE_DENSE = 8
 
@@ -64,7 +66,7 @@ kernel without scratch; memory us: the time of those bytes. code, of other kerne
 
 
 class BesideDense(NamedTuple):
-    """A pass's attention kernels beside those of dense attention, without LePE; seconds, predicted."""
+    """Predicted seconds of a pass's attention kernels and of dense attention's, both without LePE."""
 
     problem: Problem
     arch: str
@@ -74,17 +76,17 @@ class BesideDense(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times as long as dense attention they take."""
+        """The kernels' time as a multiple of dense attention's."""
         return self.seconds / self.dense_seconds
 
     @property
     def target(self) -> float | None:
-        """The most that it may be; None where no target is set."""
+        """The most that `ratio` may be; None if there is no target."""
         return MOST_BESIDE_DENSE.get(self.problem.name)
 
     @property
     def failures(self) -> list[str]:
-        """What makes the report fail, in words."""
+        """The missed target in words, which makes the report fail; empty if the target is met."""
         if self.target is None or self.ratio <= self.target:
             return []
         where = f"{self.problem.name}, {self.arch}, {self.direction}"
@@ -105,25 +107,25 @@ class Row(NamedTuple):
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Seconds that the launch takes at least on each unit."""
+        """Lower bounds of the launch's time in seconds, by unit."""
         memory = self.bytes_of_arguments / HARDWARE[self.arch].bandwidth
         return {**(self.cost.bounds if self.cost else {}), "memory": memory}
 
     @property
     def binding(self) -> str:
-        """The unit that takes longest."""
+        """The unit with the largest bound."""
         return max(self.bounds, key=self.bounds.__getitem__)
 
     @property
     def target(self) -> float | None:
-        """The most issue slots per score that its loop may take; None where no target is set."""
+        """The most issue slots per score that the kernel's loop may take; None if there is no target."""
         large = self.problem.grid.region_tokens >= TARGET_REGION_TOKENS and self.dtype == "float16"
         by_head = TARGETS.get((self.kernel, self.arch), {}) if self.problem.is_plain and large else {}
         return by_head.get(self.problem.head_dims[1])
 
     @property
     def failures(self) -> list[str]:
-        """What makes the report fail, in words."""
+        """What makes the report fail, in words: spills and a missed target; empty if there is neither."""
         found, spills = [], self.analysis.usage.spills
         if spills and self.dtype == "float16" and self.arch in CHECKED_ARCHITECTURES:
             found.append(f"{spills} instructions spill")
@@ -133,7 +135,7 @@ class Row(NamedTuple):
 
 
 def shipped(problem: Problem, dtype: torch.dtype, arch: str) -> list[Launch]:
-    """What a forward and backward of a problem launches on an architecture, every kernel once."""
+    """Launches of a problem's forward and backward with the tiles shipped for `arch`, each kernel once."""
     with tiles.use_architecture(arch):
         return list({variant(launch): launch for launch in record_attention(problem, dtype)}.values())
 
@@ -141,10 +143,10 @@ def shipped(problem: Problem, dtype: torch.dtype, arch: str) -> list[Launch]:
 def collect(
     problems: Sequence[Problem], architectures: Sequence[str], dtype: str = "float16", workers: int = 1
 ) -> list[Row]:
-    """Compiles what the problems launch, in so many processes.
+    """Compiles and analyses the kernels that the problems launch, in `workers` processes.
 
     Raises:
-        RuntimeError: something does not compile.
+        RuntimeError: a kernel does not compile.
     """
     launched = [
         (problem, arch, launch)
@@ -166,7 +168,7 @@ def _row(problem: Problem, dtype: str, arch: str, launch: Launch, result: Result
     if isinstance(result, Exception):
         raise RuntimeError(f"{problem.name}, {arch}, {kernel} does not compile: {result}")
     if result.loop:
-        # Under a mask, which some attention kernels have, every query meets all keys.
+        # A kernel that gets marks is masked: every query meets all keys.
         masked = launches.arguments_of(launch).get("marks") is not None
         cost = predict(kernel, result, problem, HARDWARE[arch], DTYPES[dtype].itemsize, masked)
     n_bytes = launches.bytes_of_arguments(launch, scratch=cost is None)
@@ -176,9 +178,9 @@ def _row(problem: Problem, dtype: str, arch: str, launch: Launch, result: Result
 def compare_with_dense(
     problems: Sequence[Problem], architectures: Sequence[str], dtype: str = "float16", workers: int = 1
 ) -> list[BesideDense]:
-    """Predicts the attention kernels of the plain ones among the problems, and of dense attention.
+    """Predicts the time of the plain problems' attention kernels, and of dense attention's.
 
-    Dense attention is the package's own to a single region, which is the map as it lies.
+    Dense attention is computed by the same kernels, with the whole map as the only region.
     """
     plain = [problem for problem in problems if problem.is_plain]
     alone = [replace(p, batch=_BATCH_BESIDE_DENSE, side_dwconv=0) for p in plain]
@@ -197,7 +199,7 @@ def compare_with_dense(
 
 
 def render(rows: Sequence[Row], beside_dense: Sequence[BesideDense]) -> str:
-    """The whole report, of any number of architectures."""
+    """The whole report as text, for all architectures of the rows."""
     parts = [_NOTES]
     for arch in dict.fromkeys(row.arch for row in rows):
         here = [row for row in rows if row.arch == arch]
@@ -221,7 +223,7 @@ def render(rows: Sequence[Row], beside_dense: Sequence[BesideDense]) -> str:
 
 
 def _occupies(row: Row) -> dict[str, object]:
-    """What a kernel's thread blocks take of a multiprocessor."""
+    """The cells that say what a kernel's thread blocks occupy of a multiprocessor."""
     code, usage = row.analysis, row.analysis.usage
     tile = {"M x N, warps": f"{code.block_m}x{code.block_n}, {code.num_warps}"} if row.cost else {}
     return {

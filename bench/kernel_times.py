@@ -1,8 +1,9 @@
-"""What every kernel takes on the GPU at hand, beside what the kernel report predicts for that architecture.
+"""Times every kernel on the GPU at hand, beside the kernel report's prediction for its architecture.
 
-Measured: medians of single launches inside whole forward and backward passes, read from PyTorch's profiler,
-with a cold level-2 cache before every pass. Predicted: the kernel report's bound, at the rates of that
-report's GPU. Both are of the tiles that the package ships, not of those that `bra-autotune` keeps.
+Measured times are medians of single launches inside whole forward and backward passes, read from PyTorch's
+profiler, with a cold level-2 cache before every pass. Predicted times are the kernel report's bounds, at the
+rates of the GPU that this report assumes for the architecture (`machine_code/hardware.py`). Both are for the
+tiles that the package ships, not for those that `bra-autotune` keeps in the user's cache.
 """
 
 import statistics
@@ -19,7 +20,7 @@ from bra_triton.bench.problems import Problem
 from bra_triton.kernels import tiles
 
 REPEATS = 30
-# Pooling's kernels are launched by a module of K/V down-sampling, which problems do not name.
+# Without pooling: a module for down-sampling launches its kernels, and a problem has no such module.
 CHOICES = {name: problem for name, problem in kernel_report.REPORTED.items() if problem.kv_pooling is None}
 
 
@@ -39,7 +40,7 @@ def times_of(problem: Problem, dtype: torch.dtype, device: torch.device) -> dict
 
 
 def compare(row: kernel_report.Row, times: Sequence[float]) -> dict[str, Any]:
-    """One line: medians in us; `ratio` is measured over predicted."""
+    """One line of the table: median times in us; `ratio` is the measured time over the predicted one."""
     predicted, code = row.bounds[row.binding], row.analysis
     measured = statistics.median(times) if times else None
     return {
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = kernel_report.collect(problems, [arch], options.dtype, options.workers)
         for problem in problems:
             measured = times_of(problem, measure.DTYPES[options.dtype], device)
-            # No kernel is launched twice in a pass.
+            # No kernel is launched twice in a pass, so its name identifies its launches.
             lines += [compare(row, measured.get(row.kernel, [])) for row in rows if row.problem == problem]
     described = measure.circumstances(device)
     write_json(options.json, {"versions": described, "kernels": lines})

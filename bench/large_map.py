@@ -1,8 +1,8 @@
-"""The map of rayleizhu/BiFormer's issue 21, forward and backward: time, and the most memory the process held.
+"""The map of rayleizhu/BiFormer's issue 21, forward and backward: time and peak memory of the process.
 
-There a 1 x 20 x 600 x 500 map (n_win 7, topk 4, 4 heads of 5) took about 100 GB: gathered keys and values,
-and the attention matrix of 24 thousand keys for each of 300 thousand queries. The map is padded, as its sides
-are no multiples of 7.
+In that issue a 1 x 20 x 600 x 500 map (n_win 7, topk 4, 4 heads of 5 channels) took about 100 GB: the
+gathered keys and values, and the attention matrix of 24 thousand keys for each of 300 thousand queries. The
+map is padded, because its sides are no multiples of 7.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ LIMIT = 3.0  # GiB; more is a failure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs it and prints the figures; returns 1 if the process held more than the limit."""
+    """Runs the map and prints the figures; returns 1 if the process held more memory than `LIMIT`."""
     parser_of("large-map", __doc__, has_json=False).parse_args(arguments)
     problem = PROBLEMS["issue_21"]
     module = BiLevelRoutingAttention(**problem.module_arguments, backend="torch")

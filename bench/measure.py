@@ -1,4 +1,4 @@
-"""The measuring module: time in medians and minima, memory, whether a result is right, and circumstances."""
+"""Measures time (medians and minima) and memory, checks results, and names the card, versions and commit."""
 
 import datetime
 import itertools
@@ -26,14 +26,15 @@ from bra_triton.kernels.tiles import cache as tile_cache
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 _DESCRIBE = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-# Written between two timed calls: several times the level-2 cache of any GPU.
+# Bytes that are overwritten before a timed call: several times the level-2 cache of any GPU.
 FLUSH_BYTES = 1 << 28
-# The GPU is kept busy while Python enqueues a timed call: this many times as long as enqueueing took before,
-# and between these bounds; a queue holds some thousand launches, which take no longer to enqueue than the
-# second. A millisecond is 2 million cycles at 2 GHz, and longer on a slower GPU.
+# While Python enqueues a timed call, the GPU is kept busy HEAD_START times as long as enqueueing took in the
+# warm-up, within the bounds (seconds). The upper bound is enough: a queue holds about a thousand launches,
+# and enqueueing these takes less time. The GPU waits for a number of cycles, computed for a clock of 2 GHz;
+# with a slower clock it waits longer.
 HEAD_START, HEAD_START_BOUNDS, CYCLES_PER_SECOND = 2.0, (1e-3, 0.1), 2e9
-# Norm of the difference over the norm, for outputs and gradients whose scores and sums are kept in float32 or
-# rounded to the dtype; a region missed or mistaken gives 0.1 and more.
+# The largest error (norm of the difference over norm of the truth) of outputs and gradients whose scores and
+# sums are kept in float32 or rounded to the dtype. A missing or wrong region gives an error of 0.1 or more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Run = Callable[[], object]
@@ -41,21 +42,24 @@ Name = TypeVar("Name")
 
 
 class WrongResultError(RuntimeError):
-    """What is to be timed computes something else."""
+    """The call that is to be timed computes a wrong result."""
 
 
 def check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> None:
-    """Raises WrongResultError where the norm of a result's error is more than that share of the truth's."""
+    """Raises WrongResultError if a result's error, relative to the truth's norm, is above `tolerance`."""
     for name, actual in found.items():
         exact = expected[name]
-        # The gradient of a weight that is always 1 is 0.
+        # The truth may be 0, such as the gradient of a routing weight that is always 1 (`topk` 1).
         error = ((actual.to(exact.dtype) - exact).norm() / exact.norm().clamp_min(1e-30)).item()
         if not error <= tolerance:  # NaN is refused
             raise WrongResultError(f"{name} is off by {error:.1e}, more than {tolerance:.0e}")
 
 
 def call_of(module: nn.Module, x: Tensor, phase: str) -> Run:
-    """A call of a module: its forward without ("no grad") and with gradients wanted ("grad"), or a "step"."""
+    """A call of a module: its forward without gradients ("no grad") or with ("grad"), or a training "step".
+
+    The loss of a step is the sum of the output; a step has no optimizer.
+    """
     if phase == "no grad":
         return torch.no_grad()(lambda: module(x))
     x = x.clone().requires_grad_()
@@ -70,7 +74,7 @@ def default_device() -> torch.device:
 
 
 def wall_seconds(run: Run, device: torch.device = CPU, *, waits: bool = True) -> float:
-    """Wall time of one call, which starts on an idle device; with `waits` until the device is idle again."""
+    """Seconds of one call, from an idle device until it returns, or with `waits` until the device is idle."""
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -83,10 +87,11 @@ def wall_seconds(run: Run, device: torch.device = CPU, *, waits: bool = True) ->
 def interleaved_minima(
     runs: Mapping[Name, Run], device: torch.device, repeats: int, *, waits: bool = False
 ) -> dict[Name, float]:
-    """Smallest time in seconds that each call keeps the CPU, or with `waits` the device; runs take turns.
+    """The smallest time of each run in seconds, until the call returns or, with `waits`, the device is idle.
 
-    Turns make the runs share what disturbs a machine; the minimum is what is left without disturbance. The
-    order changes from turn to turn: a run is faster after one that has brought the same code to the caches.
+    The runs take turns, so that disturbances of the machine affect all of them alike; the minimum is the time
+    without disturbance. The order changes from turn to turn, because a run is faster after another one that
+    has brought the same code into the caches.
     """
     order, shuffler = list(runs), random.Random(0)
     for run in runs.values():
@@ -101,21 +106,21 @@ def interleaved_minima(
 
 
 def median_device_seconds(run: Run, device: torch.device, repeats: int = 30, warm_up: int = 5) -> float:
-    """Median time that a GPU works on a run.
+    """Median time in seconds that the device works on a run.
 
     Before each call the GPU's level-2 cache is overwritten, and the GPU is kept busy while Python enqueues
-    the call, so that the time to launch kernels does not count. On the CPU, whose caches stay as they are, it
-    is the wall time.
+    the call, so that the time to launch kernels does not count. On the CPU this is the wall time, and its
+    caches are not overwritten.
     """
     enqueued = [wall_seconds(run, device, waits=False) for _ in range(warm_up)]
     if device.type != "cuda":
         return statistics.median(wall_seconds(run) for _ in range(repeats))
     least, most = HEAD_START_BOUNDS
-    head_start = min(most, max(least, HEAD_START * max(enqueued[-2:])))  # the first ones compile
+    head_start = min(most, max(least, HEAD_START * max(enqueued[-2:])))  # the first calls compile
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
     for start, end in events:
-        torch.cuda.synchronize(device)  # or a long queue would block, and Python fall behind again
+        torch.cuda.synchronize(device)  # empties the queue: a full one would block Python
         flush.zero_()
         torch.cuda._sleep(int(head_start * CYCLES_PER_SECOND))
         start.record()
@@ -143,7 +148,7 @@ def launch_seconds(run: Run, device: torch.device, repeats: int) -> dict[str, li
 
 
 def operator_calls(run: Run) -> int:
-    """PyTorch operators (`aten::`) that a call runs, those inside other operators included."""
+    """How many PyTorch operators (`aten::`) a call runs, including those inside other operators."""
     run()
     with _profile(ProfilerActivity.CPU) as profiler:
         run()
@@ -153,10 +158,10 @@ def operator_calls(run: Run) -> int:
 def peak_bytes(run: Run, device: torch.device) -> int:
     """The most bytes that `run` held at once, beyond those allocated before it.
 
-    Every allocation counts, those inside operators included: on the CPU they are read from the profiler's
-    trace, since the CPU's allocator keeps no peak.
+    Every allocation counts, including those inside operators. On the CPU they are read from the profiler's
+    trace, because the CPU's allocator records no peak.
     """
-    run()  # caches and lazily made buffers are not the run's
+    run()  # makes caches and buffers, which do not count
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -172,21 +177,22 @@ def peak_bytes(run: Run, device: torch.device) -> int:
 
 
 def _profile(activity: ProfilerActivity, *, profile_memory: bool = False) -> profile:
-    # Else its library tells the terminal of its own start and stop. Ultralytics sets a level that is too low.
+    # Otherwise the profiler's library, Kineto, prints that it starts and stops. Ultralytics sets a level that
+    # is too low to prevent this.
     os.environ["KINETO_LOG_LEVEL"] = "99"
     return profile(activities=[activity], profile_memory=profile_memory)
 
 
 def process_peak_bytes() -> int:
     """The most memory that this process has held resident so far, libraries included."""
-    if sys.platform == "linux":  # whose ru_maxrss is at least that of the process that started this one
+    if sys.platform == "linux":  # where ru_maxrss is at least the parent process's
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def circumstances(device: torch.device) -> dict[str, str | None]:
-    """Date, card, driver, processor, versions and commit; None for what is not there."""
+    """Date, card, driver, processor, versions and commit; None for those that are missing."""
     on_gpu = device.type == "cuda"
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
@@ -198,7 +204,7 @@ def circumstances(device: torch.device) -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "triton": tile_cache.triton_version() or None,
         "python": platform.python_version(),
-        # The variable for copies without git; else the checkout's, `-dirty` if changed.
+        # The user sets the variable for a copy without git; git adds `-dirty` if files of a checkout changed.
         "commit": os.environ.get("BRA_TRITON_COMMIT") or _first_line(*_DESCRIBE),
     }
 

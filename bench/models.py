@@ -1,12 +1,13 @@
 """Times models on the fused backend beside the einops reference, and YOLO26 beside the stock models.
 
-Inference is a forward without gradients. A training step is forward, loss and backward; the optimizer, which
-takes the same on every backend, is left out. All have the same random input, the fused model and the
-reference also the same weights, and their outputs are compared before anything is timed. Every ratio is to
-the reference of the same run: 1.5 means 1.5 times as fast, or 1/1.5 of the memory.
+Inference is a forward without gradients. A training step is forward, loss and backward; the optimizer is left
+out, because it takes the same time on every backend. All models get the same random input. The fused model
+and the reference have the same weights, and their outputs are compared before anything is timed. A ratio is
+the reference's figure divided by a model's, from the same run: 1.5 means 1.5 times as fast, or 1/1.5 of the
+memory.
 
-`bra-bench peers --preset cpu` does the same with the module alone, projections and 5 x 5 LePE included, on
-the torch backend; there a step is the gradient of the sum of the output.
+`bra-bench peers --preset cpu` does the same with the module alone, including its projections and 5 x 5 LePE,
+on the torch backend; there the loss of a step is the sum of the output.
 """
 
 import argparse
@@ -33,11 +34,11 @@ FIGURES = INFERENCE, STEP = "inference", "training step"
 YOLO_MODELS = [f"yolo26{scale}-{kind}" for kind in ("bra", "biformer") for scale in "ns"]
 BIFORMER_MODELS = ["biformer_tiny", "biformer_small"]
 DEFAULT = ["yolo26n-bra", "yolo26n-biformer", "biformer_tiny"]
-Row = dict[str, dict[str, float]]  # by what is measured, then by figure and unit, such as "inference ms"
-# Norm of the difference over the norm, of float32 outputs behind tens of layers; autocast rounds to half
-# precision. Other regions would give 0.1 and more.
+Row = dict[str, dict[str, float]]  # by model, then by figure and unit, such as "inference ms"
+# The largest error (norm of the difference over norm of the truth) of float32 outputs after tens of layers,
+# and under autocast, which rounds to half precision. Wrong regions would give an error of 0.1 or more.
 TOLERANCE, AUTOCAST_TOLERANCE = 1e-3, 5e-2
-# Of the module alone: BiFormer-T's stages at 224 pixels, YOLO26's maps at 640, and one of 1280.
+# For the module alone: BiFormer-T's stages at 224 pixels, YOLO26's maps at 640, and one map at 1280.
 PRESET = {
     name: replace(PROBLEMS[problem], batch=batch, n_win=n_win, side_dwconv=5)
     for name, problem, batch, n_win in (
@@ -50,7 +51,7 @@ PRESET = {
         ("160 x 160", "high_resolution", 1, 8),
     )
 }
-# Which ratio it is, the least that its geometric mean over the maps may be, and the least of any map.
+# By title: the figure, the least geometric mean of its ratio over all maps, and the least ratio of any map.
 TARGETS = {
     "forward": (f"{INFERENCE} ms", 2.5, 1.3),
     "training step": (f"{STEP} ms", 3.0, 1.8),
@@ -59,7 +60,7 @@ TARGETS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and prints; returns 1 where the fused backend is slower or larger than the reference."""
+    """Measures and prints; returns 1 if the fused backend takes more time or memory than the reference."""
     options = _parse(arguments)
     device = measure.default_device()
     described = measure.circumstances(device)
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_model(name: str, options: argparse.Namespace, device: torch.device) -> Row:
-    """Time and peak memory of each figure, by what is measured; the models take turns."""
+    """Time and peak memory of inference and of a training step, by model; the models take turns."""
     from bra_triton.yolo_integration import set_backend
 
     torch.manual_seed(0)
@@ -93,10 +94,10 @@ def compare(
     tolerance: float,
     repeats: int,
 ) -> Row:
-    """The figures of every model, which take turns; `run_of` makes the call of a figure.
+    """The figures of every model; the models take turns. `run_of` makes the call that is timed for a figure.
 
     Raises:
-        WrongResultError: the fused model and the reference compute something else.
+        WrongResultError: the outputs of the fused model and of the reference differ.
     """
     fused, reference = (_outputs(models[key], x) for key in (FUSED, REFERENCE))
     measure.check(fused, reference, tolerance)
@@ -111,12 +112,12 @@ def compare(
 
 
 def ratios(row: Row, name: str = FUSED) -> dict[str, float]:
-    """What the reference takes over what a model takes, by figure and unit."""
+    """The reference's figures divided by those of a model, by figure and unit."""
     return {figure: row[REFERENCE][figure] / mine for figure, mine in row[name].items()}
 
 
 def _models(name: str) -> dict[str, nn.Module]:
-    """The model twice, with the same weights; and the stock one."""
+    """The model twice, with the same weights, and for YOLO26 also the stock model."""
     if name in BIFORMER_MODELS:
         models: dict[str, nn.Module] = {FUSED: getattr(biformer, name)(auto_pad=True, drop_path_rate=0.0)}
     else:
@@ -137,7 +138,7 @@ def _run(model: Any, images: Tensor, figure: str) -> measure.Run:
     model.train(figure == STEP)
     if figure == INFERENCE:
         return torch.no_grad()(lambda: model(images))
-    # One object an image, in the middle; its class serves a classifier, too.
+    # One object per image, in the middle; a classifier gets its class as the label.
     batch, device = len(images), images.device
     labels = {
         "cls": torch.zeros(batch, 1, device=device),
@@ -146,7 +147,7 @@ def _run(model: Any, images: Tensor, figure: str) -> measure.Run:
     }
 
     def step() -> None:
-        if hasattr(model, "loss"):  # Ultralytics'
+        if hasattr(model, "loss"):  # a model of Ultralytics
             loss, _ = model.loss({"img": images, **labels})
         else:
             loss = F.cross_entropy(model(images), labels["cls"][:, 0].long())
@@ -164,7 +165,7 @@ def _outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def missed(rows: Mapping[str, Row]) -> list[str]:
-    """Where the fused model is slower or larger than the reference, in words."""
+    """The figures in which the fused model is worse than the reference, in words."""
     return [
         f"{name}: {figure} {ratio:.2f} times as good"
         for name, row in rows.items()
@@ -174,7 +175,7 @@ def missed(rows: Mapping[str, Row]) -> list[str]:
 
 
 def report(title: str, kind: str, rows: Mapping[str, Row]) -> str:
-    """The rows as text, each figure with its ratio to the reference's; `kind` is what they are named by."""
+    """The rows as a table, each figure with its ratio; `kind` is the title of the column with their names."""
     cells = [
         {kind: name, "on": key}
         | {figure: f"{row[key][figure]:.1f} ({ratio:.2f}x)" for figure, ratio in ratios(row, key).items()}
@@ -198,7 +199,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def report_modules(problems: Mapping[str, Problem], repeats: int) -> int:
-    """Measures and prints; returns 1 where a target is missed."""
+    """Measures the module on the problems and prints; returns 1 if a target is missed."""
     print(measure.on_one_line(measure.circumstances(measure.CPU)))
     rows = {f"{name}: {problem}": measure_module(problem, repeats) for name, problem in problems.items()}
     print(report("The module beside the einops reference, CPU, float32", "map", rows))
@@ -215,10 +216,10 @@ def report_modules(problems: Mapping[str, Problem], repeats: int) -> int:
 
 
 def measure_module(problem: Problem, repeats: int) -> Row:
-    """The figures of the module on both backends; what a step adds to a fresh process is its peak of memory.
+    """The figures of the module on both backends; a step's memory is what it adds to a fresh process.
 
     Raises:
-        WrongResultError: the two compute something else.
+        WrongResultError: the gradients or the outputs of the two backends differ.
     """
     modules, x = module_pair(problem)
     fused, reference = ({"the gradient on the fused backend": _gradient(m, x)} for m in modules.values())
@@ -230,7 +231,7 @@ def measure_module(problem: Problem, repeats: int) -> Row:
 
 
 def module_pair(problem: Problem) -> tuple[dict[str, nn.Module], Tensor]:
-    """The module on both backends, with the same weights, and a map."""
+    """The module on both backends, with the same weights, and a random map."""
     modules: dict[str, nn.Module] = {}
     for name, backend in ((FUSED, "torch"), (REFERENCE, "reference")):
         torch.manual_seed(0)
@@ -253,7 +254,7 @@ def _in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
 
 
 def _step_bytes(problem: Problem, name: str) -> int:
-    """The most memory that a training step adds to what a fresh process has held resident before."""
+    """Bytes by which a training step raises the peak of resident memory of a fresh process."""
     modules, x = module_pair(problem)
     run = _module_run(modules[name], x, STEP)
     before = measure.process_peak_bytes()

@@ -1,10 +1,11 @@
 """Times the kernels beside their peers.
 
-Every peer is first held against the float64 definition; one that computes something else is refused and not
-timed, and the exit status is 1. One that cannot run is reported, and the rest goes on. `peers` says what each
-includes. Of two times, `work` is how long the GPU works (with a cold cache, launches hidden) and `call`
-what a caller waits who waits for every call; on the CPU both are wall time. `rate` is the figure of merit:
-the scores that count of a peer, over its work, beside dense attention's own (1.00: as fast a score).
+Every peer is first compared with the float64 definition. A peer with a wrong result is refused and not timed,
+and the exit status is 1. A peer that cannot run is reported, and the others go on. `peers.py` says what each
+peer includes. There are two times: `work` is how long the GPU works (with a cold cache, without the time to
+launch kernels), `call` is how long a caller waits until the result is there; on the CPU both are wall time.
+`rate` compares the speed per score: a peer's useful scores divided by its work, as a multiple of the same
+quotient for dense attention (1.00: a score takes as long as in dense attention).
 """
 
 import argparse
@@ -25,10 +26,10 @@ from bra_triton.bench.peers import NAMES, Peer, peers_for
 from bra_triton.bench.problems import PROBLEMS, Problem
 
 PASSES = ("forward", "training")
-COMPACT = ("fused", "dense")  # if only these are asked for, a row of them is a line
-# What the reference may hold in float64: 2 GiB of scores, and a few tensors as large.
+COMPACT = ("fused", "dense")  # if exactly these are asked for, a row is printed as one line
+# The most scores that the reference may hold in float64: 2 GiB, and a few more tensors of this size.
 MOST_SCORES = 1 << 28
-CHOICES = [name for name, problem in PROBLEMS.items() if problem.is_plain]  # peers know no other
+CHOICES = [name for name, problem in PROBLEMS.items() if problem.is_plain]  # peers have no other modes
 Inputs = tuple[Tensor, Tensor]  # the packed projection and the output's gradient
 Pass = Callable[[], dict[str, Tensor]]  # returns the output and, in training, the gradient
 Row = dict[str, Any]
@@ -65,12 +66,12 @@ def measure_row(problem: Problem, dtype: str, names: Sequence[str], repeats: int
     qkv, grad_out = (_outer_images(x).double() for x in inputs)
     row: Row = {
         **{"problem": problem.name, "batch": problem.batch, "dtype": dtype, "sizes": str(problem)},
-        # Keys of a token, beside those that dense attention has.
+        # Keys of a token, as a share of its keys in dense attention.
         "keys": problem.topk * problem.grid.region_tokens / (problem.height * problem.width),
         "versions": measure.circumstances(device),
         "peers": {},
     }
-    torch.compiler.reset()  # of one function, FlexAttention's, PyTorch compiles 8 shapes and then none
+    torch.compiler.reset()  # else FlexAttention is compiled for 8 shapes and no more
 
     @functools.cache
     def truth(is_dense: bool) -> dict[str, Tensor]:
@@ -85,9 +86,10 @@ def measure_row(problem: Problem, dtype: str, names: Sequence[str], repeats: int
 
 
 def definition(problem: Problem, padding: Tensor | None, is_dense: bool) -> Peer:
-    """What is held against float64 inputs: the einops reference or, for dense attention, one region's.
+    """The peer that computes the truth from float64 inputs.
 
-    Where all scores would fill the memory the torch backend serves, which keeps none.
+    For dense attention it is the torch backend with a single region. Otherwise it is the einops reference or,
+    if all scores would fill the memory, the torch backend, which does not hold them.
     """
     if is_dense:
         return peers_for(replace(problem, n_win=1, topk=1), "torch")["fused"]
@@ -97,7 +99,7 @@ def definition(problem: Problem, padding: Tensor | None, is_dense: bool) -> Peer
 
 
 def _figures(peer: Peer, which: str, inputs: Inputs, truth: Pass, repeats: int) -> dict[str, Any]:
-    """The figures of a pass, or why there are none: "refused" for a wrong result, "error" for any other."""
+    """The figures of a pass, or why there are none: "refused" for a wrong result, else "error"."""
     dtype, device = inputs[0].dtype, inputs[0].device
     try:
         run = _run(peer, *inputs, which)
@@ -119,7 +121,7 @@ def _figures(peer: Peer, which: str, inputs: Inputs, truth: Pass, repeats: int) 
 
 
 def _run(peer: Peer, qkv: Tensor, grad_out: Tensor, which: str) -> Pass:
-    """The pass as a function without arguments; returns the output, and in training the gradient."""
+    """The pass as a function without arguments, which returns the output and, in training, the gradient."""
     if which == "forward":
         return torch.no_grad()(lambda: {"output": peer.attend(qkv)})
     qkv = qkv.detach().requires_grad_()
@@ -146,7 +148,7 @@ def make_inputs(problem: Problem, dtype: torch.dtype, device: torch.device) -> I
 
 
 def reasons(row: Row, wrong: bool = False) -> list[str]:
-    """Why figures are missing; with `wrong` of wrong results alone, and of the fused peer."""
+    """Why figures are missing; with `wrong` only for wrong results, and for any failure of the fused peer."""
     return [
         f"{row['problem']}, batch {row['batch']}, {name}, {which}: {peer[which]['why']}"
         for name, peer in row["peers"].items()
@@ -156,7 +158,7 @@ def reasons(row: Row, wrong: bool = False) -> list[str]:
 
 
 def report(row: Row) -> str:
-    """A row as Markdown: times in ms, `x` how often the fused peer fits into them, `rate` as above."""
+    """A row as Markdown: times in ms; `x`, the work over the fused peer's; `rate`, as explained above."""
     cells = [
         {
             "peer": name,
@@ -172,7 +174,7 @@ def report(row: Row) -> str:
 
 
 def line(row: Row, is_first: bool) -> str:
-    """A line of the table of `COMPACT` peers, work in us; the first brings title and head of the table."""
+    """A line of the table of `COMPACT` peers, work in us; the first is preceded by the title and the head."""
     cells: dict[str, object] = {"problem": f"{row['problem']:16}", "batch": f"{row['batch']:5}"}
     for which in PASSES:
         for name in COMPACT:
@@ -198,13 +200,13 @@ def _cells(name: str, which: str, row: Row) -> dict[str, object]:
 
 
 def _milliseconds(name: str, which: str, row: Row) -> float:
-    """The work of a peer's pass; NaN where it was not timed."""
+    """Milliseconds of work of a peer's pass; NaN if it was not timed."""
     figures = row["peers"][name][which] if name in row["peers"] else {}
     return float(figures.get("work ms", math.nan))
 
 
 def _work(name: str, which: str, row: Row, factor: float, digits: int) -> str:
-    """The same as text, or why there is none, in a word."""
+    """`factor` times the milliseconds of work as text; for a pass that was not timed, its status."""
     text = f"{factor * _milliseconds(name, which, row):.{digits}f}"
     return str(row["peers"][name][which]["status"]) if text == "nan" else text
 

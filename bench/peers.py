@@ -1,14 +1,15 @@
 """The attentions that the kernels are measured against, as functions of one packed projection.
 
-All take `qkv` `(N, H, W, 3*dim)` and return `(N, H, W, dim)`. No peer has LePE or projections. Where regions
-do not divide the map, `fused` and `reference` take the padding beside the map; `gather` and `flex` make a
-padded map first, which counts; `dense` needs none.
+All take `qkv` `(N, H, W, 3*dim)` and return `(N, H, W, dim)`. No peer has LePE or projections. If regions do
+not divide the map, `fused`, `reference` and `torch` get the padding as a separate argument; `gather` and
+`flex` copy the map into a padded one first, and this time counts; `dense` needs no padding.
 
-FlexAttention skips whole blocks of queries by keys, multiples of 128 each on a GPU, and evaluates a mask in
-those that are allowed in part. So tokens are reordered region by region: then a block holds few regions, and
-where regions are large most blocks are skipped. Reordering reads the packed projection and writes queries,
-keys and values as FlexAttention wants them, which an attention that is not in place has to do anyway. Routing
-changes every step, so every step must build the mask anew; see `block_mask`.
+FlexAttention divides the scores into blocks of queries by keys, whose sides are multiples of 128 on a GPU. It
+skips blocks that are masked entirely, and evaluates the mask in blocks that are masked partly. Therefore
+`flex` reorders the tokens region by region: a block then holds few regions, and if regions are large most
+blocks are skipped. The reordering reads the packed projection and writes queries, keys and values in the
+layout of FlexAttention; an attention that cannot read them in place needs such a copy anyway. The routing
+changes in every step, so every step must build the mask anew; see `block_mask`.
 """
 
 import functools
@@ -37,10 +38,10 @@ class Peer(NamedTuple):
 
 
 def peers_for(problem: Problem, backend: str, padding: Tensor | None = None) -> dict[str, Peer]:
-    """The peers by name; beside the fused backend `"triton"` that of `"torch"` is one.
+    """The peers by name; `fused` runs on `backend`. If this is not `"torch"`, there is a peer `torch`, too.
 
-    `padding` is `(3*dim,)`, what tokens past the map's edge hold, where regions do not divide it. The problem
-    is plain, and its queries are as wide as its values.
+    `padding` `(3*dim,)` is what tokens past the map's edge hold; None if regions divide the map. The problem
+    must be plain, and its queries as wide as its values.
     """
     assert problem.is_plain
     assert problem.qk_dim == problem.dim
@@ -64,26 +65,26 @@ def peers_for(problem: Problem, backend: str, padding: Tensor | None = None) -> 
         ),
         "dense": Peer("dense attention", functools.partial(dense_attention, num_heads=problem.num_heads)),
     }
-    if backend != "torch":  # which serves GPUs that Triton does not
+    if backend != "torch":  # the torch backend serves GPUs that Triton does not support
         peers["torch"] = Peer("routing, attention (torch)", functools.partial(ours, backend="torch"))
     return peers
 
 
 def dense_attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """Every token to every token by PyTorch's fused kernels."""
+    """Attention of every token to every token, by PyTorch's fused kernels."""
     query, key, value = rearrange(qkv, "n h w (t m c) -> t n m (h w) c", t=3, m=num_heads).unbind(0)
-    # The modules' scale is of all heads together.
+    # As in the modules, the scale depends on the channels of all heads together.
     out = F.scaled_dot_product_attention(query, key, value, scale=(qkv.shape[-1] // 3) ** -0.5)
     return rearrange(out, "n m (h w) c -> n h w (m c)", h=qkv.shape[1])
 
 
 def gather(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Tensor:
-    """The authors' NCHW form, written afresh: `torch.gather` of every chosen region's keys and values."""
+    """The NCHW form of BiFormer's authors, rewritten: `torch.gather` copies all chosen keys and values."""
     qkv = whole_map(qkv, problem.grid, padding)
     grid, heads = problem.grid, problem.num_heads
     size = (grid.region_height, grid.region_width)
     query, key, value = qkv.permute(0, 3, 1, 2).chunk(3, dim=1)
-    # Float32, as everywhere: means in half precision choose other regions where two are nearly alike.
+    # Means in float32, as in all peers: in half precision, rounding would decide near ties differently.
     means = (F.avg_pool2d(x.detach().float(), size).flatten(2) for x in (query, key))
     r_idx = torch.einsum("ncp,ncq->npq", *means).topk(problem.topk, dim=-1).indices
     axes = {"m": heads, "j": problem.n_win, "i": problem.n_win}
@@ -114,20 +115,20 @@ def route_and_flex(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Ten
 
 @functools.cache
 def compiled_flex_attention() -> Callable[..., Tensor]:
-    """FlexAttention as a fused kernel; uncompiled it holds the scores."""
+    """FlexAttention, compiled to a fused kernel; uncompiled it would hold all scores."""
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
     return compiled
 
 
 def block_mask(r_idx: Tensor, tokens: int) -> BlockMask:
-    """The routing as blocks that are skipped, masked, or attended to without looking at the mask.
+    """The routing as FlexAttention's mask: blocks are skipped, masked, or computed without a mask.
 
-    By products of small matrices of regions, which favours FlexAttention: `create_block_mask` finds the same,
-    but evaluates `mask_mod` for every two tokens.
+    The blocks are found by products of small matrices of regions. This favours FlexAttention: its own
+    `create_block_mask` finds the same blocks, but evaluates `mask_mod` for every pair of tokens.
 
     Args:
         r_idx: `(N, P, topk)`, int64.
-        tokens: in a region; they are in the order of their regions.
+        tokens: tokens of a region; queries and keys are ordered region by region.
     """
     n_images, n_regions, _ = r_idx.shape
     length = n_regions * tokens
@@ -138,11 +139,11 @@ def block_mask(r_idx: Tensor, tokens: int) -> BlockMask:
 
     starts = torch.arange(0, length, BLOCK, device=r_idx.device)[:, None]
     regions = torch.arange(n_regions, device=r_idx.device) * tokens
-    # Float32: sums of up to P**2 ones and zeros, exact.
+    # Float32 is exact: every element is a sum of at most P**2 ones and zeros.
     overlaps = ((regions < starts + BLOCK) & (regions + tokens > starts)).float()
     any_chosen = (overlaps @ chosen.float() @ overlaps.t()) > 0
     any_left_out = (overlaps @ (~chosen).float() @ overlaps.t()) > 0
-    # A block that reaches past the last token is masked, as create_block_mask has it.
+    # A block that reaches past the last token is masked, as by `create_block_mask`.
     inside = starts[:, 0] + BLOCK <= length
     full = any_chosen & ~any_left_out & (inside[:, None] & inside)
     return BlockMask.from_kv_blocks(
@@ -155,6 +156,6 @@ def block_mask(r_idx: Tensor, tokens: int) -> BlockMask:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row are set, and their columns first: `(N, 1, R)`, `(N, 1, R, C)`, int32."""
+    """By row of blocks, int32: how many are set `(N, 1, R)`; all columns, set ones first `(N, 1, R, C)`."""
     columns = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[:, None], columns.int()[:, None].contiguous()

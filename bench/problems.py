@@ -1,4 +1,4 @@
-"""The one catalogue of shapes: what the benches, the tuner, the kernel report and tests run."""
+"""The catalogue of problems that the benches, the tuner, the kernel report and the tests share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,20 +16,20 @@ from bra_triton.spec import AttentionSpec
 class Problem:
     """One attention over a packed projection: sizes and mode, enough to launch it."""
 
-    name: str = field(compare=False)  # how it is asked for; problems that differ in nothing else are equal
+    name: str = field(compare=False)  # in options; problems that differ only in their names are equal
     batch: int
     height: int  # of the map; a side that is no multiple of `n_win` is padded
     width: int
     dim: int  # channels of the values, all heads together
     num_heads: int
-    n_win: int  # regions a side
+    n_win: int  # regions along each side of the map
     topk: int  # regions that every region attends to
     routing_weight: str = "none"  # or "soft" or "hard"
-    kv_per_win: int | None = None  # keys a side of a region; None for as many as queries
-    # One of `pooling.problem.MODES`, which makes the `kv_per_win` keys from a region's tokens; None where the
-    # keys are given.
+    kv_per_win: int | None = None  # keys along each side of a region; None: as many as queries
+    # One of `pooling.problem.MODES`: how the keys and values of a region are made from its tokens; None if
+    # they are given.
     kv_pooling: str | None = None
-    side_dwconv: int = 3  # side of LePE's convolution, 0 for none
+    side_dwconv: int = 3  # side of LePE's kernel; 0 for no LePE
     qk_dim: int = 0  # channels of the queries, all heads together; 0 stands for `dim`
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class Problem:
 
     @property
     def settings(self) -> Settings:
-        """The numbers, as the kernels take them; raises ValueError where they do not fit each other."""
+        """The numbers, as the kernels take them; raises ValueError if they do not fit each other."""
         return AttentionSpec(**self._spec_arguments).settings(self.grid)
 
     @property
@@ -79,7 +79,7 @@ class Problem:
 
     @property
     def module_arguments(self) -> dict[str, Any]:
-        """Arguments of `BiLevelRoutingAttention`, without K/V down-sampling."""
+        """Arguments of `BiLevelRoutingAttention`, except for down-sampling of keys and values."""
         of_map = {"side_dwconv": self.side_dwconv, "auto_pad": self.grid.is_padded}
         return self._spec_arguments | of_map
 
@@ -87,7 +87,7 @@ class Problem:
         """The attention as the kernels take it.
 
         Args:
-            make: makes a tensor of the sizes that it is called with.
+            make: a function that returns a tensor of the sizes it is called with.
             means: `(N, P, 2*qk_dim)` float32, region queries and keys; by default those of the map.
         """
         packed_dim, side, keys = 2 * self.qk_dim + self.dim, self.side_dwconv, self.kv_grid
@@ -107,7 +107,7 @@ def _by_name(*problems: Problem) -> dict[str, Problem]:
     return {problem.name: problem for problem in problems}
 
 
-# Maps as models run them: what is tuned, timed and reported unless something else is asked for.
+# Maps as models have them; they are tuned, timed and reported by default.
 MODELS = _by_name(
     Problem("yolo_p3", 16, 80, 80, 64, 2, 8, 4),  # YOLO26 at 640 pixels: stride 8
     Problem("yolo_p4", 16, 40, 40, 128, 4, 8, 4),
@@ -121,7 +121,7 @@ MODELS = _by_name(
     Problem("high_resolution_head64", 4, 160, 160, 128, 2, 8, 4),
 )
 _P3 = MODELS["yolo_p3"]
-# Modes with kernels that the models above do not launch, for the report.
+# For the report: modes with kernels that the models above do not launch.
 MODES = _by_name(
     replace(_P3, name="yolo_p3_soft", routing_weight="soft"),
     replace(_P3, name="yolo_p3_meanpool", kv_per_win=5, kv_pooling=MEAN),
@@ -129,14 +129,15 @@ MODES = _by_name(
     replace(_P3, name="yolo_p3_conv", kv_per_win=5, kv_pooling=WEIGHTED),
 )
 _OTHERS = _by_name(
-    # As yaml rows without `n_win` have them at 640 pixels: regions of 256, 64 and 16 tokens, in full tiles.
+    # With the default `n_win` of yaml rows, at 640 pixels: regions of 256, 64 and 16 tokens, which fill
+    # their tiles.
     replace(_P3, name="yolo_p3_n_win_5", n_win=5),
     replace(MODELS["yolo_p4"], name="yolo_p4_n_win_5", n_win=5),
     replace(MODELS["yolo_p5"], name="yolo_p5_n_win_5", n_win=5),
-    # To see a bench run.
+    # For a quick try of a bench.
     Problem("tiny", 1, 8, 8, 32, 1, 2, 2),
     Problem("tiny_padded", 1, 7, 7, 32, 1, 2, 2),
-    # So small that a call costs what Python costs.
+    # So small that Python takes most of the time of a call.
     Problem("host", 1, 8, 8, 64, 2, 4, 2),
     # rayleizhu/BiFormer's issue 21: gathered keys and values took about 100 GB.
     Problem("issue_21", 1, 600, 500, 20, 4, 7, 4),

@@ -1,8 +1,8 @@
 """Triton without a GPU: a stand-in for the driver.
 
-Kernels are compiled, looked up and called as on the card that it stands for, and only the driver's own launch
-does nothing, so results are whatever memory held. What the benches know of the package's choice of a backend,
-and of Triton's drivers, is in this file.
+Kernels are compiled, looked up and called as on the card that it stands for. Only the driver's launch does
+nothing, so outputs are uninitialised memory. This is the only file of the benches that depends on how the
+package chooses a backend, and on Triton's drivers.
 """
 
 from collections.abc import Iterator
@@ -35,34 +35,34 @@ class _NoLauncher:
 
 
 def current_stream(device: Any = 0) -> int:
-    """The stream that kernels are launched on, by its address."""
+    """Address of the stream on which kernels are launched."""
     return 0
 
 
 @contextmanager
 def without_gpu() -> Iterator[None]:
-    """Within, the Triton backend serves tensors on the CPU, and its kernels do not run.
+    """Context in which the Triton backend serves tensors on the CPU, and its kernels do not run.
 
     Raises:
-        RuntimeError: Triton's interpreter is on, which launches nothing.
+        RuntimeError: Triton's interpreter is on, which does not use the driver.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels do not take Triton's launch path")
     with driver_of(ARCH):
         _forget()
-        # What memory held may be denormal numbers, whose products take a CPU many times as long.
+        # Uninitialised memory may hold denormal numbers, whose products take a CPU many times as long.
         torch.set_flush_denormal(True)
         try:
             with mock.patch.object(select.BACKENDS["triton"], "why_not", _no_reason):
                 yield
         finally:
             torch.set_flush_denormal(False)
-            _forget()  # while there is a driver: Triton 3.8 unloads a kernel's code when it is dropped
+            _forget()  # while there is a driver: Triton 3.8 unloads the code of a kernel that is dropped
 
 
 @contextmanager
 def driver_of(arch: str, device: Any = 0) -> Iterator[None]:
-    """Within, Triton finds such a GPU under that number, by which it keeps compiled kernels."""
+    """Context in which Triton finds a GPU of `arch`; it caches compiled kernels by the number `device`."""
     utils = SimpleNamespace(
         load_binary=lambda *_: (1, 1, 32, 0, 1024),  # module, function, registers, spills, most threads
         unload_module=lambda module: None,
@@ -78,17 +78,17 @@ def driver_of(arch: str, device: Any = 0) -> Iterator[None]:
         get_active_torch_device=lambda: torch.device("cpu"),
         map_python_to_cpp_type=str,
     )
-    # Reading the property `active` would look for a GPU; Triton 3.4 has a plain attribute of that name.
+    # Reading the property `active` looks for a GPU, so set `_active`; in Triton 3.4 `active` is an attribute.
     slot = "_active" if hasattr(triton_driver, "_active") else "active"
     with mock.patch.object(triton_driver, slot, driver):
         yield
 
 
 def _no_reason(request: Request) -> None:
-    """`why_not` of a backend that serves everything; of a mock torch.compile would guard every attribute."""
+    """`why_not` of a backend that serves all calls. Not a mock: torch.compile would guard its attributes."""
 
 
 def _forget() -> None:
-    """Drops what was decided under another driver: who serves a call, and the kernels compiled for it."""
+    """Drops what was decided under another driver: the backend of each call, and plans with their kernels."""
     functional._known.clear()
     calls.forget_plans()

@@ -1,7 +1,8 @@
-"""What the attention costs in YOLO26, counted and not measured: the tables of docs/yolo_guide.md.
+"""Counts what the attention costs in YOLO26, without measuring: the tables of docs/yolo_guide.md.
 
-First the attention alone, for maps of the backbone: multiply-adds of routing and attention, beside those of
-dense attention over the same map. Then the packaged models beside the stock ones.
+The first table is for the attention alone, on maps of the backbone: multiply-adds of routing and attention,
+beside those of dense attention over the same map. The second has the parameters and GFLOPs of the packaged
+models, beside the stock ones.
 """
 
 import itertools
@@ -21,7 +22,7 @@ CLASSIFIER_SIZE = 224
 
 
 def attention_rows(imgsz: int) -> Iterator[str]:
-    """A row of the first table for every level and choice, unless regions have fewer than 2 tokens a side."""
+    """The first table: a row for every level and choice whose regions have 2 tokens or more along a side."""
     from bra_triton.yolo_integration.flops import count_attention
 
     yield "| level | map | n_win, topk | region | keys of a query | padding | MMACs | dense |"
@@ -44,7 +45,7 @@ def attention_rows(imgsz: int) -> Iterator[str]:
 
 
 def model_rows(names: Sequence[str], imgsz: int) -> Iterator[str]:
-    """A row of the second table for every yaml file, which Ultralytics finds by name."""
+    """The second table: a row for every yaml file, which Ultralytics finds by its name."""
     from ultralytics import YOLO
     from ultralytics.utils.torch_utils import get_flops, get_num_params
 

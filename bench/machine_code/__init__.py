@@ -1,1 +1,1 @@
-"""What kernels cost, read from their machine code: no GPU needed."""
+"""The cost of kernels, read from their machine code; no GPU is needed."""

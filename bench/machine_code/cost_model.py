@@ -1,13 +1,14 @@
-"""From instruction counts to predicted time: pure arithmetic on what the compiler produced.
+"""Predicts the time of a launch from instruction counts: pure arithmetic on what the compiler produced.
 
-A program (thread block) is taken to execute its straight-line code once, and its loops as often as the
-problem says:
+The model assumes that a program (thread block) executes its straight-line code once, and its loops as often
+as the problem requires:
 
     warp instructions = rest + whole tiles x loop + tail steps x tail + taps x (one tap of LePE)
 
-Predicated instructions count as executed, and rows of dK/dV have the mean length. Bounds suppose that nothing
-but the unit in question costs time, at documented peak rates; latency and caches are left out. What tiles
-compete with (`Cost.cost`) counts latency by `hardware.LATENCY_WARPS`.
+Predicated instructions count as executed, and all rows of the inverse graph (in dK/dV) have the mean length.
+A bound is the time that one unit takes at its documented peak rate, as if nothing else took time; it leaves
+out latency and caches. The figure by which tiles are ranked (`Cost.cost`) includes latency, by
+`hardware.LATENCY_WARPS`.
 """
 
 from collections import Counter
@@ -20,13 +21,13 @@ from bra_triton.bench.machine_code.static_analysis import Analysis, Mix
 from bra_triton.bench.problems import Problem
 from bra_triton.kernels import tiles
 
-# Multiply-adds of the matrix products for one score, in query/key channels and in value channels.
+# Matrix products of one score: how many over the query/key channels, and how many over the value channels.
 _PRODUCTS = {
     "attention_forward": (1, 1),
     "query_gradient": (2, 1),
     "key_value_gradient": (2, 2),
     "small_map_forward": (1, 1),
-    "small_map_backward": (4, 3),  # a score is computed by a query's and by a key's program
+    "small_map_backward": (4, 3),  # both the query's and the key's program compute a score
 }
 
 
@@ -35,8 +36,8 @@ class Walk(NamedTuple):
 
     programs: int  # thread blocks of the launch
     whole_tiles: float  # steps of a program over whole tiles, on average
-    tail_steps: float  # narrower steps that follow, masked
-    scores: float  # that a program computes, masked ones and those past the region's end included
+    tail_steps: float  # narrower, masked steps after them, on average
+    scores: float  # that a program computes, including masked ones and those past the region's end
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Cost:
     """Prediction for one launch of an attention kernel."""
 
     useful_scores: int  # `Problem.useful_scores`
-    issue_slots: float  # thread instruction slots, all programs
+    issue_slots: float  # thread instruction slots of all programs
     bounds: dict[str, float]  # seconds by unit: issue, exponential, matrix
-    resident_warps: int  # an SM; 0 where a block does not fit
+    resident_warps: int  # per SM; 0 if not even one block fits
 
     @property
     def slots_per_useful_score(self) -> float:
@@ -55,7 +56,7 @@ class Cost:
 
     @property
     def cost(self) -> float:
-        """What configurations compete with: `slots_per_useful_score`, and the time that warps wait."""
+        """The figure by which tiles are ranked: `slots_per_useful_score` times a factor for waiting warps."""
         return self.slots_per_useful_score * latency(self.resident_warps)
 
 
@@ -69,20 +70,20 @@ def predict(
 ) -> Cost:
     """Predicts a launch of an attention kernel, one that `_PRODUCTS` names, from its counted code.
 
-    Products of elements of 4 bytes are three of TF32 each; `masked` says that all queries meet all keys.
+    A product of elements of 4 bytes counts as three in TF32. If `masked`, all queries meet all keys.
     """
     walk = walk_of(kernel, code, problem, masked)
 
     def slots(count: Callable[[Mix], int]) -> float:
-        """Thread slots of some kind of instruction that a program executes."""
+        """Thread slots of the instructions that `count` selects, as a program executes them."""
         loops = count(code.loop) * walk.whole_tiles + count(code.tail) * walk.tail_steps
         return 32 * code.num_warps * (count(code.rest) + loops + count(code.taps) * code.n_taps)
 
-    # The last SM to finish decides, so work counts in whole programs an SM.
+    # The SM that finishes last decides the time, so the programs per SM are rounded up.
     rounds = -(-walk.programs // hardware.sms)
     issued = slots(Counter.total)
     passes, rate = (3, hardware.tf32_fma) if element_bytes == 4 else (1, hardware.half_fma)
-    # Multiply-adds for one score, of heads as wide as their tiles.
+    # Multiply-adds of one score, with the channels that a tile holds for a head.
     widths = map(tiles.channel_block, problem.head_dims)
     products = sum(n * width for n, width in zip(_PRODUCTS[kernel], widths, strict=True))
     clocks = {
@@ -97,24 +98,26 @@ def predict(
 
 
 def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False) -> Walk:
-    """Programs and steps of an attention kernel; without a tail of its own the last step is a whole one.
+    """Programs and steps of an attention kernel; without a loop for the tail, the last step is a whole one.
 
-    A small map's backward is taken for programs that own queries in whole tiles and keys in the tail.
+    In a small map's backward, a program that owns queries and one that owns keys count as one. The steps over
+    keys are its whole tiles, and the steps over queries are its tail.
     """
     grid, kv_tokens = problem.grid, problem.kv_grid.region_tokens
     regions, tokens = grid.n_regions, grid.region_tokens
-    # Programs of regions that are padding alone walk nothing, and are left out; nor are they walked in dK/dV.
+    # The share of regions that hold more than padding. Programs of the others have no queries and do not
+    # count, and dK/dV does not walk these regions.
     alive = -(-grid.height // grid.region_height) * -(-grid.width // grid.region_width) / regions
     if kernel.startswith("small_map"):
         keys, queries = (-(-problem.topk * each // code.block_n) for each in (kv_tokens, tokens))
-        programs = problem.batch * regions * (problem.num_heads // code.num_warps)  # a warp a head
-        if kernel == "small_map_backward":  # whose programs of keys are all there, for fewer queries
+        programs = problem.batch * regions * (problem.num_heads // code.num_warps)  # one warp per head
+        if kernel == "small_map_backward":  # programs that own keys run for all regions, with fewer queries
             return Walk(programs, keys * alive, queries * alive, code.block_m * code.block_n * keys * alive)
         return Walk(round(programs * alive), keys, 0, code.block_m * code.block_n * keys)
     owns_keys = kernel == "key_value_gradient"
     own, step = (code.block_n, code.block_m) if owns_keys else (code.block_m, code.block_n)
     owned, walked = (kv_tokens, tokens) if owns_keys else (tokens, kv_tokens)
-    length = problem.topk * walked  # of dK/dV on average: as many regions choose a region as it chooses
+    length = problem.topk * walked  # in dK/dV a mean: on average `topk` regions choose a region
     if masked or problem.settings.chooses_all:
         regions, owned, length = 1, regions * owned, regions * walked
         alive = 1.0

@@ -1,4 +1,4 @@
-"""What the package launches on a GPU: its own plans, made for tensors without data."""
+"""The launches of a problem, from the package's own plans; tensors without data are enough to make them."""
 
 import math
 from collections.abc import Iterator
@@ -26,15 +26,15 @@ KERNEL_NAMES = {
 
 
 def record_attention(problem: Problem, dtype: torch.dtype) -> list[Launch]:
-    """Every launch of one forward and backward of an attention, routing and pooling included."""
+    """Every launch of one forward and backward of an attention, including routing and pooling."""
     attention = problem.attention(lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
     plans = (*_plans_of_pooling(problem, attention), *plan_pass(attention))
     return [launch for plan in plans for launch in plan.launches]
 
 
 def launch_with(tile: Tile, kernel: str, problem: Problem, dtype: torch.dtype) -> Launch:
-    """The launch of a kernel of `KERNEL_NAMES` with that tile, in a forward or backward of a problem."""
-    # Other forms have tiles of their own, which are in no table.
+    """The launch of `kernel`, a key of `KERNEL_NAMES`, with that tile, in a problem's forward or backward."""
+    # In the routed form: the tiles of masked and small-map attention are in no table.
     with tiles.use_tiles({kernel: tile}), tiles.use_form(ROUTED):
         launched = record_attention(problem, dtype)
     return next(launch for launch in launched if kernel_name(launch) == KERNEL_NAMES[kernel])
@@ -43,20 +43,20 @@ def launch_with(tile: Tile, kernel: str, problem: Problem, dtype: torch.dtype) -
 def plan_pass(attention: PackedAttention[Tensor]) -> tuple[Plan, Plan]:
     """The plans of a training step's forward and backward.
 
-    The backward takes the attention's tensors, the output's gradient, the output (None with LePE) and what
-    the forward has returned last.
+    The inputs of the backward are the attention's tensors, the output's gradient, the output (None with LePE)
+    and the last result of the forward, which holds what it kept.
     """
     forward, qkv = packed.plan_attend(attention, trains=True), attention.qkv
     grad_out = qkv[..., : attention.dim].contiguous()
     kept = torch.empty(forward.kept_bytes, dtype=torch.uint8, device=qkv.device)
-    # Without LePE the attention's share of the output, which the backward reads, is the output.
+    # The backward reads the attention's share of the output. Without LePE, that is the whole output.
     out = grad_out if attention.lepe_weight is None else None
     needs = Needs(*(x is not None for x in attention.tensors))
     return forward, packed.plan_attend_backward(attention, (grad_out, out, kept), needs)
 
 
 def _plans_of_pooling(problem: Problem, attention: PackedAttention[Tensor]) -> Iterator[Plan]:
-    """Keys and values of the regions, if pooling makes them, and the gradients of what they are made of."""
+    """If pooling makes the keys and values of the problem: the plans of the pooling and of its backward."""
     if problem.kv_per_win is None or problem.kv_pooling is None or attention.kv is None:
         return
     grid, pooled = problem.grid, attention.kv
@@ -76,19 +76,19 @@ def _plans_of_pooling(problem: Problem, attention: PackedAttention[Tensor]) -> I
 
 
 def kernel_name(launch: Launch) -> str:
-    """What reports call the kernel."""
+    """The kernel's name in reports."""
     return launch.name.removesuffix("_kernel")
 
 
 def arguments_of(launch: Launch) -> dict[str, Any]:
-    """A kernel's arguments by name, the compile-time numbers of its `CONFIG` by their own names, too."""
+    """A kernel's arguments by name, including the compile-time numbers of its `CONFIG` by their own names."""
     found = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
     config = found.get("CONFIG")
     return found if config is None else {**found, **config._asdict()}
 
 
 def variant(launch: Launch) -> str:
-    """What Triton compiles apart, as text: launches of the same variant run the same code."""
+    """A text that two launches share if Triton compiles the same code for them."""
     kinds = [
         value if parameter.is_constexpr else _kind(value, not parameter.do_not_specialize)
         for parameter, value in zip(launch.kernel.params, launch.arguments, strict=True)
@@ -97,7 +97,7 @@ def variant(launch: Launch) -> str:
 
 
 def _kind(value: Any, specialises: bool = True) -> Any:
-    """What Triton makes of a run-time argument: of a group, of each of its members."""
+    """The properties of a run-time argument that Triton compiles for; of a group, those of its members."""
     if isinstance(value, tuple):
         return tuple(map(_kind, value))
     if isinstance(value, Buffer):
@@ -106,9 +106,10 @@ def _kind(value: Any, specialises: bool = True) -> Any:
 
 
 def bytes_of_arguments(launch: Launch, scratch: bool = True) -> int:
-    """What a launch's arrays hold, each counted once: about what it has to move.
+    """Bytes of a launch's arrays, each array counted once: about the bytes that it has to move.
 
-    Scratch arrays have room for the worst case: for partial sums of all rows that may be cut.
+    With `scratch`, arrays in the workspace count, too. They have room for the worst case: for the partial
+    sums of all rows that may be cut.
     """
     members = (x for each in launch.pointers for x in (each if isinstance(each, tuple) else (each,)))
     arrays = {x for x in members if x is not None and (scratch or x.source != _WORKSPACE)}

@@ -1,6 +1,6 @@
-"""What a Triton kernel costs on a GPU, read from its machine code: no GPU is needed.
+"""Reads the cost of a Triton kernel from its machine code; no GPU is needed.
 
-`compile_for` compiles the kernel of a launch for a named architecture, `resource_usage` tells its registers,
+`compile_for` compiles the kernel of a launch for a named architecture, `resource_usage` finds its registers,
 shared memory and spills, `sections` counts the instructions of its loops. `analyse` does all three, and
 `each` calls it for many launches in parallel processes.
 """
@@ -27,11 +27,11 @@ from bra_triton.bench.console import progress
 from bra_triton.bench.machine_code.launches import arguments_of, kernel_name
 from bra_triton.kernels.plan import Launch
 
-# Opcode patterns of what is counted, by its column in the kernel report; an instruction belongs to the first
-# that fits.
+# Opcode patterns of the classes of instructions, by column of the kernel report; an instruction belongs to
+# the first class that matches.
 INSTRUCTION_CLASSES = {
     "exp": r"MUFU\.EX2",
-    "matrix": r"\w+MMA",  # HMMA, HGMMA, UTCHMMA and their kin of other types
+    "matrix": r"\w+MMA",  # HMMA, HGMMA, UTCHMMA and the like for other types
     "fp32": r"F(ADD|MUL|FMA)2?|FMNMX3?|FSETP|FSEL|FSET|FCHK|FSWZADD",
     "int": r"IMAD(?!\.MOV)|IADD|IADD3|IMUL|IMNMX|ISETP|IABS|IDP|ISCADD|LEA|LOP|LOP3|PLOP3|SHF|SHL|SHR|SEL"
     r"|SGXT|BMSK|BREV|FLO|POPC|PRMT|P2R|R2P|VIADD|VIADDMNMX|VIMNMX|VIMNMX3",
@@ -50,7 +50,7 @@ class Compiled:
 
     @cached_property
     def sass(self) -> str:
-        """The listing that `nvdisasm -c` prints, of a kernel for NVIDIA."""
+        """The listing that `nvdisasm -c` prints; for NVIDIA only."""
         return _run_nvidia_tool("nvdisasm", "-c", self.asm["cubin"])
 
 
@@ -62,39 +62,41 @@ class Usage:
     shared_bytes: int  # per thread block
     stack_bytes: int  # local memory per thread, where spills go
     spills: int  # instructions in the whole kernel that load from local memory or store to it
-    # Asynchronous copies of later steps that still run when a loop has waited for those of its step: 0 where
-    # it waits for all, and so for memory in every step.
+    # Asynchronous copies for later steps that may still run when a loop has waited for those of its step; 0
+    # if it waits for all copies, and so for memory in every step.
     copies_in_flight: int = 0
 
 
 @dataclass(frozen=True)
 class Sections:
-    """The code of a kernel, every instruction that can be reached in one of them; empty for no such loop.
+    """The code of a kernel in sections; every reachable instruction is in one of them.
 
-    Everything that can run between a loop's header and its jump back counts once, whether or not a predicate
-    or a branch skips it at run time, and so do blocks that the assembler moved out of line and loops nested
-    inside. The code of called functions does not count.
+    The section of a loop that does not exist is empty. Every instruction that can run between a loop's header
+    and its jump back counts once, even if a predicate or a branch may skip it at run time. This includes
+    blocks that the assembler moved out of line, and nested loops. The code of called functions does not
+    count.
     """
 
-    # Of the innermost loops with the most matrix instructions the shortest: over whole tiles, others mask.
+    # The innermost loop with the most matrix instructions, of several the shortest. It is the loop over whole
+    # tiles: the others also mask.
     loop: Mix
     tail: Mix  # the largest other innermost loop with matrix instructions
-    taps: Mix  # the largest that loads and has none: over a convolution's taps, if there is one
+    taps: Mix  # the largest with loads but no matrix instructions: over a convolution's taps, if there is one
     rest: Mix  # everything else, each instruction once
-    # Whether every matrix instruction of the loop waits for the one before (sm_90): there are as many waits,
-    # since ptxas was short of registers.
+    # Whether every matrix instruction of the loop waits for the one before it (sm_90): the loop then has at
+    # least as many waits as matrix instructions. ptxas adds these waits when it is short of registers.
     serialised: bool
 
 
 @dataclass(frozen=True)
 class Analysis(Sections):
-    """What the machine code of one kernel says: its sections, and what they are to be multiplied by.
+    """The sections of a kernel's machine code, and the numbers by which they are multiplied.
 
-    Only attention kernels have a `loop` and a `tail` here, and only those with a convolution `taps`.
+    Only attention kernels have a `loop` and a `tail` here, and only kernels with a convolution have `taps`.
     """
 
-    block_m: int  # BLOCK_M of an attention kernel, else 0; of a small map's kernel the rows of all its heads
-    block_n: int  # BLOCK_N of an attention kernel, else 0; of a small map's kernel the tokens of a step
+    block_m: int  # BLOCK_M of an attention kernel; the rows of all heads of a small map's kernel; else 0
+    block_n: int  # BLOCK_N of an attention kernel; the tokens of a step of a small map's kernel; else 0
     block_tail: int  # list positions in a step of the tail's loop, 0 without one
     n_taps: int  # taps of a convolution in the epilogue, 0 without one
     num_warps: int  # of a thread block
@@ -102,15 +104,16 @@ class Analysis(Sections):
 
     @property
     def slots_per_score(self) -> float:
-        """Thread instruction slots, 32 an instruction, that the loop spends on one score of a whole tile.
+        """Thread instruction slots (32 per instruction) that the loop takes for one score of a whole tile.
 
-        A loop that the compiler unrolled covers more than one tile; its `matrix` count shows it.
+        If the compiler has unrolled the loop, it covers more than one tile, and this figure is too high; the
+        loop's `matrix` count shows it.
         """
         return self.loop.total() * self.num_warps * 32 / (self.block_m * self.block_n)
 
 
 Result: TypeAlias = Analysis | Exception
-Job: TypeAlias = tuple[Launch, str]  # with an architecture
+Job: TypeAlias = tuple[Launch, str]  # a launch and the architecture to compile it for
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
 
@@ -118,13 +121,13 @@ R = TypeVar("R")
 def each(
     function: Callable[[Launch, str], R], jobs: Mapping[K, Job], workers: int = 1
 ) -> dict[K, R | Exception]:
-    """Calls `analyse`, or what else compiles, for every job; tells stderr how far it is.
+    """Calls a function that compiles, such as `analyse`, for every job; prints the progress to stderr.
 
-    Several workers are processes: the function, like the kernels, must be one of a module, so that they find
-    it. In the place of a result may be the exception that the job raised.
+    Several workers are processes: they import the function and the kernels, which must be on the top level of
+    a module. The result of a job that raised an exception is a RuntimeError with its text.
     """
     call, results = partial(_call, function), {}
-    # Spawned, not forked: PyTorch's threads do not survive a fork. None is started before it is needed.
+    # Spawned, not forked: PyTorch's threads do not survive a fork. An unused pool starts no process.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         found = (pool.map if 1 < workers < len(jobs) else map)(call, jobs.values())
         for (key, (launch, arch)), result in zip(jobs.items(), found, strict=True):
@@ -133,23 +136,23 @@ def each(
     return results
 
 
-# A kernel travels to another process by its name.
+# Kernels are pickled by name, as functions are.
 copyreg.pickle(JITFunction, attrgetter("__name__"))
 
 
 def _call(function: Callable[[Launch, str], R], job: Job) -> R | Exception:
     try:
         return function(*job)
-    except Exception as error:  # Triton's compiler raises errors of many kinds, which may not travel
+    except Exception as error:  # Triton's errors are of many kinds, some cannot be pickled
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def analyse(launch: Launch, arch: str) -> Analysis:
-    """Compiles the kernel of a launch for an NVIDIA architecture, and counts."""
+    """Compiles the kernel of a launch for an NVIDIA architecture, and counts its instructions."""
     compiled = compile_for(launch, arch)
     parts, arguments = sections(compiled), arguments_of(launch)
     block_m, block_n, block_tail = (arguments.get(name, 0) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_TAIL"))
-    if launch.name.startswith("small_map"):  # a tile a head, and several heads
+    if launch.name.startswith("small_map"):  # several heads, each with a tile
         block_m, block_n = arguments["BLOCK_OWN"] * arguments["HEADS"], arguments["BLOCK_STEP"]
     n_taps = max(arguments.get(name, 0) for name in ("LEPE_KERNEL", "KERNEL")) ** 2
     loop, tail = (parts.loop, parts.tail) if block_m and block_n else (Mix(), Mix())
@@ -162,7 +165,7 @@ def compile_for(launch: Launch, arch: str) -> Compiled:
     """Compiles a kernel for `arch`, a key of `TARGETS`, as Triton does for a launch on such a GPU.
 
     Raises:
-        TypeError: the kernel was not made by `@triton.jit`; under `TRITON_INTERPRET=1` none is.
+        TypeError: the kernel is no compiled `@triton.jit` function, as under `TRITON_INTERPRET=1`.
     """
     if not isinstance(launch.kernel, JITFunction):
         raise TypeError(f"{launch.kernel!r} is not a @triton.jit function (is TRITON_INTERPRET set?)")
@@ -176,17 +179,18 @@ def resource_usage(compiled: Compiled) -> Usage:
     if "amdgcn" in compiled.asm:
         return _amd_usage(compiled)
     report = _run_nvidia_tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)  # of the one function that there is
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)  # the code has one function
     assert found, report
     opcodes = [opcode.split(".")[0] for _, opcode, _ in _instructions(compiled.sass)[0]]
-    # The report's own SHARED leaves out Triton's memory, which is allocated at launch.
+    # Shared memory is the figure that Triton gives: SHARED of the report leaves out what Triton allocates at
+    # launch.
     spills = opcodes.count("LDL") + opcodes.count("STL")
     waits = re.findall(r"ttg\.async_wait\b.*?num = (\d+)", compiled.asm["ttgir"])
     return Usage(int(found[1]), compiled.shared_bytes, int(found[2]), spills, max(map(int, waits), default=0))
 
 
 def sections(compiled: Compiled) -> Sections:
-    """Takes the code of a kernel for NVIDIA apart."""
+    """Divides the code of an NVIDIA kernel into sections."""
     program, labels = _instructions(compiled.sass)
     successors = _successors(program, labels)
     entries = [index for label, index in labels.items() if label.startswith(".text.")]
@@ -226,7 +230,7 @@ _Instruction = tuple[str | None, str, str]  # predicate, opcode with its modifie
 
 
 def _instructions(sass: str) -> tuple[list[_Instruction], dict[str, int]]:
-    """The instructions of a listing in order, and the index of the one that follows each label."""
+    """The instructions of a listing in order, and for each label the index of the instruction after it."""
     program: list[_Instruction] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
@@ -245,20 +249,20 @@ def _mix_of(program: list[_Instruction], body: set[int]) -> Mix:
 
 
 def _innermost(loops: Mapping[int, set[int]]) -> set[int]:
-    """Headers of the loops that hold no other of them."""
+    """Headers of the loops that contain no other one of `loops`."""
     return {header for header, body in loops.items() if body & loops.keys() == {header}}
 
 
 def _successors(program: list[_Instruction], labels: dict[str, int]) -> list[list[int]]:
-    """Which instructions can run after each."""
+    """For each instruction, the indices of those that can run next."""
     result = []
     for index, (predicate, opcode, operands) in enumerate(program):
         base = opcode.split(".")[0]
         targets: list[int] = []
         if base in {"BRA", "BRX", "JMP", "CALL"}:
             targets = [labels[name] for name in re.findall(r"[.$\w]+", operands) if name in labels]
-        # A BRA may have its condition before the label. A CALL of a mere label, by which code for sm_8x
-        # leaves some loops, does not come back; a CALL of a function does.
+        # A BRA with a condition before its label may go on with the next instruction. A CALL of a plain
+        # label, by which code for sm_8x leaves some loops, does not return; a CALL of a function does.
         leaves = base in {"EXIT", "RET", "BRX"} or operands.startswith("`(.L")
         if (predicate or not leaves) and index + 1 < len(program):
             targets.append(index + 1)
@@ -267,10 +271,11 @@ def _successors(program: list[_Instruction], labels: dict[str, int]) -> list[lis
 
 
 def _natural_loops(successors: list[list[int]], entries: list[int]) -> dict[int, set[int]]:
-    """The body of each loop by its header: what reaches a jump back to the header without passing it.
+    """The body of each loop, by its header.
 
-    A jump back is one that every path reaches through its target. Jumping to a lower address is not enough:
-    waits that the assembler moved out of line also do so, to return.
+    A jump to a header is a jump back if every path from the entries to the jump passes the header. A jump to
+    a lower address need not be one: waits that the assembler moved out of line also return by such jumps. The
+    body is the header, and all instructions from which a path leads to a jump back without passing it.
     """
     predecessors: list[list[int]] = [[] for _ in successors]
     for source, targets in enumerate(successors):
@@ -285,7 +290,7 @@ def _natural_loops(successors: list[list[int]], entries: list[int]) -> dict[int,
 
 
 def _reachable(graph: list[list[int]], start: list[int], barred: int) -> set[int]:
-    """`barred` and the nodes that paths from `start` reach without passing it."""
+    """All nodes that paths from `start` reach without passing `barred`, and `barred` itself."""
     seen = {barred}
     pending = list(start)
     while pending:

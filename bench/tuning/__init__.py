@@ -1,1 +1,1 @@
-"""Which tile configurations there are, what each is predicted or measured to cost, and which is best."""
+"""Searches tile configurations: lists candidates, predicts or times their cost, and picks the best."""

@@ -1,7 +1,8 @@
-"""Which tile configuration is predicted to be the best of an entry, from machine code: no GPU needed.
+"""Predicts the best tile configuration of each entry of a table, from machine code; no GPU is needed.
 
-Configurations are compiled, the cost model makes a cost of each for the problems of a size class, and the
-cheapest becomes the entry. Triton keeps what it has compiled, so that a stopped run soon is where it was.
+Configurations are compiled, the cost model predicts the cost of each on the problems of a size class, and the
+cheapest becomes the entry. Triton caches what it has compiled, so a run that was stopped soon catches up when
+it is started again.
 """
 
 import re
@@ -24,33 +25,34 @@ from bra_triton.kernels.plan import Launch
 from bra_triton.kernels.tiles import PLAIN, Key, Tile
 from bra_triton.kernels.tiles.table import Entry, Table, packaged
 
-# The model is no closer than this. Among costs within it the cheapest loop wins: it alone decides for lists
-# longer than those of the problems that the costs are of.
+# The model is not more exact than this factor. Among configurations whose costs differ by less, the one with
+# the cheapest loop wins: only the loop matters for lists longer than those of the problems used here.
 TIED = 1.05
-# Where ptxas has serialised a loop, every matrix instruction waits for the one before. The counts tell
-# nothing of it, so that such a loop must be cheaper by this: a margin, not a measurement.
+# If ptxas has serialised a loop, every matrix instruction waits for the one before it. The counts do not show
+# this, so such a loop must be cheaper by this factor to win. The factor is a margin, not a measurement.
 SERIALISED = 1.1
-# Depths of the pipeline that are tried, the second one where nothing of the first fits.
+# Pipeline depths that are tried; the second one only if no configuration with the first fits.
 STAGES = (3, 2)
-# Of the forms that are not plain one spill-free configuration is enough, looked for in such batches; in one
-# batch alone where the plain kernel spills in every tile, since a form only adds to it.
+# For a form that is not plain, one configuration without spills is enough. The search compiles FORM_BATCH at
+# a time until it finds one. If the plain kernel spills in every tile, it compiles only one batch, because the
+# other forms need even more registers.
 FORM_BATCH = 2
 
 
 class Job(NamedTuple):
     """One configuration to compile."""
 
-    key: Key  # of the largest size, for entries of all sizes: code does not depend on that
+    key: Key  # with the largest size for all sizes: the code does not depend on it
     tile: Tile
 
     @classmethod
     def of(cls, key: Key, tile: Tile) -> "Job":
-        """What is to be compiled for an entry of any size."""
+        """The job that compiles `tile` for an entry, whatever its size."""
         return cls(replace(key, size=tiles.SIZES[-1]), tile)
 
 
 class Ranked(NamedTuple):
-    """One configuration of a size class: with which cost it competes, and what it is predicted to cost."""
+    """One configuration of a size class: the cost that it is ranked by, and its predicted cost."""
 
     tile: Tile
     competing: float
@@ -63,7 +65,7 @@ Results = dict[Job, Result]
 
 
 def predict_table(keys: Sequence[Key], arch: str, workers: int) -> tuple[Table, list[Key]]:
-    """Compiles what is worth trying for the entries, in so many processes; see `table`."""
+    """Compiles what is worth trying for the entries, in `workers` processes; returns what `table` does."""
     results: Results = {}
 
     def compile_all(jobs: Iterable[Job]) -> None:
@@ -89,7 +91,7 @@ def jobs_of(keys: Iterable[Key], stages: Sequence[int] = STAGES) -> list[Job]:
 
 
 def jobs_of_forms(keys: Iterable[Key], arch: str, results: Results) -> list[Job]:
-    """What to compile next for the entries that are not plain: the best plain ones, a few at a time."""
+    """What to compile next for entries that are not plain: the best tiles of plain ones, a few at a time."""
     jobs = []
     for key in keys:
         if key.form == PLAIN or rank(key, arch, results):
@@ -102,7 +104,7 @@ def jobs_of_forms(keys: Iterable[Key], arch: str, results: Results) -> list[Job]
 
 
 def launch_of(job: Job) -> Launch:
-    """The launch whose kernel is compiled: with the job's tile, and all that its form adds."""
+    """The launch whose kernel is compiled: with the job's tile, for a problem of the job's form."""
     key = job.key
     side = 80 if key.form == PLAIN else 79
     routing_weight = "soft" if key.form == tiles.WEIGHTED else "none"
@@ -112,9 +114,9 @@ def launch_of(job: Job) -> Launch:
 
 
 def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[Ranked]:
-    """Configurations that may serve `key`, cheapest first; unless `spilling`, none that spills.
+    """Configurations that may serve `key`, cheapest first; those that spill only if `spilling`.
 
-    A spill costs its instructions alone.
+    The cost of a spill is that of its instructions, without the time that memory takes.
     """
     hardware, most_shared, ranked = HARDWARE[arch], table_shared_bytes(arch), []
     for job in jobs_of([key]):
@@ -132,7 +134,8 @@ def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[
         competing = mean * (SERIALISED if code.serialised else 1)
         loop = code.slots_per_score * latency(costs[0].resident_warps)
         ranked.append(Ranked(job.tile, competing, mean, loop, code.serialised))
-    # Smaller tiles read the other side more often than the costs tell; of the widest heads no others fit.
+    # Without tiles that are too small: they read the other side more often than the costs show. For the
+    # widest heads only these may fit.
     ranked = [each for each in ranked if serves(each.tile, key.size)] or ranked
     by_cost = sorted(ranked, key=lambda each: (each.competing, each.tile.num_warps))
     tied = [each for each in by_cost if each.competing <= TIED * by_cost[0].competing]
@@ -140,11 +143,11 @@ def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[
 
 
 def table(keys: Sequence[Key], arch: str, results: Results) -> tuple[Table, list[Key]]:
-    """The table of `arch` with the best configuration of every entry, and the entries that all spill.
+    """The table of `arch` with the best configuration of every entry, and the entries where all spill.
 
-    Where everything spills, the cheapest that does becomes the entry. Entries of which nothing compiles,
-    those that were measured, and those not asked for, stay as the shipped table has them, as does whether a
-    forward fuses LePE: between that and a launch apart lie a few percent, which only timing tells.
+    If all configurations of an entry spill, the cheapest of them becomes the entry. An entry stays as in the
+    shipped table if nothing compiles, if it was measured, or if it is not in `keys`. Whether a forward fuses
+    LePE also stays: this and a separate launch differ by a few percent, which only timing can tell.
     """
     entries = dict(packaged(arch).entries)
     spilling = []

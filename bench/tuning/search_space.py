@@ -1,17 +1,17 @@
-"""Which tile configurations an attention kernel may be given, and the problems that they are judged by.
+"""The tile configurations that are tried for an attention kernel, and the problems that they are judged by.
 
-The space is pruned by what no good configuration breaks:
+All good configurations follow these rules, so only such configurations are tried:
 
 - A thread holds 16 to 64 scores of a tile, in the forward up to 128. With fewer it spends its time on
-  addresses, with more no registers are left for the accumulators. Of the widest heads operands and
-  accumulators leave room for fewer: float32 heads of 64 spill with 16 scores a thread, and fit with 8.
-- NVIDIA's pipelines have three stages: with two the compiler loads the token list that says where keys lie on
-  the spot, and every step waits for it. Two are tried where nothing with three fits. Timed on an H200, two or
-  three make a difference of up to 4 %, more often in favour of two; `bra-autotune` times both. From five
-  stages on keys and values have two buffers, which pays in some loops: the fastest tile is timed with
-  `DEEP_STAGES`, too.
+  addresses, with more no registers are left for the accumulators. With the widest heads, operands and
+  accumulators leave room for fewer: float32 heads of 64 spill with 16 scores per thread, and fit with 8.
+- On NVIDIA's GPUs, predictions use pipelines of three stages. With two, the compiler does not prefetch the
+  token list, which says where the keys are, and every step waits for it. Two stages are predicted only if
+  nothing with three fits. Timed on an H200, two and three stages differ by up to 4 %, more often in favour of
+  two; therefore `bra-autotune` times both on a GPU. From five stages on, keys and values have two buffers,
+  which pays in some loops: the fastest tile is also timed with `DEEP_STAGES`.
 - The accumulators alone take at most 192 registers of a thread.
-- No program owns more rows than its size class: smaller regions would leave most of it empty.
+- No program owns more rows than its size class has: in smaller regions most of them would be empty.
 """
 
 import itertools
@@ -21,13 +21,14 @@ from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, SIZES, Tile
 
 STEPS = (16, 32, 64, 128)
 WARPS = (1, 2, 4, 8)
-# One exponential in so many goes to the multiply-add units, which about evens out a loop at heads of 32: in
-# the forward on sm_90, 6.9 issue slots a score while the exponential unit takes 7.3 (without it 6.0 and 8.3).
+# One in EXP_SHARE exponentials is computed by the multiply-add units. With heads of 32 this about balances a
+# loop: in the forward on sm_90, a score takes 6.9 issue slots, and the exponential unit is busy for 7.3
+# (without this share 6.0 and 8.3).
 EXP_SHARE = 8
 DEEP_STAGES = (5, 7)
 
 
-# Each size class's (regions a side, side of a region, topk): YOLO's maps at 640, BiFormer's stages at 224.
+# By size class: (n_win, side of a region, topk), from YOLO's maps at 640 and BiFormer's stages at 224 pixels.
 _REGIONS = {
     16: ((7, 2, 16), (8, 3, 4), (7, 4, 4)),
     32: ((8, 5, 4), (4, 5, 8)),
@@ -37,7 +38,7 @@ _REGIONS = {
 
 
 def problems(size: int, head_dim: int) -> list[Problem]:
-    """What the configurations of a size class are judged by."""
+    """The problems by which the configurations of a size class are judged."""
     return [
         Problem("", 8, n_win * side, n_win * side, 2 * head_dim, 2, n_win, topk)
         for n_win, side, topk in _REGIONS[size]
@@ -55,10 +56,10 @@ def candidates(kernel: str, bits: int, head_dim: int, num_stages: int = 3) -> li
 
 def _is_worth_trying(tile: Tile, kernel: str, bits: int, head_dim: int) -> bool:
     threads = 32 * tile.num_warps
-    # What a thread holds besides scores grows with the head and the element: then fewer scores fit.
+    # Wide heads and elements take more registers besides the scores, so fewer scores fit.
     is_wide = bits == 32 or head_dim > 64
     is_small = tile.own <= 32 or is_wide or kernel == KEY_VALUE_GRADIENT
-    # Three products of TF32 keep both halves of every float32 operand.
+    # A float32 product is three in TF32, which keep two halves of every operand: twice its bits.
     operand_bits = head_dim * (2 * bits if bits == 32 else bits)
     fewest = min(16, 16 * 2048 // operand_bits) if is_small else 32
     most = min(32, 4 * fewest) if is_wide else 128 if kernel == FORWARD else 64
@@ -72,5 +73,5 @@ def _is_worth_trying(tile: Tile, kernel: str, bits: int, head_dim: int) -> bool:
 
 
 def serves(tile: Tile, size: int) -> bool:
-    """Whether timing a tile for a size class is worth it: it owns the class's rows, or half of them."""
+    """Whether a tile is worth timing for a size class: it owns as many rows as the class has, or half."""
     return tile.own == size or 2 * tile.own == size

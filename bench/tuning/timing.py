@@ -1,8 +1,8 @@
-"""Times tile configurations on the card at hand: correct ones alone, by medians, with cold caches.
+"""Times tile configurations on the card at hand: only correct ones, by medians, with cold caches.
 
 Kernels are compiled beforehand, in many processes. Every configuration is timed within a whole forward or
-backward of the attention, its lists included: what they add is the same for all. Results of finished ones are
-kept, so that a stopped run goes on where it was.
+backward of the attention, including the lists, which add the same time to all. Finished timings are kept, so
+a run that was stopped continues from there when it is started again.
 """
 
 import contextlib
@@ -53,11 +53,11 @@ class Trial:
 
     @property
     def key(self) -> Key:
-        """The entry that it competes for."""
+        """The entry of the table for which it competes."""
         problem = self.problem
         grid = problem.kv_grid if self.kernel == KEY_VALUE_GRADIENT else problem.grid
         tokens = (grid.merged if problem.settings.chooses_all else grid).region_tokens
-        # Hard routing multiplies by no factor, but dQ computes the gradient of one.
+        # With hard routing there is no factor, but dQ computes the gradient that a factor would get.
         weighting = ("soft", "hard") if self.kernel == QUERY_GRADIENT else ("soft",)
         is_weighted = problem.routing_weight in weighting
         form = tiles.form_of(problem.head_dims, problem.grid.is_padded, 1, is_weighted)
@@ -74,7 +74,7 @@ def trials(
     device: torch.device,
     only_used: bool = False,
 ) -> list[Trial]:
-    """All configurations to time: what launches get so far and, unless `only_used`, those worth trying."""
+    """All configurations to time: those that launches get now and, unless `only_used`, those worth trying."""
     found = []
     for dtype, problem, kernel in itertools.product(dtypes, problems, kernels):
         so_far = Trial(problem, dtype, kernel, Tile(16, 16, 1, 1))  # the key does not depend on the tile
@@ -83,13 +83,13 @@ def trials(
         stages = () if only_used else (1,) if torch.version.hip else (3, 2)
         space = [t for n in stages for t in candidates(kernel, key.bits, key.head_dim, n)]
         fitting = [tile for tile in space if serves(tile, key.size)]
-        # Of the widest heads only small tiles fit.
+        # For the widest heads there are only tiles that are too small for `serves`.
         found += [replace(so_far, tile=tile) for tile in dict.fromkeys([used, *(fitting or space)])]
     return found
 
 
 def refinements(results: Mapping[Trial, float]) -> list[Trial]:
-    """What to time next: the fastest tile of every entry with what else a kernel leaves to the table."""
+    """What to time next: the variants of the fastest tile of every entry, see `variants`."""
     best = winners(results)
     return [
         refined
@@ -101,7 +101,11 @@ def refinements(results: Mapping[Trial, float]) -> list[Trial]:
 
 
 def variants(kernel: str, bits: int, tile: Tile) -> list[Tile]:
-    """A tile with a share of its exponentials by multiply-adds, LePE the other way, or a deeper pipeline."""
+    """Variants of a tile.
+
+    They switch exponentials by multiply-adds on or off, move LePE into or out of the forward, or have a
+    deeper pipeline.
+    """
     found = [tile]
     if bits == 16 and kernel != KEY_VALUE_GRADIENT and tile.step >= 8 * EXP_SHARE:
         found.append(replace(tile, exp_share=0 if tile.exp_share else EXP_SHARE))
@@ -113,7 +117,7 @@ def variants(kernel: str, bits: int, tile: Tile) -> list[Tile]:
 
 
 class Inputs:
-    """The input of one problem, and what passes over it must give."""
+    """The inputs of one problem, and the results that its passes must have."""
 
     def __init__(self, problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
         self.problem, self.dtype = problem, dtype
@@ -122,8 +126,8 @@ class Inputs:
         def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-        # Region queries and keys are given, in float32: of rounded means another tile, or the float32
-        # computation, might choose other regions.
+        # Region queries and keys are given, in float32. If a pass computed them, rounding could make another
+        # tile, or the float32 computation of the expected results, choose other regions.
         means = draw(problem.batch, problem.grid.n_regions, 2 * problem.qk_dim, dtype=torch.float32)
         self.attention = problem.attention(draw, means)
         self.grad_out = draw(problem.batch, problem.height, problem.width, problem.dim)
@@ -132,26 +136,26 @@ class Inputs:
         self.expected = self._expected()
 
     def run_of(self, kernel: str) -> Run:
-        """A pass that launches the kernel, with the tiles in force now; it returns what the pass computes."""
+        """A pass that launches the kernel, with the tiles in force now; it returns its results by name."""
         (forward, backward), tensors = self._plans(), self.attention.tensors
         if kernel == FORWARD:
             return lambda: {"output": forward.run(*tensors)[0]}
         return lambda: self._gradients(*backward.run(*tensors, self.grad_out, None, self.kept))
 
-    @tiles.use_form(ROUTED)  # others have tiles of their own, which are in no table
+    @tiles.use_form(ROUTED)  # the tiles of masked and small-map attention are in no table
     def _plans(self) -> tuple[Plan, Plan]:
         return plan_pass(self.attention)
 
     def check(self, run: Run) -> None:
-        """Raises WrongResultError where a run computes something else."""
-        torch.use_deterministic_algorithms(True, warn_only=True)  # new memory holds NaN
+        """Raises WrongResultError if a run computes wrong results."""
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
         try:
             measure.check(run(), self.expected, measure.TOLERANCE[self.dtype])
         finally:
             torch.use_deterministic_algorithms(False)
 
     def _gradients(self, grad_qkv: Tensor, *others: Any) -> dict[str, Tensor]:
-        """The gradients of a pass; of others the first is that of the means, where routing learns."""
+        """The gradients of a pass by name; `others` begin with that of the means if the routing learns."""
         qk_dim, means = self.problem.qk_dim, others[:1] if self.problem.settings.diff_routing else ()
         parts = grad_qkv.split((qk_dim, qk_dim, self.problem.dim), dim=-1)
         return dict(zip(("dQ", "dK", "dV", "dR"), (*parts, *means), strict=False))
@@ -171,16 +175,16 @@ def time_all(
     timer: Timer,
     workers: int = 1,
 ) -> None:
-    """Adds the milliseconds of every trial to `results`; infinite for what does not run or is wrong.
+    """Adds the milliseconds of every trial to `results`; infinite if it does not run or is wrong.
 
     Finished trials are kept, and those that an earlier run has kept are not timed again.
 
     Args:
-        todo: trials, those of a problem and dtype together.
-        results: gets each as soon as it is known.
+        todo: trials; those of the same problem and dtype must follow each other.
+        results: gets the time of each trial as soon as it is known.
         device: the card, or the CPU under the interpreter.
         timer: see `device_milliseconds`.
-        workers: processes that compile beforehand, for a GPU; 1 compiles each when it is timed.
+        workers: processes that compile beforehand, if there is a GPU; with 1, each trial compiles its kernel.
     """
     results.update(_read_kept(todo, device))
     left = [trial for trial in todo if trial not in results]
@@ -203,7 +207,7 @@ def time_all(
 
 
 def winners(results: Mapping[Trial, float], todo: Sequence[Trial] = ()) -> dict[Key, Entry]:
-    """The fastest tile of every entry that no trial is left of, with its mean milliseconds."""
+    """The fastest tile of every entry whose trials in `todo` are all finished, with its mean milliseconds."""
     unfinished = {trial.key for trial in todo if trial not in results}
     found = {}
     for key, by_tile in means(results).items():
@@ -214,10 +218,10 @@ def winners(results: Mapping[Trial, float], todo: Sequence[Trial] = ()) -> dict[
 
 
 def means(results: Mapping[Trial, float]) -> dict[Key, dict[Tile, float]]:
-    """For every entry the tiles that all of its problems timed, and their mean milliseconds.
+    """For every entry the tiles that were timed on all of its problems, and their mean milliseconds.
 
-    Problems and dtypes weigh the same whatever they take: by geometric means. One refusal makes a tile's mean
-    infinite.
+    The means are geometric, so that all problems and dtypes have the same weight, slow or fast. One refused
+    trial makes a tile's mean infinite.
     """
     by_key: dict[Key, dict[Tile, list[float]]] = {}
     for trial, milliseconds in results.items():
@@ -230,14 +234,14 @@ def means(results: Mapping[Trial, float]) -> dict[Key, dict[Tile, float]]:
 
 
 def device_milliseconds(run: Run) -> float:
-    """Median time that the GPU works on a run, its cache overwritten before each call."""
+    """Median milliseconds that the GPU works on a run; its cache is overwritten before each call."""
     return 1e3 * measure.median_device_seconds(run, torch.device("cuda"))
 
 
 def compile_ahead(todo: Sequence[Trial], arch: str, workers: int) -> None:
-    """Fills Triton's cache on disk in processes beside each other: the compiler takes one core, and seconds.
+    """Fills Triton's cache on disk, in several processes: a kernel takes seconds to compile, on one core.
 
-    What fails here fails again when it is timed, and is noted there.
+    A kernel that fails here fails again when it is timed; the failure is noted then.
     """
     launches = [launch_with(trial.tile, trial.kernel, trial.problem, trial.dtype) for trial in todo]
     jobs = {variant(launch): (launch, arch) for launch in launches}
@@ -248,7 +252,7 @@ def compile_ahead(todo: Sequence[Trial], arch: str, workers: int) -> None:
 
 
 def _time(trial: Trial, inputs: Inputs, timer: Timer) -> tuple[float, str]:
-    """Milliseconds of a trial, or infinity and why it is refused."""
+    """Milliseconds of a trial, or infinity and the reason why it is refused."""
     with tiles.use_tiles({trial.kernel: trial.tile}):
         try:
             run = inputs.run_of(trial.kernel)
@@ -264,7 +268,7 @@ def card_name(device: torch.device) -> str:
 
 
 def keep(write: Callable[[], object]) -> None:
-    """Lets something write to the user's cache or, where that fails, to a temporary folder in its place."""
+    """Calls `write`; if the user's cache cannot be written, retries with a temporary folder as the cache."""
     try:
         write()
     except OSError as error:
@@ -280,7 +284,7 @@ def keep(write: Callable[[], object]) -> None:
 
 def _note(row: Mapping[str, object]) -> None:
     with (tile_cache.folder() / KEPT).open("a") as file:
-        # The line break comes first: it ends what a stopped run or a full disk has left half written.
+        # The line break comes first: it ends a line that a stopped run or a full disk has left half written.
         file.write(f"\n{json.dumps(row)}")
 
 
@@ -288,7 +292,7 @@ def _read_kept(todo: Sequence[Trial], device: torch.device) -> dict[Trial, float
     by_name, kept = {str(trial): trial for trial in todo}, tile_cache.folder() / KEPT
     results = {}
     for line in kept.read_text("utf-8", "replace").splitlines() if kept.exists() else []:
-        # Another's trial; half a line of a run that was stopped, or what is no result: it is timed again.
+        # Skip lines of other trials, half-written lines, and lines without a result: these are timed again.
         with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             row = json.loads(line)
             trial = by_name[row["trial"]]
