@@ -1,4 +1,4 @@
-"""`bra-bench`: every sub-command is there, hands its options on, and the small ones run."""
+"""`bra-bench`: every sub-command exists and receives its options; `large-map` and `host` run."""
 
 import importlib
 import inspect
@@ -81,7 +81,7 @@ def test_large_map_prints_time_and_peak_and_fails_past_the_limit(monkeypatch, ca
 @pytest.mark.compiled
 @pytest.mark.parametrize("flags", [[], ["--compiled"]])
 def test_host_measures_without_a_gpu(flags, tmp_path):
-    """In a process of its own: Triton's driver is one per process."""
+    """In a separate process: a process has one Triton driver, and `host` replaces it by a stand-in."""
     file = tmp_path / "host.json"
     sizes = ["--form", "identity", "--phase", "no grad", "--repeats", "2"]
     done = run("host", *sizes, *flags, "--json", str(file))

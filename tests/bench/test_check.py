@@ -1,4 +1,4 @@
-"""The one command: runs from a bare working tree, reports failures and goes on, and keeps to its budget."""
+"""`bra-bench check` needs no installation, reports failures and continues, and keeps to its time budget."""
 
 import importlib
 import json
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def bare_tree(tmp_path_factory):
-    """A copy of the working tree where nothing was installed from."""
+    """A copy of the working tree from which nothing was installed."""
     root = tmp_path_factory.mktemp("tree")
     for name in ("bra_triton", "kernels", "bench", "yolo_integration"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "photos"))
@@ -41,7 +41,7 @@ def test_an_installation_without_tests_is_refused(monkeypatch, tmp_path, capsys)
 
 
 def test_every_package_of_the_tree_is_found():
-    """An installation would leave out a folder that pyproject.toml does not name, as would a bare tree."""
+    """pyproject.toml names every package folder (an installation has no others), and `in_tree` finds all."""
     folders = package_folders(ROOT)
     tops = {folder.split("/")[0] for folder in folders.values()}
     found = {str(p.parent.relative_to(ROOT)) for top in tops for p in (ROOT / top).rglob("__init__.py")}
@@ -69,7 +69,7 @@ def test_a_bare_tree_is_imported_from_itself_and_needs_no_optional_package(bare_
         print(json.dumps([sys.modules[n].__file__ for n in names] + sys.argv))
         """)
     )
-    # Outside the tree, and without the user's site: an installed copy must not be needed, nor be taken.
+    # Outside the tree, without the user's site-packages (`-s`): no installed copy may be needed or used.
     command = [sys.executable, "-s", str(bare_tree / "bench" / "in_tree.py"), "probe", "--flag"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=bare_tree.parent, check=True)
     *files, name, flag = json.loads(done.stdout)
@@ -94,7 +94,7 @@ def test_processes_that_it_spawns_find_the_tree_too(bare_tree):
 
 
 def test_it_asks_for_a_gpu_from_a_bare_tree(bare_tree):
-    """`make gpu-check`, with nothing on the path but the standard library and PyTorch."""
+    """The command of `make gpu-check` in the bare tree, with an empty `PATH` and no GPU."""
     command = [sys.executable, "bench/in_tree.py", "bra_triton.bench.command_line", "check"]
     environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
     done = subprocess.run(
@@ -117,7 +117,7 @@ def test_the_modes_are_those_by_which_tests_are_named(monkeypatch):
 
 
 def arguments_of(text):
-    """The parser of a command of the table, and what stands behind it."""
+    """The function that parses the options of a command of the table, and the words that it is to parse."""
     program, *words = shlex.split(text)
     if program == "bra-autotune":
         return autotune._parser().parse_args, words
@@ -130,7 +130,7 @@ def arguments_of(text):
 
 @pytest.mark.parametrize("table", [check.PARTS, check.REHEARSED], ids=["on a GPU", "rehearsed"])
 def test_every_command_of_the_table_is_understood(table, monkeypatch):
-    """On a card that is lent for minutes, a misspelt option would cost the part."""
+    """A misspelt option would otherwise show only on a GPU, and cost the results of its part."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: table is check.PARTS)
     texts = [text for part in table.values() for text in (*part.commands, *part.first.values())]
     assert len(texts) > 4
@@ -200,7 +200,7 @@ if numbers.suffix == ".json":
 
 
 class TestRun:
-    """The command itself, with tests in the place of the modes' that take no time."""
+    """The whole command; tests that take no time replace the tests of the modes."""
 
     MODES = """
         import pytest
@@ -216,7 +216,7 @@ class TestRun:
 
     @pytest.fixture
     def run(self, tmp_path, capsys, monkeypatch):
-        """The command, with `STAND_IN` for the benchmarks."""
+        """Runs the command with `STAND_IN` in place of the benchmarks: exit status, jobs, report."""
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         tests = tmp_path / "tests"
         tests.mkdir()
@@ -258,12 +258,13 @@ class TestRun:
         assert list(found)[:2] == ["peers map", "tiles 1"]
         reasons = [found[f"small-maps {i}"]["failures"][0] for i in (1, 2, 3)]
         assert "exit status 1" in reasons[0]
-        assert "it broke" in reasons[0]  # it said so in its errors
+        assert "it broke" in reasons[0]  # printed to stderr
         assert "exit status -9" in reasons[1]
         assert reasons[2] == "MISSED: a target"
-        assert found["small-maps 4"]["numbers"] == [None, "0"]  # threads; the interpreter is for tests
+        # Measurements have no limit of threads and do not use the interpreter.
+        assert found["small-maps 4"]["numbers"] == [None, "0"]
         assert "output" not in found["peers map"]
-        # Of one that was ended: what it had printed; of its numbers only half was there.
+        # The report has what a killed command had printed, but not its numbers, of which it wrote half.
         assert found["peers 1"]["output"] == "| hangs |\n|--|\n"
         assert "numbers" not in found["peers 1"]
         assert "3 of 8 commands passed." in report
@@ -314,7 +315,7 @@ class TestRun:
 
     @pytest.mark.parametrize(("first", "status"), [({}, 0), ({"map": "bra-bench works"}, 1)])
     def test_a_spent_budget_fails_checks_and_cuts_measurements_off(self, run, first, status):
-        """A check that did not finish has shown nothing."""
+        """An unfinished check is a failure, because it proved nothing; an unfinished measurement is none."""
         flags = ("--parts", "peers", "--budget-seconds", "0")
         actual, found, _ = run(*flags, peers=(60, ["bra-bench works"], first))
         assert actual == status
@@ -355,7 +356,7 @@ def jobs_of(folder, *scripts):
 
 
 def test_jobs_that_ended_together_are_known_when_the_rest_is_ended(tmp_path, monkeypatch):
-    """The first of two is yielded, and then the caller is interrupted: the third leaves no process behind."""
+    """Two jobs end together, and the caller stops after the first: both have passed, the third is killed."""
     seldom = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(1))
     monkeypatch.setattr(jobs, "time", seldom)
     left = tmp_path / "left"
@@ -378,14 +379,14 @@ def test_what_the_deadline_has_ended_is_yielded_too(tmp_path):
 
 @pytest.mark.parametrize("line", ["FAILED x - `b` is no c", "`b` is no c"])
 def test_a_reason_ends_no_inline_code(line, tmp_path):
-    """The report has each in backticks."""
+    """The report puts each reason in backticks, so a reason must not contain backticks."""
     outcome = run_one(f"print({line!r}); raise SystemExit(1)", tmp_path)
     assert "'b' is no c" in outcome.failures[0]
 
 
 @pytest.mark.parametrize(("passes", "status"), [((0,), jobs.FAILED), ((0, 5), jobs.PASSED)])
 def test_a_file_of_which_no_test_runs_here_is_no_failure(passes, status, tmp_path):
-    """As pytest ends where all tests are deselected; of a mode that is a failure, see above."""
+    """pytest exits with 5 if all tests of a file are deselected; for the tests of a mode, 5 is a failure."""
     outcome = run_one("print('1 deselected'); raise SystemExit(5)", tmp_path, passes=passes)
     assert (outcome.status, outcome.says) == (status, "1 deselected")
 

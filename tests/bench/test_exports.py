@@ -1,4 +1,4 @@
-"""`bra-bench exports` on a tiny map: both runtimes run, and what is wrong or slow is told."""
+"""`bra-bench exports` on a tiny map: both runtimes run, and a wrong or slow export is reported."""
 
 from dataclasses import replace
 

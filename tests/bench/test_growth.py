@@ -1,4 +1,4 @@
-"""`bra-bench growth`: exponents are those of the curves, and every sweep is measured and drawn."""
+"""`bra-bench growth`: the fitted exponents are right, and a sweep is measured and drawn."""
 
 import math
 import re

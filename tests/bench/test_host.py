@@ -1,4 +1,4 @@
-"""The host's cost: what its targets judge; every form and plain attention are what they are called."""
+"""`bra-bench host`: how targets are judged; every form and plain attention compute what their names say."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_targets_are_ratios_to_plain_attention_or_to_the_identity_form():
 
 @pytest.mark.parametrize("form", host.FORMS)
 def test_every_form_is_what_it_is_called(form):
-    """On the torch backend: the Triton backend runs beside, in `test_bench_command`."""
+    """Compares with the reference on the torch backend; `test_bench_command` runs the Triton backend."""
     modules = host.modules_of(form, CPU)
     assert modules[host.OURS].backend == "triton"
     modules[host.OURS].backend = "torch"

@@ -1,4 +1,4 @@
-"""The kernel report, compiled on one small problem, and that it fails where it must."""
+"""The kernel report of a few problems, and the conditions under which it fails."""
 
 from dataclasses import replace
 
@@ -40,19 +40,20 @@ def test_the_report_of_one_problem(capsys):
     assert means.cost is None
     assert means.bytes_of_arguments == 16 * (80 * 80 * 192 * 2 + 64 * 128 * 4)
     assert means.binding == "memory"
-    # Queries, keys, values, the output and the share of it that the backward reads; lists and statistics.
+    # 320 channels: packed projection (192), output (64), and the output without LePE (64), which the backward
+    # reads. The rest is lists and statistics.
     assert 1 < by_kernel["attention_forward"].bytes_of_arguments / (16 * 80 * 80 * 320 * 2) < 1.1
 
 
 def test_small_maps_are_reported_in_both_forms(monkeypatch):
-    """BiFormer's stage 2: what is launched, and what lists would cost in its place."""
+    """BiFormer's stage 2: the small-map kernel, which is launched, and the routed form in its place."""
     kernels_only(monkeypatch, "small_map_forward", "attention_forward")
     (small,) = kernel_report.collect([PROBLEMS["biformer_stage2"]], ["sm_90"])
     with tiles.use_form("routed"):
         (listed,) = kernel_report.collect([PROBLEMS["biformer_stage2"]], ["sm_90"])
     assert [row.kernel for row in (small, listed)] == ["small_map_forward", "attention_forward"]
     assert small.cost.useful_scores == listed.cost.useful_scores
-    # Alike: what the form saves is launches.
+    # The kernels cost about the same: the small-map form saves launches.
     assert 0.5 < small.cost.issue_slots / listed.cost.issue_slots < 1.5
     assert small.analysis.loop != listed.analysis.loop
     assert not small.failures
@@ -61,7 +62,7 @@ def test_small_maps_are_reported_in_both_forms(monkeypatch):
 @pytest.mark.parametrize("kernel", KERNEL_NAMES.values())
 @pytest.mark.parametrize("arch", kernel_report.CHECKED_ARCHITECTURES)
 def test_shipped_configurations_meet_their_targets_and_do_not_spill(arch, kernel, capsys, monkeypatch):
-    """What makes a routed loop dearer fails here."""
+    """A change that makes the loop of a routed kernel more expensive fails here."""
     kernels_only(monkeypatch, kernel)
     arguments = ["--arch", arch, "--problem", "yolo_p3", "yolo_p3_head64", "--workers", "1"]
     assert kernel_report.main(arguments) == 0, capsys.readouterr().out
@@ -69,7 +70,7 @@ def test_shipped_configurations_meet_their_targets_and_do_not_spill(arch, kernel
 
 
 def test_a_spill_fails_the_report(monkeypatch, capsys):
-    """The tile that tests/kernels/test_compile.py spills with."""
+    """With the tile that also spills in tests/kernels/test_compile.py."""
     monkeypatch.setattr(tiles, "choose", lambda *arguments: tiles.Tile(64, 64, 1, 1))
     kernels_only(monkeypatch, "key_value_gradient")
     assert kernel_report.main(["--arch", "sm_80", *ONE_PROBLEM]) == 1
@@ -93,7 +94,7 @@ def test_attention_of_small_maps_is_predicted_to_be_no_slower_than_dense(arch, m
         (name, direction) for name in names for direction in ("forward", "backward")
     ]
     assert not [failure for row in found for failure in row.failures]
-    # Dense attention of P4 has 16 times the scores of the routed one, in larger tiles.
+    # On P4, dense attention computes 16 times as many scores as routed attention, in larger tiles.
     assert 0.1 < found[0].ratio < 0.4
     monkeypatch.setitem(kernel_report.MOST_BESIDE_DENSE, "yolo_p4", 0.1)
     assert kernel_report.main(["--arch", arch, "--problem", "yolo_p4", "--workers", "1"]) == 1
@@ -108,7 +109,7 @@ def test_modes_are_not_compared_with_dense_attention():
 
 
 def kernels_only(monkeypatch, *names):
-    """Launches these kernels alone, and compares no pass."""
+    """Limits the report to these kernels, without the comparison with dense attention."""
     monkeypatch.setattr(kernel_report, "compare_with_dense", lambda *arguments: [])
     shipped = kernel_report.shipped
     monkeypatch.setattr(
@@ -155,14 +156,15 @@ def test_other_processes_compile_the_same_and_errors_come_back(launches):
 
 
 def test_the_sections_of_a_kernel_as_launched():
-    """With a tile whose tap loop the compiler keeps; with others it unrolls the taps into the rest."""
+    """With a tile for which the compiler keeps the loop over LePE's taps; for others it unrolls the loop, and
+    the taps count as `rest`."""
     with tiles.use_tiles({tiles.FORWARD: tiles.Tile(128, 64, 4, 3)}):
         launched = kernel_report.shipped(PROBLEMS["yolo_p3"], kernel_report.DTYPES["float16"], "sm_80")
     launch = next(x for x in launched if kernel_name(x) == "attention_forward")
     found = sections(compile_for(launch, "sm_80"))
-    # The tail takes the same products in narrower steps, a tap of LePE none.
+    # The loop over the tail has the same matrix products in narrower steps, the loop over LePE's taps none.
     assert 0 < found.tail["matrix"] < found.loop["matrix"]
     assert found.taps["matrix"] == 0 < found.taps["loads"]
-    # A head's channels of 128 tokens.
+    # At least one multiply-add for each of 32 channels (one head) of 128 tokens.
     assert found.taps["fp32"] >= 32 * 128 // (32 * launch.options["num_warps"])
     assert found.rest["matrix"] == 0

@@ -1,4 +1,4 @@
-"""Measured times beside predicted ones: the arithmetic; the measuring itself needs a GPU."""
+"""`bra-bench kernel-times` compares measured and predicted times; here measured times are given, no GPU."""
 
 import json
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ def test_what_was_not_seen_is_left_empty():
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_padded"])
 def test_a_pass_launches_every_kernel_of_the_report(name, device, monkeypatch):
-    """On an interpreter, which has no launches to time: the names are those of the plans' launches."""
+    """The interpreter has no launches to time, so the names come from the plans' launches."""
     launched = []
 
     def launch_seconds(run, device, repeats):

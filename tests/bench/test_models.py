@@ -18,7 +18,7 @@ FIGURES = {f"{figure} {unit}" for figure in (models.INFERENCE, models.STEP) for 
 
 @pytest.fixture(autouse=True)
 def _without_interpreter(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # a model would take minutes
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # interpreted, a model takes minutes
 
 
 @pytest.mark.parametrize("name", ["yolo26n-bra", "biformer_tiny"])
@@ -36,7 +36,7 @@ def test_models_are_measured(name, tmp_path, capsys):
 
 
 class Classifier(nn.Sequential):
-    """Stands in for a whole model: in bfloat16 one takes minutes on a CPU that has no such products."""
+    """Stands in for a whole model, which takes minutes in bfloat16 on a CPU without bfloat16 products."""
 
     was_autocast = False
 

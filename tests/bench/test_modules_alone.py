@@ -26,7 +26,7 @@ def test_maps_of_the_preset_are_what_the_targets_are_about():
 
 @pytest.mark.parametrize(("factor", "status"), [(9.0, 0), (2.0, 1)])
 def test_status_and_table(factor, status, monkeypatch, capsys):
-    """Times are measured; here twice or nine times what the targets are about stands for them."""
+    """Made-up times replace the measured ones: the reference takes two or nine times as long as `fused`."""
     monkeypatch.setattr(models, "PRESET", {"tiny": TINY})
     seconds = {"fused": 1.0, "reference": factor}
     monkeypatch.setattr(models.measure, "interleaved_minima", lambda *arguments, **options: seconds)

@@ -1,4 +1,4 @@
-"""Every peer computes what it is timed as; the benchmark refuses one that does not."""
+"""Every peer computes the attention that it is timed for; the benchmark refuses a peer that does not."""
 
 import json
 
@@ -10,20 +10,20 @@ from bra_triton import functional
 from bra_triton.bench import measure, peer_times, peers
 from bra_triton.bench.problems import PROBLEMS, Problem
 
-# Regions of 3 x 3 tokens; and of as many on a padded map.
+# Regions of 3 x 3 tokens, on a map that they divide and on a map that needs padding.
 WHOLE = Problem("", 2, 9, 9, 32, 2, 3, 2)
 PADDED = Problem("", 2, 8, 8, 32, 2, 3, 2)
 
 
 def attend(qkv, problem, topk, padding=None):
-    """The definition, by the public function."""
+    """The reference's output, by the public function."""
     sizes = {"num_heads": problem.num_heads, "n_win": problem.n_win, "topk": topk}
     return functional.bi_level_routing_attention(qkv, **sizes, padding=padding, backend="reference")
 
 
 @pytest.fixture(params=[WHOLE, PADDED], ids=["whole", "padded"])
 def inputs(request):
-    """A problem, its projection and what its padding holds, in float64."""
+    """A problem, its packed projection and the packed row of its padding (or None), in float64."""
     problem = request.param
     qkv = torch.randn(2, problem.height, problem.width, 3 * problem.dim, dtype=torch.float64)
     padding = torch.randn(3 * problem.dim, dtype=torch.float64) if problem.grid.is_padded else None
@@ -35,7 +35,7 @@ def inputs(request):
 def test_routed_peers_equal_the_reference(name, inputs, monkeypatch):
     monkeypatch.setattr(peers, "compiled_flex_attention", lambda: peers.flex_attention)
     problem, qkv, padding = inputs
-    backend = "triton" if name == "torch" else "torch"  # of which it is a peer
+    backend = "triton" if name == "torch" else "torch"  # "torch" is a peer of the Triton backend only
     peer = peers.peers_for(problem, backend, padding)[name]
     expected = attend(qkv, problem, problem.topk, padding)
     torch.testing.assert_close(peer.attend(qkv), expected, rtol=1e-10, atol=1e-10)
@@ -53,7 +53,8 @@ def test_dense_peer_is_attention_to_all_regions_and_sees_no_padding(inputs):
 def test_the_definition_of_the_largest_maps_keeps_no_scores():
     assert "einops" in peer_times.definition(WHOLE, None, is_dense=False).includes
     assert "einops" in peer_times.definition(PROBLEMS["high_resolution"], None, is_dense=False).includes
-    assert "torch" in peer_times.definition(PROBLEMS["issue_21"], None, is_dense=False).includes  # 238 GB
+    # The reference would hold 238 GB of scores.
+    assert "torch" in peer_times.definition(PROBLEMS["issue_21"], None, is_dense=False).includes
 
 
 def test_the_torch_backend_is_a_peer_of_the_triton_backend_alone(monkeypatch, capsys):
@@ -120,7 +121,8 @@ class TestBenchmark:
         assert [(row["problem"], str(row["batch"])) for row in rows] == problems
 
     def test_the_rate_is_that_of_scores_beside_dense_attention(self):
-        """On 8 x 8 tokens in 3 x 3 regions, of 9 tokens each: 64 keys, or 2 regions of 9."""
+        """A map of 8 x 8 tokens in 3 x 3 regions of 9 tokens: a query has 64 keys if attention is dense, and
+        2 regions of 9 keys if it is routed."""
         times = {"fused": 2.0, "dense": 4.0}
         figures = {name: {"work ms": t, "call ms": t, "peak MiB": 1} for name, t in times.items()}
         peers_of_row = {name: dict.fromkeys(peer_times.PASSES, one) for name, one in figures.items()}

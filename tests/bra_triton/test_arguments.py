@@ -1,4 +1,4 @@
-"""Every public argument of modules and functions, given what it must not be: an error that names it."""
+"""Every public argument of modules and functions with bad values: each raises an error that names it."""
 
 import ast
 import re
@@ -82,7 +82,7 @@ def _traced(attention):
     return attention(BiLevelRoutingAttention(16, 2, 2, topk=2))
 
 
-# Equal to a good value, but of another type, or good only at first sight.
+# Bad values. Some equal a good value but have another type; others only look like a good value.
 NOT_WHOLE = (0, -1, 2.0, 2.5, True, False, "2", None, nan, inf, (2,), [2], torch.tensor(2), np.array([2, 2]))
 NOT_FLAGS = (2, None, "yes", 0.5, [], torch.tensor(True), np.array([1, 0]))
 NOT_SCALES = (
@@ -122,7 +122,7 @@ def _without(values, *allowed):
     return tuple(x for x in values if not any(x is a for a in allowed))
 
 
-# For each call: argument, what it must not be, and the other arguments that make it matter.
+# Rows: the call, an argument, bad values for it, and other arguments without which it would not be used.
 TABLE = [
     *((_nhwc, name, NOT_WHOLE, {}) for name in ("dim", "num_heads", "n_win", "topk")),
     (_nhwc, "qk_dim", _without(NOT_WHOLE, None), {}),
@@ -233,7 +233,7 @@ TABLE = [
     (_called, "wo", (nn.Linear(2, 2),), {}),
     (_traced, "attention", (torch.fx.symbolic_trace, torch.jit.script), {}),
 ]
-# An argument whose check stands under another name.
+# Arguments that the error message calls by another name.
 NAMES = {(_build, "mode"): "kv_downsample_mode"}
 ROWS = [(call, name, value, others) for call, name, values, others in TABLE for value in values]
 
@@ -246,7 +246,7 @@ def _error_of(call, name, value, others):
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0].__name__}-{row[1]}")
 def test_what_an_argument_must_not_be_is_refused_by_its_name(row):
-    """Also after a good call, whose signature is known from then on."""
+    """Also after a good call: then its signature is known, and known signatures are not checked again."""
     call, name, values, others = row
     if call in (_attend, _route):
         call()
@@ -271,7 +271,7 @@ OTHER_ERRORS = "AssertionError|ModuleNotFoundError"
 
 
 def test_every_guard_fires():
-    """The table reaches each place that raises, of those that check arguments."""
+    """`TABLE` reaches every `raise` statement that checks an argument."""
     fired = set()
     for row in ROWS:
         place = _error_of(*row).traceback[-1]
@@ -334,7 +334,7 @@ INTEGERS = [np.int64, np.int32, np.uint8]
 
 @pytest.mark.parametrize("whole", INTEGERS)
 def test_numpys_integers_serve(whole):
-    """Everywhere, as the plain ints that they become."""
+    """NumPy's integers give the same results as ints, and a specification stores them as ints."""
     numbers = {"dim": 16, "num_heads": 2, "n_win": 2, "topk": 2, "side_dwconv": 5}
     pooled = {"qk_dim": 8, "kv_per_win": 2, "kv_downsample_mode": "ada_avgpool"}
     kernel = {"kv_downsample_mode": "conv", "kv_downsample_ratio": 2, "kv_downsample_kernel": 1}

@@ -1,4 +1,4 @@
-"""The drop-in against the float64 reference, on both fused backends."""
+"""The drop-in module on both fused backends, compared with the float64 reference."""
 
 import itertools
 
@@ -15,8 +15,8 @@ from bra_triton.call import Call
 from bra_triton.spec import AttentionSpec
 
 BACKENDS = ("torch", "triton")
-# Norm of the difference over the norm. Rounding of float32 gives 1 to 4e-7 at these sizes; a wrong tail, mask
-# or scale gives 1e-3 and more.
+# For `relative_error`, the norm of the difference divided by the norm of the truth. Rounding of float32 gives
+# 1 to 4e-7 at these sizes; a wrong tail, mask or scale gives 1e-3 and more.
 FLOAT32_TOLERANCE = 1e-5
 
 
@@ -42,7 +42,7 @@ def test_float32_matches_float64_reference(case, backend, device):
 
 @pytest.mark.parametrize(
     ("param_attention", "side_dwconv", "backend"),
-    # The interpreter is slow, and its kernels do not see the projections.
+    # Only two cases for "triton": the interpreter is slow, and kernels do not depend on the projections.
     [(*each, "torch") for each in itertools.product(("qkvo", "qkv"), (0, 3, 5))]
     + [("qkvo", 0, "triton"), ("qkv", 5, "triton")],
 )
@@ -80,7 +80,7 @@ def test_half_precision_errs_at_most_twice_as_much_as_the_reference_in_that_dtyp
     assert routes[0] == routes[1], "the regions of this case must lie far enough apart to route alike"
     truth = attend("reference", torch.float64)
     plain, actual = attend("reference", dtype), attend(backend, dtype)
-    # Triton's interpreter cuts bfloat16 off where a GPU rounds it, and so errs twice as much.
+    # Triton's interpreter truncates to bfloat16, while a GPU rounds: its error may be twice as large.
     cut_off = backend == "triton" and dtype == torch.bfloat16 and INTERPRETED
     for label, t, p, a in zip(("out", "qkv", "lepe"), truth, plain, actual, strict=True):
         assert a.dtype == dtype
@@ -94,7 +94,7 @@ def set_of(r_idx):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["tokens_5x5", "qk_narrow"])
 def test_scores_far_below_zero(name, backend, device):
-    """lse near -3000: what a masked key adds must not pass through an exponential that overflows."""
+    """With `lse` near -3000 the exponential of a masked key's score must not overflow."""
     case = CASES_BY_NAME[name]
     qkv = random_map(case, device)
     qk_dim = case.spec.qk_dim
@@ -107,20 +107,21 @@ def test_scores_far_below_zero(name, backend, device):
         return torch.autograd.grad(out, x, grad_out.to(x))[0]
 
     expected, actual = gradient("reference", qkv.clone()), gradient(backend, qkv.float())
-    # The scores' own rounding, 3000 times 6e-8, sets this tolerance.
+    # Float32 rounds scores of 3000 by up to 3000 * 6e-8 = 1.8e-4, which sets this tolerance.
     assert relative_error(actual, expected) < 1e-3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float16_products_past_its_range(backend, device):
-    """q k = 64 * 40 * 40 = 102400 before the scale; float16 ends at 65504."""
+    """A product of query and key is 64 * 40 * 40 = 102400 before the scale; float16 ends at 65504."""
     qkv = torch.full((1, 4, 4, 64 + 64 + 32), 40.0, device=device, dtype=torch.float16)
     out = functional.bi_level_routing_attention(qkv, num_heads=1, n_win=2, topk=2, qk_dim=64, backend=backend)
     assert (out == 40).all()
 
 
 def test_regions_too_large_for_a_chunk_are_split(monkeypatch):
-    """Unequal heads take the torch backend's unfused path, which holds scores: 64 x 128 of a region here."""
+    """Heads whose keys and values differ in width take the torch backend's unfused path, which stores scores:
+    64 x 128 of a region here."""
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1000)
     case = Case("split", "regions of 64 tokens", 16, 16, 32, 1, 2, 2, 16)
     module, oracle = _pair(case, "torch", torch.device("cpu"))
@@ -131,7 +132,8 @@ def test_regions_too_large_for_a_chunk_are_split(monkeypatch):
 
 
 def test_memory_of_the_torch_backend_is_linear_in_the_map():
-    """Regions four times as large, sixteen times the scores: the unfused path must not hold them all."""
+    """Twice the side gives regions of four times as many tokens, and sixteen times as many scores in all: the
+    unfused path must not store them all at once."""
     spec = AttentionSpec(32, 16, 1, 2, 1)
     peaks = []
     for side in (64, 128):
@@ -154,12 +156,12 @@ def test_empty_batch(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_input(backend, device):
-    """What an NCHW network hands over after permute, and a slice of a wider map."""
+    """An NCHW map that was permuted to NHWC, and a slice of a map with more channels."""
     module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend=backend).to(device)
     nchw = torch.randn(2, 32, 8, 8, device=device)
     wide = torch.randn(2, 8, 8, 40, device=device)
     for x in (nchw.permute(0, 2, 3, 1), wide[..., :32]):
-        # Not the same bits: cuBLAS multiplies other strides by other kernels. Wrong strides would give 1.
+        # The bits may differ: cuBLAS uses other kernels for other strides. Wrong strides give an error of 1.
         assert relative_error(module(x), module(x.contiguous()).double()) < 1e-5
 
 
@@ -191,7 +193,7 @@ MODES = {
     },
     "hard_conv": {"diff_routing": True, "kv_downsample_mode": "conv", "kv_downsample_kernel": 3},
 }
-# Regions of 3 x 4 tokens, so that pooling leaves a remainder; and a map that needs padding to get there.
+# Regions of 3 x 4 tokens, so that pooling leaves a remainder; and a map that padding extends to this size.
 MODE_MAPS = {"divisible": (6, 8), "padded": (5, 7)}
 
 
@@ -203,7 +205,7 @@ def test_every_mode_matches_the_float64_reference(mode, size, backend, device):
     case = Case(mode, "", *MODE_MAPS[size], dim=24, num_heads=2, n_win=2, topk=3, qk_dim=16)
     arguments = {"kv_per_win": 2, "kv_downsample_ratio": 2, **MODES[mode]}
     module, oracle = _pair(case, backend, device, auto_pad=size == "padded", **arguments)
-    module.eval(), oracle.eval()  # or fractional pooling draws other samples for each
+    module.eval(), oracle.eval()  # in training, fractional pooling draws other samples for each
     x = random_map(case, device, case.dim)[:, : case.height, : case.width]
     grad_out = torch.randn(*x.shape, dtype=torch.float64, device=device)
     actual, expected = run(module, x.float(), grad_out), run(oracle, x, grad_out)
@@ -211,7 +213,7 @@ def test_every_mode_matches_the_float64_reference(mode, size, backend, device):
     errors = {
         name: relative_error(actual[name], expected[name])
         for name, value in expected.items()
-        # A bias common to all keys shifts all scores alike: what is left of its gradient is rounding.
+        # A bias of all keys shifts all scores of a query alike, so its gradient is 0, with rounding noise.
         if value is not None and not (name == "kv_down.key.bias" and not module.spec.soft_routing)
     }
     assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
@@ -235,7 +237,7 @@ class TestDeterminism:
 
     @pytest.fixture(autouse=True)
     def _several_threads(self):
-        """More threads than the tests' workers use, so that a changing order could show on the CPU too."""
+        """Uses more threads than the tests' workers, so that a changing order of sums can show on the CPU."""
         threads = torch.get_num_threads()
         torch.set_num_threads(4)
         yield
@@ -249,7 +251,7 @@ class TestDeterminism:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_gradients_are_bitwise_equal(self, backend, device):
-        """One region that all choose: here atomics would add in a changing order."""
+        """All regions choose region 0, whose gradients atomics would add in a changing order."""
         interpreted = backend == "triton" and device.type == "cpu"
         case = CASES_BY_NAME["tokens_5x5" if interpreted else "biformer_stage2"]
         qkv = random_map(case, device).float()
@@ -272,9 +274,9 @@ class TestDeterminism:
         assert not torch.equal(forwards, backwards)
 
     @pytest.mark.parametrize("backend", BACKENDS)
-    @pytest.mark.filterwarnings("error::UserWarning")  # as PyTorch's are
+    @pytest.mark.filterwarnings("error::UserWarning")  # the class of PyTorch's warnings
     def test_deterministic_mode_neither_raises_nor_warns(self, backend, device):
-        """Ultralytics trains with it on by default."""
+        """By default Ultralytics trains in PyTorch's deterministic mode."""
         module = BiLevelRoutingAttention(32, 1, 2, topk=2, auto_pad=True, backend=backend).to(device)
         torch.use_deterministic_algorithms(True)
         try:

@@ -1,4 +1,4 @@
-"""The original's attributes: readable, and either set with effect or refused."""
+"""The original's attributes on our modules: all can be read; setting one takes effect or raises an error."""
 
 import pickle
 
@@ -11,9 +11,10 @@ from torch import nn
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 
 SIZE = {"dim": 12, "num_heads": 2, "n_win": 2, "topk": 2}
-# Modules of the original that only its gathering needs, and its test for a mode that it leaves unimplemented.
+# Not compared: two modules of the original's that only its gathering and softmax use, and LePE's layer, which
+# in the original is a lambda if `side_dwconv=0`.
 NOT_HERE = {"kv_gather", "attn_act", "lepe"}
-# What is set, beside the arguments that make it matter.
+# For each attribute the value to set, and constructor arguments without which it would make no difference.
 SETTINGS = {
     "n_win": (4, {}),
     "num_heads": (3, {}),
@@ -113,7 +114,8 @@ def test_what_would_have_no_effect_is_refused(path, message):
     parent, _, name = path.rpartition(".")
     with pytest.raises(AttributeError, match=message):
         setattr(module.get_submodule(parent), name, 7)
-    with pytest.raises(AttributeError, match=message.partition(",")[0]):  # nn.Module would register it
+    # Without the refusal nn.Module would register the Parameter.
+    with pytest.raises(AttributeError, match=message.partition(",")[0]):
         setattr(module.get_submodule(parent), name, nn.Parameter(torch.ones(1)))
 
 
@@ -131,7 +133,7 @@ def test_a_routers_layer_needs_gradients_through_the_routing():
 
 
 def test_a_pickle_of_version_0_1_0_is_read():
-    """It lacks the attributes that have come since."""
+    """Such a pickle lacks the attributes that later versions added."""
     module = BiLevelRoutingAttention(**SIZE, backend="torch")
     for name in [name for name in vars(module) if name.startswith(("kv_", "param_"))]:
         if name != "kv_downsample_mode":

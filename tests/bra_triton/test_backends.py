@@ -1,4 +1,4 @@
-"""Which backend serves, and what is said when one cannot."""
+"""Which backend serves a call, and the error if the named backend cannot."""
 
 import logging
 import threading
@@ -23,7 +23,7 @@ def _projection(dtype=torch.float32, device="cpu"):
 
 @dataclass(frozen=True)
 class _Request:
-    """See `bra_triton.call.Request`."""
+    """Implements `bra_triton.call.Request`."""
 
     like: torch.Tensor
     head_dims: tuple[int, int] = (32, 32)
@@ -39,7 +39,7 @@ def _select(name, *request, **changed):
 
 @pytest.fixture(autouse=True)
 def _cpu_tensors_are_served(monkeypatch):
-    """Or, where there is a GPU, "needs the interpreter" would come before the reason asked for."""
+    """With a GPU and no interpreter, CPU tensors would be refused before the reason that is tested."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
@@ -90,12 +90,12 @@ def test_what_the_kernels_cannot_serve_is_named(qkv, heads, grid, reason):
 def test_what_the_kernels_can_just_serve(device):
     for grid in (RegionGrid.of_windows(64, 64, 64), RegionGrid.of_windows(2**15, 2**15, 2)):
         assert _select("triton", _projection(device=device), grids=(grid,)) == "triton"
-    many = (RegionGrid.of_windows(65, 65, 65),) * 2  # of a graph that is given
+    many = (RegionGrid.of_windows(65, 65, 65),) * 2  # allowed if the graph is given
     assert _select("triton", _projection(device=device), grids=many, routes=False) == "triton"
 
 
 def test_padded_maps_on_amd_under_an_older_triton_are_refused(monkeypatch):
-    """There the compiler dies of an assertion, and takes the process with it."""
+    """In that case Triton's compiler fails an assertion, which ends the process."""
     monkeypatch.setattr(torch.version, "hip", "7.0")
     padded = _Request(_projection(), grids=(RegionGrid.of_windows(4, 4, 3),))
     for version, refused in ((("3", "6"), True), (("3", "8"), False)):
@@ -168,7 +168,7 @@ class TestFunctionalErrors:
     )
     @pytest.mark.parametrize("after", ["first", "after a good call"])
     def test_bad_arguments_are_named(self, after, change, message):
-        """Also after a good call, whose signature is known from then on."""
+        """Also after a good call: then its signature is known, and known signatures are not checked again."""
         if after != "first":
             _call()
         for _ in range(2):
@@ -211,7 +211,7 @@ class TestKnownSignatures:
         assert len(checks) == len(selections) == 2
 
     def test_another_size_has_settings_of_its_own(self):
-        """The grid that is kept with a signature must not serve another map."""
+        """The grid that is kept for a signature must not be used for a map of another size."""
         for size in ((4, 4), (4, 8), (8, 4), (4, 4)):
             qkv = torch.randn(1, *size, 96)
             assert torch.allclose(_call(qkv=qkv), _call(qkv=qkv, backend="reference"), atol=1e-5)
@@ -244,7 +244,7 @@ class TestKnownSignatures:
                 for x, y in [*zip(maps, expected, strict=True)] * 20:
                     if not torch.equal(_call(qkv=x), y):
                         wrong.append(x.shape)
-            except Exception as error:  # or it would end the thread alone
+            except Exception as error:  # else it would end only this thread
                 wrong.append(error)
 
         threads = [threading.Thread(target=work) for _ in range(4)]

@@ -1,4 +1,4 @@
-"""BiFormer: the authors' keys and numbers, its use under heads of torchvision, its registration with timm."""
+"""BiFormer: the authors' checkpoint keys and results, torchvision's heads on its maps, timm's registry."""
 
 import importlib
 import logging
@@ -22,7 +22,7 @@ from bra_triton import BiLevelRoutingAttention, biformer
 from bra_triton.biformer import BiFormer, BiFormerBackbone, DenseAttention
 
 # Three routed stages and a dense one, as in the released models. An image of 64 x 96 gives maps of 16 x 24,
-# 8 x 12, 4 x 6 and 2 x 3 tokens. The second stage has two blocks, so that a block's place in it counts.
+# 8 x 12, 4 x 6 and 2 x 3 tokens. The second stage has two blocks, so that their order makes a difference.
 TINY = {
     "depth": (1, 2, 1, 1),
     "embed_dim": (16, 16, 32, 24),
@@ -36,11 +36,11 @@ SIZE = (64, 96)
 
 @pytest.fixture(autouse=True)
 def _without_interpreter(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # a model would take minutes
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # interpreted, a model takes minutes
 
 
 def with_random_weights(model: nn.Module) -> nn.Module:
-    """In float64, with statistics of the batch norms and weights that no layer starts with."""
+    """The model in float64 and eval mode, with random weights and random statistics of the batch norms."""
     for value in model.double().state_dict().values():
         if value.dtype == torch.float64:
             value.copy_(0.3 * torch.rand_like(value) + (0.7 if value.ndim == 1 else -0.15))
@@ -170,7 +170,7 @@ class AuthorsBiFormer:
     ("topks", "size", "arguments", "scale"),
     [
         ((1, 2, 4, -2), SIZE, {}, 0.0),
-        # Dense without LePE, learned factors, and a map of 8 x 12 after one of 15 x 23.
+        # Dense attention without LePE, layer scale, and a map of 15 x 23 tokens, then one of 8 x 12.
         ((-1, 2, -2, -1), (60, 90), {"auto_pad": True}, 0.1),
         ((3, 2, 4, -2), SIZE, {"diff_routing": True, "soft_routing": True}, 0.0),
     ],
@@ -189,7 +189,8 @@ def test_outputs_and_gradients_are_those_of_the_authors_network(topks, size, arg
     expected.backward(grad_out)
     errors = {name: relative_error(p.grad, state[name].grad) for name, p in model.named_parameters()}
     errors["out"] = relative_error(out, expected)
-    assert worst(errors.values()) < 1e-11, errors  # rounding of float64, 1e-16, through five blocks and back
+    # Rounding of float64, 1e-16, accumulates in the forward and backward of five blocks.
+    assert worst(errors.values()) < 1e-11, errors
 
 
 def test_backbone_takes_a_classifiers_weights_and_normalises_its_maps():
@@ -199,15 +200,15 @@ def test_backbone_takes_a_classifiers_weights_and_normalises_its_maps():
     missing, unexpected = backbone.load_state_dict(classifier.state_dict(), strict=False)
     assert {key.split(".")[0] for key in missing} == {"extra_norms"}
     assert {key.split(".")[0] for key in unexpected} == {"head", "norm"}
-    image = torch.randn(2, 3, 60, 90, dtype=torch.float64)  # no map but the last is a multiple of n_win
+    image = torch.randn(2, 3, 60, 90, dtype=torch.float64)  # the first map, 15 x 23, needs padding
     for actual, stage_map in zip(backbone(image), classifier.stage_maps(image), strict=True):
-        # The norms' weights are still 1 and 0.
+        # `extra_norms` still have their initial weight 1 and bias 0.
         expected = (stage_map - stage_map.mean(1, True)) / (stage_map.var(1, False, True) + 1e-6).sqrt()
         torch.testing.assert_close(actual, expected)
 
 
 class Pyramid(nn.Module):
-    """A detector's backbone, as torchvision takes it: a dictionary of maps that all have `out_channels`."""
+    """A backbone for torchvision's detectors: returns a dictionary of maps with `out_channels` each."""
 
     out_channels = 16
 
@@ -244,7 +245,7 @@ def test_backbone_serves_a_segmentation_head_of_torchvision():
     backbone, head = BiFormerBackbone(**arguments, drop_path_rate=0.5), FCNHead(24, 3)
     logits = F.interpolate(head(backbone(torch.rand(2, 3, 60, 90))[-1]), (60, 90), mode="bilinear")
     loss = F.cross_entropy(logits, torch.randint(3, (2, 60, 90)))
-    # The last map alone reaches this head, so the other maps' norms get no gradient.
+    # Only the last map reaches this head, so the other maps' norms get no gradient.
     unused = {f"backbone.extra_norms.{i}.{name}" for i in range(3) for name in ("weight", "bias")}
     assert set(learns(loss, nn.ModuleDict({"backbone": backbone, "head": head}))) == unused
 
@@ -344,7 +345,7 @@ class TestTimm:
     def test_is_not_needed(self, monkeypatch, caplog):
         for name in [name for name in sys.modules if name.startswith("bra_triton.biformer")]:
             monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setattr(bra_triton, "biformer", biformer)  # which the import below replaces
+        monkeypatch.setattr(bra_triton, "biformer", biformer)  # the import below replaces it
         monkeypatch.setitem(sys.modules, "timm.data", None)
         with caplog.at_level(logging.INFO, logger="bra_triton"):
             assert importlib.import_module("bra_triton.biformer").BiFormer is not BiFormer

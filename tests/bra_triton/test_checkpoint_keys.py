@@ -41,8 +41,8 @@ def test_names_of_a_block():
 @pytest.mark.parametrize(
     ("state", "names"),
     [
-        ({"lepe.weight": 1, "attn.lepe.weight": 2}, ["attn.lepe.weight"]),  # ours is there
-        ({"lepe.weight": 1}, ["attn.lepe.weight", "lepe.weight"]),  # theirs is ours, too
+        ({"lepe.weight": 1, "attn.lepe.weight": 2}, ["attn.lepe.weight"]),  # our name is there already
+        ({"lepe.weight": 1}, ["attn.lepe.weight", "lepe.weight"]),  # we have a parameter of their name, too
         ({"0.mlp.3.weight": 1}, ["0.mlp.2.weight"]),  # some other model's MLP
         ({"proj.weight": 1}, ["attn.proj.weight"]),  # some other attention's layer
     ],

@@ -1,4 +1,4 @@
-"""Two processes have one process's gradients, replicated and sharded. This file is also what they run."""
+"""Two processes get the gradients of one, with DDP and with FSDP. The two processes run this file, too."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ class _Model(nn.Module):
 
 
 def _main(rank: int, store: str) -> None:
-    """One process of two; an error ends it with another status than 0."""
+    """Runs one of the two processes: exit status 0 if all gradients agree, else another status."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -49,13 +49,13 @@ def _main(rank: int, store: str) -> None:
         replica(x[2 * rank : 2 * rank + 2]).square().mean().backward()
     for name, gradient in expected.items():
         shards = sharded.get_parameter(name).grad.full_tensor()
-        # The sums of a batch's halves are added last: float32's rounding gives up to 1e-6.
+        # DDP and FSDP add the gradients of the batch's halves last: rounding of float32 gives up to 1e-6.
         for kind, actual in (("DDP", model.get_parameter(name).grad), ("FSDP", shards)):
             error = (actual - gradient).norm() / gradient.norm()
             assert error < 1e-5, (kind, name, error)
     dist.barrier()
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads may abort a process that ends by itself, after all has been checked
+    os._exit(0)  # at a normal exit gloo's threads may abort the process, although all checks passed
 
 
 def test_two_processes_have_the_gradients_of_one_and_are_warned_of_no_strides(tmp_path: Path) -> None:

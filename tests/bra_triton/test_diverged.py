@@ -1,4 +1,4 @@
-"""What the definition makes NaN or infinite is so on every backend and in every dtype: no loss hides it."""
+"""Where the reference gives NaN or infinity, so does every backend, in every dtype: a loss then shows it."""
 
 from contextlib import nullcontext
 from math import inf, nan
@@ -12,7 +12,8 @@ from bra_triton.backend.torch import chunks, masked
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPOILT = {
-    # Channels of a packed projection of 16 queries, 16 keys and values: one token's, or all tokens'.
+    # Place and value in a packed projection of 16 query channels, 16 key channels and values; in one token or
+    # in all (`...`).
     "infinite key": ((0, 3, 3, 16), inf),
     "keys of minus infinity": ((..., 16), -inf),
     "one key of minus infinity": ((0, 3, 3, 16), -inf),
@@ -22,14 +23,15 @@ SPOILT = {
     "infinite value": ((0, 3, 3, 40), inf),
     "NaN value": ((0, 3, 3, 40), nan),
 }
-# Heads of the same width for keys and values, which PyTorch's kernel for the CPU takes, and of another.
+# Channels of the projection. With 48, keys and values are equally wide, which PyTorch's flash attention for
+# the CPU needs; with 56 they are not.
 WIDTHS = (48, 56)
 
 
 def _kinds(spoilt, width, dtype, backend, device, batch=1):
-    """0 where finite, 1 where infinite, 2 where NaN: of the output and the gradient of the projection.
+    """For each number of the output and of the projection's gradient: 0 if finite, 1 if infinite, 2 if NaN.
 
-    The last of the images is spoilt.
+    Only the last image is spoilt.
     """
     qkv = torch.randn(batch, 8, 8, width, device=device, generator=torch.Generator(device).manual_seed(0))
     qkv[..., 0] = 1
@@ -52,14 +54,15 @@ def test_the_torch_backend_shows_what_the_definition_shows(spoilt, width, dtype,
     with path():
         actual = _kinds(spoilt, width, dtype, "torch", device)
     assert torch.equal(actual[0], expected[0])
-    # Which of two infinities meets the other first is left open, so that one NaN may be infinite.
+    # In gradients NaN and infinity are not told apart: which of them a sum of infinities gives may depend on
+    # the order of additions.
     assert torch.equal(actual[1] > 0, expected[1] > 0)
 
 
 @pytest.mark.parametrize("is_masked", [True, False])
 @pytest.mark.parametrize("spoilt", [name for name in SPOILT if name != "one key of minus infinity"])
 def test_the_last_of_three_images_shows_it_and_no_other(spoilt, is_masked, monkeypatch):
-    """On the CPU, in parts of one image, whose softmax is checked once for all."""
+    """The CPU computes one image at a time here, but checks the softmax once for all images."""
     monkeypatch.setattr(masked, "is_cheaper", lambda problem: is_masked)
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 8 * 8 * 8 * 8)
     actual, expected = (

@@ -1,4 +1,4 @@
-"""The modules that reduce keys and values: where their cells lie, their two paths, and what PyTorch sees."""
+"""Down-sampling of keys and values: positions of cells, the fused and the plain path, gradients, exports."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ MODES = {
 }
 QK_DIM, DIM = 2, 4
 GRID = RegionGrid.of_windows(7, 9, 2)  # regions of 4 x 5 tokens, a row and a column of padding
-SMALL = RegionGrid(3, 5, 4, 5, 1, 1)  # one such region, for what runs the operators many times
+SMALL = RegionGrid(3, 5, 4, 5, 1, 1)  # one such region, for tests that run the operators many times
 sides = st.integers(1, 40)
 
 
@@ -37,14 +37,14 @@ def _module(mode):
 
 
 def _packed(device, dtype=torch.float32, grid=GRID):
-    """A packed projection and the bias that fills its padding."""
+    """A packed projection `(1, H, W, 2*qk_dim + dim)` and the row that its padding holds."""
     qkv = torch.randn(1, grid.height, grid.width, 2 * QK_DIM + DIM, device=device, dtype=dtype)
     fill = torch.randn(qkv.shape[-1], device=device, dtype=dtype)
     return qkv.requires_grad_(), fill.requires_grad_()
 
 
 def _plain(module, qkv, fill, cells=None):
-    """The plain path on regions cut from the padded map."""
+    """The result of the module's plain path, on regions cut from the padded map."""
     bottom, right = GRID.padding
     padded = F.pad(qkv - fill, (0, 0, 0, right, 0, bottom)) + fill
     regions = {"j": GRID.rows, "i": GRID.columns}
@@ -53,7 +53,7 @@ def _plain(module, qkv, fill, cells=None):
 
 
 class TestCells:
-    """The tables against PyTorch's pooling of the tokens' own numbers: its maxima are the cells' ends."""
+    """Compares the tables with PyTorch's pooling of token numbers, whose maximum is a cell's last token."""
 
     @staticmethod
     def _covered(cells):
@@ -91,7 +91,7 @@ class TestCells:
     def test_fractional_cells_are_pytorchs_and_leave_no_token_out(self, side, ratio, step, wider):
         module = downsampling.build("fracpool", 1, 1, ratio=ratio)
         count = module.count(side)
-        window = min(side - count + 1, module.window(side) + wider)  # PyTorch takes no wider ones
+        window = min(side - count + 1, module.window(side) + wider)  # PyTorch refuses wider ones
         sample = torch.tensor(step / downsampling.SAMPLE_STEPS)
         cells = fractional_cells(side, count, window, sample)
         token = torch.arange(side, dtype=torch.float32)
@@ -103,7 +103,7 @@ class TestCells:
         )
         assert torch.equal(cells[:, 1], ends[0, 0, 0].int() + 1)
         assert self._covered(cells) == set(range(side))
-        assert (cells.diff(dim=0) >= 0).all()  # as the kernels need it
+        assert (cells.diff(dim=0) >= 0).all()  # kernels need sorted cells
 
     @given(height=st.integers(3, 40), width=st.integers(3, 40), mode=st.sampled_from(list(MODES)))
     def test_the_grid_of_keys_has_the_cells_that_there_are(self, height, width, mode):
@@ -125,7 +125,7 @@ def test_fused_and_plain_path_agree_with_every_gradient(mode, backend, device):
     expected = _plain(module, qkv, fill, cells)
     actual = module.pool(qkv, GRID, fill, backend=backend, cells=cells)
     grad = torch.randn_like(expected)
-    # Both in float32, adding tens of terms in different orders.
+    # Both add tens of float32 terms, in different orders.
     assert torch.allclose(actual, expected, atol=1e-5)
     pairs = zip(
         torch.autograd.grad(actual, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
@@ -145,7 +145,7 @@ def test_without_fill_the_padding_is_zero(backend, device):
 
 
 class TestKeptCells:
-    """Tables of fixed cells are computed once, and only where a later call may have the same tensor."""
+    """Tables of fixed cells are computed once and kept, unless a later call must not use the same tensor."""
 
     @pytest.fixture(autouse=True)
     def nothing_kept(self):
@@ -196,7 +196,7 @@ class TestFractionalPooling:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_keys_values_regions_and_images_share_the_samples(self, backend, device):
-        """Every region and channel holds the same numbers, so every cell must find the same maximum."""
+        """All regions and channels hold the same numbers, so their pooled values must be the same, too."""
         module = _module("fracpool")
         grid = RegionGrid.of_windows(22, 22, 2)
         region = torch.rand(11, 11, device=device)
@@ -305,7 +305,7 @@ class TestOperator:
                 replaced[place] = value
             return operators.pool_regions(*replaced)[0]
 
-        # Maxima of random numbers lie farther apart than gradcheck's step.
+        # Random numbers differ by more than gradcheck's step, so a step does not change which is the maximum.
         torch.autograd.gradcheck(pool, [arguments[place] for place in places])
 
     @pytest.mark.parametrize("mode", ["ada_maxpool", "avgpool", "fracpool", "conv"])

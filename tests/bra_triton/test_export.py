@@ -1,4 +1,4 @@
-"""Exported graphs hold plain PyTorch operators alone, compute the same, and serve other sizes, too."""
+"""Exported graphs hold only plain PyTorch operators, compute the same, and take maps of other sizes."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from bra_triton.backend import exported
 from bra_triton.biformer import BiFormer
 from bra_triton.modules.tokens import TokenBiLevelRoutingAttention
 
-# Rounding of float32 gives 1e-6, another choice of a region 1e-1.
+# Rounding of float32 gives errors of 1e-6, a wrong choice of a region 1e-1.
 TOLERANCE = 1e-5
 NUMBERS = {"num_heads": 2, "n_win": 3, "topk": 3, "auto_pad": True}
 KINDS = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
@@ -19,10 +19,10 @@ after_2_8 = pytest.mark.skipif(
     reason="PyTorch 2.8 cannot tell that a side is at least 1, and exports to ONNX by TorchScript",
 )
 both_kinds = pytest.mark.parametrize("kind", KINDS)
-# Divided by n_win, padded, both sides of other lengths; then one region or token to a side, and sides below
-# n_win, where the NCHW form has fewer regions than n_win a side.
+# A multiple of n_win, and two maps that need padding; then small maps: regions of one token along a side, and
+# sides shorter than n_win, along which the NCHW form has fewer than n_win regions.
 SIZES = ((6, 9), (7, 8), (11, 13), (3, 4), (2, 7), (1, 1))
-# What differs in the exported form: factors of the gathered tokens, projections, pooled keys and values.
+# Modes with another exported form: factors of the gathered tokens, projections, pooled keys and values.
 MODES = {
     "negative scale": {"qk_scale": -0.3},
     "no LePE": {"side_dwconv": 0, "param_attention": "qkv"},
@@ -35,7 +35,7 @@ MODES = {
 
 @pytest.fixture(params=["masked", "gathered"])
 def form(request, monkeypatch):
-    """Either form of the exported attention; the numbers above make it the masked one by themselves."""
+    """Runs a test with both forms of the exported attention; `NUMBERS` alone give the masked form."""
     if request.param == "gathered":
         monkeypatch.setattr(exported, "_MOST_REGIONS_PER_CHOICE", 0)
     return request.param
@@ -52,7 +52,7 @@ def _axes(kind, batch, height, width):
 
 
 def _check(module, exported, sizes=SIZES, batches=(1, 2), tolerance=TOLERANCE):
-    """Compares with the module in eager mode, by the reference."""
+    """Compares an exported module with the eager module on the reference backend, in float64."""
     module.backend = "reference"
     for size in sizes:
         for batch in batches:
@@ -67,7 +67,7 @@ def onnx_run(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # the newest opset's constants draw a line of warning each
+    options.log_severity_level = 4  # each constant of the newest opset gives a warning
 
     def export(module, x, **arguments):
         if arguments.get("dynamo", True):
@@ -84,7 +84,7 @@ def onnx_run(tmp_path):
 @both_kinds
 @pytest.mark.parametrize("size", SIZES[1:4:2])
 def test_torchscript_trace(kind, size):
-    """Whether the example needs padding, and how many regions it has, must not be baked in."""
+    """Whether the example needs padding, and its number of regions, must not be constants of the trace."""
     module = kind(16, **NUMBERS).eval()
     traced = torch.jit.trace(module, _map(kind, *size), check_trace=False)
     assert "bra_triton::" not in str(traced.inlined_graph)
@@ -99,7 +99,7 @@ def test_torchscript_trace_of_every_mode(mode):
 
 
 def test_equal_logits_choose_the_regions_of_smaller_index():
-    """torch.topk leaves it open which of equal logits it takes."""
+    """torch.topk does not define which of equal logits it takes."""
 
     def attend(backend):
         return lambda qkv: functional.bi_level_routing_attention(
@@ -107,14 +107,14 @@ def test_equal_logits_choose_the_regions_of_smaller_index():
         )
 
     qkv = torch.randn(1, 16, 16, 24)
-    qkv[..., :8] = 0  # so are all logits
+    qkv[..., :8] = 0  # so all logits are 0
     traced = torch.jit.trace(attend("torch"), qkv)
     assert relative_error(traced(qkv), attend("reference")(qkv.double())) < TOLERANCE
 
 
 @after_2_8
 def test_torch_export_with_named_sizes():
-    """Every size of the range is promised, so that PyTorch refuses a graph that compares sizes."""
+    """The graph must take every size in the ranges: PyTorch refuses to export code that compares sizes."""
     kind = BiLevelRoutingAttention
     module = kind(16, **NUMBERS).eval()
     sizes = _axes(kind, Dim("batch", max=8), Dim("height", min=6, max=99), Dim("width", min=6, max=99))
@@ -124,7 +124,7 @@ def test_torch_export_with_named_sizes():
 
 
 def test_torch_export_with_automatic_sizes():
-    """Sizes may pass the example's, for which guards must not compare them."""
+    """Sizes may exceed the example's, so no guard may compare them."""
     kind = NCHWBiLevelRoutingAttention
     module = kind(16, **NUMBERS).eval()
     sizes = _axes(kind, Dim.AUTO, Dim.AUTO, Dim.AUTO)
@@ -134,20 +134,20 @@ def test_torch_export_with_automatic_sizes():
 
 @both_kinds
 def test_exported_programs_hold_core_operators_alone(kind):
-    """What ExecuTorch takes, also of a module inside another, whose submodules PyTorch then wraps."""
+    """ExecuTorch takes core operators only. The module is inside another, whose submodules PyTorch wraps."""
     module = torch.nn.Sequential(kind(16, **NUMBERS)).eval()
     program = torch.export.export(module, (_map(kind, 7, 8),)).run_decompositions()
     operators = {node.target for node in program.graph.nodes if hasattr(node.target, "tags")}
     other = {str(operator) for operator in operators if torch.Tag.core not in operator.tags}
-    assert other <= {"aten._assert_tensor_metadata.default"}  # which holds in any run
+    assert other <= {"aten._assert_tensor_metadata.default"}  # an assertion that always holds
     axes = [node.meta["val"].dim() for node in program.graph.nodes if hasattr(node.meta.get("val"), "dim")]
     assert max(axes) == 4
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.filterwarnings("ignore")  # of deprecation, and that constants are folded in newer opsets alone
+@pytest.mark.filterwarnings("ignore")  # of deprecation, and that only newer opsets fold constants
 @both_kinds
-@pytest.mark.parametrize("opset", [11, 20])  # the oldest that is still met, and the exporter's newest
+@pytest.mark.parametrize("opset", [11, 20])  # the oldest still in use, and the exporter's newest
 def test_onnx_by_the_legacy_exporter(kind, opset, onnx_run):
     module = kind(16, **NUMBERS).eval()
     axes = {"x": _axes(kind, "batch", "height", "width")}
@@ -161,14 +161,14 @@ def test_onnx_by_the_legacy_exporter(kind, opset, onnx_run):
 def test_onnx_in_half_precision(kind, onnx_run):
     module = kind(16, **NUMBERS).eval().half()
     run = onnx_run(module, _map(kind, 7, 8).half(), dynamo=False)
-    # Half precision rounds to 5e-4, and the eager reference is asked in float64 with the weights rounded.
+    # Half precision rounds by up to 5e-4; the reference computes in float64, with the same rounded weights.
     _check(module, lambda x: run(x.half()), ((7, 8),), (1,), 5e-3)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("opset", [11, 20])
 def test_onnx_of_tokens(opset, onnx_run):
-    """The legacy exporter passes the defaults of all arguments by position."""
+    """The legacy exporter passes all arguments by position, those with their default included."""
     module = TokenBiLevelRoutingAttention(16, **NUMBERS, size=(7, 8)).eval()
     run = onnx_run(module, torch.randn(1, 7 * 8, 16), dynamo=False, opset_version=opset)
     x = torch.randn(1, 7 * 8, 16)
@@ -178,7 +178,7 @@ def test_onnx_of_tokens(opset, onnx_run):
 
 @after_2_8
 def test_torch_export_of_tokens_of_square_maps_of_any_size():
-    """Their number is a symbol, of which PyTorch has no `isqrt`."""
+    """The number of tokens is a symbol, and PyTorch has no `isqrt` for symbols."""
     module = TokenBiLevelRoutingAttention(16, **NUMBERS).eval()
     sizes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
     exported = torch.export.export(module, (torch.randn(2, 8 * 8, 16),), dynamic_shapes=sizes).module()
@@ -192,7 +192,7 @@ def test_torch_export_of_tokens_of_square_maps_of_any_size():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("opset", [11, 20])
 def test_onnx_of_biformer(opset, onnx_run):
-    """Its last stage is dense attention, which opsets before 14 have no operator for; sizes may change."""
+    """The last stage is dense attention, for which opsets before 14 have no operator; sizes may change."""
     stages = {"depth": (1, 1), "embed_dim": (16, 16), "head_dim": 8, "n_win": 3, "topks": (3, -2)}
     model = BiFormer(**stages, num_classes=4, auto_pad=True).eval()
     axes = {"x": {0: "batch", 2: "height", 3: "width"}}
@@ -216,7 +216,7 @@ def test_onnx_by_the_default_exporter(kind, dynamic, opset, onnx_run):
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_of_the_reference_chooses_the_same_regions(onnx_run):
-    """Which has a top-k of its own there: ONNX has no stable sort."""
+    """In an export the reference uses another top-k, because ONNX has no stable sort."""
     module = BiLevelRoutingAttention(16, **NUMBERS, backend="reference").eval()
     x = _map(BiLevelRoutingAttention, 7, 8)
     exported = onnx_run(module, x, dynamo=False, opset_version=17)
@@ -224,7 +224,7 @@ def test_onnx_of_the_reference_chooses_the_same_regions(onnx_run):
 
 
 def test_onnx_of_pooled_keys_in_opset_11(onnx_run):
-    """It has neither adaptive pooling nor minima of integers."""
+    """Opset 11 has neither adaptive pooling nor a minimum of integers."""
     for mode in ("ada_maxpool", "fracpool"):
         module = BiLevelRoutingAttention(16, **{**NUMBERS, **MODES[mode]}).eval()
         x = _map(BiLevelRoutingAttention, 7, 8)
@@ -234,7 +234,8 @@ def test_onnx_of_pooled_keys_in_opset_11(onnx_run):
 
 @pytest.fixture(scope="session")
 def openvino():
-    """The package, in float32: on processors that have bfloat16 it takes that by default."""
+    """A function that converts a module to OpenVINO in float32; OpenVINO's default is bfloat16 on processors
+    that have it."""
     package = pytest.importorskip("openvino")
 
     def convert(module, x, **arguments):
@@ -253,7 +254,7 @@ def test_openvino(kind, openvino):
 
 
 class _AllModes(torch.nn.Module):
-    """Both kinds, and every mode of the first, side by side in one graph: compiling each takes seconds."""
+    """Both kinds, and every mode of the NHWC kind, in one graph: compiling each alone takes seconds."""
 
     def __init__(self):
         super().__init__()
@@ -269,7 +270,7 @@ class _AllModes(torch.nn.Module):
 @pytest.mark.usefixtures("form")
 @pytest.mark.filterwarnings("ignore")
 def test_openvino_for_one_size(openvino):
-    """Then OpenVINO folds what follows from the size, and fuses other operators."""
+    """For a fixed size OpenVINO folds constants that depend on it, and fuses other operators."""
     module = _AllModes().eval()
     x = _map(BiLevelRoutingAttention, 7, 8)
     found = openvino(module, x, input=[x.shape])(x)

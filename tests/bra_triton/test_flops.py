@@ -47,7 +47,8 @@ def test_a_forward_counts_as_much_as_the_references(name):
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "fewer keys"])
 def test_a_training_step_computes_the_scores_once_more(name):
-    """As PyTorch counts its own fused attention. Not LePE's backward, counted as a dense one's."""
+    """PyTorch counts its own fused attention in the same way. LePE is left out, because its backward is
+    counted as that of a dense convolution."""
     counts = []
     for backend in ("torch", "reference"):
         module, x = _module(name, backend)

@@ -10,7 +10,7 @@ from bra_triton.spec import AttentionSpec
 
 
 def test_gradcheck_of_the_torch_backend():
-    """Numeric derivatives in float64; routing is piecewise constant, so the small step does not cross it."""
+    """The routing is piecewise constant: gradcheck's small step does not change the chosen regions."""
     spec = AttentionSpec(dim=4, qk_dim=2, num_heads=1, n_win=2, topk=2)
     qkv = torch.randn(1, 4, 4, spec.packed_dim, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 1, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -25,8 +25,8 @@ def test_gradcheck_of_the_torch_backend():
 @pytest.mark.parametrize("soft_routing", [True, False], ids=["soft", "hard"])
 @pytest.mark.parametrize("mode", ["identity", *downsampling.MODES[1:]])
 def test_gradcheck_of_every_mode_on_the_torch_backend(mode, soft_routing):
-    """Padding, router and down-sampling together. Hard routing's gradient is no derivative of its forward:
-    there the output is checked with the router detached."""
+    """Padding, router and down-sampling together. The gradient of hard routing is not the derivative of its
+    forward, so without soft routing the routing has no gradient here."""
     torch.manual_seed(1)
     spec = AttentionSpec(4, 2, 1, 2, 2, soft_routing=soft_routing, diff_routing=soft_routing)
     down = downsampling.build(mode, 2, 4, kv_per_win=1, ratio=2).double().eval()

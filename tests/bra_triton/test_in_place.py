@@ -1,4 +1,4 @@
-"""Outputs may be changed in place, and inputs in training, as those of the original may."""
+"""Callers may change outputs in place, and in training also inputs, as they may with the original module."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def _module(kind, x, backend, **arguments):
     return kind(12, 2, 2, topk=2, backend=backend, **arguments).to(x.device)(x)
 
 
-# Functions of a map (1, 4, 6, 12) or (1, 4, 6, 36) and a backend.
+# Functions of a map (1, 4, 6, 36), of which modules take the first 12 channels, and of a backend.
 FUNCTIONS = {
     "packed": _packed,
     "packed, one region": lambda x, b: _packed(x, b, n_win=1, topk=1),
@@ -62,7 +62,7 @@ def _added(y, p):
 
 
 def _gradients(name, backend, finish, device, learns=True):
-    """Output and gradients of the map and of what is added to the output."""
+    """Output, and gradients of the map and of `p`, a number that `finish` adds to the output."""
     x = torch.randn(1, 4, 6, 36, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_(learns)
     p = torch.ones((), device=device, requires_grad=True)
     y = finish(FUNCTIONS[name](x, backend), p)
@@ -73,7 +73,7 @@ def _gradients(name, backend, finish, device, learns=True):
 @every_function
 @pytest.mark.parametrize("learns", [True, False])
 def test_a_changed_output_has_the_gradients_of_a_copy(name, backend, learns, device):
-    """Also without gradients up to there."""
+    """Also if the map needs no gradient."""
     actual = _gradients(name, backend, _changed, device, learns)
     expected = _gradients(name, backend, _added, device, learns)
     assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(actual, expected, strict=True))
@@ -125,7 +125,7 @@ def test_in_a_compiled_graph(name, device):
     assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(actual, expected, strict=True))
 
 
-# Ways in which an NHWC map lies in memory, of one that lies there as NCHW.
+# Memory layouts of an NHWC map. Each function takes an NHWC view of a map that is NCHW in memory.
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "NCHW": lambda x: x,
@@ -136,7 +136,8 @@ LAYOUTS = {
 
 
 def _gradients_of_an_added_input(module, learns, changes=True, layout="contiguous"):
-    """Gradients, of `x += module(x)` or `x = x + module(x)`, of what `x` is made of and of the parameters."""
+    """Gradients of the leaf from which `x` is computed, and of the parameters, for `x += module(x)` (with
+    `changes`) or `x = x + module(x)`."""
     leaf = torch.randn(2, 12, 4, 6, generator=torch.Generator().manual_seed(1)).requires_grad_(learns)
     leaf = leaf.to(next(module.parameters()).device)
     takes_nchw = isinstance(module, AuthorsNCHW | NCHWBiLevelRoutingAttention)
@@ -181,7 +182,7 @@ def test_an_input_may_be_changed_however_it_lies_in_memory(layout, learns, devic
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_input_may_be_changed_under_autocast(dtype, device):
-    """A map of its dtype is no copy of anything; one of float32 is cast."""
+    """The projection keeps a bfloat16 copy of the float32 map, so the map need not be copied before."""
     module = BiLevelRoutingAttention(12, 2, n_win=2, topk=2, backend="torch").to(device, dtype)
     with torch.autocast(device.type, torch.bfloat16):
         expected = _gradients_of_an_added_input(module, True, changes=False)
@@ -190,12 +191,12 @@ def test_an_input_may_be_changed_under_autocast(dtype, device):
 
 
 def test_a_map_is_copied_only_if_the_projection_would_keep_it(device):
-    """Each copy would cost time and memory for nothing."""
+    """An unnecessary copy would cost time and memory."""
     layer, x = torch.nn.Linear(12, 36, device=device), torch.randn(1, 4, 6, 12, device=device)
     assert for_keeping(x, layer) is not x
     y = 2 * x.requires_grad_()
     assert for_keeping(y, layer) is not y
-    assert for_keeping(x, layer) is x  # a leaf that learns
+    assert for_keeping(x, layer) is x  # a leaf: autograd forbids changing it in place
     across = (2 * x).transpose(1, 2)
     assert for_keeping(across, layer) is across
     with torch.no_grad():
@@ -206,7 +207,7 @@ def test_a_map_is_copied_only_if_the_projection_would_keep_it(device):
 
 
 def test_a_map_without_data_is_taken_with_gradients():
-    """Of which autocast knows nothing."""
+    """Autocast does not know the device "meta"."""
     module = BiLevelRoutingAttention(12, 2, n_win=2, topk=2).to("meta")
     assert module(2 * torch.empty(1, 4, 6, 12, device="meta")).shape == (1, 4, 6, 12)
 

@@ -1,4 +1,4 @@
-"""Layers inside the modules that are replaced, wrapped or hooked: called as the original calls them."""
+"""Layers of the modules that a user replaced, wrapped or hooked are called as the original calls them."""
 
 import copy
 import warnings
@@ -25,7 +25,7 @@ TOLERANCE = 1e-12
 
 
 class Adapter(nn.Module):
-    """As PEFT wraps a layer: it shows the layer's weight, and adds to what the layer computes."""
+    """Wraps a layer as PEFT does: exposes the layer's weight, and adds to the layer's output."""
 
     def __init__(self, base, extra):
         super().__init__()
@@ -47,19 +47,19 @@ def _double(layer):
 
 def _weight_norm(layer):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and still in many a model
+        warnings.simplefilter("ignore")  # deprecated, but still in many models
         nn.utils.weight_norm(layer).weight_g.data *= 2
 
 
 def _patch_forward(layer):
-    """As accelerate does."""
+    """Replaces `forward` of one object, as accelerate does."""
     forward = layer.forward
     layer.forward = lambda x: 3 * forward(x)
 
 
 @pytest.mark.parametrize("side", [1, 3, 5, 7])
 def test_a_convolution_is_plain_if_it_keeps_the_size(side):
-    """Others are called, which costs what the kernels would have fused."""
+    """A convolution that is not plain is called as a layer, which takes longer than LePE in the kernels."""
     assert is_plain_convolution(nn.Conv2d(8, 8, side, padding=side // 2, groups=8), 8)
     assert not is_plain_convolution(nn.Conv2d(8, 8, side, padding=side // 2 + 1, groups=8), 8)
     assert not is_plain_convolution(nn.Conv2d(8, 8, side, padding=side // 2), 8)
@@ -73,7 +73,7 @@ def _route_backwards(module):
     module.router.register_forward_hook(turned)
 
 
-# What is done to the layers, and the arguments that make it matter.
+# Changes of the layers, and constructor arguments without which a change would make no difference.
 CHANGES = {
     "lepe: hook": (lambda m: _double(m.lepe), {}),
     "lepe: pre-hook": (lambda m: m.lepe.register_forward_pre_hook(lambda layer, x: (2 * x[0],)), {}),
@@ -127,7 +127,7 @@ def _assert_same(actual, expected):
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_is_called_as_by_the_original(name):
-    """Output and all gradients, on a map that needs padding, which reaches the layers."""
+    """Compares output and all gradients on a map that needs padding; the layers get the padding, too."""
     arguments = {**SIZE, "auto_pad": True, **CHANGES[name][1]}
     original, ours = seed_module.BiLevelRoutingAttention(**arguments), BiLevelRoutingAttention(**arguments)
     ours.load_state_dict(original.state_dict())
@@ -162,7 +162,7 @@ def test_hooks_of_the_nchw_forms_projections_fire(layer, kind):
 
 
 def _records(module, x):
-    """What hooks on `router` and `lepe` see, in order."""
+    """The tensors that hooks on `lepe` and `router` receive, sorted by the layer's name."""
     seen = []
     for name in ("lepe", "router"):
         layer = getattr(module, name)
@@ -203,7 +203,7 @@ def test_hooks_see_what_they_see_in_the_original(monkeypatch):
 )
 @pytest.mark.parametrize("kind", [BiLevelRoutingAttention, NCHWBiLevelRoutingAttention])
 def test_a_weight_that_is_made_anew_trains_for_two_steps(kind, change):
-    """A weight that hooks had made in the first step has no graph in the second."""
+    """The weight must be computed in every step: the first step's weight has no graph in the second."""
     module = kind(12, 2, 2, topk=3, backend="torch")
     change(module)
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
@@ -228,12 +228,12 @@ def test_dynamic_quantisation_of_every_linear_layer(monkeypatch):
             torch.ao.quantization.quantize_dynamic(module.eval(), {nn.Linear})(x)
             for module in (original, ours)
         ]
-    assert relative_error(outs[1], outs[0].double()) < 1e-5  # the rest is float32
+    assert relative_error(outs[1], outs[0].double()) < 1e-5  # all but the quantised layers is float32
     assert relative_error(ours(x), outs[0].double()) > 1e-4
 
 
 def test_a_layer_of_the_pooling_convolution_is_called():
-    """Its weight would be read past the hooks that make it; the reference calls the layer."""
+    """The kernels would read the weight without running the layer's hooks; the reference calls the layer."""
     module = BiLevelRoutingAttention(**SIZE, kv_downsample_mode="conv", kv_downsample_ratio=2).double()
     x, called = torch.randn(1, 4, 4, 12, dtype=torch.float64), []
     expected = module(x)
@@ -244,7 +244,7 @@ def test_a_layer_of_the_pooling_convolution_is_called():
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_the_reference_serves_and_says_so(backend, caplog, monkeypatch):
-    """Also where another backend is named: profilers put hooks on every layer."""
+    """Also if another backend is named, because profilers put hooks on every layer."""
     monkeypatch.setattr(select, "_logged", set())
     module = BiLevelRoutingAttention(**SIZE, **AVERAGED, backend=backend)
     x, called = torch.randn(1, 4, 4, 12), []
@@ -264,7 +264,7 @@ def test_the_reference_serves_and_says_so(backend, caplog, monkeypatch):
 
 
 def test_nothing_is_called_without_need(monkeypatch):
-    """The kernels compute LePE and routing themselves, as they do where another layer is hooked."""
+    """Kernels compute LePE and routing without calling these layers, also if another layer is hooked."""
     module = BiLevelRoutingAttention(**SIZE, backend="torch")
     module.wo.register_forward_hook(lambda *_: None)
     for layer in (module.lepe, module.router, module.router.emb, module.kv_down):
@@ -273,7 +273,7 @@ def test_nothing_is_called_without_need(monkeypatch):
 
 
 def test_a_hooked_router_chooses_as_an_unhooked_one_in_half_precision():
-    """In float32: means in half precision would choose other regions."""
+    """Both route by float32 means of regions; means in half precision would choose other regions."""
     module = BiLevelRoutingAttention(16, 1, 7, topk=3, **SOFT).bfloat16()
     x = torch.randn(1, 14, 14, 16).bfloat16()
     expected, seen = module(x, ret_attn_mask=True)[2], []
@@ -290,7 +290,7 @@ def test_a_projection_of_another_width_is_refused():
 
 
 def test_the_originals_projection_in_ours():
-    """It returns queries, and keys with values."""
+    """The original's projection returns two tensors: queries, and keys with values."""
     module = BiLevelRoutingAttention(**SIZE, auto_pad=True, backend="torch")
     x = torch.randn(1, 5, 4, 12)
     expected = module(x)

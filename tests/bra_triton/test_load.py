@@ -12,7 +12,7 @@ THREADS = 8
 
 
 def step(seed):
-    """Output and gradient of one call, of a size that the seed tells, on the torch backend."""
+    """Output and gradient of one call on the torch backend; the seed determines the map's size, too."""
     generator = torch.Generator().manual_seed(seed)
     side = 4 + seed % 5
     qkv = torch.randn(1, side, 12, 48, generator=generator).requires_grad_()
@@ -45,7 +45,7 @@ def test_threads_find_the_same_bits():
 
 
 def test_forked_workers_find_the_same_bits():
-    """As loaders of data start them, after this process has called the attention."""
+    """Data loaders fork workers, here after this process has called the attention."""
     expected = [step(seed) for seed in range(4)]
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         found = [(torch.tensor(out), torch.tensor(grad)) for out, grad in pool.map(_as_lists, range(4))]
@@ -53,7 +53,7 @@ def test_forked_workers_find_the_same_bits():
 
 
 def test_a_spawned_worker_gets_a_module_that_was_called_before():
-    """As a loader of data or a trainer on several GPUs hands it over: what this process has planned stays."""
+    """Data loaders and trainers on several GPUs pickle a module. This process's plans are not pickled."""
     modules = {
         backend: BiLevelRoutingAttention(32, 2, 2, topk=2, backend=backend) for backend in ("torch", "triton")
     }
@@ -75,7 +75,7 @@ def _as_lists(seed):
 
 
 def test_peak_memory_is_linear_in_the_map_and_flat_in_topk():
-    """Of a forward and a backward, beyond what autograd holds of the call's own tensors."""
+    """Peak of a forward and a backward, without `qkv`, which is allocated before."""
 
     def peak(side, topk):
         qkv = torch.randn(1, side, side, 96).requires_grad_()
@@ -87,6 +87,6 @@ def test_peak_memory_is_linear_in_the_map_and_flat_in_topk():
         return measure.peak_bytes(run, qkv.device)
 
     small, large = peak(64, 4), peak(128, 4)
-    # Four times the map; the chunks' gathered keys, of the same size in both, are the rest.
+    # The map is four times as large; the gathered keys of a chunk take the same memory in both.
     assert large < 4.2 * small
     assert peak(128, 12) < 1.2 * large

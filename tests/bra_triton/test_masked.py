@@ -1,4 +1,4 @@
-"""The torch backend under a mask, as it attends on the CPU to small regions, against the float64 oracle."""
+"""Masked attention of the torch backend (on the CPU, for small regions) against the float64 oracle."""
 
 from dataclasses import replace
 
@@ -31,7 +31,10 @@ MAPS = {
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Every attention that can be is masked, in parts of at most two images of 36 tokens; gives masks."""
+    """Masks every attention that can be masked, in parts of at most two images of 36 tokens.
+
+    Gives the list of the masks' shapes, which grows with every masked part.
+    """
     mask_of, taken = masked._mask, []
 
     def recorded(problem):
@@ -56,14 +59,15 @@ def test_output_and_all_gradients(name, asked):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype, asked):
-    """Within four times the rounding of a single product in that type: scores, weights, output and sums."""
+    """Errors of at most four roundings in that dtype: of scores, weights, output and sums."""
     errors = compare("torch", replace(make(MAPS["padding"], "cpu", dtype), distinct=True), needs_factor=False)
     assert worst(errors.values()) < 4 * torch.finfo(dtype).eps, errors
     assert asked
 
 
 def test_gradients_of_a_factor_are_gathered(asked):
-    """Of a factor of 1 that is not there: the forward is masked, and its statistic serves the backward."""
+    """Hard routing needs the gradient of a factor of 1. Its forward is masked; its backward gathers, and uses
+    the forward's `lse`."""
     errors = compare("torch", replace(make(PARTS["hard"], "cpu"), distinct=True), needs_factor=True)
     assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
     assert len(asked) == 1
@@ -72,7 +76,8 @@ def test_gradients_of_a_factor_are_gathered(asked):
 @pytest.mark.parametrize("which", ["key", "value", "padding"])
 @pytest.mark.parametrize("number", [float("inf"), float("nan"), 1e38])
 def test_a_key_that_nobody_chose_reaches_nobody(which, number, asked, monkeypatch):
-    """Whatever it holds: then all is gathered. The regions that are chosen, 0, 1 and 3, have no padding."""
+    """Whatever number the key holds: if a result is not finite, the backend gathers instead. The chosen
+    regions, 0, 1 and 3, have no padding."""
     problem = replace(make(Part("", windows(5, 5, 3), topk=2), "cpu"), distinct=True)
     r_idx = torch.tensor([[0, 1], [1, 3]] * 4 + [[0, 3]], dtype=torch.int32).view(1, 1, 9, 2)
     problem = replace(problem, r_idx=r_idx)
@@ -105,11 +110,11 @@ def _problem(name, batch=1, **others):
 
 
 def test_what_is_masked():
-    """Where `bra-bench peers` had it faster, and never where the mask would be large."""
+    """Masks are used where `bra-bench peers` measured them to be faster, but never if the mask is large."""
     names = ("biformer_stage1", "biformer_stage2", "biformer_stage3", "yolo_p3", "yolo_p4", "yolo_p5")
     assert [name for name in names if masked.is_cheaper(_problem(name))] == ["biformer_stage3"]
     assert masked.is_cheaper(_problem("biformer_stage3", 64))
-    large = replace(PROBLEMS["high_resolution"], topk=63)  # of 64 regions, so that gathering takes longer
+    large = replace(PROBLEMS["high_resolution"], topk=63)  # of 64 regions: gathering takes longer
     assert not masked.is_cheaper(_problem("high_resolution", r_idx=torch.empty(1, 1, 64, large.topk)))
 
 
@@ -117,11 +122,11 @@ def test_what_is_masked():
     ("side", "n_win", "topk", "expected"),
     [
         (28, 7, 16, True),  # a third of the keys, in regions of 16 tokens
-        (20, 5, 4, False),  # a sixth of them
-        (14, 7, 4, True),  # a twelfth, in regions of 4
-        (28, 14, 16, False),  # a twelfth of more keys
-        (7, 7, 4, True),  # regions of a token
-        (40, 8, 63, False),  # nearly all: but the mask would be too large
+        (20, 5, 4, False),  # a sixth of the keys, in regions of 16 tokens
+        (14, 7, 4, True),  # a twelfth of the keys, in regions of 4 tokens
+        (28, 14, 16, False),  # the same with four times as many keys
+        (7, 7, 4, True),  # regions of one token
+        (40, 8, 63, False),  # nearly all keys, but the mask would be too large
     ],
 )
 def test_which_sizes_are_masked(side, n_win, topk, expected):

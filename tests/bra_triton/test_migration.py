@@ -1,4 +1,4 @@
-"""Replacing other implementations: the same numbers, and nothing lost on the way."""
+"""`replace_attention` on other implementations: same results; parameters, hooks and attributes are kept."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ from torch import nn
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, replace_attention
 from bra_triton.modules.permuted import PermutedBiLevelRoutingAttention
 
-# Norm of the difference over the norm: float32 gives 1 to 4e-7.
+# For the norm of the difference divided by the norm of the result; rounding of float32 gives 1 to 4e-7.
 TOLERANCE = 1e-5
 SOFT = {"soft_routing": True, "diff_routing": True}
 MODES = {
@@ -44,7 +44,7 @@ class DepthwiseLayer(nn.Module):
 
 
 def clear_map(size):
-    """An NHWC map with a mean for each region, so that float32 leaves no doubt about the routing."""
+    """An NHWC map whose regions have different means, so that float32 cannot choose other regions."""
     means = torch.randn(2, 2, 2, 12).repeat_interleave(size[0] // 2 + 1, 1)
     return (
         torch.randn(2, *size, 12) + 2 * means.repeat_interleave(size[1] // 2 + 1, 2)[:, : size[0], : size[1]]
@@ -74,7 +74,7 @@ class TestNumbers:
 
     @pytest.mark.parametrize("mode", ["default", "param_routing", "avgpool"])
     def test_of_a_paste_that_permutes(self, mode):
-        """Its layers are those of the NHWC class, so only the trial can tell."""
+        """Its layers are those of the NHWC class, so only a trial run shows that it permutes."""
         attn = Permuting(**SIZE | MODES[mode], auto_pad=True)
         assert_replaced_by(PermutedBiLevelRoutingAttention, attn, clear_map((5, 7)).permute(0, 3, 1, 2))
 
@@ -92,7 +92,7 @@ class TestNumbers:
         assert_replaced_by(BiLevelRoutingAttention, attn, clear_map((5, 7)))
 
     def test_of_a_projection_that_is_one_layer(self):
-        """Its keys stay `qkv.weight` and `qkv.bias`."""
+        """The projection's keys stay `qkv.weight` and `qkv.bias`."""
 
         def splits_itself(self, x):
             return with_parts_of(self, x, qkv=lambda y: self.qkv(y).split([12, 24], -1))
@@ -117,20 +117,20 @@ class TestNumbers:
         ids=["LePE in a layer of its own", "LePE with dilation", "a router with another layer"],
     )
     def test_of_layers_that_kernels_do_not_compute(self, parent, name, layer):
-        """Ours calls them."""
+        """Our module calls these layers."""
         attn = original(**SIZE, **SOFT)
         setattr(attn.get_submodule(parent), name, copy.deepcopy(layer))
         assert_replaced_by(BiLevelRoutingAttention, Block(attn), clear_map((6, 8)))
 
     def test_the_attention_matrix_of_a_paste_that_permutes(self):
-        """`ret_attn_mask` goes past the trial."""
+        """The trial run does not compare results with `ret_attn_mask`."""
         attn, x = Permuting(**SIZE), clear_map((6, 8)).permute(0, 3, 1, 2)
         expected, actual = attn(x, True), replace_attention(attn).model(x, True)
         assert torch.equal(actual[2], expected[2])
         assert worst(relative_error(actual[i], expected[i].double()) for i in (0, 1, 3)) < TOLERANCE
 
 
-# Where an attention may stand, and how to find it there.
+# Places of an attention in a model: how to build the model, how to find the attention in it, and its name.
 PLACES = {
     "root": (lambda attn: attn, lambda model: model, ""),
     "attribute": (Block, lambda model: model.attn, "attn"),
@@ -187,19 +187,19 @@ class TestWhatIsKept:
         assert not replace_attention(original(**SIZE).eval()).model.training
 
     def test_nothing_is_lost_by_inference_mode(self):
-        """The trial needs gradients, and tensors that were made in that mode never have any."""
+        """The trial run needs gradients, which tensors made in inference mode never have."""
         with torch.inference_mode():
             ours = replace_attention(original(**SIZE)).model
             assert type(ours) is BiLevelRoutingAttention
             ours(clear_map((6, 8)))
 
     def test_nothing_of_the_original_prevents_pickling(self):
-        """Without LePE the original holds a function that has no name."""
+        """Without LePE the original holds a lambda, which cannot be pickled."""
         ours = replace_attention(original(**SIZE, side_dwconv=0)).model
         assert type(pickle.loads(pickle.dumps(ours))) is BiLevelRoutingAttention
 
     def test_hooks_with_their_handles(self):
-        """The trial calls none of them."""
+        """The trial run calls no hook."""
         attn, calls = original(**SIZE), []
         handles = [
             attn.register_forward_pre_hook(lambda module, args: calls.append("pre")),
@@ -236,7 +236,7 @@ class TestWhatIsKept:
         assert note == "hooks not called any more on kv_gather, qkv"
 
     def test_hooks_on_router_and_pooling(self):
-        """They are made anew, and called alike."""
+        """Router and pooling layer are built anew; their hooks are moved and called as before."""
         attn, calls = original(**SIZE, kv_downsample_mode="avgpool", kv_downsample_ratio=2), []
         for name in ("router", "kv_down", "lepe"):
             layer = getattr(attn, name)
@@ -247,7 +247,7 @@ class TestWhatIsKept:
         assert sorted(calls) == ["kv_down", "lepe", "router"]
 
     def test_attributes_that_others_set_or_read(self):
-        """Ultralytics numbers the layers of a model so, in `type` too, which is a method of `nn.Module`."""
+        """Ultralytics sets `i`, `f` and `type` on every layer of a model; `nn.Module` has a method `type`."""
         attn = original(**SIZE)
         attn.i, attn.f, attn.type = 3, -1, "somebody.Attention"
         ours = replace_attention(nn.Sequential(attn)).model[0]

@@ -10,7 +10,7 @@ from bra_triton import BiLevelRoutingAttention, replace_attention
 
 
 class Subclass(original):
-    """Records something, beside the same result."""
+    """Gives the same result, and records the input's shape."""
 
     def forward(self, x):
         self.seen = x.shape
@@ -18,7 +18,7 @@ class Subclass(original):
 
 
 def with_(change, **arguments):
-    """An original to which something was done."""
+    """An original module with a change."""
     attn = original(**SIZE | arguments)
     change(attn)
     return attn
@@ -167,7 +167,7 @@ def test_layers_that_do_nothing_are_no_obstacle():
 
 
 def test_our_own_modules_and_what_holds_one_are_not_looked_at():
-    """torch.compile's wrapper answers for the attributes of the module inside."""
+    """torch.compile's wrapper has the attributes of the module inside, but only that module is replaced."""
     compiled = torch.compile(original(**SIZE))
     report = replace_attention(nn.ModuleList([BiLevelRoutingAttention(**SIZE), compiled]))
     assert [finding.name for finding in report.replaced] == ["1._orig_mod"]

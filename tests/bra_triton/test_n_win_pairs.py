@@ -12,7 +12,7 @@ from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, fun
 
 BACKENDS = ("reference", "torch")
 NHWC, NCHW = BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
-# Norm of the difference over the norm: float32 gives 1 to 4e-7.
+# For the norm of the difference divided by the norm of the result; rounding of float32 gives 1 to 4e-7.
 TOLERANCE = 1e-5
 
 
@@ -23,7 +23,7 @@ def _authors(n_win):
 
 
 def _ours(kind, authors, n_win, backend):
-    """Ours with the same weights; the NHWC module has other names for them, and no 1x1 kernels."""
+    """Our module with the same weights; in the NHWC module they have other names and no 1x1 kernels."""
     module = kind(12, 2, n_win, topk=3, backend=backend)
     state = authors.state_dict()
     if kind is NHWC:
@@ -36,7 +36,7 @@ def _ours(kind, authors, n_win, backend):
 
 
 def _clear_map(rows, columns, height, width):
-    """NCHW, with a mean for each region, so that float32 leaves no doubt about the routing."""
+    """An NCHW map whose regions have different means, so that float32 cannot choose other regions."""
     means = torch.randn(2, 12, rows, columns)
     for dim, side, count in ((2, height, rows), (3, width, columns)):
         means = means.repeat_interleave(-(-side // count), dim).narrow(dim, 0, side)
@@ -64,7 +64,7 @@ def test_is_masked_dense_attention(kind, backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_goes_to_multiples_of_either_number(backend, device):
-    """Padded before the projection, as the definition has it: by hand, and cropped."""
+    """The reference pads before the projection: the same as padding a map by hand and cropping the output."""
     module = BiLevelRoutingAttention(12, 2, (2, 3), topk=3, auto_pad=True, backend=backend).to(device)
     x = _clear_map(2, 3, 5, 7).permute(0, 2, 3, 1).to(device)
     grad_out = torch.randn_like(x)
@@ -80,7 +80,7 @@ def test_is_no_part_of_the_state_dict(kind):
 
 
 def test_may_come_as_a_list_and_of_numpys_integers():
-    """A list is what a yaml row holds."""
+    """Rows of a yaml hold lists."""
     for n_win in ([2, 3], (np.int64(2), np.uint8(3))):
         assert BiLevelRoutingAttention(16, 2, n_win).spec.n_win == (2, 3)
     assert BiLevelRoutingAttention(16, 2, (4, 4)).spec == BiLevelRoutingAttention(16, 2, 4).spec

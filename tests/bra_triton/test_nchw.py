@@ -49,7 +49,7 @@ MODULE_CASES = {
     "no LePE, dense": ((6, 6), {"side_dwconv": 0, "topk": 9}),
     "low map": ((2, 7), {"auto_pad": True}),
     "fewer regions than topk": ((1, 2), {"auto_pad": True}),
-    # Its strides say nothing of the way from image to image.
+    # The strides of a map of one token do not tell the stride between images.
     "one token": ((1, 1), {"auto_pad": True}),
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -147,5 +147,5 @@ class TestModule:
         assert out.dtype == torch.bfloat16
         out.float().sum().backward()
         assert x.grad.dtype == module.lepe.weight.grad.dtype == torch.float32
-        # bfloat16 keeps 8 bits; three roundings on the way.
+        # bfloat16 keeps 8 bits; results are rounded three times.
         assert relative_error(out, expected.double()) < 3e-2

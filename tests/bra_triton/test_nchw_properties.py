@@ -1,4 +1,4 @@
-"""Attention over given regions, and `nchwBRA`, on drawn maps, graphs and strides, against the reference."""
+"""Attention to given regions and `nchwBRA` against the reference, on drawn maps, graphs and strides."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ HEAD_DIMS = st.sampled_from((12, *range(1, 21)))
 
 @dataclass(frozen=True)
 class DrawnCall:
-    """Attention over given regions, and how each of its tensors lies in memory."""
+    """A call of `regional_routing_attention`, and the memory layout of each of its tensors."""
 
     batch: int
     num_heads: int
@@ -66,14 +66,15 @@ class DrawnCall:
                 (self.kv_size, self.kv_region_size or self.region_size),
             )
         )
-        # Drawn one by one, so that a region may be named twice: it then counts twice.
+        # Entries are independent, so that a graph may name a region twice: the region then counts twice.
         graph = torch.randint(kv_regions, (self.batch, self.num_heads, query_regions, self.topk))
         return tensors | {"graph": graph.to(self.graph_dtype)}
 
 
 @st.composite
 def drawn_calls(draw, backend):
-    # Sizes that the interpreter can bear, and the less simple first: few others are drawn for it.
+    # Sizes are small, because the interpreter is slow. It gets few examples, mostly of the first choices, so
+    # these are the most demanding.
     sides = st.sampled_from((5, 4, 3, 2, 1) if backend == "triton" else (5, *range(1, 10)))
     region_sides = st.sampled_from((3, 2, 4) if backend == "triton" else (3, 2, 4, 1))
     sizes, region_sizes = st.tuples(sides, sides), st.tuples(region_sides, region_sides)
@@ -81,10 +82,10 @@ def drawn_calls(draw, backend):
     kv_size, kv_region_size = draw(sizes | st.just(size)), draw(region_sizes | st.none())
     head_dims = draw(st.tuples(HEAD_DIMS, HEAD_DIMS))
     n_regions = RegionGrid.of_region_size(*kv_size, kv_region_size or region_size).n_regions
-    # Not expanded over the channels: a score's addends would all be equal, and scores too large to compare.
+    # Not expanded along the channels: all addends of a score would be equal, and scores too large to compare.
     of_maps = layouts(4, expandable=(0, 2, 3))
     of_query = draw(of_maps)
-    of_maps |= st.just(of_query)  # the same way for all three is what a packed projection gives
+    of_maps |= st.just(of_query)  # maps of a packed projection have the same layout
     return DrawnCall(
         batch=draw(st.sampled_from((2, 1))),
         num_heads=draw(st.sampled_from((2, 1))),
@@ -102,7 +103,7 @@ def drawn_calls(draw, backend):
             "key": draw(of_maps),
             "value": draw(of_maps),
             "grad_out": draw(layouts(4, expandable=EVERY_DIM)),
-            "graph": draw(layouts(4, expandable=(0, 1))),  # expanded over the heads it is one graph
+            "graph": draw(layouts(4, expandable=(0, 1))),  # expanded over the heads: one graph
         },
         seed=draw(st.integers(0, 2**16)),
     )
@@ -147,7 +148,7 @@ def _call_errors(drawn, backend):
 
 @dataclass(frozen=True)
 class DrawnModule:
-    """A module, what it is applied to, and how that lies in memory."""
+    """A module's arguments; size, dtype and memory layout of its map and of the output's gradient."""
 
     arguments: dict
     batch: int
@@ -208,10 +209,10 @@ def _module_errors(drawn, backend):
     )
     actual = run(module, drawn.layout.of(x), drawn.grad_layout.of(grad_out), drawn.seed)
     x, grad_out = drawn.layout.of(x.double()), drawn.grad_layout.of(grad_out.double())
-    projected = projections[0]  # more of them where the call is checkpointed
+    projected = projections[0]  # there are more if the call is checkpointed
     errors = {"projection": relative_error(projected, oracle.qkv_linear(x))}
 
-    # From here on with the rounded projection, whose routes are not those of the exact one.
+    # Use the rounded projection from here on: the exact one may route to other regions.
     exact = nchw_call(module, projected.double())
     r_idx = BACKENDS[backend].route(nchw_call(module, projected))[1]
     assume_equal_routes(r_idx, reference.route(exact)[1], *region_means(exact))

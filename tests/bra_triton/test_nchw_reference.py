@@ -1,4 +1,4 @@
-"""The oracle of the NCHW form against independent formulations."""
+"""The reference of the NCHW form, compared with independent formulations."""
 
 import pytest
 import torch
@@ -16,12 +16,12 @@ FLOAT64_TOLERANCE = 1e-12
 
 
 def _attend_regional(*arguments, kv_region_size=None, region_size):
-    """Output and attention matrix, the arguments those of `functional.regional_routing_attention`."""
+    """Output and attention matrix; takes the arguments of `functional.regional_routing_attention`."""
     return reference.attend_regional(regional_call(*arguments, region_size, kv_region_size, auto_pad=True))
 
 
 def _tokens_of_regions(size, region_size):
-    """For every region its tokens' rows and columns, in order, those past the edge included."""
+    """For every region the (row, column) of its tokens, in order, including tokens past the map's edge."""
     counts = [-(-side // region_side) for side, region_side in zip(size, region_size, strict=True)]
     return [
         [
@@ -35,7 +35,7 @@ def _tokens_of_regions(size, region_size):
 
 
 def _dense_attention_token_by_token(case, query, key, value, graph):
-    """Every query against the list of all key tokens, zeros past the edge, masked by its head's graph."""
+    """Attention of every query to all key tokens, zeros past the edge, masked by the head's graph."""
     kv_size = case.kv_size or case.size
     query_regions = _tokens_of_regions(case.size, case.region_size)
     key_regions = _tokens_of_regions(kv_size, case.kv_region_size or case.region_size)
@@ -89,7 +89,7 @@ def test_equals_dense_attention_under_a_mask_per_head_built_token_by_token(case)
 
 
 def test_a_region_named_twice_counts_twice():
-    """Two regions of one token: the weights are those of a list with the first token twice."""
+    """Two regions of one token; the first region's keys are token 0 twice, with weights of 0.5 each."""
     query, key, value = (torch.randn(1, 4, 1, 2, dtype=torch.float64) for _ in range(3))
     graph = torch.tensor([[[[0, 0], [0, 1]]]])
     out, attn_weight = _attend_regional(query, key, value, 1.0, graph, region_size=(1, 1))
@@ -98,7 +98,7 @@ def test_a_region_named_twice_counts_twice():
 
 
 def test_padded_keys_take_part_with_logit_and_value_zero():
-    """One token in a region of four: it keeps exp(qk) / (exp(qk) + 3) of its value."""
+    """One token in a region of four: its value gets the weight exp(qk) / (exp(qk) + 3)."""
     query, key, value = (torch.full((1, 1, 1, 1), x, dtype=torch.float64) for x in (2.0, 3.0, 5.0))
     graph = torch.zeros(1, 1, 1, 1, dtype=torch.long)
     out, _ = _attend_regional(query, key, value, 0.1, graph, region_size=(2, 2))
@@ -107,7 +107,7 @@ def test_padded_keys_take_part_with_logit_and_value_zero():
 
 
 def test_gradcheck():
-    """Keys on a padded grid of their own, values wider than keys, two heads."""
+    """The queries' grid is padded, the keys' grid is another one; values are wider than keys; two heads."""
     sizes = {"query": (2, 3, 2), "key": (2, 2, 3), "value": (4, 2, 3)}
     maps = [torch.randn(1, *size, dtype=torch.float64, requires_grad=True) for size in sizes.values()]
     graph = torch.tensor([[[[0, 2], [1, 0]], [[1, 2], [2, 0]]]])
@@ -130,7 +130,7 @@ def _route(query, key, grid, topk):
 
 class TestRouting:
     def test_means_leave_padding_out(self):
-        """5 x 7 at regions of 2 x 3: the last row and column of regions are partly past the edge."""
+        """A map of 5 x 7, regions of 2 x 3: the last row and column of regions are partly past the edge."""
         grid = RegionGrid.of_region_size(5, 7, (2, 3))
         query, key = torch.randn(2, 2, 4, 5, 7, dtype=torch.float64)
         means = []
@@ -170,7 +170,7 @@ def _pair(dim=16, num_heads=2, n_win=3, **arguments):
     "arguments", [{}, {"qk_scale": 0.7, "side_dwconv": 5}, {"side_dwconv": 0, "topk": 9}]
 )
 def test_module_agrees_with_the_nhwc_form_where_n_win_divides_the_map(arguments):
-    """Their routers' logits differ by a positive factor alone, so they choose the same regions."""
+    """The routing logits of both forms differ only by a positive factor, so both choose the same regions."""
     nchw, nhwc = _pair(**arguments)
     x = torch.randn(2, 16, 9, 12, dtype=torch.float64)
     out, attn_weight = nchw(x, ret_attn_mask=True)
@@ -181,7 +181,7 @@ def test_module_agrees_with_the_nhwc_form_where_n_win_divides_the_map(arguments)
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_padding_after_the_projection_equals_padding_before_it_only_without_bias(bias):
-    """The attention on 7 x 8, padded to 9 x 9 under the same grid and graph; n_win=3."""
+    """Attention on a map of 7 x 8 tokens, padded to 9 x 9, with the same grid and graph; n_win=3."""
     projection = nn.Linear(16, 48, bias=bias).double()
     spec = AttentionSpec(16, 16, 2, 3, 4)
     x = torch.randn(1, 7, 8, 16, dtype=torch.float64)
@@ -216,7 +216,7 @@ class TestModule:
         assert attn_weight.shape == (1, 2, 2, 1, 2)  # two regions of one token, fewer than topk
 
     def test_routing_is_detached(self):
-        """The graph of gradients holds the attention's products but none of the router's."""
+        """The routing weights need no gradient, although the projection does."""
         module = NCHWBiLevelRoutingAttention(16, 2, 3)
         qkv = module.qkv_linear(torch.randn(1, 16, 6, 6)).permute(0, 2, 3, 1)
         r_weight, _ = reference.route(Call(qkv, module.spec, given_grid=RegionGrid.of_windows(6, 6, 3)))

@@ -93,7 +93,7 @@ class TestDropIn:
 
 
 class TestErrors:
-    """Bad input is refused before any work, by an error that names it."""
+    """Bad input is refused before any computation, by an error that names the argument."""
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -133,7 +133,7 @@ class TestErrors:
 
 
 class _Adapter(nn.Module):
-    """A projection with an addition, as adapters wrap it: its bias is not what it makes of a zero."""
+    """Adds a shift to a projection, as adapters do: a zero token is not projected to the layer's bias."""
 
     def __init__(self, layer):
         super().__init__()
@@ -173,7 +173,7 @@ PROJECTIONS = {
 
 
 class TestPadding:
-    """What the projection makes of a zero token stands past the edge, whatever the projection is."""
+    """Padding tokens hold the projection of a zero token, also if the projection is hooked or replaced."""
 
     @pytest.mark.parametrize("projection", PROJECTIONS)
     def test_is_what_the_projection_makes_of_zero(self, projection):
@@ -181,7 +181,7 @@ class TestPadding:
         PROJECTIONS[projection](module)
         module.double()
         x = torch.randn(2, 5, 7, 16, dtype=torch.float64)
-        # Padded before the projection, as the definition has it: by hand, and cropped.
+        # As the reference does: pad the map before the projection, and crop the output.
         by_hand = module(nn.functional.pad(x, (0, 0, 0, 1, 0, 1)))[:, :5, :7]
         assert relative_error(module(x), by_hand) < 1e-12
         actual, expected = (run(each, x, x) for each in (module, reference_of(module)))
@@ -198,7 +198,7 @@ class TestPadding:
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("projection", ["plain", "adapter"])
     def test_under_autocast(self, projection, backend, device):
-        """The bias is float32 there, and the projection bfloat16."""
+        """Under autocast the bias is float32, and the projection's output is bfloat16."""
         module = BiLevelRoutingAttention(16, 2, 2, topk=4, auto_pad=True, backend=backend)
         PROJECTIONS[projection](module)
         module.to(device)
@@ -209,7 +209,7 @@ class TestPadding:
         assert actual["out"].dtype == torch.bfloat16
         assert all(actual[name].dtype == torch.float32 for name in expected if name != "out")
         errors = {name: relative_error(actual[name], expected[name]) for name in expected}
-        # bfloat16 keeps 8 bits; a few roundings on the way.
+        # bfloat16 keeps 8 bits; results are rounded a few times.
         assert worst(errors.values()) < 3e-2, errors
 
 

@@ -1,4 +1,4 @@
-"""What PyTorch's dispatcher sees of the operators: their fake implementations, and what touches the map."""
+"""What PyTorch's dispatcher sees: the operators' fake implementations, and which operators touch the map."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ def _compare_with_fake(function, arguments, result):
 @pytest.mark.parametrize("batch", [0, 1, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestFakes:
-    """Compilers allocate and read by what a fake implementation says."""
+    """Fake implementations give the real layouts: compilers allocate and read memory by them."""
 
     @pytest.mark.parametrize("branch", BRANCHES)
     def test_attention(self, branch, backend, batch, device):
@@ -79,9 +79,10 @@ def test_operators_meet_pytorchs_own_checks(backend, device):
             lambda x, learns=learns: x.detach().requires_grad_(learns and x.is_floating_point()),
             arguments,
         )
-        # Dispatch is the same whatever the backend, and the interpreter is slow.
+        # Dispatch is the same for both backends, and the interpreter is slow.
         checks = ("test_schema", "test_faketensor") if backend == "triton" else DEFAULT_TEST_UTILS
-        # What the Triton backend saves has gaps between its arrays that nobody writes: filled, they compare.
+        # The tensor that the Triton backend saves has gaps between its arrays, which no kernel writes.
+        # `poisoned` fills them alike in every run, so that opcheck can compare runs.
         with poisoned():
             torch.library.opcheck(function, arguments, test_utils=checks)
 
@@ -89,7 +90,7 @@ def test_operators_meet_pytorchs_own_checks(backend, device):
 class _Log(TorchDispatchMode):
     """Names of the operators that touch a tensor of at least `elements` elements.
 
-    What Triton's interpreter does to emulate a launch (it copies every argument) is not the package's doing.
+    Operators that Triton's interpreter calls are left out: it copies every argument to emulate a launch.
     """
 
     def __init__(self, elements):
@@ -99,7 +100,7 @@ class _Log(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        # These take a tensor for its dtype and device alone.
+        # These use their argument only for its dtype and device.
         of_its_kind = function.overloadpacket in (torch.ops.aten.new_zeros, torch.ops.aten.new_empty)
         tensors = [x for x in tree_leaves(result if of_its_kind else (args, result)) if torch.is_tensor(x)]
         if any(x.numel() >= self.elements for x in tensors) and not _called_by_the_interpreter():
@@ -116,15 +117,15 @@ def _called_by_the_interpreter():
     return False
 
 
-# The map is larger than any weight, so that only what touches it is logged.
+# The map is larger than any weight, so that only operators that touch the map are logged.
 MAP_CASE = Case("map", "", 12, 15, 16, 1, 3, 3)
-# Everything that a forward and a backward may do with a tensor as large as the map. What is not here,
-# gather, index, cat, pad, permuted copies (clone, copy_, contiguous), zero-filled projections, fails.
+# All operators that a forward and a backward may call on a tensor as large as the map. Others fail the test:
+# gather, index, cat, pad, permuted copies (clone, copy_, contiguous), zero-filled projections.
 ALLOWED = {
     *("bra_triton::attend", "bra_triton::attend_backward"),
     *("aten::addmm", "aten::mm", "aten::sum", "aten::mul", "aten::ones_like"),  # projections, loss
     *("aten::convolution", "aten::convolution_backward"),  # projections of NCHW maps
-    *("aten::view", "aten::_unsafe_view", "aten::t", "aten::detach", "aten::expand"),  # no memory moves
+    *("aten::view", "aten::_unsafe_view", "aten::t", "aten::detach", "aten::expand"),  # no copy
     *("aten::permute", "aten::sym_size", "aten::squeeze", "aten::unsqueeze"),
 }
 
@@ -132,7 +133,7 @@ ALLOWED = {
 @pytest.mark.parametrize("size", [(12, 15), (11, 13)], ids=["divisible", "padded"])
 @pytest.mark.parametrize("kind", [BiLevelRoutingAttention, NCHWBiLevelRoutingAttention])
 def test_forward_and_backward_of_the_module_touch_the_map_only_by_allowed_operators(kind, size, device):
-    """Padding a map must not copy it either, nor need the one gradient of an NCHW map's projection."""
+    """Neither the padding of a map nor the packed gradient of an NCHW map's projection may cost a copy."""
     case = MAP_CASE
     module = kind(case.dim, case.num_heads, case.n_win, topk=case.topk, auto_pad=True, backend="triton")
     module.to(device)
@@ -146,7 +147,7 @@ def test_forward_and_backward_of_the_module_touch_the_map_only_by_allowed_operat
 
 
 def test_inside_the_operators_nothing_but_allocations_touches_the_map(device):
-    """The log of the module cannot see into an operator, so its implementation is logged on its own."""
+    """A log of the module's call cannot see inside an operator, so this test logs the implementation."""
     case = MAP_CASE
     spec, qkv = case.spec, random_map(case, device).float()
     weight = torch.randn(case.dim, 1, 3, 3, device=device)
@@ -157,7 +158,7 @@ def test_inside_the_operators_nothing_but_allocations_touches_the_map(device):
     with _Log(grad_out.numel()) as log:
         _, saved = kernels.attend(problem, trains=True)
         kernels.attend_backward(grad_out, problem, None, saved, Needs(lepe_weight=True))
-    # The latter: arrays inside one allocation, for the interpreter.
+    # `set_` makes the arrays inside one allocation, which the interpreter needs as tensors.
     allowed = {"aten::empty_strided", "aten::set_"}
     assert set(log.names) <= allowed, set(log.names) - allowed
     assert "aten::empty_strided" in log.names
@@ -176,7 +177,7 @@ def test_where_every_region_attends_to_all_nothing_is_routed(kind, topk, device,
         return run(plan, *inputs)
 
     monkeypatch.setattr(Plan, "run", log)
-    with tiles.use_form(ROUTED):  # small maps are routed in the attention's own launch
+    with tiles.use_form(ROUTED):  # else the launch of the attention routes small maps
         module(x.permute(0, 3, 1, 2) if kind is NCHWBiLevelRoutingAttention else x)
     assert launched
     assert ("route_kernel" in launched) == (topk < 9)
@@ -204,7 +205,7 @@ def test_autocast_does_not_reach_into_the_operators(backend, device):
 
 
 def test_every_way_to_allow_tf32_is_understood():
-    """In processes of their own, since PyTorch refuses to go back from the newer settings to the older."""
+    """Each setting in a new process: PyTorch refuses to go back from its newer settings to the older ones."""
     code = f"""
 import os, sys
 sys.path.insert(0, {str(Path(in_tree.__file__).parent)!r})

@@ -1,4 +1,4 @@
-"""The drop-in and the functional API on drawn arguments, maps, strides and dtypes, against the reference."""
+"""The drop-in and the functional API against the reference; Hypothesis draws arguments, maps and strides."""
 
 import math
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ from bra_triton.call import Call
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.modules import downsampling
 
-# Of every choice the first is one that the others leave little to add to: the first example drawn is made of
-# first choices, and on the interpreter, where an example takes a second or two, few others are drawn.
+# In every list of choices the first is the most demanding. Hypothesis makes its first example of first
+# choices, and draws few others for the interpreter, where an example takes a second or two.
 HEAD_DIMS = (12, *range(1, 21))
 ROUTINGS = (
     {"soft_routing": True, "diff_routing": True, "param_routing": True},
@@ -44,7 +44,7 @@ ROUTINGS = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """A module, what it is applied to, and how that lies in memory."""
+    """A module's arguments; size, dtype and memory layout of its map and of the output's gradient."""
 
     arguments: dict
     batch: int
@@ -60,7 +60,7 @@ class Drawn:
         return RegionGrid.of_windows(*self.size, self.arguments["n_win"])
 
     def map(self, channels: int) -> torch.Tensor:
-        """Random tokens, float64; every region has a mean of its own, or precisions would route apart."""
+        """Random tokens in float64; regions have different means, so that all precisions route alike."""
         grid = self.grid
         x = torch.randn(self.batch, grid.rows, grid.columns, channels)
         x = x.repeat_interleave(grid.region_height, 1).repeat_interleave(grid.region_width, 2)
@@ -70,7 +70,7 @@ class Drawn:
 
 @st.composite
 def drawn(draw, backend, modes=downsampling.MODES[::-1]):
-    """Any valid combination of the arguments, at sizes that the interpreter can bear."""
+    """Any valid combination of the arguments, at sizes small enough for the interpreter."""
 
     def choose(*choices):
         return draw(st.sampled_from(choices))
@@ -85,7 +85,7 @@ def drawn(draw, backend, modes=downsampling.MODES[::-1]):
         "num_heads": num_heads,
         "n_win": n_win,
         "qk_dim": choose(qk_dim, None),
-        # Larger scores would be rounded to more than is left of a gradient that cancels.
+        # With larger scores the rounding would exceed gradients whose terms nearly cancel.
         "qk_scale": choose(None, 0.25 * qk_dim**-0.5, 1.5 * qk_dim**-0.5),
         "topk": choose(*range((n_win**2 + 1) // 2, n_win**2 + 1), *range(1, (n_win**2 + 1) // 2)),
         "param_attention": choose("qkvo", "qkv"),
@@ -108,7 +108,7 @@ def drawn(draw, backend, modes=downsampling.MODES[::-1]):
 
 @st.composite
 def downsamplings(draw, mode, sides):
-    """Arguments of a `kv_downsample_mode` that regions of these sides admit."""
+    """Arguments of a `kv_downsample_mode` that are valid for regions of these sides."""
     arguments, shortest = {"kv_downsample_mode": mode}, min(sides)
     if mode in ("ada_avgpool", "ada_maxpool"):
         arguments["kv_per_win"] = draw(st.sampled_from((2, 1, 3, 4)))
@@ -161,11 +161,11 @@ def _module_errors(drawn, backend):
     actual = run(
         module, drawn.layout.of(x.to(drawn.dtype)), drawn.grad_layout.of(grad_out.to(drawn.dtype)), drawn.seed
     )
-    # The hook has the module call its projection for the padding too, after it has for the map.
+    # Because of the hook the module calls its projection twice: for the map, then for a padding token.
     projected, padding = projections[0], projections[1][0] if drawn.grid.is_padded else None
     errors = {"projection": relative_error(projected, oracle.qkv(x))}
 
-    # From here on with the rounded projection, whose routes and maxima are not those of the exact one.
+    # Use the rounded projection from here on: the exact one may have other routes and other maxima.
     values, padding_values = projected.double(), None if padding is None else padding.double()
     linear = isinstance(module.router.emb, nn.Linear)
     router = (module.router.emb.weight, module.router.emb.bias) if linear else (None, None)
@@ -184,13 +184,13 @@ def _route(call, backend):
 
 
 def _check_routes(r_idx, call):
-    """The routes are the reference's for the call, in float64, or differ by rounding."""
+    """Fails if `r_idx` is not the float64 reference's choice; discards the example if only by rounding."""
     assume_equal_routes(r_idx, reference.route(call)[1], *region_means(call))
 
 
 @dataclass(frozen=True)
 class DrawnCall:
-    """A call of the functional API, and how each of its tensors lies in memory."""
+    """A call of the functional API, and the memory layout of each of its tensors."""
 
     module: Drawn
     layouts: dict[str, Layout]
@@ -264,19 +264,19 @@ def _call_errors(drawn, backend):
     (expected, _, leaves), (actual, r_idx, _) = run("reference", torch.float64), run(backend, drawn.dtype)
     routed = {name: x for name, x in leaves.items() if not name.startswith("lepe")}
     _check_routes(r_idx, Call(**routed, spec=spec))
-    # With padding: on a map of few tokens all that is routed to may be padding.
+    # The yardstick includes `padding`: on a map of few tokens all chosen keys may be padding.
     return relative_errors(actual, expected, [name for name in ("qkv", "padding") if name in expected])
 
 
 def _every_other(x):
-    """The values of `x` with as much between them along the last dimension."""
+    """The values of `x` with a stride of 2 along the last dimension, and NaN in between."""
     return torch.stack((x, torch.full_like(x, math.nan)), -1)[..., 0]
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_interpreter)])
 @pytest.mark.parametrize("strided", ["qkv", "padding", "lepe_bias"])
 def test_strides_do_not_change_the_result(strided, backend):
-    """That the kernels read what the tensors hold; a slip here may well read past their end."""
+    """Kernels must read by the tensors' strides; with wrong strides they may read past a tensor's end."""
     qkv = torch.randn(1, 4, 1, 16)
     tensors = {
         "qkv": qkv,
@@ -284,7 +284,7 @@ def test_strides_do_not_change_the_result(strided, backend):
         "lepe_weight": torch.randn(8, 1, 3, 3),
         "lepe_bias": torch.randn(8),
     }
-    if strided == "qkv":  # PyTorch calls a row that is transposed contiguous, whatever its stride is there
+    if strided == "qkv":  # PyTorch calls a transposed row contiguous: it ignores the stride of an axis of 1
         changed = qkv.view(1, 1, 4, 16).transpose(1, 2)
         assert changed.is_contiguous()
         assert changed.stride() == (64, 16, 64, 1)

@@ -1,4 +1,4 @@
-"""The oracle against an independent formulation: dense attention under a routing mask."""
+"""The reference against an independent formulation: dense attention under a routing mask."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from bra_triton.spec import AttentionSpec
 
 
 def _regions_of_tokens(grid: RegionGrid) -> torch.Tensor:
-    """Region of every token of the map, found without the grid's own arithmetic."""
+    """Region of every token of the map, computed without the methods of `RegionGrid`."""
     rows = torch.arange(grid.height) // grid.region_height
     columns = torch.arange(grid.width) // grid.region_width
     return (rows[:, None] * grid.columns + columns).flatten()
@@ -42,10 +42,10 @@ def test_equals_dense_attention_under_the_routing_mask(case):
 
 
 def test_routes_to_the_regions_with_the_most_similar_means():
-    """Four regions whose means are known: the choice can be told by hand."""
+    """Four regions with known means, so that the right choice is known."""
     spec = AttentionSpec(4, 4, 1, n_win=2, topk=2)
     qkv = torch.zeros(1, 4, 4, 12, dtype=torch.float64)
-    qkv[..., 0] = 1.0  # every query looks along channel 0
+    qkv[..., 0] = 1.0  # every query is the unit vector of channel 0
     for region, strength in enumerate((0.0, 3.0, -1.0, 2.0)):
         qkv[:, region // 2 * 2 : region // 2 * 2 + 2, region % 2 * 2 : region % 2 * 2 + 2, 4] = strength
     r_weight, r_idx = reference.route(Call(qkv, spec))
@@ -82,7 +82,7 @@ def test_half_precision_routes_by_float32_means(counts_padding, device):
 
 
 class TestModes:
-    """What the original's other modes mean, on the reference that defines them."""
+    """The original's other modes, on the reference, which defines their semantics."""
 
     @staticmethod
     def _module(**arguments):
@@ -104,7 +104,7 @@ class TestModes:
         assert hard.router.emb.weight.grad.norm() > 0
 
     def test_soft_routing_weighs_the_chosen_keys_and_values(self):
-        """With one chosen region the weight is 1 and soft is none; with two it is not."""
+        """With one chosen region its weight is 1, so soft routing changes nothing; with two it does."""
         errors = []
         for topk in (1, 2):
             plain, soft = (self._module(topk=topk, soft_routing=soft) for soft in (False, True))

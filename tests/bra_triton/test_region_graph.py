@@ -1,4 +1,4 @@
-"""Graphs whose entries name no region: refused where values can be looked at, harmless elsewhere."""
+"""Graphs with an entry that is no region: an error if values can be checked, else the nearest region."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from bra_triton import call
 from bra_triton.functional import regional_routing_attention
 
 BACKENDS = ("torch", "triton", "reference")
-# 2**32 is 0 and 2**32 - 1 is -1 to whoever drops the upper half.
+# Without their upper 32 bits, 2**32 is 0 and 2**32 - 1 is -1.
 OUTSIDE = (4, -1, 2**31 - 1, -(2**31), 2**32, 2**32 - 1, -(2**63))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -40,7 +40,7 @@ def _fits(entry, dtype):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("entry", OUTSIDE)
 def test_an_entry_outside_is_an_error(entry, dtype, backend, device, monkeypatch):
-    monkeypatch.setenv("BRA_TRITON_CHECK", "1")  # the CPU needs no such demand
+    monkeypatch.setenv("BRA_TRITON_CHECK", "1")  # on the CPU values are checked without it
     if device.type == "cpu":
         monkeypatch.delenv("BRA_TRITON_CHECK")
     if not _fits(entry, dtype):
@@ -85,7 +85,7 @@ def test_so_does_an_exported_one(backend):
 
 @every_backend
 def test_any_strides_serve(backend, device):
-    """Expanded over images, heads, regions and choices, transposed, and every second entry of a wider one."""
+    """Graphs expanded over images, heads, regions or choices, transposed, or a slice of a wider graph."""
     maps, graph = _maps(device), _graph(device)
     wider = graph.repeat_interleave(2, dim=-1)
     layouts = [
@@ -97,7 +97,7 @@ def test_any_strides_serve(backend, device):
     for layout in layouts:
         expected = _results(maps, layout.contiguous(), "torch")
         actual = _results(maps, layout, backend)
-        # Backends add up in another order.
+        # Backends add in different orders.
         assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(actual, expected, strict=True))
 
 

@@ -9,8 +9,8 @@ from bra_triton.functional import regional_routing_attention
 from bra_triton.operators import regional as operators
 
 BACKENDS = ("torch", "triton")
-# Norm of the difference over the norm. Rounding of float32 gives 1 to 4e-7 at these sizes; a wrong tail, mask
-# or scale gives 1e-3 and more.
+# For `relative_error`, the norm of the difference divided by the norm of the truth. Rounding of float32 gives
+# 1 to 4e-7 at these sizes; a wrong tail, mask or scale gives 1e-3 and more.
 FLOAT32_TOLERANCE = 1e-5
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -57,7 +57,7 @@ LAYOUTS = {
 READ_IN_PLACE = ("channels_last", "channel slice")
 
 
-# The layouts part before the backends do; interpreted, one is enough.
+# Layouts are handled before the backend is called, so one layout is enough for the interpreter.
 @pytest.mark.parametrize(
     ("layout", "backend"), [*((name, "torch") for name in LAYOUTS), ("channel slice", "triton")]
 )
@@ -225,7 +225,7 @@ def test_autocast_does_not_reach_inside(backend, device):
 
 
 def test_results_are_unpacked_as_upstream(device):
-    """`out, attn = ...` is what the authors' callers write; of one tensor it would split a batch of two."""
+    """The authors' callers write `out, attn = ...`, which would split a single tensor if the batch is two."""
     case = next(case for case in REGIONAL_CASES if case.batch == 2)
     maps, graph = [x.float().to(device) for x in case.maps()], case.graph().to(device)
     numbers = {**case.numbers, "backend": "torch"}

@@ -33,9 +33,11 @@ MODES = {
     "negative, avgpool": {"qk_scale": -0.3, "kv_downsample_mode": "avgpool", "kv_downsample_ratio": 2},
     "ratio 1": {"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 1},
 }
-# The interpreter is slow, and the Triton backend has no float64: one mode a kernel.
+# Modes for the Triton backend, one for each kernel: the interpreter is slow. They run in float32, since the
+# backend has no float64.
 INTERPRETED = ("identity", "param_routing", "maxpool", "negative")
-# Norm of the difference over the norm: some 1e-16 of float64's rounding, 1 to 4e-7 of float32's.
+# For the norm of the difference divided by the norm of the result. Rounding gives some 1e-16 in float64, 1 to
+# 4e-7 in float32.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -61,7 +63,7 @@ def test_is_the_original_module(mode, backend, size, device):
     module = BiLevelRoutingAttention(**arguments, backend=backend).double().to(device)
     module.load_state_dict(seed.state_dict(), strict=True)
     seed.load_state_dict(module.state_dict(), strict=True)
-    # A mean for each region, so that float32 routes as float64 does.
+    # Regions have different means, so that float32 routes as float64 does.
     means = (
         torch.randn(2, 2, 2, 12).repeat_interleave(size[0] // 2 + 1, 1).repeat_interleave(size[1] // 2 + 1, 2)
     )

@@ -1,4 +1,4 @@
-"""The numbers of an attention."""
+"""`AttentionSpec`: the default scale."""
 
 from bra_triton.spec import AttentionSpec
 

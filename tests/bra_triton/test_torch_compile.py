@@ -24,14 +24,15 @@ MODES = {
     "soft, conv": DIFF | {"soft_routing": True, "kv_downsample_mode": "conv", "kv_downsample_ratio": 2},
     "whole": {"topk": 4, "qk_dim": 4},
 }
-# The first needs padding, the second does not: one graph serves both, and the sizes that follow. No region
-# has a single cell, which a compiler takes for a constant, and no side equals another size, which it takes
-# for one. All regions have more than 16 tokens: the Triton backend keeps other things of smaller ones.
+# The first size needs padding, the second does not: one graph must serve both, and the sizes that follow. No
+# region has a single cell, because a compiler makes a size of 1 a constant. No side equals another size,
+# because a compiler uses one symbol for equal sizes. All regions have more than 16 tokens, because the Triton
+# backend saves other arrays for smaller regions.
 SIZES = ((11, 9), (10, 12), (13, 9), (12, 10))
 
 
 class _Several(nn.Module):
-    """Several modes in one graph: compiling takes long, a mode or ten."""
+    """Several modes in one graph, because compiling takes long, whether for one mode or for ten."""
 
     def __init__(self, backend, names):
         super().__init__()
@@ -52,12 +53,13 @@ class _Several(nn.Module):
         return out
 
 
-# Inductor would take guards, too, from the graphs that it keeps on disk, those of older sources.
+# Inductor's cache on disk is off, because it may hold graphs with the guards of older sources.
 @torch._inductor.config.patch(fx_graph_cache=False)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler of C++")
 @pytest.mark.parametrize(
     ("backend", "names"),
-    # What a compiler is told of the backends' operators is the same, and test_operators holds both to it.
+    # Both backends' operators look the same to a compiler, as test_operators checks: one mode is enough for
+    # the interpreter.
     [("torch", list(MODES)), ("triton", ["soft, conv"] if INTERPRETED else list(MODES))],
     ids=["torch", "triton"],
 )
@@ -71,7 +73,7 @@ def test_inductor_compiles_the_training_of_changing_sizes(backend, names, device
         x, grad_out = torch.randn(2, 2, *size, 8, device=device)
         expected = {k: v.clone() for k, v in run(module, x, grad_out).items()}
         actual = {k.removeprefix("_orig_mod."): v for k, v in run(compiled, x, grad_out).items()}
-        # Float32's rounding gives 1e-6; of a gradient that is 0 only rounding is left.
+        # Rounding of float32 gives 1e-6. A gradient that should be 0 is only rounding, hence the factor.
         scale = 1e-3 * expected["x"].norm()
         errors = {
             name: relative_error(actual[name], value.double()) * min(1, value.norm() / scale)
@@ -92,7 +94,7 @@ def test_inductor_compiles_the_training_of_changing_sizes(backend, names, device
     ],
 )
 def test_a_seen_size_is_not_compiled_again(kind, backend, device):
-    """Without `dynamic`, as most compile: the first size is fixed, from the second on they are symbols.
+    """Without `dynamic`, the default: the first graph has fixed sizes, the second has symbols for all others.
 
     Of these sizes 5 needs padding, the others do not.
     """
@@ -111,7 +113,7 @@ def test_a_seen_size_is_not_compiled_again(kind, backend, device):
 
 
 def test_tokens_of_square_maps_of_changing_size():
-    """The side is the root of a number that becomes a symbol; 9 x 9 needs padding."""
+    """The side is the root of the number of tokens, which becomes a symbol; 9 x 9 needs padding."""
     module = TokenBiLevelRoutingAttention(16, 1, 2, topk=2, auto_pad=True, backend="torch")
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -127,9 +129,11 @@ def test_tokens_of_square_maps_of_changing_size():
 @torch._inductor.config.patch(fx_graph_cache=False)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler of C++")
 def test_beside_a_convolution_maps_are_kept_as_they_are(device):
-    """Inductor takes tensors of four axes for images there, and would keep copies of maps as such.
+    """In a graph with a convolution Inductor takes tensors of four axes for images: it would keep maps for
+    the backward as copies in the layout of images.
 
-    Also where the attention reads its output again, as it does without LePE. The map is 6 x 8.
+    Without LePE the backward also reads the attention's output, which must not be copied either. Maps are
+    6 x 8.
     """
     layers = [nn.Conv2d(3, 16, 3, 2, 1)]
     for lepe in (3, 0):
@@ -142,14 +146,15 @@ def test_beside_a_convolution_maps_are_kept_as_they_are(device):
     projections = [x for x in maps if x.shape[-1] == 48]
     assert len(projections) == 4
     for x in maps:
-        channels = 1 if x.shape[2:] == (6, 8) and x.shape[1] == 16 else -1  # of a convolution's image
+        channels = 1 if x.shape[2:] == (6, 8) and x.shape[1] == 16 else -1  # axis 1 in an image
         assert x.stride(channels) == 1, (x.shape, x.stride())
 
 
 @torch._inductor.config.patch(fx_graph_cache=False, layout_optimization=False)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler of C++")
 def test_changing_sizes_between_convolutions_with_the_setting_that_the_guide_names():
-    """On the CPU, where PyTorch 2.14 fails without it, even for a linear layer in the attention's place."""
+    """On the CPU PyTorch 2.14 fails without `layout_optimization=False`, even with a linear layer in place of
+    the attention."""
     attention = PermutedBiLevelRoutingAttention(16, 1, n_win=2, topk=2, backend="torch")
     model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), attention, nn.Conv2d(16, 4, 3, 1, 1))
     torch._dynamo.reset()
@@ -161,7 +166,7 @@ def test_changing_sizes_between_convolutions_with_the_setting_that_the_guide_nam
 
 
 def test_operators_called_where_dynamo_watches_but_does_not_compile():
-    """After a break in a `try` Dynamo runs the frame as it is, and sees what the operators do inside."""
+    """After a graph break in a `try` Dynamo runs the frame uncompiled, but watches what operators call."""
     module = BiLevelRoutingAttention(32, 1, 2, topk=2, backend="torch")
 
     def attend(x):

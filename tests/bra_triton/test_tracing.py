@@ -1,4 +1,4 @@
-"""Graphs of `torch.fx`, in which the attention is a leaf; TorchScript's compiler, refused; tokens."""
+"""`torch.fx` keeps the attention as a leaf; `torch.jit.script` is refused; the module for tokens."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ class TestTokens:
 
     @pytest.mark.parametrize("others", [{"attn_mask": torch.ones(16, 16)}, {"is_causal": True}])
     def test_a_mask_is_refused_and_none_is_taken(self, others):
-        """timm's blocks pass it on."""
+        """timm's blocks pass `attn_mask` on to the attention."""
         attention, x = TokenBiLevelRoutingAttention(**SIZE), torch.randn(1, 16, 12)
         attention(x, attn_mask=None, is_causal=False)
         with pytest.raises(ValueError, match="attn_mask must be None and is_causal False"):

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 
 BACKENDS = ("torch", "triton")
-# Everything that is saved for a backward: LePE, padding, the router's layer, reduced keys and values.
+# Arguments with which a forward saves all that it can: for LePE, padding, the router's layer, reduced keys.
 EVERYTHING = {
     **{"soft_routing": True, "diff_routing": True, "param_routing": True},
     **{"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 2},
@@ -28,7 +28,7 @@ MODULES = {
     ),
     "NCHW": lambda backend: NCHWBiLevelRoutingAttention(8, 1, 2, topk=2, backend=backend),
 }
-# The interpreter is slow: where the backends do not differ in what is tested, it runs what has most to save.
+# The interpreter is slow: where both backends behave alike, it runs only the module that saves most.
 MOST = [*((name, "torch") for name in MODULES), ("everything", "triton")]
 every_module = pytest.mark.parametrize("name", MODULES)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -52,7 +52,7 @@ def _save_attention(context, operator, *arguments, **options):
 
 
 class _Stored:
-    """A saved tensor on its way: a copy, to be asked for as often as a backward is run."""
+    """A copy of a saved tensor, which can be restored for every backward."""
 
     def __init__(self, x):
         self.x = x.clone()
@@ -111,7 +111,7 @@ def test_a_kept_graph_gives_the_same_gradients_twice(name, backend, device):
 
 @pytest.mark.parametrize(("name", "backend"), MOST)
 def test_no_setting_of_the_process_is_touched(name, backend, device, monkeypatch):
-    """Another thread would see it, and might leave it changed."""
+    """Another thread would see a changed setting, and might later restore the changed value."""
     touched = []
     monkeypatch.setattr(torch.backends.ContextProp, "__set__", lambda self, _, value: touched.append(value))
     for setter in dir(torch._C):
@@ -126,7 +126,7 @@ def test_no_setting_of_the_process_is_touched(name, backend, device, monkeypatch
 @every_backend
 @pytest.mark.parametrize("path", ["eager", "operators"])
 def test_a_second_derivative_is_refused_not_zero(path, name, backend, device):
-    """A gradient that could be differentiated again may be asked for; only then it raises."""
+    """`create_graph=True` is allowed; differentiating the gradient raises."""
     module, x, grad_out = _problem(name, backend, device)
     expected = run(module, x, grad_out)["x"]
 
@@ -170,7 +170,7 @@ def test_a_flop_counter_sees_the_attention(device):
 @every_module
 @every_backend
 def test_transforms_of_functions_are_right_or_refused(name, backend, device):
-    """`torch.func` cannot see into an `autograd.Function` of this style: nothing may be silently wrong."""
+    """`torch.func` cannot transform the `autograd.Function` of eager calls; nothing may be silently wrong."""
     module, x, grad_out = _problem(name, backend, device)
     expected = run(module, x, grad_out)
     try:
@@ -206,7 +206,7 @@ COPIES = {
     [*((name, "torch", copied) for name in MODULES for copied in COPIES), ("NHWC", "triton", "pickle")],
 )
 def test_copies_before_and_after_a_step_are_the_module(name, backend, copied, device):
-    """Ultralytics keeps a copy of the model for its moving average, and pickles it whole."""
+    """Ultralytics copies the model for its moving average of the weights, and pickles the whole model."""
     module, x, grad_out = _problem(name, backend, device)
     before = COPIES[copied](module)
     expected = run(module, x, grad_out)
@@ -227,7 +227,7 @@ def test_autocast_runs_in_half_precision(name, backend, dtype, device):
         actual = run(module, x, grad_out)
     assert actual["out"].dtype == dtype
     assert all(actual[key].dtype == torch.float32 for key in expected if key != "out")
-    # Some roundings of 8 and 11 bits on the way; the router's gradient is a difference of larger terms.
+    # Results are rounded to 8 or 11 bits a few times. The router's gradient is a difference of larger terms.
     kept = [key for key in expected if not key.startswith("router")]
     tolerance = 8 * torch.finfo(dtype).eps
     assert worst(relative_error(actual[key], expected[key]) for key in kept) < tolerance

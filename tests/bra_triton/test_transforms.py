@@ -1,4 +1,4 @@
-"""Transforms of `torch.func` and forward mode: right, or refused in words, never silently zero."""
+"""Transforms of `torch.func` and forward mode: the right result or a clear error, never a silent zero."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 from bra_triton import functional
 
 REFUSED = "no forward-mode differentiation; backend='reference' has"
-# The interpreter is slow; the rules are the same for both backends.
+# The interpreter is slow, and the rules of transforms are the same for both backends.
 MOST = [*((branch, "torch") for branch in BRANCHES), ("padded", "triton"), ("everything", "triton")]
 every_branch = pytest.mark.parametrize(("branch", "backend"), MOST)
 
@@ -32,7 +32,7 @@ MODULES = ("plain", "whole, padded", "everything", "NCHW, padded")
 
 
 def _function(name):
-    """A function of a tensor and what to give it; the parameters of a module have no gradient."""
+    """A function of a tensor, and a tensor for it; the parameters of a module need no gradient."""
     if name in MODULES:
         module = module_of(name, "torch").requires_grad_(False).eval()
         return module, map_of(name, batch=3)
@@ -75,7 +75,7 @@ def test_forward_mode_is_refused(mode, function):
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_every_operator_refuses_tangents(name):
-    """Whoever calls it, before it looks at the other arguments."""
+    """Every operator refuses a tangent before it looks at the other arguments, also if called directly."""
     operator = getattr(torch.ops.bra_triton, name.removeprefix("bra_triton::")).default
     arguments = []
     for argument in operator._schema.arguments:
@@ -105,7 +105,7 @@ def test_a_level_of_forward_mode_harms_no_other_tensors(function):
 def test_vmap_is_a_loop(function):
     f, x = function
     expected = torch.stack([f(each[None])[0] for each in x])
-    # Not bit by bit: products of matrices on the CPU round by how their operands lie in memory.
+    # Not the same bits: on the CPU the rounding of matrix products depends on the operands' memory layout.
     for actual in (
         vmap(lambda each: f(each[None])[0])(x),
         vmap(lambda each: f(each[None])[0], in_dims=-1)(x.movedim(0, -1)),
@@ -129,7 +129,7 @@ def test_a_second_derivative_is_refused(function):
 
 @every_branch
 def test_gradients_of_every_sample(branch, backend, device):
-    """As a loop over the samples gives them, of every parameter."""
+    """The gradients of every parameter for every sample equal those of a loop over the samples."""
     module, x = module_of(branch, backend).to(device).eval(), map_of(branch, batch=2).to(device)
     parameters = {name: p.detach() for name, p in module.named_parameters()}
 
@@ -144,7 +144,7 @@ def test_gradients_of_every_sample(branch, backend, device):
 
 
 def test_vmap_over_an_ensemble():
-    """One map, the parameters of several modules."""
+    """One map, and the stacked parameters of several modules."""
     modules, x = [module_of("padded", "torch") for _ in range(3)], map_of("padded")
     stacked = {
         name: torch.stack([dict(m.named_parameters())[name].detach() for m in modules])

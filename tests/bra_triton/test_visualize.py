@@ -1,4 +1,4 @@
-"""Pictures of the attention: what is recorded is what the output is made of, and stands where it belongs."""
+"""Pictures of the attention: recorded weights reproduce the output, and are drawn in the right place."""
 
 import numpy as np
 import pytest
@@ -19,11 +19,11 @@ NHWC = {**PLAIN, "param_attention": "qkv", "auto_pad": True}
 
 @pytest.fixture(autouse=True)
 def _without_interpreter(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # what is drawn is the reference's
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # pictures come from the reference
 
 
 def attention(kind=BiLevelRoutingAttention, **arguments):
-    """Without LePE and output projection, so that the output is the weighted sum of the values."""
+    """A module without LePE and output projection, whose output is the weighted sum of the values."""
     if kind is nchwBRA:
         module = nchwBRA(16, **PLAIN)
         nn.init.eye_(module.output_linear.weight.data.view(16, 16))
@@ -34,12 +34,12 @@ def attention(kind=BiLevelRoutingAttention, **arguments):
 
 
 def values_of(module, image):
-    """The map of values `(dim, H_kv, W_kv)`, padding included, without the code under test."""
+    """The map of values `(dim, H_kv, W_kv)`, padding included, computed without the code under test."""
     call = module.call_of(image)
     grid, dim = call.grid, module.spec.dim
     padded = torch.zeros(grid.rows * grid.region_height, grid.columns * grid.region_width, dim)
     if isinstance(module, BiLevelRoutingAttention):
-        padded[:] = module.qkv.qkv.bias[-dim:]  # padding before the projection; after it in the NCHW form
+        padded[:] = module.qkv.qkv.bias[-dim:]  # NCHW pads after the projection
     padded[: grid.height, : grid.width] = call.qkv[0, ..., -dim:]
     value = rearrange(padded, "h w c -> c h w")
     if call.kv_downsampling is not None:
@@ -82,7 +82,7 @@ def test_the_weights_on_the_map_make_the_output_of_every_token(module, shape):
 
 
 def network(attention_module=None):
-    """A network with two attention layers, and with state that an evaluation must not change."""
+    """A network with two attention layers, and a batch norm, whose statistics a recording must not change."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 8, stride=8),
         nn.BatchNorm2d(16),
@@ -203,7 +203,7 @@ def test_the_page_follows_the_pointer_in_a_browser(tmp_path):
         browser.evaluate("ready")
         captions = "[...document.querySelectorAll('figcaption')].map(each => each.textContent)"
         assert browser.evaluate(captions) == captions_of(layers, (20, 60))
-        # The second picture of the second layer, whose regions are 18 tokens of 8 pixels wide together.
+        # The second picture of the second layer. The layer's regions are 18 tokens of 8 pixels wide together.
         scale = 260 / 144
         left, top = browser.evaluate(
             "(({x, y}) => [x, y])(document.querySelectorAll('canvas')[4].getBoundingClientRect())"
@@ -212,7 +212,7 @@ def test_the_page_follows_the_pointer_in_a_browser(tmp_path):
             browser.move(left + scale * x, top + scale * y)
             assert browser.evaluate(captions) == captions_of(layers, (x, y))
         assert "Query point 50, 42" in browser.evaluate("document.getElementById('readout').textContent")
-        # Held at the query point, the pointer reads the weights of keys.
+        # A click holds the query point; then the pointer reads the weights of keys.
         browser.move(left + scale * 50, top + scale * 42, click=True)
         browser.move(left + scale * 24, top + scale * 23)
         assert browser.evaluate(captions) == captions_of(layers, (50, 42), pointer=(24, 23))
@@ -224,7 +224,7 @@ def test_the_page_follows_the_pointer_in_a_browser(tmp_path):
 
 
 def captions_of(layers, point, pointer=None):
-    """What the page writes under its pictures, from the numbers that were recorded."""
+    """The captions that the page must have under its pictures, from the recorded numbers."""
     captions = []
     for layer in layers:
         region, token = layer.locate(point[0] / 104, point[1] / 80)

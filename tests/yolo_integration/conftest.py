@@ -1,4 +1,4 @@
-"""A small data set, a model that was trained on it, and processes of their own."""
+"""Fixtures: a small data set, a model trained on it, and commands in new processes."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from tiny_data import write_data
 
 @contextlib.contextmanager
 def quick_on_the_cpu() -> Iterator[None]:
-    """No Triton interpreter, which would take minutes for a model, and one thread, enough for small maps."""
+    """Without Triton's interpreter, which takes minutes for a model; one thread is enough for small maps."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as environment:
@@ -37,7 +37,7 @@ def data_yaml(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def train_arguments(data_yaml: str) -> dict[str, object]:
-    """What makes a training short; the caller adds `project`, `name` and `epochs`."""
+    """Arguments of a short training; the caller adds `project`, `name` and `epochs`."""
     return {
         "data": data_yaml,
         "imgsz": 64,
@@ -69,9 +69,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, train_arguments: dict[str,
 
 @pytest.fixture
 def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out of a training what takes longest and is the same for all models; `trained` has it.
+    """Shortens trainings by steps that take long and are the same for all models; `trained` includes them.
 
-    That is the FLOP counts, and loading, stripping and validating the checkpoint after the last epoch.
+    Left out are the FLOP counts, and loading, stripping and validating the checkpoint after the last epoch.
     """
     from ultralytics.engine.trainer import BaseTrainer
     from ultralytics.utils import torch_utils
@@ -82,7 +82,7 @@ def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fresh_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a command line of the interpreter in a new process, in a folder of its own."""
+    """Runs Python with the given arguments in a new process, in the test's temporary folder."""
 
     def run(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
         process = subprocess.run(

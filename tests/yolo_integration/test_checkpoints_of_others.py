@@ -1,4 +1,4 @@
-"""Weights of other people's YOLO models and of BiFormer reach the blocks, whatever they are called."""
+"""Weights of other people's YOLO models and of BiFormer load into the blocks, although their names differ."""
 
 import logging
 from pathlib import Path
@@ -23,7 +23,7 @@ from bra_triton.yolo_integration import (
 )
 
 SIZE = {"num_heads": 2, "n_win": 2, "topk": 3}
-# Float32 rounds to 1 to 4e-7; another weight gives 1e-1 and more.
+# Rounding of float32 gives 1 to 4e-7; a wrong weight gives 1e-1 and more.
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -48,7 +48,7 @@ def test_load_state_dict_is_strict_and_the_outputs_are_equal(theirs, ours) -> No
 
 
 def test_stages_of_biformer() -> None:
-    """Built like the released models, whose names these are: `stages.1.0.mlp.3.weight`."""
+    """Stages built like those of the released models, with the same names: `stages.1.0.mlp.3.weight`."""
     stages = [
         nn.ModuleList(nn.Sequential(*(block() for _ in range(2))) for _ in range(2))
         for block in (lambda: AuthorsBlock(12, original(12, **SIZE)), lambda: BiFormerBlock(12, SIZE))
@@ -61,7 +61,8 @@ def test_stages_of_biformer() -> None:
 
 
 def test_load_of_a_yolo_model_with_a_paste(caplog, monkeypatch) -> None:
-    """All items are transferred; those of the attention were not, and nothing said so but their number."""
+    """All items are transferred. Without renaming, Ultralytics would skip the attention's items, and only the
+    number of items in the log would show it."""
     model, source = (YOLO("yolo26n-bra.yaml", verbose=False).model for _ in range(2))
     attention = source.model[11].attn
     assert type(attention) is BiLevelRoutingAttention
@@ -80,7 +81,7 @@ def test_load_of_a_yolo_model_with_a_paste(caplog, monkeypatch) -> None:
 
 
 class Paste(Permuting):
-    """The class of a yaml's row, with what pastes take by position."""
+    """A class for a yaml's row, with the positional arguments that pasted copies of the original take."""
 
     def __init__(self, dim: int, num_heads: int, n_win: int) -> None:
         super().__init__(dim=dim, num_heads=num_heads, n_win=n_win, auto_pad=True)
@@ -97,7 +98,7 @@ class ReplacingTrainer(DetectionTrainer):
 def test_a_trainer_that_replaces_trains_ours_from_a_yaml_that_names_a_paste(
     train_arguments: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever was replaced before: Ultralytics builds the model of a training anew."""
+    """The trainer must replace the attention, because Ultralytics builds a new model for each training."""
     monkeypatch.setattr(tasks, "Paste", Paste, raising=False)
     yaml = {**tasks.yaml_model_load("yolo26n-bra.yaml"), "scale": "n"}
     yaml["backbone"][-1] = [-1, 1, "Paste", [256, 8, 7]]

@@ -1,4 +1,4 @@
-"""The `bra-yolo` command in a process of its own, and exports of a trained model."""
+"""The `bra-yolo` command in a new process, and exports of a trained model."""
 
 import shutil
 import sys
@@ -49,7 +49,7 @@ def test_version_names_both_packages(monkeypatch: pytest.MonkeyPatch, capsys) ->
     ("dynamic", "size"), [(False, 96), (True, 96), (True, 224)], ids=["static", "dynamic", "divisible"]
 )
 def test_onnx_export_computes_the_same(trained: Path, tmp_path: Path, dynamic: bool, size: int) -> None:
-    """At 224 pixels the last map is 7 x 7 and needs no padding; other sizes must get theirs all the same."""
+    """At 224 pixels the last map is 7 x 7 and needs no padding; the export must still pad other sizes."""
     checkpoint = shutil.copy(trained / "best.pt", tmp_path)
     model = YOLO(checkpoint)
     session = onnxruntime.InferenceSession(
@@ -67,7 +67,7 @@ def test_openvino_export_computes_the_same(trained: Path, tmp_path: Path, dynami
     openvino = pytest.importorskip("openvino")
     model = YOLO(shutil.copy(trained / "best.pt", tmp_path))
     (file,) = Path(model.export(format="openvino", imgsz=96, dynamic=dynamic)).glob("*.xml")
-    # In float32: on processors that have bfloat16 it takes that by default.
+    # In float32: on processors that have bfloat16, OpenVINO uses bfloat16 by default.
     run = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     x = torch.rand(1, 3, 64, 128) if dynamic else torch.rand(1, 3, 96, 96)
     with torch.no_grad():

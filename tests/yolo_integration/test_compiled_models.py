@@ -15,15 +15,15 @@ BLOCKS = (
     (1, "C2BRA", [32, {"topk": 2, "n_win": 2}]),
     (1, "C3k2BRA", [32, {"topk": 2, "n_win": (2, 3)}]),
 )
-# At stride 4 maps are 10 x 10, 9 x 8, 12 x 20. Of every number of regions a side (5, 4, 2, 2 x 3) one of them
-# is a multiple and another is not, so that blocks pad in turn. As the first size is fixed, all others are to
-# be one graph.
+# At stride 4 maps are 10 x 10, 9 x 8 and 12 x 20. For `n_win` 5, 4 and 2 one of the maps is a multiple and
+# another is not, so that these blocks pad some maps only; with 2 x 3 every map is padded. The first graph is
+# for the first size only; one more graph must serve all other sizes.
 SIZES = ((40, 40), (36, 32), (48, 80), (40, 40))
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_model_of_every_block_is_one_graph_and_is_compiled_once_more_for_all_other_sizes(mode: str) -> None:
-    """`fullgraph` forbids breaks. The stock head breaks the graph in eval, so rows are called without it."""
+    """`fullgraph` forbids graph breaks. The stock head breaks the graph in eval, so it is left out there."""
     rows = [[-1, 1, "Conv", [16, 3, 2]], [-1, 1, "Conv", [32, 3, 2]], *([-1, *block] for block in BLOCKS)]
     head = [[[len(rows) - 1], 1, "Detect", [2]]]
     yolo = DetectionModel({"nc": 2, "backbone": rows, "head": head}, verbose=False)

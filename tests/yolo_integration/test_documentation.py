@@ -1,4 +1,4 @@
-"""What the documentation shows is run: Python blocks, examples in docstrings, example scripts, tables."""
+"""Runs what the documentation shows: Python blocks, examples in docstrings, example scripts, tables."""
 
 import doctest
 import inspect
@@ -42,7 +42,7 @@ PUBLIC = {
 def tiny_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data_yaml: str, short_training: None
 ) -> None:
-    """A training takes one epoch, on images of 64 pixels, and writes to a folder of the test's."""
+    """Every training takes one epoch on images of 64 pixels, and writes to the test's temporary folder."""
     train = YOLO.train
     small = {"epochs": 1, "imgsz": 64, "batch": 4, "workers": 0, "plots": False, "project": str(tmp_path)}
 
@@ -59,7 +59,7 @@ def test_python_blocks_run_in_their_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # What a page takes as given: a model that somebody else wrote.
+    # Pages use `model` without defining it: a model that somebody else wrote.
     names = {"__name__": page.stem, "model": nn.Sequential(seed_module.BiLevelRoutingAttention(32))}
     text = page.read_text(encoding="utf-8")
     for block in BLOCK.finditer(text):
@@ -72,7 +72,7 @@ def test_python_blocks_run_in_their_order(
 def test_every_public_symbol_has_examples_that_are_true(name: str) -> None:
     symbol = PUBLIC[name]
     given = {**vars(inspect.getmodule(symbol)), "torch": torch, "nn": nn}
-    # For `replace_attention`: somebody's module `biformer` with the original class.
+    # The example of `replace_attention` uses `biformer`, somebody's Python module with the original class.
     original = type(
         "BiLevelRoutingAttention", (seed_module.BiLevelRoutingAttention,), {"__module__": "biformer"}
     )
@@ -87,7 +87,7 @@ def test_every_public_symbol_has_examples_that_are_true(name: str) -> None:
 def run_example(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Runs a script of docs/examples as the main program, in a folder of its own; returns what it prints."""
+    """Runs a script of docs/examples as the main program, in a temporary folder; returns what it prints."""
 
     def run(name: str, *arguments: str) -> str:
         monkeypatch.chdir(tmp_path)
@@ -105,7 +105,7 @@ def test_every_example_script_is_run_here() -> None:
 
 def test_example_of_drop_in_training_learns(run_example: Callable[..., str]) -> None:
     printed = run_example("drop_in_training.py", "--steps", "60")
-    # Whoever always answers "other colours" is right two times in three.
+    # A model that always answers "other colours" is right in two of three cases.
     assert float(re.search(r"right on 500 new images: ([\d.]+)%", printed)[1]) > 95  # type: ignore[index]
 
 
@@ -113,7 +113,7 @@ def test_example_of_replacing_attention_keeps_the_outputs(run_example: Callable[
     printed = run_example("replace_in_a_model.py")
     assert "replaced: 2\n" in printed
     difference = float(re.search(r"largest difference of the outputs: (\S+)", printed)[1])  # type: ignore[index]
-    assert 0 < difference < 1e-5  # float32's rounding of outputs around 1; the modules are not the same ones
+    assert 0 < difference < 1e-5  # float32's rounding of outputs around 1; 0 would mean the same modules
 
 
 @pytest.mark.usefixtures("tiny_training")

@@ -1,4 +1,4 @@
-"""Ultralytics freezes rows, changes sizes, averages, dies and resumes, tunes, benchmarks and tracks."""
+"""What Ultralytics does: frozen rows, changing sizes, averages, resuming, tuning, benchmark, tracking."""
 
 import csv
 import shutil
@@ -29,9 +29,9 @@ model.train(**{arguments!r}, epochs=2, project={project!r}, name="killed")
 def test_frozen_rows_stay_others_learn_on_all_sizes_and_the_average_follows(
     train_arguments: dict, tmp_path: Path
 ) -> None:
-    """Rows 10 and 11 are the attentions; with `rect` and `multi_scale` maps are not square and change.
+    """Rows 10 and 11 hold the attention; with `rect` and `multi_scale` maps are not square and change size.
 
-    Biases get no gradient here, because a BatchNorm follows.
+    Only weights are compared: biases get no gradient here, because a BatchNorm follows.
     """
     model = YOLO("yolo26n-bra.yaml", verbose=False)
     before: dict[str, torch.Tensor] = {}
@@ -42,7 +42,7 @@ def test_frozen_rows_stay_others_learn_on_all_sizes_and_the_average_follows(
         trainer.model.model[11].register_forward_pre_hook(lambda _, inputs: sizes.add(inputs[0].shape[2:]))
 
     model.add_callback("on_train_start", start)
-    # 64 to 192 pixels; without `nbs` the gradients of 64 images would be one step.
+    # 64 to 192 pixels. Without `nbs=1` the optimizer would take one step for the gradients of 64 images.
     sizes_change = {"rect": True, "multi_scale": 0.5, "imgsz": 128, "batch": 1, "nbs": 1}
     model.train(
         **train_arguments | sizes_change, freeze=[10], epochs=1, warmup_epochs=0, project=str(tmp_path)
@@ -83,15 +83,15 @@ def test_hyperparameters_are_tuned(trained: Path, train_arguments: dict, tmp_pat
 def test_the_benchmark_exports_and_validates(
     trained: Path, data_yaml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It catches what goes wrong, and says so in its table alone."""
-    monkeypatch.chdir(tmp_path)  # where it writes a log
-    weights = shutil.copy(trained / "best.pt", tmp_path)  # and beside which the export
+    """The benchmark catches errors, and reports them only in its table."""
+    monkeypatch.chdir(tmp_path)  # the benchmark writes a log here
+    weights = shutil.copy(trained / "best.pt", tmp_path)  # the export is written beside the weights
     (row,) = YOLO(weights).benchmark(data=data_yaml, imgsz=64, format="onnx").rows()
     assert {"ONNX", "✅"} <= set(row), row
 
 
 def test_objects_are_tracked(trained: Path, tmp_path: Path) -> None:
-    """Of a detector that is sure of nothing, so that the tracker has to take everything."""
+    """This detector's confidences are near 0, so the tracker's thresholds are, too."""
     thresholds = {"track_high_thresh": 1e-4, "track_low_thresh": 1e-5, "new_track_thresh": 1e-4}
     others = {"tracker_type": "bytetrack", "track_buffer": 30, "match_thresh": 0.8, "fuse_score": False}
     tracker = tmp_path / "tracker.yaml"

@@ -64,7 +64,7 @@ def test_much_padding_is_warned_of_once_in_training(build, monkeypatch: pytest.M
     modules._warn_of_padding.cache_clear()
     block = build(8, {"n_win": 7})
     block.eval()(torch.randn(1, 8, 8, 8))  # as Ultralytics does to find the strides
-    block.train()(torch.randn(1, 8, 20, 20))  # 9 %
+    block.train()(torch.randn(1, 8, 20, 20))  # 9 % are padding
     assert warnings == []
     for _ in range(2):
         block(torch.randn(1, 8, 8, 8))
@@ -76,7 +76,7 @@ def test_much_padding_is_warned_of_once_in_training(build, monkeypatch: pytest.M
     build(8, {"n_win": [5, 7]}).train()(torch.randn(1, 8, 10, 13))
     assert len(warnings) == 2
     build(8, {"n_win": 7, "topk": 20}).train()(torch.randn(1, 8, 12, 12))
-    assert "With n_win: 6 it would be 0%" in warnings[2]  # not 4, which makes 16 regions
+    assert "With n_win: 6 it would be 0%" in warnings[2]  # not 4: 16 regions are fewer than topk
     build(8, {"n_win": 3, "topk": 1}).train()(torch.randn(1, 8, 2, 2))
     assert "Choose an n_win that divides it;" in warnings[3]  # 4 would pad more
 
@@ -190,7 +190,7 @@ def test_c3k2bra_is_a_bottleneck_and_an_attention_block_after_another() -> None:
         parts.append(attention(bottleneck(parts[-1])))
     expected = block.cv2(torch.cat(parts, dim=1))
     torch.testing.assert_close(block(x), expected)
-    torch.testing.assert_close(block.forward_split(x), expected)  # Ultralytics' exports take this
+    torch.testing.assert_close(block.forward_split(x), expected)  # Ultralytics' exports call this
 
 
 @pytest.mark.parametrize(
@@ -218,8 +218,8 @@ def test_numbers_of_heads_need_whole_channels(dim: int, qk_dim: int | None, name
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @block_names
 def test_half_precision_model_and_scaled_training_in_autocast(name: str, dtype: torch.dtype) -> None:
-    """As Ultralytics trains with `amp=True` and predicts with `half=True`, which on the CPU it does not."""
-    # One region, so that none is chosen otherwise in half precision.
+    """As Ultralytics trains with `amp=True` and predicts with `half=True`, which it does only on a GPU."""
+    # With one region half precision cannot choose other regions.
     block = BLOCKS[name]()
     for attention in block.modules():
         if isinstance(attention, modules.ATTENTIONS):
@@ -231,7 +231,7 @@ def test_half_precision_model_and_scaled_training_in_autocast(name: str, dtype: 
         loss = block(x).float().square().mean()
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    # Of all together: before a BatchNorm a bias has a gradient of 0, of which only rounding is left.
+    # All gradients together: a bias before a BatchNorm has a gradient of 0, which is only rounding.
     actual, expected = (
         torch.cat([x.flatten() for x in gradients]) for gradients in ([x.grad for x in parameters], expected)
     )
@@ -248,7 +248,7 @@ def test_half_precision_model_and_scaled_training_in_autocast(name: str, dtype: 
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name != "c3k2bra"])
 @pytest.mark.parametrize("training", [True, False])
 def test_torch_fx_traces_a_block_with_the_attention_as_a_leaf(name: str, training: bool) -> None:
-    """Not `C3k2BRA`: of Ultralytics' `C2f`, which it is made of, `torch.fx` has no graph."""
+    """Not `C3k2BRA`: `torch.fx` cannot trace Ultralytics' `C2f`, from which it is derived."""
     block = BLOCKS[name]().train(training)
     traced = torch.fx.symbolic_trace(block)
     assert any(target.endswith("attn") for target in (str(node.target) for node in traced.graph.nodes))
@@ -322,7 +322,7 @@ def test_flops_of_the_nchw_form_are_those_of_the_products() -> None:
 
 
 def test_the_summary_counts_every_size() -> None:
-    """At 192 pixels and below P5 has fewer than 7 tokens a side, and there it once said 0.0."""
+    """At 192 pixels and below P5 has fewer than 7 tokens a side; the summary once said 0.0 for such sizes."""
     pytest.importorskip("thop")
     model = nn.Sequential(nn.Conv2d(3, 32, 32, stride=32), BLOCKS["attention"]())
     model[1].attn = BiLevelRoutingAttention(32, auto_pad=True)
@@ -331,7 +331,7 @@ def test_the_summary_counts_every_size() -> None:
         height, width = size if isinstance(size, tuple) else (size, size)
         tokens, padded = height * width // 32**2, 7 * 7 * -(-height // 224) * -(-width // 224)
         convolution, lepe = 3 * 32 * 32**2 * tokens, 9 * 32 * padded
-        # Of a zero, too, where the map is padded: that is what padding holds.
+        # For a padded map a zero token is projected, too: padding holds the result.
         projections = 4 * 32**2 * tokens + 3 * 32**2 * (padded > tokens)
         attention = 49**2 * 32 + padded * 4 * (padded // 49) * 64
         counts[size] = convolution + projections + lepe + attention

@@ -1,4 +1,4 @@
-"""Weights of stock models reach every row that both models have, wherever it stands."""
+"""Weights of stock models load into every row that both models have, whatever its number."""
 
 import logging
 
@@ -19,9 +19,9 @@ A, B, C = ({name: torch.Size([size])} for name, size in (("a", 1), ("b", 1), ("a
         ([A, B, C], [A, B, C], [0, 1, 2]),
         ([A, A, B], [A, C, A, B], [0, None, 1, 2]),  # a row more
         ([A, C, B], [A, B], [0, 2]),  # a row less
-        ([A, A | B], [A, A | B, C], [0, 1, None]),  # the fuller match counts
+        ([A, A | B], [A, A | B, C], [0, 1, None]),  # the row with more equal tensors counts
         ([A, {}, A], [A, A], [0, 2]),  # rows without tensors
-        ([A, B, A], [A, C, A], [0, 1, 2]),  # by their place: another implementation's names
+        ([A, B, A], [A, C, A], [0, 1, 2]),  # by position: another implementation's names
         ([B], [A, C], [None, None]),
         ([], [A], [None]),
     ],
@@ -42,7 +42,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _check_transfer(model: torch.nn.Module, log: str) -> None:
-    """Of 702 items the six layers of the two attentions stay new, a weight and a bias each."""
+    """Of 702 items 12 stay new: weight and bias of each of the six layers in the two attention modules."""
     new = [name for name, value in model.state_dict().items() if not (value == 3).all()]
     assert len(new) == 12
     assert all(".attn." in name for name in new)

@@ -1,4 +1,4 @@
-"""Registration: what it changes in Ultralytics, what it leaves, and that checkpoints carry it along."""
+"""Registration: what it changes in Ultralytics and what not; loading a checkpoint registers the blocks."""
 
 import importlib
 import pickle
@@ -106,7 +106,7 @@ def test_restricted_loading_is_restricted_without_the_package(fresh_python, trai
 def test_child_process_of_multi_gpu_training_knows_the_yaml_by_name(
     fresh_python, tmp_path: Path, train_arguments: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Ultralytics' own file for its child processes, run once on the CPU.
+    # Runs the file that Ultralytics generates for its child processes, once, on the CPU.
     monkeypatch.setitem(sys.modules, "cloudpickle", pickle)
     monkeypatch.setattr("ultralytics.utils.checks.check_requirements", lambda *_args, **_kwargs: True)
     monkeypatch.setattr(dist, "USER_CONFIG_DIR", tmp_path)

@@ -13,7 +13,7 @@ from bra_triton.yolo_integration.visualize import main
 
 @pytest.fixture
 def image(tmp_path):
-    """150 x 60 pixels, which a YOLO letterboxes to 64 x 32, and without `rect` to 64 x 64."""
+    """A file of 150 x 60 pixels, which a YOLO letterboxes to 64 x 32, or without `rect` to 64 x 64."""
     pixels = np.random.default_rng(0).integers(0, 255, (60, 150, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "street.png")
     return tmp_path / "street.png"
@@ -32,7 +32,7 @@ def test_the_original_picture_lies_where_ultralytics_letterboxed_it(image, train
     for point in ((0, 0), (149, 59), (75, 10)):
         x, y = picture.place(point)
         back = scale_boxes((picture.height, picture.width), torch.tensor([[x, y, x, y]]), (60, 150))
-        # Ultralytics rounds the bars to whole pixels; one of the network's is 2.3 of the picture's.
+        # Ultralytics rounds the bars to whole pixels of the network's image; each is 2.3 of the picture's.
         assert back[0, :2].tolist() == pytest.approx(point, abs=2.4)
     (result,) = recording.result
     assert [(each.label, each.confidence) for each in picture.predictions] == [
@@ -43,7 +43,7 @@ def test_the_original_picture_lies_where_ultralytics_letterboxed_it(image, train
 
 
 def test_a_picture_between_predictions_changes_neither_them_nor_the_model(image, trained):
-    """Predicting fuses convolutions and norms, in a copy that a YOLO keeps for its next prediction."""
+    """A prediction fuses convolutions and norms in a copy of the model that a YOLO keeps for later ones."""
     from ultralytics import YOLO
 
     model = YOLO(trained / "best.pt")
@@ -82,7 +82,7 @@ def test_the_command_writes_a_page(image, trained, tmp_path):
         assert browser.evaluate("document.getElementById('readout').textContent").startswith(
             "Query point 20, 30 "
         )
-        # Two layers: their routing, and four and eight heads.
+        # For each of two layers a picture of the routing, and one for each head: four and eight.
         assert browser.evaluate("document.querySelectorAll('canvas').length") == 2 + 4 + 8
 
 

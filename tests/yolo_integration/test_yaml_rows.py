@@ -1,4 +1,4 @@
-"""Yaml rows of the blocks: what they build, and what is refused with which words."""
+"""Yaml rows of the blocks: the modules that they build, and the errors for wrong rows."""
 
 import copy
 import inspect
@@ -60,7 +60,7 @@ def test_rows_of_the_nchw_form(name: str) -> None:
 
 
 def gradients(yaml: dict[str, Any]) -> dict[str, torch.Tensor | None]:
-    """Those of one training step of a detection model, of every parameter by name."""
+    """Gradients of every parameter, by name, after one training step of a detection model."""
     model = tasks.DetectionModel(yaml, nc=1, verbose=False)
     x = torch.rand(2, 3, 64, 96)
     batch = {
@@ -211,7 +211,7 @@ def test_every_argument_can_be_named() -> None:
 
 
 def refusal(*rows: list) -> str:
-    """The error of rows that are refused; it begins with the last row, as the user wrote it."""
+    """The error of refused rows, without its beginning, which is the last row as the user wrote it."""
     written = copy.deepcopy(list(rows[-1]))
     with pytest.raises(ValueError, match=r"^row \d+, \[") as error:
         build(*rows)

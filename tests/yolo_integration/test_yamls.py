@@ -130,7 +130,7 @@ def first_tensor(outputs: object) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("stem", "task"),
     [
-        *((f"bra{suffix}", task) for suffix, task in TASKS.items() if suffix),  # detection: `trained`
+        *((f"bra{suffix}", task) for suffix, task in TASKS.items() if suffix),  # `trained` covers detection
         ("biformer-seg", "segment"),
     ],
 )
@@ -145,7 +145,7 @@ def test_every_task_trains_and_is_exported(
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         actual, expected = first_tensor(exported(x)), first_tensor(model.model.eval()(x))
-    if task in ("semantic", "depth"):  # Ultralytics enlarges these maps in exports, and otherwise later
+    if task in ("semantic", "depth"):  # exports enlarge these maps; otherwise a later step does
         expected = F.interpolate(expected, (64, 64), mode="bilinear", align_corners=task == "depth")
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
 

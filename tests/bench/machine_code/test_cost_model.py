@@ -1,4 +1,4 @@
-"""The arithmetic from instruction counts to bounds, on counts made up so that results can be told by hand."""
+"""The cost model's arithmetic, from instruction counts to bounds: made-up counts, results checked by hand."""
 
 from collections import Counter
 from dataclasses import replace
@@ -23,9 +23,9 @@ from bra_triton.bench.machine_code.launches import KERNEL_NAMES
 from bra_triton.bench.machine_code.static_analysis import INSTRUCTION_CLASSES, Analysis, Usage
 from bra_triton.bench.problems import MODELS, PROBLEMS, Problem
 
-# One SM of round rates, a clock a second.
+# A made-up GPU: one SM with round rates, and a clock of 1 Hz.
 UNIT = Hardware("made up", 1, 1.0, 1.0, 64, 32, 64, 32, 100 << 10)
-# 10x10 regions, four of 64 chosen, heads of 32: a list of 400 keys.
+# Regions of 10 x 10 tokens, each of which chooses 4 of 64: a list of 400 keys. Two heads of 32 channels.
 P3 = Problem("P3", 2, 80, 80, 64, 2, 8, 4)
 
 
@@ -34,7 +34,8 @@ def mix(**counts):
 
 
 def code(registers=128, shared=0, taps=None, n_taps=0):
-    """128 x 128 by 8 warps: 200 instructions in the loop, 90 in the tail's (of 32 keys), 310 beside."""
+    """Counts for tiles of 128 x 128 and 8 warps: 200 instructions in the loop over whole tiles, 90 in the
+    loop over the tail (32 keys a step), 310 outside the loops."""
     return Analysis(
         mix(exp=64, matrix=10, fp32=126),
         mix(exp=16, matrix=4, fp32=70),
@@ -61,24 +62,24 @@ def walk(kernel, block_m, block_n, problem, block_tail=32, masked=False):
 def test_walks():
     assert walk("attention_forward", 128, 128, P3) == (2 * 2 * 64, 3, 1)
     assert walk("query_gradient", 64, 80, P3) == (2 * 2 * 64 * 2, 5, 0)
-    # A tail of 400 - 2 * 160 keys in steps of 32, or in one as wide as the others.
+    # The tail of 400 - 2 * 160 keys takes steps of 32 keys; without a loop for the tail, one step of 160.
     assert walk("attention_forward", 128, 160, P3) == (2 * 2 * 64, 2, 3)
     assert walk("attention_forward", 128, 160, P3, block_tail=0) == (2 * 2 * 64, 2, 1)
-    # dK/dV owns keys and walks queries: 16 of 49 regions choose each of 7 x 7 regions of 25 keys.
+    # dK/dV owns keys and walks queries: on average 16 of the 49 query regions choose a region of 25 keys.
     pooled = Problem("", 1, 56, 56, 32, 1, 7, 16, kv_per_win=5)
     assert walk("key_value_gradient", 64, 16, pooled) == (49 * 2, 16, 0)
-    # Where every region attends to all, 8 x 12 queries, padding included, meet 16 x 4 keys.
+    # If every region attends to all regions, 8 x 12 queries, padding included, attend to 16 x 4 keys.
     all_chosen = Problem("", 1, 7, 10, 16, 1, 4, 16, kv_per_win=2)
     assert walk("attention_forward", 32, 32, all_chosen) == (3, 2, 0)
     assert walk("key_value_gradient", 32, 32, all_chosen) == (2, 3, 0)
     assert walk("attention_forward", 16, 32, replace(all_chosen, routing_weight="soft")) == (16, 2, 0)
-    # Under a mask, 49 x 64 queries meet 49 x 25 keys.
+    # Masked attention computes the scores of all 49 x 64 queries with all 49 x 25 keys.
     assert walk("attention_forward", 128, 64, pooled, masked=True) == (25, 19, 1)
     assert walk("key_value_gradient", 64, 128, pooled, masked=True) == (10, 49, 0)
 
 
 def test_regions_that_are_padding_alone_walk_nothing():
-    """10 x 10 tokens under 7 x 7 regions of 2 x 2: 25 of them have a token."""
+    """7 x 7 regions of 2 x 2 tokens on a map of 10 x 10 tokens: only 25 regions hold a token of the map."""
     problem = Problem("", 1, 10, 10, 32, 1, 7, 16)
     tile = replace(code(), block_m=16, block_n=32, block_tail=16, num_warps=1)
     alive = 25 / 49
@@ -90,14 +91,15 @@ def test_regions_that_are_padding_alone_walk_nothing():
 
 
 def test_walks_of_a_small_map():
-    """4 x 4 tokens, 5 of 25 regions, eight heads, four a program: a list of 80 keys in steps of 32."""
+    """Regions of 4 x 4 tokens, each choosing 5 of 25; four of the eight heads for each program: a list of
+    80 keys in steps of 32."""
     problem = Problem("", 2, 20, 20, 256, 8, 5, 5)
     tile = replace(code(), block_m=4 * 16, block_n=32, num_warps=4)
     forward, backward = (
         walk_of(kernel, tile, problem) for kernel in ("small_map_forward", "small_map_backward")
     )
     assert forward == Walk(2 * 25 * 2, 3, 0, 64 * 96)
-    assert backward == Walk(2 * 25 * 2, 3, 3, 64 * 96)  # the tail stands for the programs that own keys
+    assert backward == Walk(2 * 25 * 2, 3, 3, 64 * 96)  # `tail_steps`: those of programs that own keys
     assert backward.programs * backward.scores >= problem.useful_scores
     cost = predict("small_map_backward", tile, problem, UNIT)
     assert cost.issue_slots == 100 * (310 + 3 * 200 + 3 * 90) * 4 * 32
@@ -105,13 +107,13 @@ def test_walks_of_a_small_map():
 
 def test_slots_count_every_section_as_often_as_it_runs():
     cost = predict("attention_forward", code(), P3, UNIT)
-    # 310 instructions once, 3 x 200 and 90 in the loops, by 8 warps, for 100 x 400 scores.
+    # 8 warps execute 310 instructions once and 3 x 200 + 90 in the loops, for 100 x 400 scores.
     assert cost.slots_per_useful_score == pytest.approx((310 + 600 + 90) * 8 * 32 / (100 * 400))
     without_tail = predict("attention_forward", code(), replace(P3, topk=32), UNIT)
     assert without_tail.slots_per_useful_score == pytest.approx((310 + 25 * 200) * 256 / (100 * 3200))
     convolving = predict("attention_forward", code(taps=mix(fp32=40), n_taps=9), P3, UNIT)
     assert convolving.slots_per_useful_score == pytest.approx((1000 + 9 * 40) * 256 / (100 * 400))
-    # Code without a loop for the tail has it in the rest.
+    # Without a loop for the tail, the instructions for the tail are part of `rest`.
     bare = predict("attention_forward", replace(code(), tail=Counter()), P3, UNIT)
     assert bare.slots_per_useful_score == pytest.approx((310 + 600) * 256 / (100 * 400))
 
@@ -128,7 +130,8 @@ def test_bounds():
         }
     )
     in_float32 = predict("attention_forward", code(), P3, UNIT, element_bytes=4)
-    assert in_float32.bounds["matrix"] == pytest.approx(3 * 2 * cost.bounds["matrix"])  # at half the rate
+    # A float32 product is three TF32 products, at half the rate.
+    assert in_float32.bounds["matrix"] == pytest.approx(3 * 2 * cost.bounds["matrix"])
 
 
 @pytest.mark.parametrize(
@@ -186,10 +189,10 @@ def test_resident_warps_by_each_limit():
     h100 = HARDWARE["sm_90"]
     assert h100.resident_warps(32, 0, 4) == 64  # the SM's own limit
     assert h100.resident_warps(128, 0, 8) == 16  # registers: 65536 / (128 x 32)
-    assert h100.resident_warps(129, 0, 8) == 8  # given in portions: 136 a thread, 15 warps, one block of 8
-    assert h100.resident_warps(100, 0, 1) == 16  # four in each quarter of the SM, though all have room for 19
-    assert h100.resident_warps(32, 75 << 10, 4) == 12  # shared memory, 1 KiB of each block the system's
-    assert h100.resident_warps(32, 0, 1) == 32  # blocks
+    assert h100.resident_warps(129, 0, 8) == 8  # rounded up to 136 a thread: 12 warps, one block of 8
+    assert h100.resident_warps(100, 0, 1) == 16  # 4 in each quarter; an undivided SM would hold 19
+    assert h100.resident_warps(32, 75 << 10, 4) == 12  # shared memory: 75 KiB and the system's 1 KiB a block
+    assert h100.resident_warps(32, 0, 1) == 32  # at most 32 blocks
     assert h100.resident_warps(32, 228 << 10, 4) == 0
 
 
@@ -218,8 +221,8 @@ class TestProblems:
 
 
 def test_tiles_of_an_architecture_are_limited_alike_before_its_table_is_made(monkeypatch):
-    """By its own cards and those that will take its tiles, whichever tables there are."""
+    """The limit depends on the cards that use the architecture's tiles, not on which tables exist."""
     limits = {arch: table_shared_bytes(arch) for arch in hardware.HARDWARE}
-    assert limits["sm_80"] == hardware.BLOCK_SHARED_BYTES["sm_86"]  # which takes its tiles
+    assert limits["sm_80"] == hardware.BLOCK_SHARED_BYTES["sm_86"]  # sm_86 uses these tiles
     monkeypatch.setattr(hardware, "packaged_archs", lambda: ("gfx942",))
     assert {arch: table_shared_bytes(arch) for arch in hardware.HARDWARE} == limits

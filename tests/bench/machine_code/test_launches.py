@@ -1,4 +1,4 @@
-"""What is compiled for the report is what a launch on such a GPU compiles."""
+"""The kernel report compiles the same code as a launch on a GPU of that architecture."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -14,7 +14,7 @@ from bra_triton.bench.problems import PROBLEMS, Problem
 from bra_triton.kernels.packed import plan_attend
 from bra_triton.kernels.plan import Plan
 
-# Keys and values start at 8 and 16 bytes: only the latter can be loaded 16 bytes at a time.
+# In float16 keys start at byte 8 and values at byte 16: Triton assumes 16-byte alignment for values only.
 NARROW = Problem("", 1, 4, 4, 4, 1, 2, 2, side_dwconv=0)
 
 
@@ -26,14 +26,15 @@ def test_interpreted_kernels_are_refused():
 
 
 def test_a_launch_moves_what_its_arrays_hold():
-    """A packed map of 4 x 4 tokens and 12 channels, and the means of 8 of these in 4 regions, in float32."""
+    """A packed projection of 4 x 4 tokens and 12 channels in float16, and the float32 means of 8 of these
+    channels in 4 regions."""
     means = record_attention(NARROW, torch.float16)[0]
     assert bytes_of_arguments(means) == 16 * 12 * 2 + 4 * 8 * 4
 
 
 @pytest.mark.compiled
 def test_launches_with_tensors_find_what_was_compiled_for_them(tmp_path):
-    """In Triton's cache on disk: the code is the same to the last option."""
+    """Every launch hits Triton's cache on disk, which `compile_for` has filled: all options are the same."""
     plan, tensors = _forward(NARROW, "cpu")
     hits = []
     with knobs.cache.scope(), knobs.compilation.scope(), stand_in.without_gpu():
@@ -48,7 +49,8 @@ def test_launches_with_tensors_find_what_was_compiled_for_them(tmp_path):
 
 @pytest.mark.compiled
 def test_variants_are_what_triton_compiles_apart():
-    """Another batch is the same variant; an array that starts in between, and another type, are not."""
+    """Another batch size is the same variant; an array that is not 16-byte aligned, or of another dtype, is
+    another variant."""
     first, larger = (_forward(replace(NARROW, batch=n))[0].launches[0] for n in (1, 16))
     (qkv, *others) = first.pointers
     launches = [

@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that need not be there, and what is read from their machine code."""
+"""Kernels compiled for GPUs that this machine need not have, and the analysis of their machine code."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def attend(q, k, v, out, keys, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 
 @triton.jit
 def attend_twice(q, k, v, out, keys, heads, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """A loop within a loop, then a loop with twice its columns."""
+    """A loop nested in a loop, then a loop with steps of twice as many columns."""
     for head in range(heads):
         attend(q + head * M * D, k, v, out + head * M * D, keys, D, M, N)
     attend(q, v, k, out, keys, D, M, 2 * N)
@@ -58,7 +58,7 @@ def column_sum(x, out, rows, bias, scale, ROOT: tl.constexpr, N: tl.constexpr):
 
 
 def launched(kernel, pointers, numbers, **options):
-    """A launch of a kernel of this file; a type in the place of a pointer stands for an aligned one."""
+    """A launch of a kernel of this file; a dtype in `pointers` stands for an aligned pointer to it."""
     return Launch(kernel, (1,), pointers, numbers, options)
 
 
@@ -113,7 +113,7 @@ def test_spills_show(arch):
 
 @pytest.mark.parametrize(("num_stages", "copies"), [(1, 0), (2, 0), (3, 2), (4, 4)])
 def test_copies_that_a_step_does_not_wait_for(num_stages, copies):
-    """Keys and values of later steps: of one with three stages, of two with four."""
+    """The copies are keys and values of later steps: of one step with three stages, of two with four."""
     usage = resource_usage(compile_for(replace(ATTEND, options={"num_stages": num_stages}), "sm_80"))
     assert usage.copies_in_flight == copies
 
@@ -135,7 +135,7 @@ def test_without_divisibility_loads_are_narrow(offset, load):
 
 
 def from_listing(*lines):
-    """A compiled kernel of these SASS lines: labels end in a colon, everything else is an instruction."""
+    """A compiled kernel of these SASS lines: a line that ends in a colon is a label, else an instruction."""
     text = [line if line.endswith(":") else f"        /*0000*/    {line} ;" for line in lines]
     compiled = Compiled(0, {})
     compiled.__dict__["sass"] = "\n".join([".text.attend:", *text])  # where cached_property would put it
@@ -177,7 +177,8 @@ def test_sections_of_a_kernel():
     assert (found.loop.total(), found.loop["fp32"]) == (4, 1)
     assert (found.tail.total(), found.tail["matrix"]) == (5, 1)
     assert (found.taps.total(), found.taps["loads"]) == (3, 1)
-    # MOV, the wait, the store and EXIT; neither the assembler's closing trap nor its padding.
+    # `rest` has MOV, the wait (two instructions), the store and EXIT, but not the endless loop and the NOP
+    # with which the assembler ends a kernel.
     assert (found.rest.total(), found.rest["matrix"], found.rest["other"]) == (5, 0, 5)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the tuner share."""
+"""Fixtures that the tuner's tests share."""
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tried(monkeypatch, device):
-    """What a forward on the tiny shape tries, in order: what is used so far, then a space of three."""
+    """The tiles that the tuner tries for a forward on the tiny shape, in order: the tile in use, then two of
+    a space of three; the third owns too many rows for the shape's regions."""
     space = [Tile(16, 16, 1, 2), Tile(16, 32, 2, 2), Tile(32, 16, 1, 2)]
     monkeypatch.setattr(timing, "candidates", lambda *args: space)
     monkeypatch.setattr(timing, "variants", lambda *args: [])

@@ -1,4 +1,4 @@
-"""The tuner: what it would try, what it predicts, and, with a timer of the test's own, how it measures."""
+"""The tuner: which tiles it tries and, with a stand-in for the timer, how it finds and keeps the fastest."""
 
 import json
 import math
@@ -114,7 +114,7 @@ def test_a_compiler_that_dies_does_not_end_the_run(monkeypatch, capsys):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("weight", ["none", "soft"])
 def test_what_is_timed_finds_what_was_compiled_ahead(kernel, weight, tmp_path):
-    """In Triton's cache on disk, where a stand-in for the driver launches what is timed."""
+    """A stand-in for the driver launches the timed kernel, which hits Triton's cache on disk."""
     problem = Problem("", 1, 4, 4, 16, 1, 2, 2, weight)
     trial = timing.Trial(problem, torch.float16, kernel, Tile(16, 32, 1, 2))
     hits = []
@@ -169,7 +169,7 @@ def test_a_backward_pass_times_both_its_kernels(device, monkeypatch):
     monkeypatch.setattr(timing, "variants", lambda *args: [])
     timer = Stopwatch()
     measure([*TINY, "--kernel", "query_gradient", "key_value_gradient", "--dtype", "bfloat16"], timer, device)
-    assert len(timer.timed) == 2  # what both use so far
+    assert len(timer.timed) == 2  # the tile in use for each kernel
     assert {key.kernel for key in tile_cache.read(timing.card_name(device))} == {
         tiles.QUERY_GRADIENT,
         tiles.KEY_VALUE_GRADIENT,
@@ -180,7 +180,8 @@ def test_a_backward_pass_times_both_its_kernels(device, monkeypatch):
 def test_routing_weights_are_timed_for_the_entries_that_launches_take(
     weight, forward_form, device, monkeypatch
 ):
-    """With the factor's gradient, which the result of dQ is checked by, too; hard routing has no factor."""
+    """The results of dQ and dK/dV are checked together with dR, the gradient of the routing weights. With
+    hard routing only dQ is *weighted*, because there is no factor."""
     monkeypatch.setattr(timing, "candidates", lambda *args: [])
     monkeypatch.setattr(timing, "variants", lambda *args: [])
     timer, checked, good = Stopwatch(), [], timing.measure.check
@@ -190,7 +191,7 @@ def test_routing_weights_are_timed_for_the_entries_that_launches_take(
         good(found, expected, tolerance)
 
     monkeypatch.setattr(timing.measure, "check", check)
-    # Of a single choice the weight is 1, and has no gradient.
+    # `topk` is 2, because with one chosen region the routing weight is 1 and has no gradient.
     argv = ["--shape", *"1 4 4 16".split(), "--num-heads", "1", "--n-win", "2", "--topk", "2"]
     measure([*argv, "--routing-weight", weight], timer, device)
     kernels, forms = tiles.KERNELS, (forward_form, "weighted", forward_form)
@@ -257,7 +258,8 @@ def test_what_is_timed_launches_the_tile_in_force(kernel, device, monkeypatch):
 
 
 def test_what_is_timed_adds_to_lepes_gradient_as_launches_do(device):
-    """Where regions are routed dK/dV adds to what LePE's backward has written, which takes registers."""
+    """With routed regions dK/dV adds to the gradient that LePE's backward wrote. The addition takes
+    registers, so the timed kernel must do it, too."""
     drawn = timing.Inputs(Problem("", 1, 4, 4, 16, 1, 2, 2), torch.float16, device)
     _, backward = drawn._plans()
     names = [launch.name for launch in backward.launches]
@@ -267,7 +269,8 @@ def test_what_is_timed_adds_to_lepes_gradient_as_launches_do(device):
 
 
 def test_what_a_launch_leaves_unwritten_is_seen(device):
-    """Memory of a right result that was freed would pass for one."""
+    """The check must fail for a kernel that writes nothing, also if its output gets the freed memory of a
+    correct result."""
     drawn = timing.Inputs(autotune._problems(autotune._parser().parse_args(TINY))[0], torch.float16, device)
     right = drawn.run_of(tiles.FORWARD)
     drawn.check(right)
@@ -284,7 +287,7 @@ def test_what_a_launch_leaves_unwritten_is_seen(device):
 
 
 def test_winners_weigh_problems_alike():
-    """A tenth of a short setting's time is worth more than a twentieth of a long one's."""
+    """Relative times count: saving 10 % of a short problem's time beats saving 5 % of a long one's."""
     args = autotune._parser().parse_args(TINY)
     short = timing.Trial(autotune._problems(args)[0], torch.float16, tiles.FORWARD, Tile(16, 32, 1, 3))
     long = replace(short, problem=replace(short.problem, batch=100))
@@ -302,9 +305,10 @@ def test_winners_weigh_problems_alike():
 
 
 def test_what_the_shipped_table_says_was_measured_is_in_the_timings_kept():
-    """With its mean time, at most 8 % over the fastest, which is left out if it spills under Triton 3.8."""
+    """An entry's cost is its tile's mean time in the kept timings, at most 8 % above the fastest tile's. The
+    table leaves the fastest tile out if it spills under Triton 3.8."""
     means = {}
-    for name in ("h200", "h100"):  # the later one last
+    for name in ("h200", "h100"):  # a later file replaces entries of an earlier one
         path = Path(__file__).parents[3] / "docs" / "measured" / f"{name}-timings.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         timed = {kept_trial(row["trial"]): row["milliseconds"] for row in rows}
@@ -323,7 +327,7 @@ NEW_ROW = r"(\d+)x(\d+)x(\d+)x(\d+) heads (\d+) n_win (\d+) topk (\d+) (\w+) (\w
 
 
 def kept_trial(text):
-    """The trial of a row, also of one that was kept when problems were called settings."""
+    """The trial of a row of kept timings; old rows call a problem `Setting`."""
     if new := re.fullmatch(NEW_ROW, text):
         *numbers, dtype, kernel, tile = new.groups()
         problem = Problem("", *map(int, numbers))

@@ -1,4 +1,4 @@
-"""What the tuner has measured outlives a run that was stopped, a full disk, and lines that are none."""
+"""The tuner's timings survive a stopped run and a full disk; damaged lines in their file do no harm."""
 
 import contextlib
 import shutil
@@ -29,7 +29,8 @@ def test_a_stopped_run_goes_on_where_it_was(tried, device):
 
 @pytest.mark.parametrize("stop_after", [3, 4, 7])
 def test_a_stopped_run_keeps_the_entries_that_it_finished(stop_after, tried, device):
-    """Of dQ nothing is timed, or one, and of dK/dV one: the forward and then dQ are finished."""
+    """Each kernel has three trials. After 3 or 4 timings only the forward is finished (dQ has none or one
+    timing); after 7, the forward and dQ (dK/dV has one)."""
     timer = Stopwatch({tried[1]: 0.5}, stop_after)
     with pytest.raises(KeyboardInterrupt):
         measure([*TINY, "--dtype", "float16", "float32"], timer, device)
@@ -56,7 +57,7 @@ def test_a_disk_that_fills_up_loses_no_measurement(tried, device, small_disk, mo
 
 
 def test_a_folder_that_cannot_be_written_shows_at_once(tried, device, tmp_path, capsys):
-    (tmp_path / "cache").write_text("")  # a file in its place, since root may write anywhere
+    (tmp_path / "cache").write_text("")  # a file where the folder should be: root may write anywhere
     said = []
 
     def listen(run):
@@ -70,7 +71,7 @@ def test_a_folder_that_cannot_be_written_shows_at_once(tried, device, tmp_path, 
 
 
 def _check_it_is_kept_aside(tile, device, said):
-    """In a folder that the warning names, and where the process finds it."""
+    """Checks that the tile is kept in a folder that the warning names, where this process finds it."""
     assert f"is kept in {tile_cache.folder()}" in said
     (entry,) = tile_cache.read(timing.card_name(device)).values()
     assert entry.tile == tile

@@ -1,4 +1,4 @@
-"""Tiles ranked by their machine code, on counts made up; and a table that is written."""
+"""The ranking of tiles by instruction counts, which are made up here, and the table that is written."""
 
 from collections import Counter
 from dataclasses import replace
@@ -18,7 +18,7 @@ from bra_triton.kernels.tiles.table import Entry, Key, Tile
 
 
 def code(loop, spills=0, shared=1024, rest=100, serialised=False, registers=100):
-    """What might have been counted."""
+    """Made-up counts of a kernel: `loop` and `rest` are numbers of instructions."""
     mix = dict.fromkeys(INSTRUCTION_CLASSES, 0) | {"matrix": 1, "exp": 1}
     usage = Usage(registers, shared, 0, spills)
     loop, rest = (Counter(mix | {"fp32": n - 2}) for n in (loop, rest))
@@ -44,7 +44,7 @@ class TestRanking:
         assert self.best({0: code(900), 1: code(700), 2: code(800)}) == [1, 2, 0]
 
     def test_warps_that_wait_for_few_others_cost_more_than_instructions(self):
-        """255 registers leave an SM 8 warps, 128 leave it 16."""
+        """With 255 registers a thread an SM holds 8 warps, with 128 registers 16."""
         assert self.best({0: code(700, registers=255), 1: code(800, registers=128)}) == [1, 0]
 
     def test_among_ties_the_cheapest_loop(self):
@@ -69,7 +69,8 @@ class TestRanking:
         assert len(prediction.jobs_of_forms([padded], "sm_90", known)) == more
 
     def test_the_table_takes_the_best_and_keeps_how_lepe_is_computed(self, monkeypatch):
-        """And what was measured; where everything spills, the cheapest that does."""
+        """The table also keeps measured entries. If all tiles of an entry spill, it takes the cheapest, and
+        the entry is listed as spilling."""
         apart = replace(self.TILES[2], fuses_lepe=False)
         measured = replace(self.KEY, head_dim=64)
         entries = {self.KEY: Entry(apart, 1.0), measured: Entry(apart, 1.0, "a card")}
