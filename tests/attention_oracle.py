@@ -1,4 +1,7 @@
-"""Attention over routed regions, written token by token in float64: no tiles, lists or regions in memory."""
+"""The oracle of routed attention, written token by token, and how a backend computes the same problem.
+
+The oracle uses no tiles, no token lists and no kernels; `gradients` runs it in float64.
+"""
 
 import itertools
 from dataclasses import replace
@@ -20,9 +23,9 @@ from bra_triton.kernels.routing.lists import form_of, launch_key_lists, launch_q
 
 
 def attend(problem):
-    """Output `(N, H, W, dim)` of any problem, differentiable; one query region of one head at a time."""
+    """Output `(N, H, W, dim)` of any problem, differentiable; computed region by region for each head."""
     padding = problem.padding or Padding(problem.key.new_zeros(()), problem.value.new_zeros(()))
-    # Token -1 is padding: the last row.
+    # The row of padding comes last, so that the token number -1, which means padding, indexes it.
     key, value = (
         torch.cat([x.flatten(1, 2), pad.expand(x.shape[0], 1, x.shape[-1])], 1)
         for x, pad in ((problem.key, padding.key), (problem.value, padding.value))
@@ -65,7 +68,7 @@ def _attend_region(problem, query, key, value, image, head, region, out):
 
 
 def gradients(problem, grad_out, needs_factor=False):
-    """`out`, and gradients by name: query, key, value, and those of padding and factor that exist."""
+    """`out` and the gradients by name, float64: query, key, value and, if they exist, padding and factor."""
     leaves = {name: getattr(problem, name) for name in ("query", "key", "value")}
     if problem.padding is not None:
         leaves |= {"padding.key": problem.padding.key, "padding.value": problem.padding.value}
@@ -90,9 +93,10 @@ def gradients(problem, grad_out, needs_factor=False):
 
 
 def run_backend(backend, problem, grad_out, needs_factor=False, targets=None):
-    """The same of a backend's kernels.
+    """The same tensors as `gradients` returns, computed by a backend's kernels, on the CPU.
 
-    The maps' gradients are written to `targets`, by default maps of NaN: what is not written shows.
+    The backend writes the gradients of query, key and value to `targets`. By default these hold NaN, so that
+    a test sees every element that the backend did not write.
     """
     if targets is None:
         maps = problem.query, problem.key, problem.value
@@ -123,13 +127,16 @@ def _run_triton(problem, grad_out, needs_factor, targets):
         shares = padding_shares.sum((0, 2, 3)).split(widths, dim=-1)
         padding = Padding(*(share.flatten() for share in shares))
     if factor_shares is not None:
-        # Of all tiles, and of all heads that follow one graph.
+        # Sum over all tiles, and over all heads that follow the same graph.
         factor = factor_shares.sum(3).unflatten(1, (problem.n_graphs, -1)).sum(2)
     return out, padding, factor
 
 
 def add_attention(plan, problem, grad_out, needs_factor, targets):
-    """Adds forward and backward of an attention; returns its output and the small gradients' shares."""
+    """Adds an attention's forward and backward to a plan.
+
+    Returns the output, and the programs' shares of the factor's and of the padding's gradient (or None).
+    """
     form = form_of(problem, needs_factor)
     lists = take_key_lists(problem, form, plan.scratch)
     launch_key_lists(plan, problem, lists)

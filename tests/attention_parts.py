@@ -1,4 +1,4 @@
-"""Small problems that between them have every part which the modes of the attention are made of."""
+"""Small attention problems; together they cover every part of which the modes of the attention are made."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from bra_triton.kernels.problem import Padding, RoutedAttention
 
 @dataclass(frozen=True)
 class Part:
-    """One problem, and why it is there."""
+    """One small problem, and the reason why it is tested."""
 
     why: str
     grid: RegionGrid
@@ -113,7 +113,7 @@ PARTS = {
 
 
 def make(part, device, dtype=torch.float32):
-    """A random problem on slices of packed maps, as the modules hand them over."""
+    """A random problem whose maps are slices of packed maps, like those that the modules pass on."""
     num_heads, (qk, v) = part.num_heads, part.head_dims
     widths = [num_heads * qk, num_heads * qk, num_heads * v]
 

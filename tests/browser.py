@@ -1,4 +1,4 @@
-"""A headless Chromium that is told over a pipe what to do: pointer events, the page's own expressions."""
+"""Drives a headless Chromium over a pipe: sends pointer events and evaluates JavaScript in a page."""
 
 import contextlib
 import json
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-# Without a display, as root, and without the connections that Chromium makes for itself.
+# Chromium runs without a display, as root, and makes no network connections for its own services.
 FLAGS = """--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --remote-debugging-pipe""".split()
 SECONDS = 60
 
 
 class Page:
-    """A page that is open, at 1200 x 900 pixels."""
+    """An open page of 1200 x 900 pixels."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers = os.fdopen(commands, "wb"), os.fdopen(answers, "rb")
@@ -31,7 +31,7 @@ class Page:
         }
 
     def send(self, method: str, **parameters: Any) -> Any:
-        """A command of the DevTools protocol; returns its result."""
+        """Sends a command of the DevTools protocol and returns its result."""
         self._sent += 1
         command = {"id": self._sent, "method": method, "params": parameters, **self._session}
         self._commands.write(json.dumps(command).encode() + b"\0")
@@ -49,13 +49,13 @@ class Page:
                 return answer["result"]
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression; of a promise, what it resolves to."""
+        """The value of a JavaScript expression; if that is a promise, the value to which it resolves."""
         answer = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def move(self, x: float, y: float, click: bool = False) -> None:
-        """Moves the pointer to a place in the window, may click there, and waits until the page has drawn."""
+        """Moves the pointer to a place in the window, clicks if asked to, and waits for the page to draw."""
         events = ["mouseMoved", "mousePressed", "mouseReleased"] if click else ["mouseMoved"]
         for event in events:
             self.send("Input.dispatchMouseEvent", type=event, x=x, y=y, button="left", clickCount=int(click))
@@ -64,11 +64,11 @@ class Page:
 
 @contextlib.contextmanager
 def opened(file: Path, profile: Path) -> Iterator[Page]:
-    """Opens a file in a new browser, whose own files go to `profile`."""
+    """Opens a file in a new browser; the browser stores its own files in the folder `profile`."""
     for_browser, commands = os.pipe()
     answers, from_browser = os.pipe()
     arguments = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}"]
-    # Chromium reads commands from descriptor 3 and answers at 4.
+    # Chromium reads commands from descriptor 3 and writes answers to descriptor 4.
     script = f'exec "$@" 3<&{for_browser} 4>&{from_browser}'
     process = subprocess.Popen(
         ["bash", "-c", script, "bash", *arguments],
@@ -84,7 +84,7 @@ def opened(file: Path, profile: Path) -> Iterator[Page]:
         loaded = "document.readyState == 'complete' || new Promise(done => addEventListener('load', done))"
         page.evaluate(loaded)
         yield page
-        page.send("Browser.close")  # one that is terminated leaves temporary files
+        page.send("Browser.close")  # a terminated Chromium leaves temporary files
         process.wait(30)
     finally:
         process.terminate()

@@ -1,7 +1,8 @@
-"""Selects the tests that this run of pytest can do.
+"""Selects the tests that this run of pytest can run; fixtures that all tests share.
 
-`make test` runs pytest twice: interpreted (everything but what is marked `compiled`), then compiled (the
-tests so marked, which compile the kernels for GPUs that need not be there).
+`make test` runs pytest twice. The first run interprets the kernels and takes the tests that are not marked
+`compiled`. The second run takes the tests marked `compiled`, which compile the kernels for GPUs; the machine
+need not have a GPU.
 """
 
 import os
@@ -13,8 +14,8 @@ import pytest
 import torch
 from interpreter import INTERPRETED
 
-# Ultralytics reads them when it is imported, hence they are not set in a fixture: its settings and runs stay
-# out of the user's home, and it looks for no network.
+# These variables keep Ultralytics' settings and runs out of the user's home folder, and Ultralytics off the
+# network. Ultralytics reads them when it is imported, so a fixture would set them too late.
 _ultralytics_folder = tempfile.TemporaryDirectory(prefix="bra_triton_ultralytics_")
 os.environ["YOLO_CONFIG_DIR"] = _ultralytics_folder.name
 os.environ["YOLO_OFFLINE"] = "true"
@@ -22,7 +23,7 @@ os.environ["YOLO_AUTOINSTALL"] = "false"
 
 
 def pytest_unconfigure():
-    """Not at the exit of the process, which pytest-xdist's workers leave out."""
+    """Removes Ultralytics' folder here: pytest-xdist's workers end without running exit handlers."""
     _ultralytics_folder.cleanup()
 
 
@@ -33,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
         return INTERPRETED or torch.cuda.is_available()
 
     config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
-    # The longest first: a worker that met it last would keep the others waiting for a minute.
+    # The longest tests go first: if a worker started one last, the other workers would wait a minute for it.
     items[:] = sorted(filter(runs_here, items), key=lambda item: "test_inductor" not in item.name)
 
 
@@ -44,7 +45,10 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _no_tf32():
-    """PyTorch lets cuDNN's convolutions, the NCHW module's projections, round float32 to TF32 by default."""
+    """Turns TF32 off for cuDNN's convolutions, which compute the NCHW module's projections.
+
+    By default PyTorch lets them round float32 to TF32.
+    """
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield

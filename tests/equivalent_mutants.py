@@ -1,4 +1,4 @@
-"""Mutants of `tests.mutate` that compute the same: file, the changed line, and why no test can fail."""
+"""Mutants of `tests.mutate` that compute the same as the original: file, changed line, reason."""
 
 EQUIVALENT: dict[tuple[str, str], str] = {
     (

@@ -1,10 +1,11 @@
-"""Draws whole configurations, and calls in many ways, for as long as it is told; compares with float64.
+"""Draws configurations and ways to call them, for a given time, and compares the results with float64.
 
     python -m tests.fuzz --minutes 60
 
-What is drawn and compared is that of the tests `test_properties` and `test_nchw_properties`: arguments,
-sizes, strides, dtypes, backend. A module is also called in one of `WAYS`. Errors past the tolerance are
-printed with the configuration and the seed; the exit status is 1 if there was one.
+A configuration has arguments, sizes, strides, a dtype and a backend. The tests `test_properties` and
+`test_nchw_properties` say how it is drawn and how results are compared. A module is called in one of `WAYS`.
+Errors past the tolerance are printed with the configuration and the seed; the exit status is 1 if there was
+one.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-os.environ |= {"TRITON_INTERPRET": "1"} | os.environ  # read by what is imported next
+os.environ |= {"TRITON_INTERPRET": "1"} | os.environ  # Triton reads it at import
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bra_triton"))
 
@@ -32,9 +33,9 @@ from hypothesis.errors import UnsatisfiedAssumption
 from problems import relative_error
 from torch.utils.checkpoint import checkpoint
 
-# Of a round, after which the time is looked at.
+# Configurations in a round of the torch backend; after each round the elapsed time is checked.
 EXAMPLES = 5
-# The interpreter takes a hundred times as long as the torch backend.
+# Most rounds use the torch backend: Triton's interpreter takes a hundred times as long.
 BACKENDS = ("torch", "torch", "torch", "triton")
 
 
@@ -44,14 +45,15 @@ def _compiled(module, x):
 
 
 def _in_threads(module, x):
-    """Three other threads call the module and its backward at the same time, and find the same bits."""
+    """Calls the module, then its forward and backward in three threads at once; all bits must be equal."""
 
     def step(_):
         own = x.detach().requires_grad_()
         out = module(own)
         return out.detach(), torch.autograd.grad(out.sum(), own)[0]
 
-    assume(not (module.training and getattr(module, "kv_down", None)))  # may draw samples, of one generator
+    # Down-sampling may draw samples when it trains, and all threads draw from the same generator.
+    assume(not (module.training and getattr(module, "kv_down", None)))
     out = module(x)
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(step, range(3)))
@@ -66,7 +68,7 @@ def _without_gradient_first(module, x):
         alone = module(x)
     torch.set_rng_state(state)
     out = module(x)
-    # Another path for the attention's output, which is rounded once more or less where LePE follows.
+    # Without a gradient the output takes another path. Before LePE is added, it is rounded once more or less.
     assert relative_error(alone, out.double()) < properties.TOLERANCES[out.dtype]
     return out
 
@@ -87,7 +89,7 @@ KINDS = {
 
 
 def fuzz(seconds, first_seed):
-    """Counts of what was tried, by kind, backend, way and dtype, and what failed, in words."""
+    """Plays rounds; returns counts by kind, backend, way and dtype, and a text for every failure."""
     tried, failed, number = Counter(), [], first_seed
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -97,10 +99,10 @@ def fuzz(seconds, first_seed):
 
 
 def play_round(number, tried, failed):
-    """A few configurations of a kind, backend and way."""
+    """Draws a kind, a backend and a way from the seed `number`, and tries a few configurations of them."""
     chance = random.Random(number)
     kind, backend = chance.choice(list(KINDS)), chance.choice(BACKENDS)
-    # Triton's interpreter counts programs in one place for all threads.
+    # Triton's interpreter holds the number of the current program in one place for all threads.
     ways = [way for way in WAYS if backend == "torch" or way != "in threads"]
     way = chance.choice(ways) if "module" in kind else "eager"
     draw, errors_of = KINDS[kind]
@@ -120,7 +122,7 @@ def play_round(number, tried, failed):
             properties.judge(errors_of(drawn, backend), drawn)
         except UnsatisfiedAssumption:
             raise
-        except Exception:  # whatever went wrong is a finding, and the fuzzing goes on
+        except Exception:  # every error is a finding, and the fuzzing goes on
             failed.append(
                 f"seed {number}, {kind}, {backend}, {way}: {drawn}\n{traceback.format_exc(limit=-3)}"
             )
@@ -131,7 +133,7 @@ def play_round(number, tried, failed):
 
 
 def _run(way, module, x, grad_out, seed):
-    """`properties.run`, of the reference by a plain call."""
+    """`properties.run` with `way`; the reference is called plainly."""
     is_reference = module.backend == "reference"
     return properties.run(module, x, grad_out, seed, torch.nn.Module.__call__ if is_reference else way)
 

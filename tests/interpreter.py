@@ -1,6 +1,7 @@
-"""Where there is no GPU the Triton kernels run under the interpreter; that is decided before Triton loads.
+"""Turns Triton's interpreter on if there is no GPU. Triton reads the setting when it is imported.
 
-It stands outside `conftest.py`: of several such files, an import finds the one that pytest loaded last.
+This code is not in `conftest.py`, because tests import it: there are several files of that name, and an
+import finds the one that pytest loaded last.
 """
 
 import importlib.util
@@ -15,17 +16,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def watch_overflows(watches):
-    """Whether the interpreter looks for integers that overflow, or lets them wrap as a GPU does."""
+    """Sets whether the interpreter checks integers for overflow; otherwise they wrap as on a GPU."""
     from triton.runtime.interpreter import interpreter_builder
 
     interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=watches)
 
 
 def _quicken():
-    """Takes from the interpreter what more than half of its time goes to.
+    """Switches off two steps that take more than half of the interpreter's time.
 
-    It computes every sum and product of integers again in 64 bits, and at every call of a device function
-    replaces the language's functions, which a launch has replaced already.
+    The interpreter computes every sum and product of integers again in 64 bits. And at every call of a device
+    function it replaces the functions of `triton.language`, although the launch has already replaced them.
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction

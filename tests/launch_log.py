@@ -1,4 +1,4 @@
-"""Calls of the Triton backend in all its forms, and a log of what a stand-in for the driver is told."""
+"""Problems for all forms of the Triton backend, and a log of the launches that a stand-in driver receives."""
 
 import threading
 from dataclasses import replace
@@ -12,11 +12,11 @@ from bra_triton.kernels.pooling.problem import WEIGHTED, RegionPooling
 from bra_triton.kernels.problem import Needs, PackedAttention, Padding, RoutedAttention, Settings
 
 HALF = torch.float16
-HEAD = 9  # arguments of Triton's launcher before the kernel's own
+HEAD = 9  # arguments that Triton's launcher takes before those of the kernel
 
 
 class Log(threading.local):
-    """What this thread has launched since `take`: launcher and arguments."""
+    """The launches of this thread since the last `take`: pairs of launcher and arguments."""
 
     def __init__(self):
         self.launches = []
@@ -31,7 +31,10 @@ def settings(height, width, n_win, topk, **others):
 
 
 def attention(settings, dtype=HALF, lepe=3, pooled=None, router=False):
-    """With `qk_dim` of 20, half-precision keys start at no multiple of 16 bytes in the packed map."""
+    """A random packed problem.
+
+    With a `qk_dim` of 20, half-precision keys start at byte 40 of a packed row, no multiple of 16.
+    """
     grid, dim = settings.grid, 32
     packed_dim = 2 * settings.qk_dim + dim
 
@@ -52,7 +55,7 @@ def attention(settings, dtype=HALF, lepe=3, pooled=None, router=False):
 
 
 def regional(n_graphs=2):
-    """Heads of 20 channels, in slices of packed maps."""
+    """A problem with given regions; its heads of 20 channels are slices of packed maps."""
     grid, kv_grid = RegionGrid.of_region_size(7, 9, (3, 4)), RegionGrid.of_region_size(5, 6, (2, 2))
     query = torch.randn(1, 7, 9, 80).to(HALF)[..., 24:64]
     key, value = torch.randn(1, 5, 6, 80).to(HALF).split(40, dim=-1)
@@ -109,7 +112,7 @@ FORMS = {
 
 
 def seen(log):
-    """What was launched, without addresses: compiled kernels, grids, streams, numbers."""
+    """Takes the log; returns compiled kernel, grid, stream and numbers of every launch, without addresses."""
     launches = []
     for run, args in log.take():
         groups = [x for x in args[HEAD:] if hasattr(x, "_fields") and not holds_pointers(x)]
@@ -125,7 +128,7 @@ def launched(log, problem):
 
 
 def holds_pointers(value):
-    """Whether a group is one of pointers, of which a direct launch makes a plain tuple; all may be None."""
+    """Whether a named tuple is a group of pointers (or only None); direct launches pass plain tuples."""
     return holds_tensors(value) or not any(member is not None for member in value)
 
 

@@ -1,4 +1,4 @@
-"""How a module is compared with its oracle: the same module, on the reference and in float64."""
+"""Helpers that compare a module with its oracle: a copy of it in float64 on the reference backend."""
 
 import copy
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def run(
 
 
 def nchw_call(module: NCHWBiLevelRoutingAttention, projected: Tensor) -> Call:
-    """The attention of an NCHW module, given what its projection made of a map: `(N, 3*dim, H, W)`."""
+    """The attention call of an NCHW module, given the output of its projection, `(N, 3*dim, H, W)`."""
     qkv = projected.permute(0, 2, 3, 1)
     grid = module.grid(projected[:, : module.spec.dim])
     padding = qkv.new_zeros(qkv.shape[-1]) if grid.is_padded else None

@@ -1,17 +1,18 @@
-"""Breaks a copy of the package in many single-line ways, one at a time, and lists what no test notices.
+"""Breaks a copy of the package by one-line changes, one at a time; lists the changes that no test notices.
 
     python -m tests.mutate --count 100
     python -m tests.mutate --only kernels/routing --count 20 --rest
     python -m tests.mutate --replaces "to(tl.int64)" --tests tests/kernels/test_large_maps.py
 
-Of every file in turn a drawn place is changed: a comparison, an operator, a number, a condition, a cast to 64
-bits. Then the tests that `TESTS` names for the file run, what was quick before first, under the interpreter
-and, if the file launches kernels, compiled; with `--rest` all others after them. A mutant dies if a test
-fails or takes too long. Those that live are printed with their line: each needs a test, or an argument why
-it computes the same, in `tests/equivalent_mutants.py`.
+A mutant is a copy of the package with one randomly drawn change: of a comparison, an operator, a number, a
+condition, or a cast to 64 bits. The files take turns. For each mutant, the tests that `TESTS` names for the
+file run under the interpreter, the quickest first. If the file launches kernels, these tests then run
+compiled. With `--rest` all other tests follow. A mutant dies if a test fails or takes too long. The mutants
+that live are printed with their line: each needs a test, or an entry in `tests/equivalent_mutants.py` that
+says why it computes the same.
 
-Mutation tools of others serve badly here: they rename functions or rewrite modules when they are imported,
-and kernels are compiled from their source.
+Other mutation tools do not work well here: they rename functions or rewrite modules at import, but Triton
+compiles kernels from their source.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from itertools import islice, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 
-# Read by what is imported next.
+# The modules that are imported next read these variables.
 os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} | os.environ
 import hypothesis  # noqa: F401
 import pytest
@@ -44,7 +45,7 @@ import triton  # noqa: F401
 from tests.equivalent_mutants import EQUIVALENT
 
 ROOT = Path(__file__).resolve().parent.parent
-# The tests of a file: those of the longest prefix of its path. First what is quick and sees most.
+# The tests for a file, by prefix of its path; the longest counts. Quick tests that see most come first.
 TESTS = {
     "kernels/attention": "routed_attention extreme_scores exponential large_maps",
     "kernels/routing": "lists routing extreme_scores large_maps",
@@ -75,7 +76,7 @@ SWAPS: dict[type, str] = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: what stands in a line, from a column to another, and what replaces it."""
+    """One change: `text` replaces the bytes of a line from column `start` to column `end`."""
 
     file: str
     line: int
@@ -84,11 +85,11 @@ class Mutant:
     text: str
 
     def replaced(self, source: str) -> str:
-        """What stands there in the source."""
+        """The part of the source that the change replaces."""
         return source.splitlines()[self.line - 1].encode()[self.start : self.end].decode()
 
     def of(self, source: str) -> str:
-        """The source with the change."""
+        """The source after the change."""
         lines = source.splitlines(keepends=True)
         before = lines[self.line - 1].encode()
         lines[self.line - 1] = (before[: self.start] + self.text.encode() + before[self.end :]).decode()
@@ -96,7 +97,7 @@ class Mutant:
 
 
 def mutants(file: str, source: str) -> list[Mutant]:
-    """Every change of a file that stays in one line; none of docstrings, annotations and error messages."""
+    """Every one-line change of a file, except of docstrings, annotations and error messages."""
     found = []
     for node in _code(ast.parse(source)):
         if node.lineno == node.end_lineno:
@@ -110,7 +111,7 @@ def _code(node: ast.AST) -> Iterator[ast.expr]:
         if name in ("annotation", "returns", "decorator_list") or isinstance(node, ast.Raise | ast.Assert):
             continue
         if isinstance(node, ast.keyword) and node.arg in ("num_warps", "num_stages"):
-            continue  # which change how long a kernel takes
+            continue  # they change only how long a kernel takes
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr):
                 if isinstance(child, ast.expr):
@@ -153,7 +154,7 @@ def _changes(node: ast.expr, line: bytes) -> Iterator[tuple[int, int, str]]:
 
 
 def replacements(file: str, source: str, text: str, by: str) -> list[Mutant]:
-    """A mutant for every place of a text, which another one takes."""
+    """One mutant for every place in the source where `text` stands; `by` replaces it there."""
     return [
         Mutant(file, number, found.start(), found.end(), by)
         for number, line in enumerate(source.splitlines(), 1)
@@ -162,7 +163,10 @@ def replacements(file: str, source: str, text: str, by: str) -> list[Mutant]:
 
 
 def draw(only: str, text: str, by: str | None, count: int, seed: int) -> list[Mutant]:
-    """So many mutants that replace what holds a text, in files under `only`: of every file one in turn."""
+    """Draws `count` mutants from files whose path begins with `only`; the files take turns.
+
+    They change code that contains `text` or, with `by`, replace `text` by it.
+    """
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     chance = random.Random(seed)
     piles = []
@@ -181,14 +185,14 @@ def draw(only: str, text: str, by: str | None, count: int, seed: int) -> list[Mu
 
 
 def tests_of(file: str) -> list[str]:
-    """Paths of the tests that are to see what breaks a file."""
+    """Paths of the test files that `TESTS` names for a file."""
     prefix = max((prefix for prefix in TESTS if file.startswith(prefix)), key=len)
     files = [path for name in TESTS[prefix].split() for path in (ROOT / "tests").glob(f"*/test_{name}.py")]
     return [str(path.relative_to(ROOT)) for path in files]
 
 
 class _QuickFirst:
-    """Plugin of pytest: what took less CPU time in earlier runs goes first; what is new, before all.
+    """Plugin of pytest: orders tests by their CPU time in earlier runs, the quickest first; new ones lead.
 
     Attributes:
         is_stopped: whether the time was up before all tests had run.
@@ -214,7 +218,7 @@ class _QuickFirst:
 
 
 def _run_tests(tree: Path, tests: list[str], seconds: float, timeout: int) -> None:
-    """Runs tests of the tree in this process, a child in which nothing of the package is imported yet."""
+    """Runs tests of the tree in this child process, which has not imported the package yet."""
     resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout))
     os.chdir(tree)
     with (tree / LOG).open("w") as file:
@@ -230,16 +234,16 @@ def _run_tests(tree: Path, tests: list[str], seconds: float, timeout: int) -> No
 
 
 def _is_launcher(file: str) -> bool:
-    """Whether a file decides about launches, of which the interpreter makes only some."""
+    """Whether a file decides how kernels are launched; the interpreter runs only a part of that code."""
     return max((prefix for prefix in TESTS if file.startswith(prefix)), key=len) == "kernels/"
 
 
 def verdict(tree: Path, mutant: Mutant, options: argparse.Namespace) -> str:
-    """What killed the mutant, or "lives"."""
+    """Runs the tests on a mutant; returns what killed it, why it is equivalent, or "lives"."""
     path = tree / mutant.file
     source, named = path.read_text(), options.tests or tests_of(mutant.file)
-    # Forked from a process that has imported PyTorch and Triton, which takes longer than many tests; Triton
-    # that compiles must be imported anew.
+    # Interpreted tests run in a fork of this process, which has imported PyTorch and Triton already; the
+    # imports take longer than many tests. To compile, Triton must be imported anew, in a spawned process.
     runs = [("fork", named)] + [("spawn", named)] * _is_launcher(mutant.file)
     if options.rest:
         runs.append(("fork", ["tests", *(f"--ignore={test}" for test in named)]))
@@ -264,7 +268,7 @@ def verdict(tree: Path, mutant: Mutant, options: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    """Prints a line a mutant, then the survivors; returns the exit status."""
+    """Prints a line for every mutant, then those that live; returns the exit status."""
     parser = argparse.ArgumentParser("python -m tests.mutate", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="", help="files that begin so")
     parser.add_argument("--replaces", default="", metavar="TEXT", help="changes of what holds this text")

@@ -1,4 +1,4 @@
-"""Every branch of the operators, as modules and functions of the package call them, at the smallest sizes."""
+"""Runs every branch of the operators through the package's modules and functions, at the smallest sizes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +18,8 @@ DIFF = {"diff_routing": True}
 SOFT = {"soft_routing": True}
 CONV = {"kv_downsample_mode": "conv", "kv_downsample_ratio": 1, "kv_downsample_kernel": 2}
 MAX = {"kv_downsample_mode": "maxpool", "kv_downsample_ratio": 2}
-# Arguments of the modules; "size" is the map's, "frozen" says which parameters need no gradient.
+# Arguments of the modules, and: "size", height and width of the map; "frozen", the start of the names of
+# parameters that need no gradient; "nchw", to build the NCHW module.
 BRANCHES: Mapping[str, Mapping[str, Any]] = {
     "plain": {},
     "without LePE": {"side_dwconv": 0},
@@ -44,7 +45,7 @@ BRANCHES: Mapping[str, Mapping[str, Any]] = {
 
 
 def module_of(branch: str, backend: str) -> nn.Module:
-    """The module of a branch."""
+    """Builds the module of a branch."""
     arguments = {"dim": 4, "num_heads": 1, "n_win": 2, "topk": 2, **BRANCHES[branch]}
     _, frozen = arguments.pop("size", None), arguments.pop("frozen", None)
     if arguments.pop("nchw", False):
@@ -57,13 +58,13 @@ def module_of(branch: str, backend: str) -> nn.Module:
 
 
 def map_of(branch: str, batch: int = 1) -> Tensor:
-    """A map for the module of a branch."""
+    """A random map for the module of a branch: `(batch, H, W, 4)`, or NCHW."""
     x = torch.randn(batch, *BRANCHES[branch].get("size", (4, 4)), 4)
     return x.permute(0, 3, 1, 2) if BRANCHES[branch].get("nchw") else x
 
 
 def attend(branch: str, backend: str, batch: int, device: torch.device) -> None:
-    """Forward without and with a gradient, and backward, of the module of a branch."""
+    """Runs the module of a branch: a forward without a gradient, then a forward and a backward."""
     module, x = module_of(branch, backend).to(device), map_of(branch, batch).to(device)
     with torch.no_grad():
         module(x)
@@ -71,7 +72,7 @@ def attend(branch: str, backend: str, batch: int, device: torch.device) -> None:
 
 
 def route(backend: str, batch: int, device: torch.device) -> None:
-    """Routing alone, of a padded map, forward and backward."""
+    """Runs forward and backward of the routing alone, of a padded map and of one without padding."""
     qkv = torch.randn(batch, 3, 5, 12, device=device, requires_grad=True)
     padding = torch.randn(12, device=device, requires_grad=True)
     numbers = {"n_win": 2, "topk": 3, "diff_routing": True, "backend": backend}
@@ -81,7 +82,10 @@ def route(backend: str, batch: int, device: torch.device) -> None:
 
 
 def attend_regional(backend: str, batch: int, device: torch.device) -> None:
-    """Attention over given regions, forward and backward: one graph and one per head; whole and padded."""
+    """Runs attention over given regions, forward and backward.
+
+    Once with one head on a map without padding, once with two heads, a graph for each, on a padded map.
+    """
     for size, heads, width in (((4, 4), 1, 4), ((3, 5), 2, 6)):
         query, key = torch.randn(2, batch, 4, *size, device=device).requires_grad_()
         value = torch.randn(batch, width, *size, device=device, requires_grad=True)
@@ -93,10 +97,10 @@ def attend_regional(backend: str, batch: int, device: torch.device) -> None:
 
 
 class Calls(TorchDispatchMode):
-    """Hands every call of the package's operators, and its result, to a function.
+    """Dispatch mode: calls `take(operator, arguments, result)` after each call of the package's operators.
 
     Attributes:
-        names: the operators that were called.
+        names: names of the operators that were called.
     """
 
     def __init__(self, take: Callable[[Any, tuple[Any, ...], Any], None]) -> None:

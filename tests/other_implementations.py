@@ -1,4 +1,4 @@
-"""Models of somebody else's: the original attention, a paste of it, the authors' NCHW form, and a block."""
+"""Models written by other people: the original attention, pasted copies, the authors' NCHW form, blocks."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ SIZE = {"dim": 12, "num_heads": 2, "n_win": 2, "topk": 3}
 
 
 def paste(forward, **layers):
-    """An implementation with the original's layers, more of them, and another forward."""
+    """A module named `Paste` that has the original's layers, further `layers`, and the given `forward`."""
     attn = type("Paste", (nn.Module,), {"forward": forward})()
     vars(attn).update(vars(original(**SIZE)))
     for name, layer in layers.items():
@@ -21,12 +21,12 @@ def paste(forward, **layers):
 
 
 def with_parts_of(self, x, **parts):
-    """The original's forward of a paste, with other parts in the place of its layers."""
+    """Runs the original's forward on a pasted copy; `parts` replace its layers of the same names."""
     return original.forward(SimpleNamespace(**vars(self) | self._modules | parts), x)
 
 
 class Permuting(nn.Module):
-    """A paste under another name, which takes and returns NCHW maps."""
+    """A pasted copy under another class name, which takes and returns NCHW maps."""
 
     def __init__(self, **arguments):
         super().__init__()
@@ -40,7 +40,7 @@ class Permuting(nn.Module):
 
 
 class AuthorsNCHW(nn.Module):
-    """The structure and the computation of the authors' NCHW class, by masked dense attention."""
+    """A module like the authors' NCHW class, which computes the same by masked dense attention."""
 
     def __init__(self, dim, num_heads, n_win, topk, lepe=torch.zeros_like):
         super().__init__()
@@ -73,7 +73,7 @@ class AuthorsNCHW(nn.Module):
 
 
 class Block(nn.Module):
-    """A model of somebody else's around an attention."""
+    """A user's block around an attention."""
 
     def __init__(self, attn):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Runs what a function adds to a plan, on tensors."""
+"""Runs on tensors the launches that a function adds to a plan."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,15 +20,19 @@ from bra_triton.kernels.routing import lists
 
 
 class OpenPlan(Plan):
-    """A plan of which all arrays are outputs, those of the workspace, too."""
+    """A plan that returns all its arrays as outputs, also those that belong in the workspace."""
 
     scratch = Plan.output
 
 
 def run(add: Callable[..., Any], *arguments: Any) -> Any:
-    """What `add(plan, *arguments)` returns, with tensors in the place of buffers, after the plan has run.
+    """Runs the launches that `add(plan, *arguments)` adds to a plan.
 
-    `add` gets buffers in the place of the arguments' tensors; what it writes to these is written in place.
+    `add` gets a buffer in the place of each tensor in `arguments`. A launch that writes to such a buffer
+    changes the tensor in place.
+
+    Returns:
+        The result of `add`, with tensors in the place of buffers.
     """
     tensors = _tensors_in(arguments)
     plan = OpenPlan(tensors, tensors[0].device)
@@ -40,7 +44,7 @@ def run(add: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def lists_of(problem: RoutedAttention[Tensor]) -> tuple[lists.KeyLists, lists.QueryLists]:
-    """What the attention kernels walk."""
+    """The lists of a problem that the attention kernels read."""
 
     def add(plan: Plan, problem: RoutedAttention[Buffer]) -> tuple[lists.KeyLists, lists.QueryLists]:
         keys = lists.take_key_lists(problem, lists.form_of(problem), plan.scratch)
@@ -58,7 +62,7 @@ def lepe_gradient(
     sums: LepeSums,
     adds_to_grad: bool = False,
 ) -> LepeSums:
-    """Adds LePE's backward and the launch that sums its shares, with no attention beside it."""
+    """Adds LePE's backward and the launch that sums its shares, without an attention."""
     shares = launch_lepe_gradient(plan, grad_out, grad_value, lepe, sums, adds_to_grad)
     launch_finish(plan, None, shares)
     return sums
@@ -66,11 +70,14 @@ def lepe_gradient(
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Within, memory of new tensors holds NaN, or the largest integer: what nobody writes shows."""
+    """Context in which new tensors are filled with NaN or the largest integer.
+
+    Tests then see elements that no kernel has written.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # which a training by Ultralytics switches off
+    torch.utils.deterministic.fill_uninitialized_memory = True  # training with Ultralytics switches it off
     try:
         yield
     finally:
@@ -80,7 +87,7 @@ def poisoned() -> Iterator[None]:
 
 @contextmanager
 def routed_in_steps() -> Iterator[None]:
-    """Within, `route_kernel` walks key regions in steps of 16: of 256, where there are many."""
+    """Context in which `route_kernel` processes key regions in steps of 16; outside, steps are of 256."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing_launch, "_ROUTE_OPERAND", 16)
         yield
@@ -88,7 +95,10 @@ def routed_in_steps() -> Iterator[None]:
 
 @contextmanager
 def routed_apart() -> Iterator[None]:
-    """Within, every query region has a program of its own, as where many of many regions are chosen."""
+    """Context in which `route_kernel` has one program for each query region.
+
+    Outside, it has so many programs only if `topk` exceeds 256.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing_launch, "_ROUTE_OPERAND", 0)
         patch.setattr(routing_launch, "_ROUTE_KEPT", 0)
@@ -112,7 +122,7 @@ def _view(holder: Tensor, buffer: Buffer) -> Tensor:
 
 
 def _replaced(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """The value with `function` applied to all of a kind in it, in groups and dataclasses, too."""
+    """The value with `function` applied to every member of a kind, also in tuples, lists and dataclasses."""
     if isinstance(value, kind):
         return function(value)
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""The torch backend's path for NVIDIA, run on the CPU: stand-ins for what PyTorch has for that device alone.
+"""Runs the torch backend's path for NVIDIA on the CPU, with stand-ins for PyTorch's operators of that device.
 
-They have the schemas of PyTorch's operators, refuse what those refuse, and compute by the definition, in
-float64.
+A stand-in has the schema of PyTorch's operator, refuses the arguments that the operator refuses, and computes
+by the definition, in float64.
 """
 
 import math
@@ -16,12 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from bra_triton.backend.torch import devices, efficient
 
 LSE_BLOCK = 32
-_in_stand_in = []  # those that run, for which nothing is refused
+_in_stand_in = []  # the stand-ins that are running; `no_waits` refuses nothing in them
 
 
 @contextmanager
 def nvidia():
-    """Tensors on the CPU take the path of those on an NVIDIA GPU; gives the names of the stand-ins called."""
+    """Context in which tensors on the CPU take the path for NVIDIA GPUs.
+
+    It gives a list that collects the names of the stand-ins that are called.
+    """
     calls = []
 
     def recorded(stand_in):
@@ -50,7 +53,7 @@ def nvidia():
 
 @contextmanager
 def no_waits():
-    """Refuses what asks for a value, for which the CPU would wait for a GPU."""
+    """Context that refuses to read values of a tensor, because the CPU would have to wait for a GPU."""
 
     def guarded(ask):
         def call(x, *args, **kwargs):
@@ -67,7 +70,10 @@ def no_waits():
 
 
 class Launches(TorchDispatchMode):
-    """Within it the names of operators that compute something are noted, a stand-in's in place of its own."""
+    """Dispatch mode that notes the names of operators that compute something.
+
+    Of a stand-in it notes the name, and none of the operators that the stand-in calls.
+    """
 
     open_logs: ClassVar[list["Launches"]] = []
     _VIEWS = frozenset(
@@ -99,13 +105,13 @@ def _can_use(params):
 
 
 def _check(*tensors):
-    """(B, M, H, K) at an address and with strides of 16 bytes, as check_supported demands."""
+    """Checks what PyTorch's `check_supported` demands of (B, M, H, K): address and strides of 16 bytes."""
     for x in tensors:
         assert x.dim() == 4
         assert x.dtype == tensors[0].dtype
         assert x.stride(3) == 1
         assert x.data_ptr() % 16 == 0
-        # Of heads even where there is but one: the choice of a kernel looks at it.
+        # The stride of heads, too, even if there is one head: PyTorch's choice of a kernel looks at it.
         assert all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
         assert x.shape[3] * x.element_size() % 16 == 0
         assert x.shape[0] < 2**16
@@ -132,13 +138,13 @@ def efficient_forward(
     seqlen_k=None,
     window_size=None,
 ):
-    """`aten::_efficient_attention_forward`."""
+    """Stand-in for `aten::_efficient_attention_forward`."""
     options = (bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_k, window_size)
     assert options == (None,) * len(options)
     assert (dropout_p, custom_mask_type, compute_log_sumexp) == (0.0, 0, True)
     _check(query, key, value)
     scores = _scores(query, key, scale)
-    # A row of which nothing but minus infinity is known counts as masked: the kernel makes it 0.
+    # A row whose scores are all minus infinity counts as masked: PyTorch's kernel makes its output and lse 0.
     masked = (scores == -math.inf).all(-1)
     lse = scores.logsumexp(-1).masked_fill(masked, 0)
     lse = lse.masked_fill(lse == math.inf, math.nan)
@@ -174,16 +180,16 @@ def efficient_backward(
     window_size=None,
     shared_storage_dqdkdv=False,
 ):
-    """`aten::_efficient_attention_backward`."""
+    """Stand-in for `aten::_efficient_attention_backward`."""
     assert (bias, cu_seqlens_q, cu_seqlens_k, window_size) == (None,) * 4
     assert (max_seqlen_q, max_seqlen_k) == (query.shape[1], key.shape[1])
     assert (dropout_p, custom_mask_type, bias_requires_grad) == (0.0, 0, False)
     assert not shared_storage_dqdkdv
-    assert num_splits_key == 1  # more add up by atomics
+    assert num_splits_key == 1  # with more splits the kernel adds up by atomics
     assert philox_seed.dtype == philox_offset.dtype == torch.int64
     _check(grad_out, query, key, value, out)
     assert grad_out.is_contiguous()
-    assert out.is_contiguous()  # the kernel takes its strides for granted
+    assert out.is_contiguous()  # the kernel does not look at its strides
     batch, rows, heads, _ = query.shape
     dtype = query.dtype
     assert logsumexp.dtype == torch.float32
@@ -203,7 +209,7 @@ def efficient_backward(
 
 
 def depthwise(x, weight, kernel_size, bias, stride, padding, dilation):
-    """`aten::_conv_depthwise2d`: NCHW whatever the strides of `x` are."""
+    """Stand-in for `aten::_conv_depthwise2d`; returns contiguous NCHW for any strides of `x`."""
     assert x.numel() > 0
     assert list(kernel_size) == list(weight.shape[2:])
     assert x.dtype == weight.dtype

@@ -1,4 +1,4 @@
-"""The shapes that the attention is tested at, why each is there, and how results are compared."""
+"""The cases in which the attention is tested, the reason for each, and how results are compared."""
 
 import math
 from collections.abc import Iterable
@@ -93,7 +93,7 @@ CASES = [
     Case("one_region", "n_win 1: everything is one region", 6, 7, 32, 1, 1, 1),
     Case("one_token", "regions of a single token", 5, 5, 32, 1, 5, 5),
 ]
-# Their 49 and 64 regions take the interpreter half a minute each; the smaller cases cover the same code.
+# Cases of 49 or 64 regions, which take the interpreter half a minute each; smaller ones cover the same code.
 SLOW_INTERPRETED = {"biformer_stage1", "biformer_stage2", "biformer_stage3", "padded"}
 CASES_BY_NAME = {case.name: case for case in CASES}
 
@@ -109,13 +109,13 @@ def cases_for(backends: tuple[str, ...], interpreted: bool) -> list[tuple[Case, 
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of the float64 truth; see `worst` for many."""
+    """Norm of the difference, divided by the norm of the float64 truth."""
     difference = torch.linalg.vector_norm(actual.double() - expected)
     return (difference / torch.linalg.vector_norm(expected).clamp_min(1e-300)).item()
 
 
 def worst(errors: Iterable[float]) -> float:
-    """The largest error; NaN, which `max` may pass over, is the largest of all."""
+    """The largest error. NaN counts as infinity, because `max` may ignore it."""
     return max(math.inf if math.isnan(error) else error for error in errors)
 
 

@@ -1,4 +1,4 @@
-"""What the tests on drawn problems share: strategies for memory layouts, and how results are compared."""
+"""Helpers for tests on drawn problems: strategies for memory layouts, and how results are compared."""
 
 import math
 import os
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from problems import worst
 from torch import Tensor, nn
 
-# Norm of the difference over the norm. Of thousands of drawn examples all but one or two stay below half
-# of these; a wrong stride, tail or mode gives 1e-2 and more, in half precision 1e-1.
+# Norm of the difference over the norm of the truth. Of thousands of drawn examples all except one or two stay
+# below half of these; a wrong stride, tail or mode gives 1e-2 and more, in half precision 1e-1.
 TOLERANCES = {
     torch.float64: 1e-13,
     torch.float32: 1e-5,
@@ -24,26 +24,32 @@ needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="drawn tensors are on the CPU"
 )
 DTYPES = {"torch": (torch.float32, torch.float64, *HALF), "triton": (torch.float32, *HALF)}
-# Differences of terms about as large as the values' gradient, whose scores' gradients add up to 0 in a row.
+# Gradients in which large terms cancel: the gradients of the scores in a row add up to 0. What is left is a
+# difference of terms that are about as large as the values' gradient.
 CANCELLING = ("query", "key", "router", "kv_down.key")
 
 
 def profile(examples: int) -> settings:
-    """The same examples in every run; not shrunk, which takes minutes on the interpreter: they are small."""
+    """Settings of hypothesis: the same examples in every run.
+
+    A failing example is not shrunk: it is small already, and that takes minutes on the interpreter.
+    """
     phases = (Phase.explicit, Phase.generate)
     return settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=phases)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor lies in memory; between and around its elements are NaNs, or zeros where it has no NaN.
+    """How a tensor is laid out in memory: as a slice, with steps, of a larger tensor.
+
+    The elements of the larger tensor outside the slice are NaN, or 0 in dtypes without NaN.
 
     Attributes:
-        order: its dimensions from the outermost in memory to the innermost.
-        steps: for every dimension, every how many-th entry of a larger one it is.
-        before: entries of the larger dimension that come before its first; all of them are an offset.
-        after: entries of the larger dimension past its last.
-        expanded: whether the dimension is expanded, with a stride of 0; `of` then repeats its first entry.
+        order: the dimensions from the outermost in memory to the innermost.
+        steps: for every dimension, the step of the slice.
+        before: for every dimension, entries of the larger tensor before the slice (the storage offset).
+        after: for every dimension, entries of the larger tensor after the slice.
+        expanded: for every dimension, whether it is expanded (stride 0); `of` then repeats its first entry.
     """
 
     order: tuple[int, ...]
@@ -53,7 +59,7 @@ class Layout:
     expanded: tuple[bool, ...]
 
     def of(self, x: Tensor) -> Tensor:
-        """The values of `x` so laid out; with `expanded`, those of `x` at 0 alone, of the shape of `x`."""
+        """A copy of `x` in this layout. Of an expanded dimension only the entry 0 of `x` is used."""
         kept = x[tuple(slice(0, 1) if expanded else slice(None) for expanded in self.expanded)]
         spans, cut = [], []
         for size, step, before, after in zip(kept.shape, self.steps, self.before, self.after, strict=True):
@@ -68,8 +74,9 @@ class Layout:
 def layouts(dim: int, expandable: tuple[int, ...] = ()) -> st.SearchStrategy[Layout]:
     """Layouts of tensors of `dim` dimensions, of which `expandable` may be expanded.
 
-    A third of them are slices of a packed tensor, in some order of the dimensions, and so read in place where
-    any are; a third have no gaps, and all of `expandable` expanded.
+    A third are slices of a packed tensor along its innermost dimension, with the dimensions in any order: if
+    any layout is read in place, these are. A third have no gaps, and all of `expandable` are expanded. The
+    others have any steps, margins and expanded dimensions.
     """
     nothing, ones = st.just((0,) * dim), st.just((1,) * dim)
     margins = st.tuples(*(st.integers(0, 2) for _ in range(dim)))
@@ -85,24 +92,24 @@ def layouts(dim: int, expandable: tuple[int, ...] = ()) -> st.SearchStrategy[Lay
         )
         return Layout(order, (1,) * dim, before, after, (False,) * dim)
 
-    # A scalar's gradient by .sum() is expanded in all its dimensions.
+    # The gradient of `x.sum()` is expanded in all dimensions of `x`.
     whole = tuple(at in expandable for at in range(dim))
     repeated = st.builds(Layout, orders, ones, nothing, nothing, st.just(whole))
     return st.one_of(slices(), repeated, st.builds(Layout, orders, steps, margins, margins, expanded))
 
 
 def judge(errors, drawn):
-    """Fails on an error past the tolerance of the dtype that was drawn."""
+    """Fails if an error exceeds the tolerance of the dtype that was drawn."""
     assert worst(errors.values()) < TOLERANCES[drawn.dtype], errors
 
 
 class WithValues(nn.Module):
-    """A projection whose values are given, for the map and for padding, and whose gradients are its own.
+    """A projection whose results are given, for the map and for padding; its gradients are those of `exact`.
 
     Args:
         exact: the projection.
-        values: what it shall make of the map.
-        padding: what it shall make of a token of zeros; None where it is not asked for.
+        values: the result for the map.
+        padding: the result for a token of zeros; None if the module never projects one.
     """
 
     def __init__(self, exact, values, padding=None):
@@ -116,7 +123,7 @@ class WithValues(nn.Module):
 
 
 def assume_equal_routes(actual, expected, query, key):
-    """Discards an example whose routes differ by rounding; fails where they differ by more.
+    """Discards an example in which rounding changes the chosen regions; fails if they differ otherwise.
 
     Args:
         actual: regions chosen, `(N, P, topk)`.
@@ -126,7 +133,7 @@ def assume_equal_routes(actual, expected, query, key):
     """
     logits = query @ key.transpose(1, 2)
     of_actual, of_expected = (logits.gather(-1, r_idx).sort(-1).values for r_idx in (actual, expected))
-    # Of float32 sums over regions and channels; float32 means of a few numbers are as good as 1e-6.
+    # Rounding of float32 sums over a region's tokens and over channels; means of a few numbers err by 1e-6.
     rounding = 1e-5 * (query.norm(dim=-1).max() * key.norm(dim=-1).max())
     assert (of_actual - of_expected).abs().max() <= rounding, "other regions were routed to"
     assume(torch.equal(actual.sort(-1).values, expected.sort(-1).values))
@@ -134,7 +141,7 @@ def assume_equal_routes(actual, expected, query, key):
 
 def run(module, x, grad_out, seed, call=nn.Module.__call__):
     """Output, input gradient and parameter gradients, by name; `call(module, x)` calls the module."""
-    torch.manual_seed(seed)  # of fractional pooling's samples
+    torch.manual_seed(seed)  # fractional pooling draws samples
     x = x.detach().requires_grad_()
     out = call(module, x)
     names, parameters = zip(*module.named_parameters(), strict=True)
@@ -143,10 +150,12 @@ def run(module, x, grad_out, seed, call=nn.Module.__call__):
 
 
 def relative_errors(actual, expected, yardstick):
-    """Relative errors by name; those of gradients relative to a share of the yardstick's at least.
+    """Relative errors by name.
 
-    For gradients may cancel, and then only rounding is left: of queries whose keys are all equal, of a router
-    that has nothing to choose, of a bias common to all keys, which shifts all scores alike.
+    A gradient's error is divided by its norm or, if that is larger, by the largest norm of the gradients in
+    `yardstick` (a tenth of it, unless the gradient is one of `CANCELLING`). For gradients may cancel, so that
+    only rounding is left: those of queries whose keys are all equal, of a router that has nothing to choose,
+    or of a bias common to all keys, which shifts all scores alike.
     """
     assert actual.keys() == expected.keys()
     scale = max(torch.linalg.vector_norm(expected[name]).item() for name in yardstick)

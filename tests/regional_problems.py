@@ -1,4 +1,4 @@
-"""The shapes at which attention over given regions is tested, and why each is there."""
+"""The cases in which attention over given regions is tested, and the reason for each."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class RegionalCase:
         return tuple(torch.randn(self.batch, *shape, generator=generator).double() for shape in shapes)
 
     def graph(self) -> Tensor:
-        """A random graph per head; the regions of a row differ."""
+        """A random graph per head, `(N, num_heads, P, topk)` int64; no region is twice in a row."""
         shape = (self.batch, self.num_heads, self.query_grid.n_regions, self.kv_grid.n_regions)
         return torch.rand(shape).argsort(-1)[..., : self.topk]
 
@@ -97,7 +97,7 @@ REGIONAL_CASES_BY_NAME = {case.name: case for case in REGIONAL_CASES}
 
 
 def log_problems(monkeypatch) -> list[RoutedAttention]:
-    """A list that fills with what backends are given from now on."""
+    """Returns a list, to which every problem is added that a backend gets from now on."""
     problems = []
     problem_of = operators._problem
 

@@ -1,7 +1,7 @@
 """The original module, the tests' independent oracle: `ops/bra_legacy.py` of rayleizhu/BiFormer.
 
 Its code is kept as it is, apart from formatting and comments; nothing here imports `bra_triton`. It has no
-`fracpool`, no `conv` and no hard routing, and `torch.topk` leaves the order of equal logits open.
+`fracpool`, no `conv` and no hard routing, and `torch.topk` does not define the order of equal logits.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
     python -m tests.soak --steps 2000
 
-Every size is a signature of its own, which the caches of calls and plans keep.
+Every size has its own signature, for which the caches of calls and of plans keep entries.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from torch import nn
 
 from bra_triton import BiLevelRoutingAttention
 
-# Of growth that is none: the allocator's arenas, and caches that are not full yet.
+# Growth that is not a leak: the allocator's arenas, and caches that are not full yet.
 ALLOWED_MIB = 16
 
 
 def soak(steps, backend="torch", most_side=24):
-    """Resident MiB after each tenth of the steps, of which the first tenth fills the caches."""
+    """Resident memory in MiB after each tenth of the steps; the first tenth fills the caches."""
     torch.manual_seed(0)
     chance = random.Random(0)
     # Few enough that the first tenth of the steps meets most of them.
@@ -44,7 +44,7 @@ def soak(steps, backend="torch", most_side=24):
 
 
 def main():
-    """Prints the resident set; returns the exit status."""
+    """Prints the resident memory; returns the exit status."""
     parser = argparse.ArgumentParser("python -m tests.soak", description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--backend", default="torch")

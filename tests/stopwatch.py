@@ -1,17 +1,21 @@
-"""The tuner with a timer of the test's own, on a shape so small that everything can be tried."""
+"""Runs the tuner with a timer made for tests, on a shape so small that every tile can be tried."""
 
 import math
 
 from bra_triton.bench import autotune
 from bra_triton.kernels.tiles import choice
 
-# One region of 2 x 2 tokens and few tiles: the interpreter takes its time for every program.
+# One region of 2 x 2 tokens, so that there are few tiles and programs: the interpreter is slow for each.
 TINY = ["--shape", *"1 2 2 16".split(), "--num-heads", "1", "--n-win", "1", "--topk", "1"]
 FORWARD_TINY = [*TINY, "--kernel", "forward"]
 
 
 class Stopwatch:
-    """A timer that runs nothing twice: what the test says for a tile, else 1 ms."""
+    """A timer that runs each launch once and measures nothing.
+
+    It returns the milliseconds that the test gives for the tile, else 1. After `stop_after` runs it raises
+    `KeyboardInterrupt`.
+    """
 
     def __init__(self, milliseconds=None, stop_after=math.inf):
         self.milliseconds, self.stop_after, self.timed = milliseconds or {}, stop_after, []

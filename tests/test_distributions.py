@@ -10,15 +10,18 @@ import pytest
 from typecheck import package_folders
 
 ROOT = Path(__file__).resolve().parents[1]
-# Beside the package's files.
+# Files of the source distribution besides those of the package.
 IN_SDIST = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg", "PKG-INFO"}
 BUILD = "from setuptools import build_meta as b; print(b.build_sdist('dist')); print(b.build_wheel('dist'))"
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The files of both distributions, built from what git tracks, and the tracked ones of the package."""
-    pytest.importorskip("setuptools", "77")  # as pyproject.toml asks for, which pip would fetch
+    """Names of files: in the source distribution, in the wheel, and those of the package that git tracks.
+
+    Both distributions are built from the files that git tracks.
+    """
+    pytest.importorskip("setuptools", "77")  # pyproject.toml demands it; pip would fetch it
     tree = tmp_path_factory.mktemp("tree")
     listed = _run(["git", "ls-files"], cwd=ROOT)
     if listed.returncode:
@@ -69,7 +72,7 @@ def test_the_source_distribution_is_the_package_and_what_builds_it(built):
 
 
 def test_the_package_is_imported_and_attends_without_optional_packages():
-    """As on a machine that has none of them, and no GPU that anyone would ask."""
+    """Without Triton, Ultralytics and Matplotlib. The call does not initialize CUDA either."""
     code = (
         "import sys; sys.modules |= dict.fromkeys(('triton', 'ultralytics', 'matplotlib'))\n"
         "import torch, bra_triton\n"

@@ -1,12 +1,12 @@
-"""A few rounds of `python -m tests.fuzz`, which goes on for as long as one likes."""
+"""A few rounds of `python -m tests.fuzz`, which itself runs for as long as its user wants."""
 
 from collections import Counter
 
 import fuzz
 from properties import needs_interpreter
 
-# On the torch backend, one for each kind and way but the compiled NCHW module, at 8 s. `test_properties` and
-# `test_nchw_properties` draw the same for the kernels.
+# Seeds of rounds on the torch backend: one for each kind and way, except for the compiled NCHW module, which
+# takes 8 s. `test_properties` and `test_nchw_properties` draw the same configurations for the kernels.
 ROUNDS = (1, 2, 5, 7, 9, 13, 14, 19, 23, 32, 49)
 
 

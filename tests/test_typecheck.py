@@ -1,4 +1,4 @@
-"""The type check of `make lint`: it sees what stands in another folder, and every seam has its wrong call."""
+"""The type check of `make lint` sees types across folders; every dependency between them has a wrong call."""
 
 import textwrap
 
@@ -7,7 +7,7 @@ import typecheck
 
 from bra_triton.kernels.tiles.sources import imported_names
 
-LAYERS = ["bench", "yolo_integration", "bra_triton", "kernels"]  # each imports from those after it alone
+LAYERS = ["bench", "yolo_integration", "bra_triton", "kernels"]  # each imports only from those after it
 WRONG_CALLS = {("house", "cellar"): ("from house.cellar.wine import pour", "pour('red')")}
 
 
@@ -40,7 +40,7 @@ def imported_folders(folder):
         for file in (typecheck.ROOT / path).glob("*.py"):
             if path.split("/")[0] == folder:
                 found |= imported_names(file.read_text(encoding="utf-8"), package)
-    # A name lies in several packages: "bra_triton.kernels.grid" in "bra_triton" and in "bra_triton.kernels".
+    # Several packages contain a name: "bra_triton.kernels.grid" in "bra_triton" and in "bra_triton.kernels".
     around = [[package for package in packages if f"{name}.".startswith(f"{package}.")] for name in found]
     return {packages[max(names, key=len)].split("/")[0] for names in around if names} - {folder}
 

@@ -1,4 +1,4 @@
-"""The version stands once, in the package; an installation and the changelog agree with it."""
+"""The version is written once, in the package; an installation and the changelog agree with it."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Data sets of noise for every task of Ultralytics, on which a training takes a second."""
+"""Data sets of noise for every task of Ultralytics, so small that a training takes a second."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ LABELS = {
 
 
 def write_data(root: Path, task: str, images: int) -> str:
-    """A data set for a task of Ultralytics: noise, 64 pixels high and 48 or 64 wide, with one object each.
+    """Writes a data set for a task: images of noise, 64 pixels high and 48 or 64 wide, with one object each.
 
-    Returns what `data=` takes: the path of the yaml, or of the folder for `classify`.
+    Returns the argument `data` of a training: the path of the yaml or, for `classify`, of the folder.
     """
     rng = np.random.default_rng(0)
     for index in range(images):

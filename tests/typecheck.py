@@ -60,7 +60,7 @@ def lay_out(root: Path, target: Path) -> dict[Path, Path]:
         (target / installed).mkdir(parents=True, exist_ok=True)
         for pattern in ("*.py", "*.pyi", "py.typed"):
             for file in (root / folder).glob(pattern):
-                shutil.copy2(file, target / installed)  # with its time, which mypy's cache compares
+                shutil.copy2(file, target / installed)  # keeps the file's time, which mypy's cache compares
     return folders
 
 
@@ -80,7 +80,7 @@ def add_wrong_calls(
 def findings(
     output: str, folders: Mapping[Path, Path], modules: Mapping[Path, tuple[str, str]]
 ) -> Iterator[str]:
-    """What mypy found, with the file names of the checkout, and the wrong calls that it did not report."""
+    """Yields what mypy found, with the checkout's file names, and wrong calls that it did not report."""
     unreported = dict(modules)
     for line in output.splitlines():
         match = _MESSAGE.fullmatch(line)

@@ -1,4 +1,4 @@
-"""Every mode of the modules, one name each, at the sizes that the interpreter and that a GPU can afford."""
+"""Every mode of the modules, under a name, and the sizes of maps for the interpreter and for a GPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ import bra_triton
 
 @dataclass(frozen=True)
 class Size:
-    """A map, NHWC, and how it is cut."""
+    """A square NHWC map, and how it is cut into regions."""
 
     side: int
     dim: int
@@ -26,8 +26,8 @@ class Size:
 
 # Lists of 50 tokens: a full tile and a tail.
 INTERPRETED = (Size(10, 32, 2, 2, 2, batch=1),)
-# Regions of 25 tokens, which no tile divides; stage 2 of BiFormer-T; YOLO's P4 in regions of 100 tokens, of
-# several tiles.
+# Regions of 25 tokens, which no tile size divides; stage 2 of BiFormer-T; YOLO's P4 in regions of 100 tokens,
+# which take several tiles.
 ON_GPU = (Size(15, 32, 1, 3, 3), Size(28, 128, 4, 7, 4), Size(40, 64, 2, 4, 4))
 
 
@@ -36,11 +36,11 @@ class Mode:
     """Arguments that turn a mode on.
 
     Attributes:
-        name: what a failure is reported under.
-        arguments: of the module.
-        cut: tokens to take off the bottom and the right, so that the map needs padding.
+        name: the name in the ids of tests.
+        arguments: the module's arguments.
+        cut: rows and columns to cut off at the bottom and the right, so that the map needs padding.
         qk_share: `qk_dim / dim`.
-        nchw: of the NCHW module instead.
+        nchw: whether the mode is one of the NCHW module.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Every mode in every dtype on the Triton backend, against the float64 reference: what `make gpu-check` runs.
 
-Without a GPU the same tests run interpreted, at tiny sizes. Every test is `[mode-dtype]`, so that a mode can
-be picked, and fails alone.
+Without a GPU the same tests run interpreted, at tiny sizes. Every test has an id `[mode-dtype]`, so that one
+mode can be selected, and one failure hides no other.
 """
 
 import copy
@@ -12,18 +12,19 @@ from modes import INTERPRETED, MODES, ON_GPU, Mode
 from modules import nchw_call, region_means, run
 from problems import relative_error, worst
 
-# Rounding of float32 gives 1e-7 to 1e-6, and tf32x3 on tensor cores should; a wrong tail, mask or scale gives
-# 1e-3 and more.
+# Rounding of float32 gives 1e-7 to 1e-6, and so should tf32x3 on tensor cores; a wrong tail, mask or scale
+# gives 1e-3 and more.
 FLOAT32_TOLERANCE = 1e-5
-# Times the reference's error in that dtype. Triton's interpreter cuts bfloat16 off where a GPU rounds it, and
-# so errs twice as much.
+# The allowed error, as a multiple of the reference's error in the same dtype. Triton's interpreter truncates
+# bfloat16 where a GPU rounds it, so it errs twice as much.
 HALF_FACTOR = {("cuda", "fp16"): 2, ("cuda", "bf16"): 2, ("cpu", "fp16"): 2, ("cpu", "bf16"): 4}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# The region that is chosen last leads the next by this much of the largest logit: no dtype routes otherwise.
+# How much a region's last chosen logit must exceed its next logit, relative to the largest logit, so that
+# every dtype chooses the same regions.
 MARGIN = 0.05
-# What the slow interpreter leaves out: half precision, where only the rounding differs, but for these;
+# The interpreter is slow: in half precision, where only the rounding differs, it runs only these tests.
 HALF_INTERPRETED = {("soft_diff", "fp16"), ("auto_pad_conv", "bf16")}
-# and modes whose kernels others run.
+# Modes that the interpreter leaves out, because other modes run the same kernels.
 NOT_INTERPRETED = {"avgpool", "soft", "qkv", "auto_pad_maxpool"}
 
 HAS_GPU = torch.cuda.is_available()
@@ -32,7 +33,7 @@ needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 
 
 def every_mode(interpreted=lambda mode, name: True):
-    """Every mode in every dtype, and where there is no GPU those that `interpreted` admits."""
+    """Parametrizes a test by every mode and dtype; without a GPU, by those that `interpreted` admits."""
     return pytest.mark.parametrize(
         ("mode", "name"),
         [
@@ -45,7 +46,7 @@ def every_mode(interpreted=lambda mode, name: True):
 
 
 def problem(mode: Mode, size, device):
-    """Module, oracle, map and gradient of the output, where every region's choice is clear-cut."""
+    """Module, oracle, map and the output's gradient; every region's choice has a margin, see `clear_cut`."""
     module, oracle = mode.pair(size, device)
     x = clear_cut(oracle, mode.map(size, device, seed=0), size.topk)
     grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -53,7 +54,10 @@ def problem(mode: Mode, size, device):
 
 
 def clear_cut(oracle, x, topk):
-    """The map, moved until `routing_margin` is large: of 49 regions no random map has them all lie apart."""
+    """Moves the map by gradient steps until `routing_margin` exceeds MARGIN in every region.
+
+    With 49 regions no random map has such margins in all regions.
+    """
     for _ in range(200):
         x = x.bfloat16().double().requires_grad_()
         margins = routing_margin(oracle, x, topk)
@@ -65,7 +69,10 @@ def clear_cut(oracle, x, topk):
 
 
 def routing_margin(oracle, x, topk):
-    """Lead of every region's last choice over the best that it does not choose, over the largest logit."""
+    """How far each region's last chosen logit exceeds the largest that is not chosen: `(N, P)`.
+
+    The difference is divided by the largest absolute logit.
+    """
     logits = region_logits(oracle, x)
     ordered = logits.sort(-1, descending=True).values
     if topk == ordered.shape[-1]:
@@ -83,9 +90,9 @@ def region_logits(oracle, x):
 
 
 def errors_of(actual, truth):
-    """Relative error of each; of a gradient that is 0, relative to that of its neighbour."""
+    """Relative errors by name; of a gradient that is 0, relative to a similar gradient."""
     errors = {key: relative_error(actual[key], truth[key]) for key in truth}
-    # The softmax does not see what is added to all keys.
+    # A bias that is added to all keys does not change the softmax, so its gradient is 0.
     zero, neighbour = "kv_down.key.bias", "kv_down.value.bias"
     if zero in truth:
         assert truth[zero].abs().max() < 1e-9 * truth[neighbour].abs().max()
@@ -97,12 +104,15 @@ def errors_of(actual, truth):
     lambda mode, name: (mode, name) in HALF_INTERPRETED or (name == "fp32" and mode not in NOT_INTERPRETED)
 )
 def test_matches_the_float64_reference(mode, name, device):
-    """Forward and all gradients; in half precision at most twice the error of the reference in that dtype."""
+    """Forward and all gradients.
+
+    In half precision the error may be `HALF_FACTOR` times that of the reference in the same dtype.
+    """
     dtype = DTYPES[name]
     for size in SIZES:
         module, oracle, x, grad_out = problem(mode, size, device)
         if dtype != torch.float32:
-            # The truth of the weights as they are rounded: what both err from alike.
+            # The truth is computed with the rounded weights, which both compared modules have.
             module.to(dtype)
             oracle.load_state_dict(module.state_dict())
         truth = run(oracle, x, grad_out)
@@ -111,7 +121,7 @@ def test_matches_the_float64_reference(mode, name, device):
         allowed = dict.fromkeys(truth, FLOAT32_TOLERANCE)
         if dtype != torch.float32:
             plain = run(copy.deepcopy(oracle).to(dtype), x.to(dtype), grad_out)
-            # Where the reference happens to be exact, one rounding of the result is no error.
+            # One rounding of the result is always allowed: the reference may be exact by chance.
             unit, factor = torch.finfo(dtype).eps, HALF_FACTOR[device.type, name]
             allowed = {key: max(factor * error, unit) for key, error in errors_of(plain, truth).items()}
         assert all(actual[key].dtype == dtype for key in truth)
@@ -122,7 +132,7 @@ def test_matches_the_float64_reference(mode, name, device):
 @every_mode(lambda mode, name: (mode, name) == ("hard", "fp32"))
 def test_repeats_give_the_same_bits(mode, name, device, monkeypatch):
     """Output and gradients of several runs; the order in which programs run differs between them on a GPU."""
-    if mode.nchw:  # its projections are PyTorch's convolutions; the gradient of their weights is cuDNN's
+    if mode.nchw:  # cuDNN computes the gradients of the weights of its projections
         monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     module, _, x, grad_out = problem(mode, SIZES[-1], device)
     module, x = module.to(DTYPES[name]), x.to(DTYPES[name])
@@ -150,10 +160,10 @@ def test_never_waits_for_the_gpu(mode, name, device):
 @needs_gpu
 @every_mode(lambda mode, name: False)
 def test_forward_is_captured_in_a_cuda_graph(mode, name, device):
-    """And replayed on another map gives what a plain call gives, to rounding: that of cuBLAS is not ours."""
+    """Replayed on another map, the graph gives the result of a plain call, up to the rounding of cuBLAS."""
     module, _, x, _ = problem(mode, SIZES[1], device)
     module, x = module.to(DTYPES[name]), x.to(DTYPES[name])
-    other = x.flip(0)  # routes as clearly
+    other = x.flip(0)  # its regions' choices are as clear
     with torch.no_grad():
         expected = module(other)
         stream = torch.cuda.Stream()
@@ -173,16 +183,16 @@ def test_forward_is_captured_in_a_cuda_graph(mode, name, device):
 @needs_gpu
 @every_mode(lambda mode, name: False)
 def test_a_training_step_is_captured_in_cuda_graphs(mode, name, device):
-    """By PyTorch's own tool: output and all gradients of another map as a plain step gives them."""
+    """Captured with `torch.cuda.make_graphed_callables`, a step on another map equals a plain step."""
     module, _, x, grad_out = problem(mode, SIZES[1], device)
     module, x = module.to(DTYPES[name]), x.to(DTYPES[name])
-    other = x.flip(0)  # routes as clearly
+    other = x.flip(0)  # its regions' choices are as clear
     expected = {key: value.clone() for key, value in run(module, other, grad_out).items()}
     step = torch.cuda.make_graphed_callables(copy.deepcopy(module), (x.detach().requires_grad_(),))
     actual = run(step, other, grad_out)
-    # Rounding of cuBLAS and cuDNN, which may choose other algorithms under capture, is not ours.
+    # Under capture cuBLAS and cuDNN may choose other algorithms, which round differently.
     tolerance = FLOAT32_TOLERANCE if name == "fp32" else 4 * torch.finfo(x.dtype).eps
-    least = 1e-3 * expected["x"].double().norm()  # of a gradient that is 0, only rounding is left
+    least = 1e-3 * expected["x"].double().norm()  # a gradient that is 0 consists of rounding
     errors = {
         key: relative_error(actual[key], value.double())
         for key, value in expected.items()

@@ -1,7 +1,7 @@
 """The torch backend on a GPU, against the float64 reference: every mode in float32 and float16.
 
-The tests of modes are `[torch-mode-dtype-check]`: `-k "[torch-"` picks them. Without a GPU they are skipped;
-`tests/kernels/test_torch_on_nvidia.py` runs the same path on the CPU.
+The tests of modes have ids `[torch-mode-dtype-check]`, so `-k "[torch-"` selects them. Without a GPU all
+tests are skipped; `tests/kernels/test_torch_on_nvidia.py` runs the same path on the CPU.
 """
 
 import copy
@@ -25,7 +25,8 @@ CHECKS = {
     "forward_graph": test_modes.test_forward_is_captured_in_a_cuda_graph,
     "step_graphs": test_modes.test_a_training_step_is_captured_in_cuda_graphs,
 }
-# A rounding of the output changes its gradient here. A region missed gives 0.1 and more.
+# The loss is the output's sum of squares, so rounding of the output changes the gradient. A region that is
+# missing gives 0.1 and more.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 make_problem = test_modes.problem
 
@@ -36,7 +37,7 @@ def _problem(name, size, device):
 
 
 def torch_problem(mode, size, device):
-    """As that of `test_modes`, made once, and on the torch backend."""
+    """The problem of `test_modes`, made once for each mode and size, with the module on the torch backend."""
     module, oracle, x, grad_out = _problem(mode.name, size, device)
     module, oracle = copy.deepcopy(module), copy.deepcopy(oracle)
     module.backend = "torch"
@@ -49,7 +50,7 @@ def torch_problem(mode, size, device):
     [pytest.param(mode, name, id=f"torch-{mode.name}-{name}") for mode in MODES for name in ("fp32", "fp16")],
 )
 def test_every_mode(mode, name, check, device, monkeypatch):
-    """What `test_modes` says of the Triton backend."""
+    """Runs a test of `test_modes` with the torch backend."""
     monkeypatch.setattr(test_modes, "problem", torch_problem)
     monkeypatch.setattr(test_modes, "SIZES", ON_GPU[:2])
     arguments = {"mode": mode, "name": name, "device": device, "monkeypatch": monkeypatch}
@@ -62,7 +63,7 @@ def test_every_mode(mode, name, check, device, monkeypatch):
 @pytest.mark.parametrize("head_dims", [(16, 16), (16, 32), (12, 20), (5, 6), (128, 128)])
 @pytest.mark.parametrize("most", [None, 1, 5])
 def test_kernels_agree_on_all_heads(most, head_dims, dtype, factor, device, monkeypatch):
-    """Chunks of every size, and heads that PyTorch's kernel takes and does not; 25 and 225 keys."""
+    """Chunks of several sizes; heads that PyTorch's kernel takes, and others; 25 and 225 keys."""
     if most:
         monkeypatch.setattr(chunks, "regions_at_once", lambda *args, **kwargs: most)
     qk_head_dim, v_head_dim = head_dims

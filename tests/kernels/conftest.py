@@ -1,4 +1,4 @@
-"""What the tests of launches share."""
+"""Fixtures that the tests of launches share."""
 
 import numpy as np
 import pytest
@@ -11,9 +11,9 @@ from bra_triton.bench import stand_in
 
 @pytest.fixture
 def no_machine_code(monkeypatch, tmp_path):
-    """Kernels are compiled to Triton's own code and no further, in an eighth of the time.
+    """Compiles kernels to Triton's intermediate code only, in an eighth of the time.
 
-    That serves where a stand-in for the driver launches them, and runs none.
+    That is enough where a stand-in for the driver gets the launches, because it runs no kernel.
     """
     from triton import knobs
     from triton.backends.nvidia.compiler import CUDABackend
@@ -30,13 +30,13 @@ def no_machine_code(monkeypatch, tmp_path):
 
     monkeypatch.setattr(CUDABackend, "add_stages", add_the_first)
     with knobs.cache.scope():
-        knobs.cache.dir = str(tmp_path)  # where no other test finds such a kernel
+        knobs.cache.dir = str(tmp_path)  # so that no other test finds these kernels
         yield
 
 
 @pytest.fixture
 def log(monkeypatch, no_machine_code):
-    """What is launched from now on, on a stand-in for the driver."""
+    """A log of all launches from now on, which a stand-in for the driver gets."""
     noted = Log()
     monkeypatch.setattr(
         stand_in._NoLauncher, "__call__", lambda self, *args: noted.launches.append((self, args))
@@ -47,9 +47,10 @@ def log(monkeypatch, no_machine_code):
 
 @pytest.fixture
 def in_bounds(monkeypatch):
-    """Every address that an interpreted kernel reads or writes lies in one of the arrays that it was given.
+    """Checks that an interpreted kernel reads and writes only addresses in the arrays that it was given.
 
-    A mask that is missing need not change a result: what is read past an array's end may not be used.
+    A comparison of results may not notice a missing mask: a kernel may read past an array's end and not use
+    the values.
     """
     if not INTERPRETED:
         return
@@ -64,7 +65,7 @@ def in_bounds(monkeypatch):
             touched = pointers.data[live]
             last = np.searchsorted(starts, touched, side="right") - 1
             past = touched[(last < 0) | (touched >= ends[last])]
-            # Not asserted, whose message would hold all addresses.
+            # Not an assertion: its message would hold all addresses.
             if past.size:
                 raise IndexError(f"{past.size} of {touched.size} addresses lie outside all arrays")
             return access(pointers, *others)
@@ -75,7 +76,7 @@ def in_bounds(monkeypatch):
         nonlocal starts, ends
         extents = sorted(map(_extent, _tensors((arguments, tuple(options.values())))))
         starts = np.array([start for start, _ in extents], np.uint64)
-        # Where arrays overlap, as slices of a packed map do, an address belongs to any that reaches so far.
+        # Arrays may overlap, as slices of a packed map do: at every start, the largest end so far counts.
         ends = np.maximum.accumulate(np.array([end for _, end in extents], np.uint64))
         execute(self, *arguments, **options)
 

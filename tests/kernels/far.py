@@ -1,6 +1,6 @@
-"""Runs a plan for so many images that arrays pass 2**31 elements: programs of the first and last image.
+"""Runs plans for so many images that arrays pass 2**31 elements: programs of the first and last image only.
 
-Addresses are reserved for all of an array, but only the pages that are touched take memory.
+Addresses are reserved for whole arrays, but only the pages that are touched take memory.
 """
 
 import mmap
@@ -13,15 +13,16 @@ from triton.runtime import interpreter
 
 from bra_triton.kernels.plan import _materialise
 
-# Around every array: an offset that is cut off to 32 bits stays inside, and shows by what it finds there.
+# Bytes reserved before and after every array. An offset that is truncated to 32 bits then stays in reserved
+# memory, and the wrong value found there shows the error.
 _MARGIN = 2**34
-# As many programs as the first or last image has in any launch.
+# At least the number of programs that one image has in any launch.
 PROGRAMS = 10
 MAP_NORESERVE = 0x4000
 
 
 def reserve(shape, dtype):
-    """An array of zeros of which nothing is in memory yet; skips the test where it cannot be had."""
+    """An array of zeros, none of it in memory yet; skips the test if the addresses cannot be reserved."""
     n_bytes = prod(shape) * dtype.itemsize
     try:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
@@ -32,7 +33,7 @@ def reserve(shape, dtype):
 
 
 def far(x, images):
-    """A reserved batch whose last image is that of `x`; None for None."""
+    """A reserved batch whose last image is the image of `x`; None for None."""
     if x is None:
         return None
     batch = reserve((images, *x.shape[1:]), x.dtype)
@@ -41,7 +42,10 @@ def far(x, images):
 
 
 def run(plan, inputs, first_block=False):
-    """`Plan.run`, of the first and last `PROGRAMS` programs of every launch; of axis 1 all or the first."""
+    """Runs a plan as `Plan.run` does, but only the first and the last `PROGRAMS` programs of every launch.
+
+    Along axis 1 (blocks of channels) all programs run or, with `first_block`, only the first.
+    """
     outputs = [reserve(x.shape, x.dtype) for x, _ in plan._outputs]
     sizes = (plan.kept_bytes, plan.workspace_bytes)
     tensors = [*inputs, *outputs, *(reserve((size + 1,), torch.uint8) for size in sizes)]
@@ -54,7 +58,7 @@ def run(plan, inputs, first_block=False):
             rest[0] = 1
         starts = {0, max(0, first - PROGRAMS)}
         if launch.name == "finish_gradients_kernel" and not first_block:
-            # Its first programs sum over all images.
+            # Its first `n_sums` programs sum over all images, which would take too long.
             n_sums = launch.numbers[launch.kernel.arg_names.index("n_sums") - len(launch.pointers)]
             starts = {max(n_sums, first - PROGRAMS)}
         for start in starts:
@@ -66,11 +70,11 @@ def run(plan, inputs, first_block=False):
 
 @contextmanager
 def programs_from(start):
-    """Within, the interpreter's first program has the number `start`, and tensors are not copied back."""
+    """Context in which the interpreter numbers programs from `start` and does not copy tensors back."""
     with pytest.MonkeyPatch.context() as patch:
         builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
         patch.setattr(
             builder, "set_grid_idx", lambda x, y, z: setattr(builder, "grid_idx", (start + x, y, z))
         )
-        patch.setattr(executor, "_restore_args_dev", lambda *_: None)  # a copy of everything
+        patch.setattr(executor, "_restore_args_dev", lambda *_: None)  # it copies whole arrays
         yield

@@ -1,4 +1,4 @@
-"""Caches hold no more than they may."""
+"""A cache never holds more entries than its bound."""
 
 from bra_triton.kernels.bounded import MOST_ENTRIES, Bounded
 

@@ -1,4 +1,4 @@
-"""Where Triton's own cache of compiled kernels cannot be written, kernels are launched all the same."""
+"""Kernels are launched even if Triton's cache of compiled kernels cannot be written."""
 
 import logging
 import shutil
@@ -29,7 +29,7 @@ def launched(log, value):
 
 @pytest.fixture
 def own_cache(log, tmp_path):
-    """Where Triton is told to keep its files, in the place of the folder of `log`; nothing is there yet."""
+    """Path of the folder that Triton uses as cache instead of that of `log`; it does not exist yet."""
     folder = tmp_path / "triton"
     triton.knobs.cache.dir = str(folder)
     code_cache._warn_once.cache_clear()
@@ -44,7 +44,7 @@ def test_a_missing_folder_is_made(log, own_cache, caplog):
 
 
 def test_a_folder_that_cannot_be_written(log, own_cache, caplog):
-    own_cache.write_text("")  # a file in its place, since root may write anywhere
+    own_cache.write_text("")  # a file and no folder, since root may write to any folder
     _check_a_temporary_folder_serves(log, own_cache, caplog, 2, "Not a directory")
 
 
@@ -69,13 +69,12 @@ def increment_kernel(out):
 
 
 def test_what_was_launched_before_is_not_launched_again(log, own_cache):
-    """As the gradient of pooling adds to a map: launched twice it would be added twice."""
+    """Some kernels add to a map, such as `spread_means_kernel`: launched twice, they would add twice."""
     plan = Plan((torch.zeros(1),), torch.device("cpu"))
     plan.launch(increment_kernel, (1,), (plan.given[0],), (), num_warps=1)
     plan.launch(fill_kernel, (1,), (plan.output((1,), torch.float32),), (6,), num_warps=1)
-    increment_kernel.warmup(
-        torch.zeros(1), grid=(1,), num_warps=1
-    )  # so that only the second must be compiled
+    # Compiles the first kernel, so that the plan must compile only the second.
+    increment_kernel.warmup(torch.zeros(1), grid=(1,), num_warps=1)
     shutil.rmtree(own_cache)
     own_cache.write_text("")
     plan.run(torch.zeros(1))

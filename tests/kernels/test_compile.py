@@ -1,4 +1,4 @@
-"""Every kernel compiles for every GPU as it would be launched, and spills nothing where that is checked."""
+"""Every kernel compiles for every GPU as it would be launched, and does not spill where that is checked."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ MODELS = {
     "biformer_stage1": dataclasses.replace(PROBLEMS["biformer_stage1"], batch=2),
 }
 PADDED = dataclasses.replace(YOLO_P3, height=79, width=78)
-# What each mode changes in the kernels: pointers that are None otherwise, other strides, other sizes.
+# Modes whose kernels differ from those of `MODELS`: by pointers that are None there, by strides or sizes.
 MODES = {
     "padded_hard": dataclasses.replace(PADDED, routing_weight="hard"),
     "padded_soft": dataclasses.replace(PADDED, routing_weight="soft", side_dwconv=5),
@@ -40,11 +40,11 @@ MODES = {
 }
 _ROUTING_GRADIENT = {"query_routing_gradient", "key_routing_gradient", "spread_means"}
 _LEPE, _ROUTING = {"lepe_backward"}, {"region_means", "route"}
-# What a mode launches besides `KERNELS`, and what it does without.
+# Kernels that a mode launches besides `KERNELS`, and kernels of `KERNELS` that it does not launch.
 BESIDES = {
     "padded_hard": _ROUTING_GRADIENT,
     "padded_soft": _ROUTING_GRADIENT,
-    "pooled": {"list_tokens"},  # of queries and keys apart
+    "pooled": {"list_tokens"},  # queries and keys have different lists
     "masked_pooled": {"mark_choices"},
     "whole_padded": {"list_tokens"},
 }
@@ -56,8 +56,8 @@ WITHOUT = {
     "whole": {"invert_graph", *_ROUTING},
     "whole_padded": {"invert_graph", *_ROUTING},
 }
-# Maps of few tokens, each with what it brings: padding, a router's launch of its own, a single head a
-# program, wide and narrow heads, pooled keys.
+# Maps of few tokens. One after the other, they have padding, a separate launch of the router, programs of a
+# single head, wide heads, narrow heads, and pooled keys.
 SMALL_MAPS = {
     "yolo_p5": dataclasses.replace(PROBLEMS["yolo_p5"], batch=2),
     "biformer_stage2": PROBLEMS["biformer_stage2"],
@@ -79,7 +79,7 @@ KERNELS = {
 
 
 def _for(arch, launch):
-    """What a launch on that architecture would change besides its tiles: AMD has no TF32."""
+    """Adapts a launch, which has the architecture's tiles already, to the architecture: AMD has no TF32."""
     *numbers, config = launch.numbers
     if not arch.startswith("gfx") or not hasattr(config, "PRECISION"):
         return launch
@@ -90,7 +90,7 @@ _usages = {}
 
 
 def _usage(launch, arch):
-    """Kernels around the attention are the same in most modes: each is taken apart once a process."""
+    """Resource usage of a launch; kept, because most modes share the kernels around the attention."""
     key = (variant(launch), arch)
     if key not in _usages:
         _usages[key] = resource_usage(compile_for(_for(arch, launch), arch))
@@ -100,7 +100,7 @@ def _usage(launch, arch):
 def _check(problem, dtype, arch, expected=KERNELS, record=record_attention):
     with tiles.use_architecture(arch):
         launched = record(problem, dtype)
-    # Where the table has LePE apart there is a launch more.
+    # If the table's tile does not fuse LePE, there is also a launch of `lepe_forward`.
     assert {*map(kernel_name, launched)} - {"lepe_forward"} == expected
     for launch in launched:
         usage = _usage(launch, arch)
@@ -111,7 +111,7 @@ def _check(problem, dtype, arch, expected=KERNELS, record=record_attention):
 
 @pytest.mark.parametrize(
     ("name", "arch", "dtype"),
-    # bfloat16 differs from float16 in the names of some instructions alone.
+    # bfloat16 differs from float16 only in the names of some instructions, so sm_90 is enough for it.
     [
         ("yolo_p3", arch, dtype)
         for arch in ARCHITECTURES
@@ -129,7 +129,7 @@ def test_kernels_compile_fit_and_do_not_spill(name, arch, dtype):
     [
         *((name, "sm_90") for name in MODES),
         ("padded_soft", "sm_80"),  # the mode that needs the most registers
-        ("masked", "sm_80"),  # whose router once spilled there
+        ("masked", "sm_80"),  # its router once spilled on sm_80
         ("padded_soft", "gfx942"),
         ("pooled", "gfx942"),
     ],
@@ -139,7 +139,7 @@ def test_every_mode_compiles_fits_and_does_not_spill(name, arch):
 
 
 def _record_given(problem, dtype):
-    """An attention to regions that are given, one graph for each head."""
+    """Launches of an attention to given regions, with one graph for each head."""
     packed = problem.attention(lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
     shape = (problem.batch, problem.num_heads, problem.grid.n_regions, problem.topk)
     routed = packed.routed(torch.empty(shape, dtype=torch.int32, device="meta"))
@@ -189,9 +189,9 @@ def test_wide_heads_fit_and_do_not_spill(name, dtype, arch):
 
 @pytest.mark.parametrize(("head_dim", "arch"), [(5, "sm_80"), (5, "sm_90"), (20, "sm_90"), (200, "sm_90")])
 def test_pieces_of_other_heads_are_summed_without_spills(head_dim, arch):
-    """The tests above sum them for heads of 24, 32, 64, 128 and 256 in tiles of two warps and more.
+    """Narrow heads, whose tiles have one warp, and a wide head that is no power of two.
 
-    Here narrow heads, which have tiles of one warp, and wide ones that no power of two fits.
+    The tests above sum pieces of heads of 24, 32, 64, 128 and 256, in tiles of two warps and more.
     """
     problem = Problem("", 2, 20, 20, 2 * head_dim, 2, 4, 4)
     with tiles.use_architecture(arch), tiles.use_form(ROUTED):
@@ -205,7 +205,10 @@ def test_pieces_of_other_heads_are_summed_without_spills(head_dim, arch):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_inverses_of_many_regions_do_not_spill(arch):
-    """4900 regions: two rows of 4096, 77 of 64, and those of one, which are cut and listed."""
+    """4900 regions take three inverses: 2 rows of 4096 regions, 77 of 64, and one row for each region.
+
+    Only the rows of the last inverse are cut into pieces and listed.
+    """
     problem = Problem("", 1, 140, 140, 64, 2, 70, 8)
     with tiles.use_architecture(arch):
         launched = record_attention(problem, torch.float16)
@@ -217,12 +220,15 @@ def test_inverses_of_many_regions_do_not_spill(arch):
 
 @pytest.mark.parametrize(
     ("n_regions", "topk"),
-    # Above 256 regions they are walked in steps, up to topk 256; above that a program has one query region.
+    # More than 256 regions are processed in steps or, with `topk` above 256, by one program a query region.
     [(1, 1), (100, 4), (256, 4), (400, 4), (400, 256), (600, 257)],
 )
 @pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
 def test_routing_fits_every_card_of_an_architecture(n_regions, topk, arch):
-    """Most at 256 regions. Cards of compute capability 8.6 and 8.9 allow less than an A100, but 99 KiB."""
+    """The kernel takes the most shared memory at 256 regions.
+
+    Cards of compute capability 8.6 and 8.9 have the tables of an A100 (8.0), but allow only 99 KiB.
+    """
     means = torch.empty(2, n_regions, 128, device="meta")
     plan = Plan((means,), means.device)
     query, key = (channels(plan.given[0], start, start + 64) for start in (0, 64))
@@ -243,14 +249,14 @@ def test_the_check_sees_a_spill():
 
 @pytest.mark.parametrize("problem", [YOLO_P3, *MODES.values(), *SMALL_MAPS.values()])
 def test_no_kernel_is_compiled_anew_for_a_size_that_divides_well(problem):
-    """Triton would compile apart for sizes of 1 and multiples of 16."""
+    """By default Triton compiles a kernel anew for a size of 1 and for multiples of 16."""
     for launch in record_attention(problem, torch.float16):
         for parameter, value in zip(launch.kernel.params, launch.arguments, strict=True):
             if parameter.is_constexpr:
                 continue
             if isinstance(value, int):
                 assert parameter.do_not_specialize, (launch.name, parameter.name)
-            # What `do_not_specialize` says does not hold in a group: sizes must stay outside.
+            # `do_not_specialize` has no effect on the members of a group, so groups must not contain sizes.
             members = value if isinstance(value, tuple) else ()
             assert all(member is None or isinstance(member, Buffer) for member in members), launch.name
 
@@ -261,7 +267,7 @@ def test_ten_image_sizes_are_one_compilation(name):
     problem = (MODELS | MODES)[name]
     distinct = set()
     for side in range(64, 104, 4):
-        # Regions of 64 to 169 tokens take one tile; the two maps of a mode stay padded or not.
+        # Maps from 64 x 72 to 96 x 104 tokens, or 1 less with padding; regions of 72 to 156 have one tile.
         odd = 0 if name == "yolo_p3" else 1
         sized = dataclasses.replace(problem, height=side // 8 * 8 - odd, width=side // 8 * 8 + 8 - odd)
         distinct |= {(launch.name, variant(launch)) for launch in record_attention(sized, torch.float16)}

@@ -1,7 +1,6 @@
-"""Direct launches are those of Triton's ordinary path, which is taken wherever they would be wrong.
+"""Direct launches equal those of Triton's ordinary path, which is taken where direct ones would be wrong.
 
-Kernels are compiled as for a card of compute capability 9.0; a stand-in for the driver notes how they are
-called.
+Kernels are compiled for a card of compute capability 9.0; a stand-in for the driver logs the launches.
 """
 
 from dataclasses import replace
@@ -17,14 +16,14 @@ pytestmark = pytest.mark.compiled
 
 
 def _as_addresses(value):
-    """An argument with addresses for tensors; those without elements have none."""
+    """An argument with the address in the place of every tensor; "nothing" for a tensor without elements."""
     if isinstance(value, Tensor):
         return value.data_ptr() if value.numel() else "nothing"
     return tuple(map(_as_addresses, value)) if isinstance(value, tuple) else value
 
 
 def _without_empty(direct, ordinary):
-    """Direct arguments, with addresses of arrays that have no elements left out as in the ordinary ones."""
+    """Direct arguments, with "nothing" wherever the ordinary ones have it: arrays without elements."""
     if ordinary == "nothing":
         return ordinary
     if isinstance(ordinary, tuple):
@@ -47,7 +46,7 @@ def test_a_direct_launch_has_the_arguments_of_the_ordinary_one(form, log, monkey
             self.launches, direct, ordinary, strict=True
         ):
             assert run is ordinary_run, planned.name  # of the same compiled kernel
-            # Grid, stream, function and packed metadata; then come hooks, of which there are none.
+            # Grid, stream, function and packed metadata; then the hooks' metadata and two hooks, all None.
             assert args[:6] == ordinary_args[:6]
             assert args[6:HEAD] == (None,) * 3
             expected = tuple(map(_as_addresses, ordinary_args[HEAD:]))
@@ -75,14 +74,14 @@ def _are_direct(launches):
 
 
 def _shifted(x):
-    """The same values, 2 or 4 bytes past a multiple of 16."""
+    """A copy at an address that is 2 or 4 bytes past a multiple of 16."""
     memory = x.new_empty(x.numel() + 1)
     return memory[1:].view(x.shape).copy_(x)
 
 
 @pytest.mark.parametrize("name", ["qkv", "kv", "padding", "means", "lepe_weight", "lepe_bias"])
 def test_tensors_that_start_elsewhere_are_launched_by_triton(name, log):
-    """Compiled for multiples of 16 bytes, a kernel would read them wrongly, or fault."""
+    """A kernel that is compiled for addresses at multiples of 16 bytes would read them wrongly, or fault."""
     form = {"kv": "pooled", "padding": "padded", "means": "router"}.get(name, "plain")
     problem = FORMS[form]()
     shifted = replace(problem, **{name: _shifted(getattr(problem, name))})
@@ -91,13 +90,13 @@ def test_tensors_that_start_elsewhere_are_launched_by_triton(name, log):
         calls.attend(problem, trains=True)
         return log.take()
 
-    for first in (problem, shifted):  # whichever a plan was made and compiled for
+    for first in (problem, shifted):  # the tensors for which the plan is made and compiled
         calls.forget_plans()
         launch(first)
         aligned, misaligned = launch(problem), launch(shifted)
         assert _are_direct(aligned)
         assert not _are_direct(misaligned)
-        # Some kernel is another, compiled for any address.
+        # At least one kernel is another one, which is compiled for any address.
         assert {id(run) for run, _ in aligned} != {id(run) for run, _ in misaligned}
         assert _are_direct(launch(problem))
 

@@ -16,7 +16,7 @@ from bra_triton.kernels.tiles import FORWARD, QUERY_GRADIENT, Tile
 
 ROWS, COLUMNS = 16, 64
 HALVES = (torch.float16, torch.bfloat16)
-# Of the polynomial of degree 3, 7.5e-5; of float32's rounding, 3e-7.
+# The largest relative error: 7.5e-5 of the polynomial of degree 3, and 3e-7 of float32's rounding.
 POLYNOMIAL_ERROR = 7.6e-5
 
 
@@ -34,7 +34,7 @@ def _evaluate(x, share):
 
 @pytest.mark.parametrize("share", [0, 1, 2, 4, 8])
 def test_every_column_is_its_own_power_and_one_in_share_is_a_polynomial(share, device):
-    """Arguments of a softmax, some a little above 0 by rounding, down to where float32 ends."""
+    """Arguments as in a softmax: from a little above 0 (by rounding) to where float32's normal powers end."""
     x = torch.empty(ROWS, COLUMNS, device=device).uniform_(-20, 0.01)
     x[0], x[1], x[2] = -125.9, 0, torch.arange(COLUMNS, device=device) / -2
     exact = x.double().exp2()
@@ -52,7 +52,7 @@ def test_far_below_zero_is_next_to_nothing(device):
 
 
 def test_what_is_no_number_does_not_pass_for_a_probability(device):
-    """A model whose training diverges should report it."""
+    """If training diverges, NaN must not become a probability: the model should report it."""
     powers = _evaluate(torch.full((ROWS, COLUMNS), math.nan, device=device), 1)
     assert (powers.isnan() | (powers.abs() > 1e30)).all()
 
@@ -62,7 +62,7 @@ def test_what_is_no_number_does_not_pass_for_a_probability(device):
     [*(("packed", dtype) for dtype in HALVES), ("soft", torch.float16), ("masked_padding", torch.float16)],
 )
 def test_attention_stays_within_half_precisions_rounding(name, dtype, device, monkeypatch):
-    """The tolerance of the same test without the option; more columns by polynomial than any table asks."""
+    """Half of the columns use the polynomial, more than in any table; the tolerance is as without it."""
     part = PARTS[name]
     monkeypatch.setattr(masking, "is_cheaper", lambda problem: part.masked)
     shared = Tile(16, 32, 1, 1, exp_share=2)
@@ -74,7 +74,7 @@ def test_attention_stays_within_half_precisions_rounding(name, dtype, device, mo
 
 
 def test_attention_does_take_them(device):
-    """In float32 the polynomial's error shows, or the test above would show nothing."""
+    """In float32 the polynomial's error is visible; otherwise the test above would prove nothing."""
     problem = make(PARTS["packed"], device)
     results = []
     for share in (0, 2):

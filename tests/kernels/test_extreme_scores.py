@@ -1,4 +1,4 @@
-"""Scores at the ends of the number range: minus infinity that masks, very large ones, and NaN."""
+"""Scores at the ends of the number range: minus infinity as a mask, very large scores, and NaN."""
 
 from dataclasses import replace
 from math import inf, nan
@@ -19,7 +19,7 @@ from bra_triton.kernels.problem import PackedAttention, RoutedAttention
 from bra_triton.kernels.routing.lists import MASKED, ROUTED, SMALL_MAP, form_of
 from bra_triton.spec import AttentionSpec
 
-# Steps of as many keys as a region has, so that whole steps have no finite score.
+# Keys of a step: as many as a region has, so that some steps have no finite score.
 STEP = 16
 POLYNOMIAL = "routed, some exponentials by multiply-adds"
 FORMS = ("routed", POLYNOMIAL, "masked", "whole")
@@ -27,7 +27,7 @@ FORMS = ("routed", POLYNOMIAL, "masked", "whole")
 
 @pytest.fixture
 def in_form(monkeypatch, device):
-    """Makes a problem of four regions of 16 tokens, in float32, and the context in which it has a form."""
+    """A function that makes a float32 problem of 4 regions of 16 tokens, and the context for its form."""
 
     def make_in(form):
         problem = make(PARTS["whole_16" if form == "whole" else "packed_16"], device)
@@ -43,7 +43,7 @@ def in_form(monkeypatch, device):
 
 
 def _mask(problem, *regions):
-    """Gives the keys of some regions logits of minus infinity, through a channel, as users mask keys."""
+    """Masks all keys of some regions as users do: one channel of each head makes logits of minus infinity."""
     head_dim = problem.qk_head_dim
     problem.query[..., ::head_dim] = 1
     tokens = [(region // 2 * 4, region % 2 * 4) for region in regions]
@@ -53,9 +53,9 @@ def _mask(problem, *regions):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_steps_of_masked_keys_add_nothing(form, in_form):
-    """Output and gradients, those of the channel that masks too: 0 times infinity is NaN, by definition."""
+    """In the channel that masks, the query's gradient is NaN by definition: it contains 0 times infinity."""
     problem, context = in_form(form)
-    _mask(problem, *((0, 1) if form == "whole" else (0,)))  # of the whole map the first four rows
+    _mask(problem, *((0, 1) if form == "whole" else (0,)))  # "whole": the map's first four rows
     grad_out = torch.randn_like(problem.value)
     with context:
         actual = attention_oracle.run_backend("triton", problem, grad_out)
@@ -64,7 +64,7 @@ def test_steps_of_masked_keys_add_nothing(form, in_form):
     assert expected["query"].isnan().any()
     for name, truth in expected.items():
         assert torch.equal(actual[name].isfinite(), truth.isfinite()), name
-        # That of the polynomial where it is taken; a step that counts gives 1e-1.
+        # The polynomial's error, where it is used. A masked step that counted would give 1e-1.
         assert relative_error(actual[name].nan_to_num(0, 0, 0), truth.nan_to_num(0, 0, 0)) < 2e-4, name
 
 
@@ -80,9 +80,9 @@ def test_a_query_without_any_other_key_is_nan(form, in_form):
 
 
 def test_a_small_map_takes_steps_of_masked_keys(device):
-    """All 16 tokens of the first region: a step of the kernel in float32, half of one in half precision.
+    """Masks all 16 keys of the first region: a whole step in float32, half a step in half precision.
 
-    It is chosen first, because the other regions' means are minus infinity, too.
+    All regions choose it first: the others have masked keys, too, so that all logits are minus infinity.
     """
     qkv = torch.randn(1, 8, 8, 48, device=device)
     qkv[..., 0] = 1
@@ -109,8 +109,8 @@ def test_a_small_map_takes_steps_of_masked_keys(device):
     ("dtype", "size", "scale"),
     [
         (torch.bfloat16, 24_000, 0.25),  # scores that differ by more than 2**30
-        (torch.bfloat16, 24_000, 1e-9),  # of which a tiny scale makes ordinary logits
-        (torch.bfloat16, 1e-4, 1e8),  # and the reverse
+        (torch.bfloat16, 24_000, 1e-9),  # the same, but a tiny scale makes ordinary logits of them
+        (torch.bfloat16, 1e-4, 1e8),  # tiny scores, but a huge scale makes ordinary logits of them
     ],
 )
 def test_masked_attention_sees_no_key_that_was_not_chosen(dtype, size, scale, device, monkeypatch):
@@ -132,7 +132,7 @@ def test_masked_attention_sees_no_key_that_was_not_chosen(dtype, size, scale, de
 
 
 def test_a_scale_too_small_for_the_mask_takes_lists():
-    """BiFormer's third stage, which is masked with the scale that it has."""
+    """BiFormer's third stage, which is masked with its usual scale."""
     maps = [torch.empty(1, 14, 14, 32, dtype=torch.float16, device="meta") for _ in range(3)]
     r_idx = torch.empty(1, 1, 49, 16, dtype=torch.int32, device="meta")
     grid = RegionGrid.of_windows(14, 14, 7)
@@ -142,10 +142,10 @@ def test_a_scale_too_small_for_the_mask_takes_lists():
 
 
 def test_nan_stays_nan_where_exponentials_are_multiply_adds(in_form):
-    """The NaN of NVIDIA's units, all bits set, in one key alone: as a probability it would be 3.4e38."""
+    """One key holds the NaN of NVIDIA's units, 0x7FFFFFFF, which would become a probability of 3.4e38."""
     problem, context = in_form(POLYNOMIAL)
     device_nan = torch.full((1,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
-    # In the last column of a step, one of those by multiply-adds, of region 1.
+    # The last key of region 1 is in the last column of a step, which is computed by multiply-adds.
     problem.key[:, 3, 7] = device_nan.to(problem.key.device)
     with context:
         actual = attention_oracle.run_backend("triton", problem, torch.ones_like(problem.value))
@@ -155,13 +155,13 @@ def test_nan_stays_nan_where_exponentials_are_multiply_adds(in_form):
         assert torch.equal(actual[name].isnan(), expected[name].isnan()), name
 
 
-# Region 4 leads, then 9; the infinite ones follow, then what is finite; two NaN and three infinities.
+# The order: three NaN (regions 4, 7 and 9), three +inf (1, 5 and 10), the finite logits, two -inf.
 UNORDERED = (1.0, inf, 2.0, -inf, nan, inf, 3.4e38, -nan, 0.0, nan, inf, -1.0, -0.0, 5.0, 0.0, -inf)
 
 
 @pytest.mark.parametrize("topk", [1, 4, 9, 13, 16])
 def test_regions_whose_logits_are_no_numbers_are_ranked_alike(topk, device):
-    """NaN before +inf, as torch.sort has it, on all backends."""
+    """All backends rank NaN before +inf, as `torch.sort` does."""
     qkv = torch.zeros(1, 4, 4, 3, device=device)
     qkv[..., 0] = 1
     qkv[..., 1] = torch.tensor(UNORDERED, device=device).view(4, 4)
@@ -175,7 +175,7 @@ def test_regions_whose_logits_are_no_numbers_are_ranked_alike(topk, device):
 
 
 def test_a_small_map_ranks_them_alike(device):
-    """The regions that are attended to tell; the tokens themselves are finite."""
+    """The outputs tell which regions are attended to; the tokens themselves are finite."""
     spec = AttentionSpec(16, 16, 1, 4, 6)
     qkv = torch.randn(1, 8, 8, 48, device=device)
     means = torch.zeros(1, 16, 32, device=device)

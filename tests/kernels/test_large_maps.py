@@ -1,8 +1,8 @@
-"""Maps of more than 2**31 elements: every offset past 32 bits must be computed in 64.
+"""Maps of more than 2**31 elements: offsets that need more than 32 bits must be computed in 64.
 
-Either one map is a slice of a very wide packed one, so that its few tokens lie far apart. Or there are so
-many images that all of the last lies far from the start of its array, and its programs alone are run.
-Addresses are reserved for everything, but only the pages that are used are ever touched.
+In some tests a map is a slice of a very wide packed map, so that its few tokens lie far apart. In others
+there are so many images that the last one lies far from the start of its array; only programs of the first
+and last image run. Addresses are reserved for whole arrays, but only the pages that are used are touched.
 """
 
 from dataclasses import replace
@@ -33,7 +33,7 @@ from bra_triton.kernels.routing.launch import launch_spread_means
 from bra_triton.kernels.routing.lists import MASKED, ROUTED, SMALL_MAP, form_of
 from bra_triton.kernels.small_map import launch as small_map
 
-SIDE, ROW = 8, 2**25 + 2**22  # 64 tokens, the last at 2.37e9
+SIDE, ROW = 8, 2**25 + 2**22  # 64 tokens, the last at 2.38e9
 GRID = RegionGrid.of_windows(SIDE, SIDE, 2)
 
 
@@ -49,7 +49,10 @@ def _no_integer_overflows():
 
 @pytest.fixture
 def wide(device):
-    """Makes a `(1, 8, 8, 16)` slice at the start of rows of ROW float16 elements, 4.5 GiB of addresses."""
+    """A function that copies a `(1, 8, 8, 16)` map into a packed map with rows of ROW float16 elements.
+
+    The packed map takes 4.5 GiB of addresses.
+    """
 
     def make(fill):
         try:
@@ -111,13 +114,13 @@ def test_means_their_gradient_lepe_and_pooling(wide, device):
     assert torch.equal(far_grad, near_grad)
 
 
-# What has six elements an image passes 2**31; a launch of five programs an image does not.
+# With so many images an array of six elements an image passes 2**31; five programs an image do not.
 IMAGES = 4 * 10**8
 TILES = dict.fromkeys(tiles.KERNELS, tiles.Tile(16, 16, 1, 1))
 
 
 def _same_last_image(outputs, expected, images):
-    """Outputs without an axis of images are sums, of which the programs that were run are a part."""
+    """Compares the last image of every output that has an axis of images; the others are incomplete sums."""
     batched = [(x, y) for x, y in zip(outputs, expected, strict=True) if x.shape[:1] == (images,)]
     assert batched
     assert all(torch.equal(x[-1], y[0]) for x, y in batched)
@@ -130,12 +133,12 @@ def _settings(grid, topk=3, **others):
 
 SOFT = {"routing_weight": "soft", "diff_routing": True}
 PADDED = RegionGrid.of_windows(7, 7, 2)
-# Form, settings, side of pooled regions, what the mode adds to the kernels.
+# Form, settings, side of pooled regions; the comments name what the mode adds to the kernels.
 FORMS = {
     "lists": (ROUTED, _settings(PADDED, **SOFT), None),  # padding, factors, the router's gradient
     "masked": (MASKED, _settings(GRID), None),
     "small map": (SMALL_MAP, _settings(PADDED, routing_weight="soft"), None),
-    "pooled": (ROUTED, _settings(GRID), 2),  # lists apart from the router
+    "pooled": (ROUTED, _settings(GRID), 2),  # lists that the router does not write
 }
 
 
@@ -163,7 +166,7 @@ def test_the_last_of_many_images(name, monkeypatch):
         settings,
     )
     grad_out = random(1, grid.height, grid.width, 16)
-    images = IMAGES // 2 if form == SMALL_MAP else IMAGES  # whose backward has eight programs an image
+    images = IMAGES // 2 if form == SMALL_MAP else IMAGES  # its backward has eight programs an image
     distant = replace(near, qkv=far.far(near.qkv, images), kv=far.far(near.kv, images))
     needs = Needs(*(x is not None for x in near.tensors))
     results = []
@@ -179,7 +182,7 @@ def test_the_last_of_many_images(name, monkeypatch):
 
 @needs_interpreter
 def test_the_last_image_of_a_graph_for_every_head():
-    """And a row of the inverse graph that is cut."""
+    """All regions choose region 3, so its row of each inverse graph is the longest; it is not cut."""
     near = make(replace(PARTS["head_graphs"], factor=False, topk=3), "cpu")
     near.r_idx[..., 0] = 3
     images = IMAGES // 2  # twice the programs
@@ -216,7 +219,7 @@ def test_pooling_the_last_of_many_images(mode):
         shares.append(run(plan_pool_backward(inputs, pooling), inputs)[0])
         results.append([pooled, *argmax, grad_x])
     _same_last_image(results[1], results[0], IMAGES)
-    assert torch.equal(shares[1][-len(shares[0]) :], shares[0])  # of the gradient of what padding holds
+    assert torch.equal(shares[1][-len(shares[0]) :], shares[0])  # shares of the padding's gradient
 
 
 @needs_interpreter
@@ -242,7 +245,7 @@ def test_pooling_to_cells_of_very_many_channels(mode):
 
 @needs_interpreter
 def test_shares_of_the_weight_of_pooling_that_lie_far_apart():
-    """Of as many programs as there may be, and so many channels that the last pass 2**31 elements."""
+    """Shares of as many programs as possible, with so many channels that the last lie past 2**31 elements."""
     dim, wide = 64, 2**22
     x, grad_pooled, weight = torch.randn(1, 4, 4, dim), torch.randn(1, 2, 2, dim), torch.randn(dim, 2, 2)
     cells = torch.tensor([[0, 2]], dtype=torch.int32)
@@ -265,7 +268,7 @@ def test_shares_of_the_weight_of_pooling_that_lie_far_apart():
 
 @needs_interpreter
 def test_lepe_shares_of_the_last_of_many_images():
-    """Every program of the backward writes one, and far from the others that of the last image."""
+    """Every program of the backward writes shares; those of the last image lie far from the first."""
     parameters = torch.randn(16, 1, 3, 3), torch.randn(16)
     maps = torch.randn(3, 1, 7, 7, 16).unbind()
     shares = []
@@ -281,7 +284,7 @@ def test_lepe_shares_of_the_last_of_many_images():
 
 @needs_interpreter
 def test_the_sum_of_lepe_shares_that_lie_far_apart():
-    """Of 512 programs' shares, of so many channels that the last pass 2**31 elements."""
+    """Shares of 512 programs, with so many channels that the last lie past 2**31 elements."""
     programs, rows, dim = 512, 10, 2**20
     shares = far.reserve((programs, rows, dim), torch.float32)
     shares[:, 0, :16] = torch.randn(programs, 16)
@@ -304,7 +307,7 @@ def statistics_kernel(statistics, lse, delta, first, BLOCK: tl.constexpr):
 
 @needs_interpreter
 def test_statistics_of_a_map_of_more_than_a_billion_tokens():
-    """A pair for each token: they pass 2**31 numbers before tokens do."""
+    """Statistics are two numbers a token, so they pass 2**31 numbers at 2**30 tokens."""
     statistics = far.reserve((2**30 + 16, 2), torch.float32)
     statistics[-16:] = torch.randn(16, 2)
     found = torch.empty(2, 16)

@@ -114,7 +114,7 @@ def make(case: Case) -> Data:
         packed=random(*shape, 2 * case.dim),
         weight=random(case.dim, 1, case.kernel, case.kernel),
         bias=random(case.dim) if case.bias else None,
-        # Of another size than the values, so that neither can stand in for the other.
+        # Shifted by 2, so that a kernel cannot mistake values for the fill or the fill for values.
         fill=2 + random(case.dim) if case.grid.is_padded else None,
         grad_out=random(*shape, case.dim),
         packed_grad=random(*shape, 3 * case.dim),
@@ -151,7 +151,7 @@ def truth(case: Case, data: Data) -> dict[str, Tensor]:
 def run_triton(
     attention: Tensor, lepe: Lepe, grad_out: Tensor, grad_value: Tensor, needs_weight_grad: bool = True
 ) -> tuple[Tensor, LepeSums]:
-    """Output and parameters' gradients, in float32; the values' is added to `grad_value`."""
+    """Output, and float32 gradients of the parameters; the values' gradient is added to `grad_value`."""
     out = torch.full_like(attention, torch.nan)
     planned.run(triton_lepe.launch_lepe, attention, lepe, out)
 
@@ -203,7 +203,7 @@ def test_half_precision_errs_at_most_twice_as_much_as_pytorch(name, dtype, devic
     pytorch, _ = run(case, data, "torch", dtype, device)
     for key, x in actual.items():
         assert x.dtype == (dtype if key in ("out", "value") else torch.float32), key
-        # An error below float32's own tolerance is none; PyTorch's may be 0 by chance.
+        # PyTorch's error may be 0 by chance, so an error within float32's tolerance is always allowed.
         bound = max(2 * relative_error(pytorch[key], expected[key]), FLOAT32_TOLERANCE)
         assert relative_error(x, expected[key]) <= bound, key
 
@@ -252,7 +252,7 @@ def test_same_bits_every_time(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 def test_gradients_by_taps_are_the_convolutions(kernel, dtype, wanted, device):
-    """What devices other than the CPU run, on the CPU too."""
+    """The gradients that devices other than the CPU and NVIDIA's GPUs compute, here on any device."""
     grad, x = (torch.randn(2, 6, 5, 4).to(device, dtype) for _ in range(2))
     weight = torch.randn(6, 1, kernel, kernel).to(device, dtype)
     inputs = [each.double().requires_grad_() for each in (x, weight, torch.zeros(6, device=device))]
@@ -260,7 +260,7 @@ def test_gradients_by_taps_are_the_convolutions(kernel, dtype, wanted, device):
     expected = torch.autograd.grad(out, inputs, grad.double())
     actual = torch_lepe.derive_by_taps(grad, x, weight, wanted)
     assert [each is not None for each in actual] == [True, *wanted]
-    # The map's gradient is rounded to its dtype; the sums are float32's at least.
+    # The map's gradient is rounded to its dtype; the sums are in float32 or float64.
     tolerances = torch.finfo(dtype).eps, *((FLOAT32_TOLERANCE,) * 2)
     for each, truth, tolerance in zip(actual, expected, tolerances, strict=True):
         assert each is None or relative_error(each, truth) < tolerance
@@ -309,7 +309,7 @@ def test_convolve_tile_takes_tokens_in_any_order_and_leaves_dead_ones_alone(padd
     live = slice(0, n_tokens)
     wanted = expected[rows[live].long(), columns[live].long()]
     assert relative_error(out[live, :5].cpu(), wanted) < FLOAT32_TOLERANCE
-    # Dead tokens read no value, though they lie in the map; dead channels no other token's.
+    # Dead tokens read no value, although they lie in the map; dead channels read none of another token.
     assert torch.equal(out[n_tokens:, :5], lepe.bias.expand(16 - n_tokens, -1))
     assert not out[:, 5:].any()
 
@@ -332,7 +332,7 @@ def test_reach_is_what_the_convolution_sees(sides, region, extra, half):
 
 
 def test_a_column_of_any_stride(device):
-    """PyTorch calls a map of one column contiguous whatever its stride is there; kernels step by it."""
+    """PyTorch calls a map of one column contiguous for any stride of columns, but kernels use this stride."""
     case = Case("column", "", 3, 16, RegionGrid.of_windows(8, 1, 1))
     column = torch.randn(1, 1, 8, 16, device=device).transpose(1, 2)
     assert column.is_contiguous()
@@ -353,7 +353,7 @@ def test_a_column_of_any_stride(device):
 @pytest.mark.parametrize("wanted", ["weight bias fill", "weight bias", "weight", "bias fill", "fill"])
 @pytest.mark.parametrize(("kernel", "n_programs", "dim"), [(3, 1, 16), (3, 300, 20), (5, 7, 40), (5, 600, 5)])
 def test_the_programs_shares_are_summed_and_rounded_once(kernel, n_programs, dim, wanted, dtype, device):
-    """Up to three steps of 256 programs; a last block of channels that is not full; a row for each tap."""
+    """Up to three steps of 256 programs; the last block of channels is not full; each tap has a row."""
     taps, names = kernel * kernel, wanted.split()
     has_taps = "weight" in names or "bias" in names
     rows = (taps + 1 if has_taps else 0) + ("fill" in names)
@@ -383,13 +383,13 @@ def test_the_programs_shares_are_summed_and_rounded_once(kernel, n_programs, dim
 
 
 def assert_rounded_once(actual: Tensor, exact: Tensor, n_terms: int) -> None:
-    """Float32 sums of normal terms, one after the other, are 3e-5 off at 600; a lost term is about 1."""
+    """Checks sums of normally distributed terms: 600 err by 3e-5 in float32; a lost term is about 1."""
     unit = torch.finfo(actual.dtype).eps / 2
     assert torch.allclose(actual.double(), exact, rtol=unit, atol=3e-6 * n_terms**0.5)
 
 
 def test_the_values_gradient_is_written_or_added(device):
-    """Where LePE comes before dK/dV it writes every element; where it comes after it adds."""
+    """LePE's backward writes every element if it runs before dK/dV, and adds if it runs after dK/dV."""
     case = next(case for case in CASES if case.name == "k5_padded")
     data = make(case)
     lepe, grad_out = data.lepe(case, torch.float32, device), data.grad_out.float().to(device)

@@ -1,4 +1,4 @@
-"""LePE's kernels as a GPU gets them: they spill nothing, read widely, and serve every size."""
+"""LePE's compiled kernels: they spill no registers, read 16 bytes at once, and serve every size."""
 
 import planned
 import pytest
@@ -69,7 +69,7 @@ def test_values_are_read_and_gradients_written_16_bytes_at_a_time(name):
     sass = compile_for(launch, "sm_90").sass
     assert "LDG.E.128" in sass
     assert "STG.E.128" in sass
-    # Only the weights, k * k apart, are read one by one: those of the thread's 8 channels.
+    # Only the weights of the thread's 8 channels are read one by one: they lie k * k elements apart.
     assert sass.count("LDG.E.U16") <= 8
 
 

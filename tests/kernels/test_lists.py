@@ -1,4 +1,4 @@
-"""The lists that the attention kernels walk: tokens, inverse graph, pieces of its rows."""
+"""The lists that the attention kernels read: tokens, inverse graph, pieces of its rows."""
 
 import itertools
 from collections import defaultdict
@@ -22,7 +22,7 @@ from bra_triton.kernels.routing.launch import Routing, launch_route
 
 
 def _problem(r_idx, query_grid, kv_grid, factor=None):
-    """An attention of the least channels: the lists depend on graph and grids alone."""
+    """An attention with one channel a graph: the lists depend only on the graph and the grids."""
     batch, n_graphs = r_idx.shape[:2]
     query, kv = (
         torch.zeros(batch, g.height, g.width, n_graphs, device=r_idx.device) for g in (query_grid, kv_grid)
@@ -37,14 +37,14 @@ def _expected_tokens(grid, regions):
 
 sides = st.tuples(*[st.integers(1, 7)] * 2)
 grids = st.builds(RegionGrid.of_region_size, st.integers(1, 20), st.integers(1, 20), sides)
-# Some of these have regions that are padding alone, as 10 x 10 tokens have under 7 x 7 regions.
+# Some of these grids have regions that are only padding, for example 10 x 10 tokens in 7 x 7 regions.
 windowed_grids = st.builds(RegionGrid.of_windows, st.integers(1, 20), st.integers(1, 20), sides)
 
 
 def _pairs_by_region(graph, n_regions, query_grid=None):
     """The inverse of a graph `(P, topk)`: the pairs that chose each region.
 
-    Those of regions without a token in the map of `query_grid` are left out.
+    Pairs of query regions without a token in the map of `query_grid` are left out.
     """
     rows = [[] for _ in range(n_regions)]
     pair = 0
@@ -108,7 +108,7 @@ def test_a_region_larger_than_a_block_of_the_kernel(device):
 
 @pytest.mark.parametrize("is_padded", [True, False])
 def test_one_region_needs_no_graph(is_padded, device):
-    """Where all attend to all, one list of the map serves all kernels; without padding there is none."""
+    """If all regions attend to all, one list of the map serves all kernels; without padding there is none."""
     grid, kv_grid = RegionGrid.of_windows(5, 6, 3).merged, RegionGrid.of_windows(3, 4, 2).merged
     if not is_padded:
         grid, kv_grid = RegionGrid.of_windows(6, 6, 3).merged, RegionGrid.of_windows(4, 4, 2).merged
@@ -125,7 +125,7 @@ def test_one_region_needs_no_graph(is_padded, device):
 
 
 def _route_with_lists(plan, query, key, r_weight, r_idx, factors, grid):
-    """What `route_kernel` lists, and what `list_tokens_kernel` lists of the graph that it chose."""
+    """The lists that `route_kernel` writes, and those of `list_tokens_kernel` for the same graph."""
     batch, n_regions, topk = r_idx.shape
     listed = (batch, 1, n_regions, topk * grid.region_tokens)
     at_once, apart = (
@@ -152,9 +152,9 @@ def _route_with_lists(plan, query, key, r_weight, r_idx, factors, grid):
     [
         (RegionGrid.of_windows(8, 12, 2), 2, 2, True),
         (RegionGrid.of_windows(8, 12, 2), 3, 2, False),
-        # Padding, regions that are nothing else; 25 regions: two programs, the second not full.
+        # Padding, and regions that are only padding; 25 regions: two programs, the second not full.
         (RegionGrid.of_windows(11, 13, 5), 3, 1, True),
-        # 140 tokens a region and 16 choices: more than a step lists.
+        # 140 tokens a region and 16 choices: more than one step lists.
         (RegionGrid.of_windows(40, 54, 4), 16, 1, False),
     ],
 )
@@ -173,9 +173,9 @@ def test_lists_made_while_routing_are_those_of_the_graph(grid, topk, batch, fact
 
 
 def _route_with_marks(plan, query, key, r_idx, grid):
-    """What `route_kernel` marks, and what `mark_choices_kernel` marks of the graph that it chose.
+    """The marks that `route_kernel` writes, and those of `mark_choices_kernel` for the same graph.
 
-    Of each: the list of the queries, if there is one, then the marks.
+    For each kernel: the list of the queries or None, then the marks.
     """
     batch, n_regions, topk = r_idx.shape
     maps = plan.output((batch, grid.height, grid.width, 1), torch.float32)
@@ -191,26 +191,26 @@ def _route_with_marks(plan, query, key, r_idx, grid):
     [
         (RegionGrid.of_windows(14, 14, 7), 16),  # BiFormer's third stage: four programs, the last not full
         (RegionGrid.of_windows(5, 6, 3), 9),  # padding; every region chosen
-        (RegionGrid.of_windows(24, 24, 2), 1),  # 144 tokens a region: more than a step marks
+        (RegionGrid.of_windows(24, 24, 2), 1),  # 144 tokens a region: more than one step marks
     ],
 )
 def test_marks_made_while_routing_are_those_of_the_graph(grid, topk, device):
     query, key = torch.randn(2, 2, grid.n_regions, 8, device=device)
     r_idx = torch.full((2, grid.n_regions, topk), -1, dtype=torch.int32, device=device)
     at_once, apart = planned.run(_route_with_marks, query, key, r_idx, grid)
-    order = range(grid.height * grid.width)  # as the map lies
+    order = range(grid.height * grid.width)  # of the map, row by row
     assert (at_once[0] is None) != grid.is_padded
     if grid.is_padded:
         order = _expected_tokens(grid, range(grid.n_regions))
         assert at_once[0].flatten().tolist() == apart[0].flatten().tolist() == order
     region_of = {token: r for r in range(grid.n_regions) for token in _expected_tokens(grid, [r])}
-    # Tokens of the padding have no number that would tell their regions; the list has them region by region.
+    # The number of a padding token, -1, does not tell its region; the list has the tokens region by region.
     expected = [
         at // grid.region_tokens if grid.is_padded else region_of[token] for at, token in enumerate(order)
     ]
     for _, query_regions, query_marks, key_marks in (at_once, apart):
         assert query_regions.tolist() == expected
-        # No key has the marks of regions that there are not.
+        # Marks past the last region add nothing, because no key has them.
         products = query_marks[:, 0].double() @ key_marks.double().T
         for image, row in enumerate(r_idx.tolist()):
             is_chosen = torch.tensor([[key in chosen for key in expected] for chosen in row], device=device)
@@ -224,7 +224,7 @@ def _invert(r_idx, n_regions):
 
 @contextmanager
 def _split(fan_bits):
-    """Within, every graph is inverted by way of coarser inverses, if it has more than 2**fan_bits regions."""
+    """Context in which graphs of more than 2**fan_bits regions are inverted by way of coarser inverses."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("_MOST_READ", 0), ("_MOST_SORTED", 0), ("_FAN_BITS", fan_bits)):
             patch.setattr(lists, name, value)
@@ -290,10 +290,10 @@ def test_lists_of_an_empty_batch(device):
 
 @st.composite
 def graphs(draw):
-    """Graphs `(N, G, P, topk)` with rows as uneven as they come, and two numbers.
+    """Graphs `(N, G, P, topk)` with rows of any lengths, the number of key regions, and of query regions.
 
-    An entry is a hub, one of few regions, or any; all equal, in a row or in all, is among them. The numbers
-    are that of the key regions, and of the query regions that have a token in the map.
+    The entries of a graph are all the same region, or drawn from at most three regions, or from all; they may
+    repeat in a row. The last number counts only query regions with a token in the map.
     """
     n_regions = draw(st.integers(1, 16))
     region = st.integers(0, n_regions - 1)
@@ -311,7 +311,7 @@ def graphs(draw):
 @profile(12)
 @given(drawn=graphs())
 def test_inverse_by_way_of_coarser_ones(drawn, fan_bits, block, device):
-    """Of 16 regions four inverses, or two. There are rows longer than a step, and shorter ones."""
+    """16 regions take four inverses or, with more fan bits, two. Some rows are longer than a step."""
     r_idx, n_regions, n_alive = drawn
     with _split(fan_bits), pytest.MonkeyPatch.context() as patch:
         patch.setattr(lists, "_BLOCK_PAIRS", min(block, 16))
@@ -326,7 +326,7 @@ def test_inverse_by_way_of_coarser_ones(drawn, fan_bits, block, device):
         (1, 256, 64, 1),  # 2 * 256 * 256 * 64 choices, the most that one launch may read
         (2, 256, 64, 2),
         (1, 257, 64, 2),
-        (64, 255, 4, 1),  # more, but its programs count the rows of the whole graph in any case
+        (64, 255, 4, 1),  # more choices, but up to 255 regions need the lengths of all rows anyway
         (1, 4096, 1, 2),  # 64 rows of 64 regions
         (1, 4097, 1, 3),  # two rows of 4096 regions, 65 of 64
     ],
@@ -339,7 +339,7 @@ def test_one_inverse_serves_graphs_that_are_soon_read(n_graphs, n_regions, topk,
 
 @pytest.mark.parametrize("most_read", [0, 2**23], ids=["two inverses", "one"])
 def test_inverse_of_many_regions_is_numpys_stable_sort(most_read, device, monkeypatch):
-    """With rows of as many regions as ever; a fifth of the choices is one region."""
+    """Coarse rows have 64 regions, as outside the tests; a fifth of the choices is one region."""
     monkeypatch.setattr(lists, "_MOST_READ", most_read)
     n_regions, generator = 300, np.random.default_rng(0)
     chosen = generator.integers(n_regions, size=(2, n_regions * 9)).astype(np.int32)
@@ -367,7 +367,7 @@ def test_pieces_where_every_region_chooses_all(n_regions, device):
 
 
 def test_pieces_of_a_row_with_more_than_the_kernel_cuts_at_once(device, monkeypatch):
-    """27 pieces of 4 pairs, cut in two steps of 16."""
+    """A row of 107 pairs has 27 pieces of at most 4 pairs, cut in two steps of 16."""
     monkeypatch.setattr(lists, "_BLOCK_PAIRS", 16)
     r_idx = torch.full((1, 1, 110, 1), 1, dtype=torch.int32, device=device)
     r_idx[0, 0, :3] = 0
@@ -413,7 +413,7 @@ def _check_pieces_of_graph(work, starts, longest, n_partials):
 
 
 def test_one_region_that_all_choose_is_cut(device):
-    """The bound is not met by chance: without cutting this row would be 49 times the mean."""
+    """The bound is not met by chance: without cutting, this row would be 49 times the mean."""
     grid = RegionGrid.of_windows(7, 7, 7)
     r_idx = torch.zeros(1, 1, 49, 1, dtype=torch.int32, device=device)
     _, queries = planned.lists_of(_problem(r_idx, grid, grid))

@@ -1,5 +1,4 @@
-"""Routing, attention and LePE of a packed projection: every backend's functions against the reference's
-autograd in float64."""
+"""Routing, attention and LePE of a packed projection: every backend against the reference in float64."""
 
 from dataclasses import replace
 
@@ -20,7 +19,7 @@ from bra_triton.kernels.routing.lists import ROUTED
 from bra_triton.spec import AttentionSpec
 
 BACKENDS = ("torch", "triton")
-# Float32 logits of the regions go through a softmax; elsewhere rounding is some units of 1e-7.
+# The largest error comes from the softmax of the regions' float32 logits; others are some units of 1e-7.
 TOLERANCE = 3e-5
 SPEC = AttentionSpec(dim=24, qk_dim=16, num_heads=2, n_win=2, topk=2)
 SOFT = replace(SPEC, soft_routing=True, diff_routing=True)
@@ -37,7 +36,7 @@ CASES = {
     "hard_padding_left_out": (replace(HARD, counts_padding=False), 5, 5),
     "whole": (replace(SPEC, topk=4), 4, 6),
     "whole_padded": (replace(SPEC, topk=4), 5, 5),
-    # Weights enter though all are chosen.
+    # All regions are chosen, but the gradient of the routing weights is needed.
     "hard_all": (replace(HARD, topk=4), 4, 6),
 }
 NAMES = ("qkv", "padding", "lepe_weight", "lepe_bias")
@@ -120,7 +119,7 @@ def _check_output_and_gradients(name, backend, device):
 
 @pytest.mark.parametrize(("name", "before"), [("whole", []), ("whole_padded", ["list_tokens_kernel"])])
 def test_where_all_attend_to_all_nothing_is_routed(name, before, device):
-    """And without padding nothing is listed: the map is read as it lies."""
+    """Without padding there is no list either: kernels read the map row by row."""
     spec, height, width = CASES[name]
     problem = _problem(spec, _tensors(spec, height, width, device))
     forward = plan_attend(problem, trains=True)

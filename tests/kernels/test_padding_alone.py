@@ -1,4 +1,4 @@
-"""Regions that are padding alone: their programs walk nothing, which no result would tell."""
+"""Programs of regions that are only padding process no keys; the results would be equal if they did."""
 
 import pytest
 import torch

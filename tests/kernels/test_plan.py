@@ -1,4 +1,4 @@
-"""Plans: the arrays that they find, allocate and keep, in numbers."""
+"""Plans find, allocate and keep the right arrays: the numbers that their launches compute are correct."""
 
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ def _launch_add(plan, first, second, out, factor):
 
 
 def _plan_of_sums(*inputs):
-    """`2 * a + b`, by an array in the workspace."""
+    """A plan for `2 * a + b` that uses an array in the workspace."""
     plan = Plan(inputs, inputs[0].device)
     a, b = plan.inputs
     out = plan.output(a.shape, torch.float32)
@@ -82,7 +82,7 @@ def test_an_input_that_is_not_there(device):
 
 @pytest.mark.parametrize("start", [0, 1, 2, 8])
 def test_inputs_may_be_slices_of_wider_ones(start, device):
-    """Their offset in memory is found at every run: that of the plan's own inputs is no part of it."""
+    """A plan finds the offset of its inputs at every run; it does not keep that of the first inputs."""
     wide = torch.randn(2, 9, 50, device=device)
     a, b = wide[..., start : start + 20]
     plan = _plan_of_sums(*wide[..., 16:36])
@@ -91,7 +91,7 @@ def test_inputs_may_be_slices_of_wider_ones(start, device):
 
 @pytest.mark.parametrize("shift", [1, 2, 3])
 def test_inputs_may_start_anywhere_in_memory(shift, device):
-    """A plan made for tensors that start at multiples of 16 bytes, run on others, and the other way round."""
+    """A plan made for tensors at multiples of 16 bytes runs on others, and the other way round."""
     memory = torch.randn(2 * 180 + 3, device=device)
     a, b = torch.randn(2, 9, 20, device=device)
     shifted_a, shifted_b = memory[shift : shift + 360].view(2, 9, 20)

@@ -1,4 +1,4 @@
-"""The cache of plans shows in nothing but time; kernels are compiled for a stand-in of the driver."""
+"""The cache of plans changes only the time of a call; a stand-in for the driver gets the launches."""
 
 import os
 import threading
@@ -32,7 +32,10 @@ def streams(monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["shared", "of the caller"])
 def placed(request):
-    """Gives a packed problem a place for its plans, as a call whose signature is known has, or does not."""
+    """A function that gives a packed problem its own place for plans, or leaves it to the shared cache.
+
+    Calls with a known signature have such a place.
+    """
 
     def place(problem):
         if request.param and isinstance(problem, PackedAttention):
@@ -43,9 +46,10 @@ def placed(request):
 
 
 def _check_cache_is_invisible(log, states):
-    """States are functions that enter a state and make a problem in it; each is visited three times.
+    """Checks that the cache changes no launch.
 
-    The first visit compiles, by Triton's ordinary path.
+    States are functions that return a context with a problem. Each is visited once with an empty cache, then
+    three times while the cache serves all states. A new plan's first run takes Triton's ordinary path.
     """
 
     def visit(state):
@@ -116,7 +120,7 @@ def test_tiles_and_architectures_that_are_set(log, placed):
 
 
 class _Within:
-    """A context in which a problem is what one gets."""
+    """The context that `make` returns, but `with ... as` gives the problem."""
 
     def __init__(self, make, problem):
         self.make, self.problem = make, problem
@@ -151,7 +155,7 @@ def test_the_precision_of_float32_products(log, placed):
 
 
 def test_forgotten_tables_and_plans(log, placed, monkeypatch):
-    """Whoever has written a table gets its tiles at the next launch, though the call was planned before."""
+    """After `tiles.forget` a launch takes the tiles of the changed table, although its plan was cached."""
     problem, before = placed(attention(settings(32, 32, 2, 2))), choice.packaged
     tiles.forget()
     first = launched(log, problem)
@@ -185,7 +189,7 @@ N_THREADS = 8
 
 
 def _in_threads(function):
-    """What the function returns in each of 8 threads, which begin together; it gets the thread's number."""
+    """Calls the function with the thread's number in 8 threads that begin together; returns the results."""
     barrier = threading.Barrier(N_THREADS)
 
     def begin(index):
@@ -197,7 +201,7 @@ def _in_threads(function):
 
 
 def test_many_threads_at_once(log, monkeypatch):
-    """They plan, compile and drop the same plans, with tiles of their own in every other thread."""
+    """The threads plan, compile and drop the same plans; every other thread uses other tiles."""
     problems = [attention(settings(4 * side, 32, 2, 3)) for side in SIDES]
     small = dict.fromkeys(tiles.KERNELS, tiles.Tile(16, 32, 1, 1))
 
@@ -216,7 +220,7 @@ def test_many_threads_at_once(log, monkeypatch):
 
 def test_launches_go_to_the_stream_that_is_current_in_the_thread(log, streams):
     problem = FORMS["plain"]()
-    # Compiled before the threads begin: Python 3.11 fails now and then where several parse source at once.
+    # Compile before the threads begin: Python 3.11 fails now and then if several threads parse source.
     calls.attend(problem, trains=False)
     log.take()
 

@@ -21,9 +21,9 @@ from bra_triton.modules.cells import fractional_cells
 BACKENDS = {"triton": calls, "torch": torch_kernels}
 QK_DIM, DIM = 3, 5  # a slice that starts at an odd channel and whose channels fill no block
 GRIDS = {
-    # Regions of 4 x 5 tokens: sides that differ, which 3 cells do not divide, nor a ratio of 2 both.
+    # Regions of 4 x 5 tokens: the sides differ, no side is a multiple of 3 (cells), one is of 2 (ratio).
     "whole": RegionGrid.of_windows(8, 10, 2),
-    # Regions of 3 x 5, of which the last two rows and columns are padding.
+    # Regions of 3 x 5 tokens, 9 x 15 in all; the last two rows and columns are padding.
     "padded": RegionGrid.of_windows(7, 13, 3),
     "all_padding": RegionGrid(3, 4, 4, 5, 2, 2),  # three regions of four hold no token of the map
 }
@@ -97,7 +97,7 @@ def _problem(name, grid, device, batch=2, qk_dim=QK_DIM, dim=DIM):
 
 
 def _check(name, grid, backend, dtype, device, tolerance, **sizes):
-    """Forward and every gradient of the problem's slice; returns nothing."""
+    """Compares forward and all gradients, for a slice of the packed map, with PyTorch's pooling."""
     module, qkv, fill = _problem(name, grid, device, **sizes)
     pooling = _pooling(module, grid, device)
     qk_dim = module.qk_dim
@@ -145,7 +145,7 @@ def _check(name, grid, backend, dtype, device, tolerance, **sizes):
         assert torch.equal(pooled.double(), expected)
 
 
-# Float32 keeps 24 bits and adds tens of terms.
+# Sums of tens of terms in float32, which has 24 bits.
 FLOAT32 = 1e-6
 
 
@@ -160,7 +160,7 @@ def test_equals_pytorchs_pooling_forward_and_backward(name, grid, backend, devic
 
 @pytest.mark.parametrize("name", ["ada_avgpool", "maxpool", "conv"])
 def test_many_tiles_strips_and_channel_blocks(name, device, monkeypatch):
-    """Sizes as they are on real maps relative to a tile: tails of tiles, of strips and of channel blocks."""
+    """Tiles so small that this map has several tiles, strips and channel blocks, with tails."""
     monkeypatch.setattr(launch, "TILE_BYTES", 1024)
     monkeypatch.setattr(launch, "MAX_BLOCK_CHANNELS", 8)
     monkeypatch.setattr(launch, "MAX_STRIPS", 2)
@@ -195,7 +195,7 @@ def test_maxima_of_nan_and_infinities_are_pytorchs(name, backend, device):
     assert expected.isnan().any()
     assert (expected == -torch.inf).any()
     assert torch.equal(pooled.nan_to_num(7.5), expected.nan_to_num(7.5))
-    # Whatever the values, a winner lies in its region: an index out of range would corrupt memory.
+    # For any values the maximum's index lies in its region: an index out of range would corrupt memory.
     assert ((argmax >= 0) & (argmax < grid.region_tokens)).all()
 
 
@@ -231,7 +231,7 @@ def test_an_empty_batch(device):
 
 
 class TestAnySpans:
-    """Cells that no module draws: any spans whose starts and ends ascend, on any grid."""
+    """Cells that no module makes: any spans whose starts and ends ascend, on any grid."""
 
     spans = st.lists(
         st.tuples(st.integers(0, 5), st.integers(1, 6)).filter(lambda span: span[0] < span[1]),
@@ -240,7 +240,7 @@ class TestAnySpans:
     ).map(lambda spans: sorted(zip(sorted(s for s, _ in spans), sorted(e for _, e in spans), strict=True)))
 
     @given(rows=spans, columns=spans, height=st.integers(1, 8), width=st.integers(1, 8), data=st.data())
-    # pytest makes an object of the class for every backend, which some versions of hypothesis object to.
+    # pytest makes a new object of the class for every backend; some versions of hypothesis refuse that.
     @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_equal_cells_cut_out_one_by_one(self, backend, rows, columns, height, width, data, device):
@@ -314,7 +314,7 @@ def _launches(name, grid, dtype, qk_dim=64, dim=64):
 class TestCompiled:
     @pytest.mark.parametrize(
         ("name", "arch"),
-        # The convolution has all that the others have but a maximum's place.
+        # The convolution's kernels do all that the others do, except that they store no index of a maximum.
         [("ada_avgpool", "sm_90"), ("fracpool", "sm_80"), *(("conv", arch) for arch in ARCHITECTURES)],
     )
     def test_kernels_compile_and_do_not_spill(self, name, arch):
@@ -335,7 +335,7 @@ class TestCompiled:
 
     @pytest.mark.parametrize("name", ["ada_avgpool", "fracpool", "conv"])
     def test_tokens_are_loaded_16_bytes_at_a_time(self, name):
-        """The strides are compile-time numbers, or loads would be 2 bytes wide."""
+        """Strides must be compile-time numbers: otherwise loads are 2 bytes wide."""
         for each in _launches(name, GRIDS["padded"], torch.float16):
             if kernel_name(each) == "invert_cells":
                 continue

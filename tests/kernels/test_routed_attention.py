@@ -1,4 +1,4 @@
-"""The attention of every backend against one written token by token, in all that the modes are made of."""
+"""Every backend's attention against an oracle written token by token, for all parts of the modes."""
 
 from dataclasses import replace
 
@@ -40,16 +40,16 @@ def test_output_and_all_gradients(name, backend, device, monkeypatch):
 
 @pytest.mark.parametrize("name", ["soft", "head_graphs", "frozen_soft"])
 def test_routing_weights_of_several_chunks_of_the_torch_backend(name, monkeypatch):
-    """A chunk of a region or less: each has routing weights of its own, whose gradients add up.
+    """Every chunk is a region or less and has its own routing weights, whose gradients add up.
 
-    Three images are three parts, and only one's keys and values are copied region by region at a time.
+    The three images are three parts: keys and values are copied region by region for one image at a time.
     """
     copies, copy = [], gathered._key_value_regions
     monkeypatch.setattr(gathered, "_key_value_regions", lambda part: copies.append(part.batch) or copy(part))
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)
     part = replace(PARTS[name], batch=3)
     errors = compare("torch", make(part, "cpu"), part.needs_factor)
-    assert copies == [1] * 6  # of a forward and a backward
+    assert copies == [1] * 6  # three images in the forward, three in the backward
     assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
 
 
@@ -72,7 +72,7 @@ def test_forms_for_narrow_heads_do_not_take_wide_values_or_keys(widths):
 
 
 def test_long_rows_are_cut_and_the_others_are_not(device):
-    """Or the two cases above would not test what they are for."""
+    """Otherwise the parts "long_row" and "long_padded_row" would not test cut rows."""
     problem = make(PARTS["long_row"], device)
     _, queries = planned.lists_of(problem)
     lengths = torch.bincount(problem.r_idx.flatten().long(), minlength=problem.kv_grid.n_regions)
@@ -107,7 +107,7 @@ def test_an_empty_batch(device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_in_the_modes_parts(dtype, backend, device):
-    """Within four times the rounding of a single product in that type: scores, weights, output and sums."""
+    """The tolerance, four roundings in that dtype, covers those of scores, weights, output and sums."""
     part = PARTS["long_padded_row"]
     errors = compare(backend, make(part, device, dtype), part.needs_factor)
     assert worst(errors.values()) < 4 * torch.finfo(dtype).eps, errors
@@ -115,7 +115,7 @@ def test_half_precision_in_the_modes_parts(dtype, backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_under_the_mask(dtype, device, monkeypatch):
-    """As above, in tiles that the launch does take in half precision, by its own rule."""
+    """As above, but the launch itself chooses the masked form and its tiles for half precision."""
     problem = replace(make(PARTS["masked_padding"], device, dtype), distinct=True)
     assert masking.is_cheaper(problem)
     errors = compare("triton", problem, False)
@@ -194,7 +194,7 @@ def _check_drawn(backend, part, dtype):
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     errors = compare(backend, make(part, device, dtype), part.needs_factor)
-    # Drawn problems may have a gradient of next to nothing (one key: dQ is 0), which no relative error suits.
+    # Some gradients of drawn problems are nearly 0 (one key: dQ is 0), so their relative error means nothing.
     tolerance = FLOAT32_TOLERANCE if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
     significant = {name: e for name, e in errors.items() if name in ("out", "value", "padding.value")}
     assert worst(significant.values()) < tolerance, errors
@@ -203,7 +203,7 @@ def _check_drawn(backend, part, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["packed", "padding", "kv_grid", "masked", "whole_padding"])
 def test_the_backends_function_and_its_backward(name, backend, device, monkeypatch):
-    """Gradients are maps of their own, contiguous, not slices of packed ones."""
+    """The gradients are separate, contiguous maps, not slices of packed ones."""
     monkeypatch.setattr(masking, "is_cheaper", lambda problem: PARTS[name].masked)
     problem, kernels = make(PARTS[name], device), fused_kernels(backend)
     grad_out = torch.randn(*problem.query.shape[:3], problem.value.shape[-1], device=device)
@@ -229,7 +229,7 @@ def _add_with_lepe(plan, problem, lepe, out, attention):
 @pytest.mark.parametrize("keep_attention", [True, False])
 @pytest.mark.parametrize("name", ["packed", "padding"])
 def test_lepe_in_a_launch_of_its_own_gives_the_same(name, keep_attention, device):
-    """The table decides which; both against the torch backend."""
+    """The tile's `fuses_lepe` decides; both ways are compared with the torch backend."""
     problem = make(PARTS[name], device)
     dim = problem.value.shape[-1]
     weight, bias = torch.randn(dim, 1, 3, 3, device=device), torch.randn(dim, device=device)
@@ -246,7 +246,7 @@ def test_lepe_in_a_launch_of_its_own_gives_the_same(name, keep_attention, device
         assert ("lepe_forward_kernel" in launches) != fuses_lepe
 
 
-FORMS = {  # of forward, dQ and dK/dV
+FORMS = {  # of the tiles of forward, dQ and dK/dV
     "packed": ("plain", "plain", "plain"),
     "padding": ("padded", "padded", "padded"),
     "head_graphs": ("weighted", "weighted", "weighted"),
@@ -258,7 +258,7 @@ FORMS = {  # of forward, dQ and dK/dV
 
 @pytest.mark.parametrize("name", FORMS)
 def test_launches_ask_for_the_tile_of_their_form(name, device, monkeypatch):
-    """The forms that a launch asks the tables for are those that the tuner spills none of."""
+    """The tuner takes care that a form's tiles do not spill, so a launch must ask for the right form."""
     asked = {}
 
     def choose(kernel, dtype, head_dim, region_tokens, device, form):

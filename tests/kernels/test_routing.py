@@ -42,7 +42,10 @@ def test_indices_and_weights_equal_the_reference(case, backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_takes_part_in_the_means(backend, device):
-    """Of 5 x 7 tokens in regions of 2 x 2, the last row and column of regions hold 1 or 2 of the map."""
+    """5 x 7 tokens in 4 x 4 regions of 2 x 2.
+
+    Regions of the last column and of the third row hold 1 or 2 tokens of the map; the fourth row holds none.
+    """
     qkv, padding = torch.randn(2, 5, 7, 24, device=device), torch.randn(24, device=device)
     grid = RegionGrid.of_windows(5, 7, 4)
     padded = pad_map(qkv, grid, padding)
@@ -60,7 +63,7 @@ def test_padding_takes_part_in_the_means(backend, device):
     region=st.tuples(st.integers(1, 9), st.integers(1, 9)),
 )
 def test_without_padding_tokens_past_the_edge_are_left_out_of_the_means(backend, device, sides, region):
-    """Means and gradient against average pooling, which has a count of its own for the last regions."""
+    """Compares means and gradient with average pooling, which divides by the number of tokens in the map."""
     region = tuple(min(pair) for pair in zip(sides, region, strict=True))
     grid = RegionGrid.of_region_size(*sides, region)
     qkv = torch.randn(2, *sides, 9, device=device, requires_grad=True)
@@ -78,7 +81,7 @@ def test_without_padding_tokens_past_the_edge_are_left_out_of_the_means(backend,
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["biformer_stage3", "qk_narrow", "padded"])
 def test_gradient_of_the_weights_reaches_projection_padding_and_router(name, backend, device):
-    """Against autograd through the reference, float64. Region 0 is chosen by nearly all: a long row."""
+    """Compares with autograd through the reference in float64. One token of region 0 has very large keys."""
     case = CASES_BY_NAME[name]
     spec = case.spec
     qkv = random_map(case, device)[:, : case.height, : case.width]
@@ -129,22 +132,24 @@ def test_routing_operators_meet_pytorchs_own_checks(backend, device):
     ("n_regions", "topk"),
     [
         (1, 1),  # one program for one region
-        (4, 3),  # fewer regions than a program takes elsewhere
-        (49, 16),  # 7 programs of 8 query regions, the last of a single one
+        (4, 3),  # fewer regions than a program takes (16)
+        (49, 16),  # 4 programs of 16 query regions, the last of a single one
         (150, 3),  # a row of logits of 256 columns
         (260, 5),  # key regions in two steps, the second of 4
-        (513, 2),  # in three, the last of a single one
+        (513, 2),  # in three steps, the last of a single one
     ],
 )
 @pytest.mark.filterwarnings("ignore:All-NaN")  # NumPy's maximum, in the interpreter
 def test_every_cut_of_the_query_regions_into_programs(n_regions, topk, device):
-    """Rows are slices of wider ones, with channels that fill no block; the last two regions' keys are equal,
-    and the last region's logits are not numbers."""
+    """Queries and keys are slices of wider rows, and their channels fill no block.
+
+    The last two regions have equal keys, and the logits of the last query region are NaN.
+    """
     dim = 41
     means = torch.randn(1 if n_regions > 100 else 2, n_regions, 2 * dim, device=device)
     query, key = means.split(dim, dim=-1)
     if n_regions > 1:
-        key[:, -2:] = 3 * query[:, :1]  # the best of the first region
+        key[:, -2:] = 3 * query[:, :1]  # the first region's largest logits
         query[:, -1] = torch.nan
     logits = 0.5 * (query[:, :, None].double() * key[:, None].double()).sum(-1)
     expected = logits.nan_to_num(torch.inf).sort(dim=-1, descending=True, stable=True)
@@ -162,7 +167,7 @@ FORMS = {"at once": nullcontext, "in steps": planned.routed_in_steps, "apart": p
 @given(data=st.data(), n_regions=st.integers(1, 40))
 @pytest.mark.filterwarnings("ignore:All-NaN")
 def test_choice_among_many_equal_logits_is_a_stable_sorts(data, n_regions, form, device):
-    """Up to all regions chosen, of logits of both signs, zeros and NaN, most of them equal to others."""
+    """Chooses up to all regions by logits of both signs, zeros and NaN, most of them equal to others."""
     topk = data.draw(st.integers(1, n_regions))
     logit = st.sampled_from([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 2.0, float("nan")])
     logits = torch.tensor(data.draw(st.lists(logit, min_size=n_regions, max_size=n_regions)), device=device)
@@ -223,7 +228,7 @@ def _add_route_gradient(plan, query, key, r_weight, r_idx, shares, grad_means):
 
 
 def test_shares_of_all_heads_and_tiles_are_summed_and_rows_may_be_slices(device):
-    """As the attention's backward leaves them: a share for each head and tile of a region."""
+    """The attention's backward leaves a share for each head and each tile of a region."""
     query, key, r_weight, r_idx, _ = _problem_of_routing(9, 3, 20, device)
     shares = torch.randn(2, 2, 9, 5, 3, device=device)
     expected = _autograd_of_routing(query, key, r_idx, shares.sum((1, 3)), 0.3)
@@ -246,7 +251,7 @@ GRIDS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a region that holds no token has no mean
 def test_gradient_of_means_is_added_to_the_map(name, dtype, counts_padding, device):
-    """In place, to the first channels alone; where padding counts, it takes a share that goes nowhere."""
+    """In place, and only to the first channels. If padding counts, its share of the gradient is dropped."""
     grid = GRIDS[name]
     grad_means = torch.randn(2, grid.n_regions, 70, device=device)
     grad_qkv = torch.randn(2, grid.height, grid.width, 105, device=device).to(dtype)
@@ -261,7 +266,7 @@ def test_gradient_of_means_is_added_to_the_map(name, dtype, counts_padding, devi
     grad = grad_means.double().transpose(1, 2).view_as(means)
     expected[..., :70] += torch.autograd.grad(means, tokens, grad)[0].permute(0, 2, 3, 1)
     planned.run(launch_spread_means, grad_means, grad_qkv, grid, counts_padding)
-    # One rounding, of the sum.
+    # Only the sum is rounded, once.
     assert torch.allclose(grad_qkv.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
@@ -275,7 +280,7 @@ def test_equal_logits_go_to_the_smaller_region(backend, device):
 
 @pytest.mark.parametrize("topk", [1, 4, 16])
 def test_the_torch_backend_sees_a_logit_equal_to_the_last_that_is_chosen(topk):
-    """Each row's only two: `torch.topk` of as many as are chosen would take either of them."""
+    """In each row the last chosen logit equals the next one: `torch.topk` alone might take either of them."""
     logits = torch.stack([torch.randperm(49) for _ in range(200)]).float()
     last, next_one = (logits.topk(topk + 1).values[:, [i]] for i in (-2, -1))
     logits = torch.where(logits == next_one, last, logits)
@@ -285,7 +290,7 @@ def test_the_torch_backend_sees_a_logit_equal_to_the_last_that_is_chosen(topk):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy tells of the NaN
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy warns of NaN
 def test_indices_stay_in_range_and_distinct_whatever_the_values(poison, backend, device):
     """A diverged model must end in a NaN loss, not in an illegal memory access."""
     qkv = torch.randn(2, 6, 6, 24, device=device)
@@ -307,7 +312,7 @@ def test_nan_input_gives_nan_output(backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_padding_of_another_dtype_counts_in_the_maps(dtype, backend, device):
-    """As a module's bias does under autocast: rounded to the projection's dtype, not read as its bits."""
+    """As a module's bias has under autocast: it is rounded to the projection's dtype, not reinterpreted."""
     qkv, padding = torch.randn(1, 3, 3, 24, device=device).to(dtype), 4 * torch.randn(24, device=device)
     numbers = {"n_win": 2, "topk": 2, "backend": backend}
     weights, regions = functional.region_routing(qkv, padding=padding, **numbers)

@@ -1,4 +1,4 @@
-"""Small maps: routing and attention by one program a region, against the definition in float64."""
+"""Small maps: one program computes routing and attention of a region; compared with float64."""
 
 import planned
 import pytest
@@ -82,7 +82,7 @@ def test_output_and_all_gradients(name, device):
 
 @pytest.mark.parametrize("name", ["padded regions", "six heads, two a program", "soft"])
 def test_where_a_launch_of_its_own_routes(name, device, monkeypatch):
-    """As for many programs, which would choose the same regions over and over."""
+    """`route_kernel` chooses, as in calls of many programs, which would repeat the same choices too often."""
     monkeypatch.setattr(launch, "MOST_ROUTED", 0)
     calls.forget_plans()
     problem = _check_output_and_gradients(name, device, batch=2)
@@ -107,7 +107,7 @@ def _check_output_and_gradients(name, device, batch=1):
 
 
 def test_a_region_that_all_choose(device):
-    """Its keys are walked by all queries, and keys that nobody chose have a gradient of 0."""
+    """All queries attend to its keys; the keys of regions that nobody chose have a gradient of 0."""
     spec = _spec(32, 1, 4, 2)
     tensors = _tensors(spec, 8, 8, 0, device)
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_equal_calls_have_equal_bits(device):
 
 
 def _chosen(qkv, topk, n_win):
-    """What the forward chose, as the backward reads it: `(N, P, topk)`."""
+    """The regions that the forward chose, from the tensor that the backward reads: `(N, P, topk)` int32."""
     spec = _spec(qkv.shape[-1] // 3, 1, n_win, topk)
     problem = _problem(spec, [qkv, None, None, None])
     with tiles.use_form(SMALL_MAP), planned.poisoned():
@@ -152,7 +152,7 @@ def _chosen(qkv, topk, n_win):
     values=st.sampled_from([(-1.0, 0.0, 1.0), (0.0, -0.0), (1.0, float("inf"), float("-inf"), float("nan"))]),
 )
 def test_regions_are_chosen_as_a_stable_sort_has_them(device, n_win, data, values):
-    """Of equal logits the smaller region comes first, NaN before all, as in the router's own launch."""
+    """Of equal logits the smaller region comes first, and NaN before all, as in `route_kernel`."""
     n_regions = n_win**2
     topk = data.draw(st.integers(1, max(1, min(n_regions - 1, 9))))
     keys = data.draw(st.lists(st.sampled_from(values), min_size=n_regions, max_size=n_regions))
@@ -168,7 +168,7 @@ def test_regions_are_chosen_as_a_stable_sort_has_them(device, n_win, data, value
 
 @given(st.integers(1, choice.BLOCK_OWN), st.data())
 def test_an_inverse_divides(divisor, data):
-    """Every number that a program divides: positions in all regions' tokens, and a step past them."""
+    """For all numbers that a program divides: positions among all regions' tokens, and a step past them."""
     most = divisor * choice.MOST_REGIONS + 64
     x = data.draw(st.integers(0, most))
     assert x * inverse(divisor) >> INVERSE_BITS == x // divisor

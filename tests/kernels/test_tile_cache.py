@@ -1,4 +1,4 @@
-"""The user's cache of measured tiles: what counts, what is ignored, and who may write at once."""
+"""The user's cache of measured tiles: which entries are used, which are ignored; simultaneous writers."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ def file_of(*rows):
 
 
 def nested(depth):
-    """An array of one array, and so on; 500 deep it can be read, 200,000 deep it cannot."""
+    """JSON of nested arrays: `depth` 500 can be parsed, 200,000 cannot."""
     return depth * "[" + depth * "]"
 
 
@@ -221,7 +221,7 @@ VALID = st.builds(row_of, KEYS, st.sampled_from([CARD, "another card"]))
 CHANGED = st.builds(
     lambda row, name, value: row | {name: value}, VALID, st.sampled_from([*ROW, "measured_on", "new"]), JSON
 )
-# Of each entry, whether it is certainly understood, certainly not (None), or perhaps.
+# Entries, each with True if the cache must understand it, None if it cannot, False if either may happen.
 ENTRIES = st.lists(
     st.tuples(VALID, st.just(True))
     | st.tuples(CHANGED, st.just(False))
@@ -239,7 +239,7 @@ ENTRIES = st.lists(
 )
 @example(entries=[], whole={"format": 2, "entries": [1]}, is_cache=False, cut=0)
 def test_no_content_raises_or_is_lost(entries, whole, is_cache, cut):
-    """What is drawn: a cache with entries of all kinds or any JSON, sometimes without its end."""
+    """Draws a cache with entries of all kinds, or any JSON; sometimes the last character is missing."""
     rows = [row for row, _ in entries]
     text = json.dumps({"format": 1, "entries": rows} if is_cache else whole)
     text = text[: len(text) + cut]
@@ -318,7 +318,7 @@ def write_many(head_dim, start):
 
     def slowly(source):
         content = read_content(source)
-        time.sleep(0.02)  # in which another process would write, were it let
+        time.sleep(0.02)  # without the lock, another process would write now
         return content
 
     tile_cache._read_content = slowly
@@ -335,7 +335,7 @@ def test_processes_that_tune_at_once_lose_nothing(caplog):
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        tile_cache.read(CARD)  # never sees half a file
+        tile_cache.read(CARD)  # must never see half a file
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0

@@ -1,4 +1,4 @@
-"""What stands for a kernel's source in the tile cache: its module and all that this imports."""
+"""The source by which the tile cache knows a kernel: its module and all modules that this one imports."""
 
 import shutil
 import subprocess
@@ -72,7 +72,7 @@ def test_a_new_import_counts_and_so_does_what_it_imports(line, root):
 
 
 def test_kernels_of_small_maps_take_no_tile_from_the_tables():
-    """So no entry depends on their source."""
+    """Hence no entry of the tables depends on the source of these kernels."""
     tables = "bra_triton.kernels.tiles"
     for module in (sources.ROOT / "small_map").glob("*.py"):
         names = sources.imported_names(module.read_text(), "bra_triton.kernels.small_map")

@@ -41,7 +41,7 @@ def test_stand_ins_have_the_schemas_of_pytorch(stand_in):
 @pytest.mark.parametrize("most", [None, 1, 3])
 @pytest.mark.parametrize("name", PARTS)
 def test_output_and_all_gradients(name, most, nvidia, monkeypatch):
-    """In one chunk, and in chunks of a region and of a few, whose sums are added up."""
+    """In one chunk, and in chunks of one region and of three, whose sums are added up."""
     if most:
         monkeypatch.setattr(chunks, "regions_at_once", lambda *args, **kwargs: most)
     part = PARTS[name]
@@ -52,7 +52,7 @@ def test_output_and_all_gradients(name, most, nvidia, monkeypatch):
 
 
 def test_heads_at_odd_addresses_are_copied(nvidia):
-    """A projection that starts 4 bytes late: the kernels load 16 at once."""
+    """The maps start 4 bytes past a multiple of 16, but PyTorch's kernels load 16 bytes at once."""
     problem = make(PARTS["whole_16"], "cpu")
     maps = (torch.empty(x.numel() + 1)[1:].view(x.shape) for x in (problem.query, problem.key, problem.value))
     problem = replace(problem, **dict(zip(("query", "key", "value"), maps, strict=True)))
@@ -63,7 +63,7 @@ def test_heads_at_odd_addresses_are_copied(nvidia):
 
 
 def test_a_denominator_of_one_is_no_missing_softmax(nvidia):
-    """One key of score 0: its log-sum-exp is 0, as the kernel's is where all scores are minus infinity."""
+    """With one key of score 0 lse is 0. PyTorch's kernel also gives 0 if all scores are minus infinity."""
     zeros, ones = torch.zeros(1, 1, 1, 4), torch.ones(1, 1, 1, 4)
     out, lse = chunks.EFFICIENT.forward(zeros, zeros, ones, 1.0)
     assert (out == 1).all()
@@ -99,18 +99,18 @@ def test_chunks_are_of_a_size_in_bytes(monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 300 * gathered)
     monkeypatch.setattr(devices, "kind", lambda x: "cuda")
     assert chunks.regions_at_once(problem, chunks.EFFICIENT) == 300
-    # The backward has as large gradients, and per head two tiles of 64 x 64 float32.
+    # The backward also has gradients of this size, and for each head two float32 tiles of 64 x 64.
     needed = 2 * gathered + 2 * 2 * 64 * 64 * 4
     assert chunks.regions_at_once(problem, chunks.EFFICIENT, backward=True) == 300 * gathered // needed
-    # Large maps are not cut finer than in parts of their own size: 6400 tokens of 192 channels an image.
+    # A chunk may take as much as the maps if these are larger: 6400 tokens of 192 channels an image.
     large = _routed(replace(p3, batch=64), torch.float16)
     assert chunks.regions_at_once(large, chunks.EFFICIENT) == 64 * 6400 * 192 * 2 // gathered
-    # Elsewhere keys and values twice, scores in float32 and probabilities in float16.
+    # On other devices: keys and values twice, scores in float32 and probabilities in float16.
     for kind in ("mps", "xpu", "hip"):
         monkeypatch.setattr(devices, "kind", lambda x, kind=kind: kind)
         needed = 2 * gathered + 2 * 100 * 400 * 6
         assert chunks.regions_at_once(problem, chunks.PRODUCTS) == 300 * gathered // needed
-    # The launch grid has room for 65535.
+    # The launch grid has room for 65535 regions.
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 2**60)
     assert chunks.regions_at_once(problem, chunks.EFFICIENT) == 2**16 - 1
     monkeypatch.setattr(devices, "kind", lambda x: "cpu")
@@ -121,7 +121,7 @@ def test_chunks_are_of_a_size_in_bytes(monkeypatch):
     ("sizes", "most", "expected"),
     [
         ((8, 1, 8, 8), 512, [512]),
-        ((8, 1, 8, 8), 511, [256, 256]),  # P3's backward: 7 images and 1 would take more memory
+        ((8, 1, 8, 8), 511, [256, 256]),  # P3's backward: parts of 7 images and of 1 would take more memory
         ((2, 3, 5, 4), 13, [12, 8] * 6),  # rows
         ((1, 1, 2, 5), 3, [3, 2] * 2),  # columns
         ((1, 1, 1, 3), 0, [1] * 3),  # not even one region fits
@@ -138,7 +138,7 @@ def test_boxes_are_few_and_even(sizes, most, expected):
 
 
 def test_scores_of_one_large_region_are_cut(nvidia, monkeypatch):
-    """Scores of float32 and float16, of 2 heads with 10 queries and 6 keys; in the backward twice."""
+    """Scores of 2 heads, 10 queries and 6 keys, in float32 and float16; the backward holds twice as many."""
     rows, key = torch.empty(1, 2, 10, 4).half(), torch.empty(1, 2, 6, 4).half()
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 2 * 10 * 6 * (4 + 2))
     assert len(chunks._split(rows, key)) == 1
@@ -203,20 +203,20 @@ def test_modules_are_right_and_never_wait(mode, nvidia):
     expected = run(reference_of(module), x.double(), grad_out)
     with pretended.no_waits():
         actual = run(module, x, grad_out)
-    least = 1e-3 * expected["x"].norm()  # the softmax hardly sees a bias of the keys
+    least = 1e-3 * expected["x"].norm()  # a bias of the keys hardly changes the softmax
     errors = {
         key: relative_error(actual[key], value) for key, value in expected.items() if value.norm() > least
     }
     assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
 
 
-# A launch takes a GPU 2 us at least, and its CPU 5.
+# The most launches of forward and backward. Each takes at least 2 us of the GPU's time and 5 us of the CPU's.
 LAUNCHES = {"yolo_p4": (19, 16), "biformer_stage4": (9, 5)}
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches_are_few(name, nvidia):
-    """Of an attention without LePE, forward and backward; every chunk after the first takes about 15 more."""
+    """An attention without LePE, in one chunk; every further chunk takes about 15 launches more."""
     problem = replace(MODELS[name], batch=1, side_dwconv=0)
     packed = problem.attention(lambda *sizes: torch.randn(sizes).half())
     with pretended.no_waits(), pretended.Launches() as forward:
@@ -230,7 +230,7 @@ def test_launches_are_few(name, nvidia):
 
 
 def test_the_kernel_is_chosen_once_a_pass(nvidia, monkeypatch):
-    """To ask PyTorch which it has costs the caller as much as a launch; here an image is a part."""
+    """Asking PyTorch whether its kernel serves takes as long as a launch. Here a pass has three parts."""
     chosen, choose = [], chunks.kernel_for
     monkeypatch.setattr(chunks, "kernel_for", lambda *sizes: chosen.append(sizes) or choose(*sizes))
     monkeypatch.setattr(chunks, "regions_at_once", lambda *args, **kwargs: 1)
@@ -243,7 +243,7 @@ def test_the_kernel_is_chosen_once_a_pass(nvidia, monkeypatch):
 
 @pytest.mark.parametrize(("is_complete", "dtype"), [(True, torch.float16), (False, torch.float32)])
 def test_sums_of_several_chunks_are_kept_in_float32(is_complete, dtype, nvidia):
-    """Where chunks add to the same regions; where each has its own, rounding once is enough."""
+    """Float32 is needed if chunks add to the same regions; otherwise each sum is rounded only once."""
     total = None
     for first in (0, 3):
         index = torch.tensor([first, first + 2], dtype=torch.int32)
