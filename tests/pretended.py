@@ -5,6 +5,7 @@ by the definition, in float64.
 """
 
 import math
+import weakref
 from contextlib import ExitStack, contextmanager
 from typing import ClassVar
 from unittest import mock
@@ -12,6 +13,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from bra_triton.backend.torch import devices, efficient
 
@@ -35,9 +37,12 @@ def nvidia():
             _in_stand_in.append(stand_in)
             try:
                 with _disable_current_modes():
-                    return stand_in(*args, **kwargs)
+                    made = stand_in(*args, **kwargs)
             finally:
                 _in_stand_in.pop()
+            for count in LiveBytes.open_counts:
+                count.note(made, _workspace(args[1]) if stand_in is efficient_backward else 0)
+            return made
 
         return call
 
@@ -100,6 +105,45 @@ class Launches(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+class LiveBytes(TorchDispatchMode):
+    """Within it the memory of living tensors is counted, as an allocator would, of those made within it.
+
+    Attributes:
+        peak: the most bytes at any time, with the workspace that a stand-in's kernel would take.
+    """
+
+    open_counts: ClassVar[list["LiveBytes"]] = []
+
+    def __init__(self):
+        super().__init__()
+        self._live, self.now, self.peak = {}, 0, 0
+
+    def __enter__(self):
+        self.open_counts.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        self.open_counts.remove(self)
+        return super().__exit__(*args)
+
+    def note(self, made, workspace=0):
+        for x in tree_leaves(made):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self._live:
+                storage = x.untyped_storage()
+                self._live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._drop, storage._cdata)
+        self.peak = max(self.peak, self.now + workspace)
+
+    def _drop(self, key):
+        self.now -= self._live.pop(key)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        made = operator(*args, **(kwargs or {}))
+        self.note(made)
+        return made
+
+
 def _can_use(params):
     return params.query.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
@@ -117,8 +161,26 @@ def _check(*tensors):
         assert x.shape[0] < 2**16
 
 
-def _scores(query, key, scale):
-    return torch.einsum("bmhk,bnhk->bhmn", query.double(), key.double()) * scale
+def _workspace(query):
+    regions, tokens, heads, channels = query.shape
+    return regions * efficient.workspace_bytes(tokens, heads, channels)
+
+
+def _scores(query, key, scale, bias):
+    scores = torch.einsum("bmhk,bnhk->bhmn", query.double(), key.double()) * scale
+    if bias is None:
+        return scores
+    assert bias.shape == scores.shape
+    assert bias.dtype == query.dtype
+    assert bias.stride(3) == 1
+    assert bias.data_ptr() % 16 == 0
+    assert all(stride * bias.element_size() % 16 == 0 for stride in bias.stride()[:3])
+    # The kernels load rows to the start of the next, and the backward adds what it finds there: the lowest
+    # finite numbers are safe.
+    rows = torch.as_strided(bias, (*bias.shape[:3], bias.stride(2)), bias.stride(), bias.storage_offset())
+    assert rows.isfinite().all()
+    assert (rows[..., bias.shape[3] :] <= bias.min()).all()
+    return scores + bias
 
 
 def efficient_forward(
@@ -139,11 +201,11 @@ def efficient_forward(
     window_size=None,
 ):
     """Stand-in for `aten::_efficient_attention_forward`."""
-    options = (bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_k, window_size)
+    options = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_k, window_size)
     assert options == (None,) * len(options)
     assert (dropout_p, custom_mask_type, compute_log_sumexp) == (0.0, 0, True)
     _check(query, key, value)
-    scores = _scores(query, key, scale)
+    scores = _scores(query, key, scale, bias)
     # A row whose scores are all minus infinity counts as masked: PyTorch's kernel makes its output and lse 0.
     masked = (scores == -math.inf).all(-1)
     lse = scores.logsumexp(-1).masked_fill(masked, 0)
@@ -181,7 +243,7 @@ def efficient_backward(
     shared_storage_dqdkdv=False,
 ):
     """Stand-in for `aten::_efficient_attention_backward`."""
-    assert (bias, cu_seqlens_q, cu_seqlens_k, window_size) == (None,) * 4
+    assert (cu_seqlens_q, cu_seqlens_k, window_size) == (None,) * 3
     assert (max_seqlen_q, max_seqlen_k) == (query.shape[1], key.shape[1])
     assert (dropout_p, custom_mask_type, bias_requires_grad) == (0.0, 0, False)
     assert not shared_storage_dqdkdv
@@ -196,7 +258,7 @@ def efficient_backward(
     assert logsumexp.shape == (batch, heads, rows + -rows % LSE_BLOCK)
     assert logsumexp.is_contiguous()
     assert (logsumexp[..., rows:] == math.inf).all()
-    probs = (_scores(query, key, scale) - logsumexp[..., :rows, None].double()).exp()
+    probs = (_scores(query, key, scale, bias) - logsumexp[..., :rows, None].double()).exp()
     grad_out, query, key, value, out = (x.double() for x in (grad_out, query, key, value, out))
     delta = (grad_out * out).sum(-1).transpose(1, 2)[..., None]
     grad_scores = probs * (torch.einsum("bmhk,bnhk->bhmn", grad_out, value) - delta) * scale

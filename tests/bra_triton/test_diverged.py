@@ -49,7 +49,8 @@ def _kinds(spoilt, width, dtype, backend, device, batch=1):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("spoilt", SPOILT)
 @pytest.mark.parametrize("path", [nullcontext, pretended.nvidia])
-def test_the_torch_backend_shows_what_the_definition_shows(spoilt, width, dtype, path, device):
+def test_the_torch_backend_shows_what_the_definition_shows(spoilt, width, dtype, path, device, monkeypatch):
+    monkeypatch.setattr(masked, "_BYTES_A_CHOICE", 0)  # nothing is masked on NVIDIA
     expected = _kinds(spoilt, width, dtype, "reference", device)
     with path():
         actual = _kinds(spoilt, width, dtype, "torch", device)
@@ -59,11 +60,23 @@ def test_the_torch_backend_shows_what_the_definition_shows(spoilt, width, dtype,
     assert torch.equal(actual[1] > 0, expected[1] > 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_under_a_mask_on_nvidia_nothing_that_the_definition_shows_is_hidden(spoilt, width, dtype, device):
+    """More rows may show it there, as the mask multiplies what was not chosen by 0."""
+    expected = _kinds(spoilt, width, dtype, "reference", device)
+    with pretended.nvidia():
+        actual = _kinds(spoilt, width, dtype, "torch", device)
+    for found, wanted in zip(actual, expected, strict=True):
+        assert (found > 0)[wanted > 0].all()
+
+
 @pytest.mark.parametrize("is_masked", [True, False])
 @pytest.mark.parametrize("spoilt", [name for name in SPOILT if name != "one key of minus infinity"])
 def test_the_last_of_three_images_shows_it_and_no_other(spoilt, is_masked, monkeypatch):
     """The CPU computes one image at a time here, but checks the softmax once for all images."""
-    monkeypatch.setattr(masked, "is_cheaper", lambda problem: is_masked)
+    monkeypatch.setattr(masked, "is_cheaper", lambda *_: is_masked)
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 8 * 8 * 8 * 8)
     actual, expected = (
         _kinds(spoilt, 48, torch.float32, backend, torch.device("cpu"), batch=3)

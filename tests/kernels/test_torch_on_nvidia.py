@@ -211,7 +211,7 @@ def test_modules_are_right_and_never_wait(mode, nvidia):
 
 
 # The most launches of forward and backward. Each takes at least 2 us of the GPU's time and 5 us of the CPU's.
-LAUNCHES = {"yolo_p4": (19, 16), "biformer_stage4": (9, 5)}
+LAUNCHES = {"yolo_p4": (19, 16), "biformer_stage3": (24, 11), "biformer_stage4": (9, 5)}
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -227,6 +227,21 @@ def test_launches_are_few(name, nvidia):
     most_forward, most_backward = LAUNCHES[name]
     assert len(forward.names) <= most_forward, forward.names
     assert len(backward.names) <= most_backward, backward.names
+
+
+# MiB that a training step of the reference took on an H100 (docs/gpu_check.md; float16, batch 8).
+REFERENCE = {"yolo_p5": 52.6, "biformer_stage2": 37.0, "biformer_stage3": 55.8}
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_small_maps_take_less_memory_than_the_reference(name, nvidia):
+    problem = replace(MODELS[name], batch=8, side_dwconv=0)
+    packed = problem.attention(lambda *sizes: torch.randn(sizes).half())
+    grad_out = torch.randn(*packed.qkv.shape[:3], packed.dim).half()
+    with torch.no_grad(), pretended.LiveBytes() as memory:
+        out, saved = torch_backend.attend(packed, trains=True)
+        torch_backend.attend_backward(grad_out, packed, out, saved, Needs())
+    assert memory.peak < REFERENCE[name] * 2**20, memory.peak / 2**20
 
 
 def test_the_kernel_is_chosen_once_a_pass(nvidia, monkeypatch):

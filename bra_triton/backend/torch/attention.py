@@ -24,7 +24,7 @@ def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     out = query.new_empty(*query.shape[:3], problem.value.shape[-1])
     lse = out.new_empty((len(out), problem.num_heads, *out.shape[1:3]), dtype=statistic_dtype(out.dtype))
     most = chunks.regions_at_once(problem, kernel)
-    _attend(problem, kernel.forward, most, out, lse, masked.is_cheaper(problem))
+    _attend(problem, kernel.forward, most, out, lse, masked.is_cheaper(problem, kernel))
     if not (kernel.checked is None or chunks.is_softmax(lse)):
         _attend(problem, kernel.checked, most, out, lse, is_masked=False)
     return out, lse
@@ -76,7 +76,8 @@ def attention_backward(
         gradients: the maps to write to.
         needs_factor: whether to compute the gradient of the factor, too.
     """
-    is_masked, kernel = not needs_factor and masked.is_cheaper(problem), chunks.kernel_of(problem)
+    kernel = chunks.kernel_of(problem)
+    is_masked = not needs_factor and masked.is_cheaper(problem, kernel)
     most = chunks.regions_at_once(problem, kernel, backward=True, needs_factor=needs_factor)
     found = []
     for images in _parts(problem, most, is_masked):

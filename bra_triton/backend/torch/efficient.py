@@ -45,24 +45,39 @@ def workspace_bytes(query_tokens: int, num_heads: int, qk_head_dim: int) -> int:
     return num_heads * tiles * _TILE_SIDE**2 * torch.float32.itemsize
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention `(R, S, m, c_v)`, contiguous, and `lse` `(R, m, S)`; see `chunks.Kernel`."""
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention `(R, S, m, c_v)`, contiguous, and `lse` `(R, m, S)`; see `chunks.Kernel`.
+
+    `mask`, `(R, m, S, L)`, is added to the scores: 0, or `hidden(dtype)` for a key that a query must not see.
+    The kernels load it as `aligned_length` says.
+    """
     query, key, value = (_aligned(x) for x in (query, key, value))
-    # No bias, no sequences of different lengths, no dropout, no mask; True asks for `lse`.
-    out, lse, *_ = _FORWARD(query, key, value, *(None,) * 5, 0.0, 0, True, scale=scale)
+    # No sequences of different lengths, no dropout, no causal mask; True asks for `lse`.
+    out, lse, *_ = _FORWARD(query, key, value, mask, *(None,) * 4, 0.0, 0, True, scale=scale)
     lse = lse[..., : query.shape[1]]
     # If all scores of a row are minus infinity, the kernel returns 0 as the row's output and `lse`. A row
     # whose denominator is 1 has an `lse` of 0, too; the first score of a row tells the two cases apart.
     # Nothing here waits for the GPU.
     first_score = (query * key[:, :1]).sum(-1).transpose(1, 2)
     told = torch.where(lse == 0, first_score, lse)  # 0 times `told` is NaN in rows without a softmax
+    if mask is not None:  # the row's softmax is over hidden keys: no key that it may see has a finite score
+        told = told.masked_fill(lse < hidden(query.dtype) / 2, math.nan)
     return out.add_(told.transpose(1, 2).unsqueeze(-1), alpha=0), lse.add(told, alpha=0)
 
 
 def backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, contiguous; `lse` is `(R, m, S)`."""
+    """Gradients of query, key and value, contiguous; `lse` is `(R, m, S)`, `mask` that of the forward."""
     n_tokens, n_keys = query.shape[1], key.shape[1]
     missing = -n_tokens % _LSE_BLOCK  # an `lse` of infinity makes the probabilities of these rows 0
     blocks = F.pad(lse, (0, missing), value=math.inf) if missing else lse.contiguous()
@@ -70,12 +85,26 @@ def backward(
     no_seed = lse.new_empty(0, dtype=torch.int64)
     numbers: tuple[Any, ...] = (None, None, n_tokens, n_keys, blocks, 0.0, no_seed, no_seed, 0, False)
     grad_query, grad_key, grad_value, _ = _BACKWARD(
-        *(_aligned(grad_out.contiguous()), query, key, value, None, _aligned(out.contiguous())),
+        *(_aligned(grad_out.contiguous()), query, key, value, mask, _aligned(out.contiguous())),
         *numbers,
         scale=scale,
         num_splits_key=1,
     )
     return grad_query, grad_key, grad_value
+
+
+def hidden(dtype: torch.dtype) -> float:
+    """The number that a mask adds to the score of a key that must not be seen: low enough for weights of 0.
+
+    It is finite: where all keys of a step are hidden the kernels would subtract infinity from infinity.
+    """
+    return max(torch.finfo(dtype).min, -1e30)
+
+
+def aligned_length(keys: int, dtype: torch.dtype) -> int:
+    """The distance between two rows of a mask for so many keys: the kernels load 16 bytes at once."""
+    step = _ALIGNMENT_BYTES // dtype.itemsize
+    return math.ceil(keys / step) * step
 
 
 def _aligned(x: Tensor) -> Tensor:
