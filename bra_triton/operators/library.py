@@ -266,8 +266,3 @@ def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     """`x`, or an empty tensor instead of None, which an operator cannot return."""
     return like.new_empty(0) if x is None else x
-
-
-def or_none(x: Tensor) -> Tensor | None:
-    """Undoes `or_empty`."""
-    return x if x.numel() else None

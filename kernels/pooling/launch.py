@@ -127,8 +127,11 @@ def launch_pool_gradient(
     pooling: RegionPooling[Buffer],
     weight: Buffer | None,
     grad_x: Buffer,
-) -> Buffer | None:
+) -> None:
     """Adds the launches that compute the gradient of the map; every element is written once.
+
+    If the grid is padded, shares of the gradient of `fill`, `(programs, C)` float32, become an output of
+    the plan.
 
     Args:
         plan: where to add them.
@@ -137,10 +140,6 @@ def launch_pool_gradient(
         pooling: the forward's.
         weight: the weight of the forward's `taps`; None without them.
         grad_x: where the gradient goes, `(N, H, W, C)` with the strides of `x`.
-
-    Returns:
-        Shares of the gradient of `fill`, `(programs, C)` float32, an output of the plan; None where the grid
-        is not padded.
     """
     grid, config = pooling.grid, _config(grad_x, pooling, weight)
     strips, strip_tiles = _strips(cdiv(grid.n_regions * grid.region_tokens, config.BLOCK_T))
@@ -154,7 +153,6 @@ def launch_pool_gradient(
         (*_sizes(pooling), strips, strip_tiles, config),
         num_warps=NUM_WARPS,
     )
-    return partials
 
 
 def launch_pool_weight_gradient(
@@ -164,11 +162,10 @@ def launch_pool_weight_gradient(
     fill: Buffer | None,
     pooling: RegionPooling[Buffer],
     weight: Buffer,
-) -> Buffer:
+) -> None:
     """Adds the launch that computes shares of the weight's gradient.
 
-    Returns:
-        The shares, `(strips, taps, C)` float32, an output of the plan.
+    The shares, `(strips, taps, C)` float32, become an output of the plan.
     """
     config, pooled = _config(x, pooling, weight), pooling.pooled_grid
     tiles = x.shape[0] * cdiv(pooled.height * pooled.width, config.BLOCK_T)
@@ -182,7 +179,6 @@ def launch_pool_weight_gradient(
         (*_sizes(pooling), tiles, strip_tiles, config),
         num_warps=NUM_WARPS,
     )
-    return partials
 
 
 def _cells(pooling: RegionPooling[Buffer]) -> Cells:
