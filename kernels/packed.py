@@ -76,7 +76,7 @@ class ForwardArrays:
             r_weight = take(choices, torch.float32)
         if not settings.chooses_all:
             r_idx = take(choices, torch.int32)
-        routed = _routed(packed, r_weight, r_idx)
+        routed = packed.routed(r_idx, r_weight)
         form = form_of(routed, packed.routing_learns, chooses=True)
         lists = None if form == SMALL_MAP else take_key_lists(routed, form, take)
         return cls(attention, lse, r_weight, r_idx, routed, form, lists)
@@ -311,14 +311,3 @@ def _region_queries_keys(plan: Plan, packed: PackedAttention[Buffer]) -> tuple[B
         padding = packed.padding if settings.counts_padding else None
         launch_region_means(plan, packed.qkv, padding, settings.grid, means)
     return channels(means, 0, settings.qk_dim), channels(means, settings.qk_dim, 2 * settings.qk_dim)
-
-
-def _routed(
-    packed: PackedAttention[Buffer], r_weight: Buffer | None, r_idx: Buffer | None
-) -> RoutedAttention[Buffer]:
-    if r_idx is None:
-        return packed.routed(None)
-    batch, n_regions, topk = r_idx.shape
-    factor = r_weight if packed.settings.routing_weight == "soft" else None
-    shape = (batch, 1, n_regions, topk)
-    return packed.routed(r_idx.view(*shape), None if factor is None else factor.view(*shape))

@@ -115,13 +115,13 @@ class PackedAttention(Generic[A]):
         """Whether a backward continues through the routing weights."""
         return self.weighs and self.settings.diff_routing
 
-    def routed(self, r_idx: A | None, factor: A | None = None) -> "RoutedAttention[A]":
+    def routed(self, r_idx: A | None, r_weight: A | None = None) -> "RoutedAttention[A]":
         """The attention to regions that have been chosen.
 
         Args:
-            r_idx: `(N, 1, P, topk)` int32; None if every region attends to all regions: then the whole map
-                becomes one region.
-            factor: `(N, 1, P, topk)`: the routing weights, if they are a factor; else None.
+            r_idx: `(N, P, topk)` int32, contiguous; None if every region attends to all regions: then the
+                whole map becomes one region.
+            r_weight: `(N, P, topk)`, contiguous: the routing weights, which are a factor if routing is soft.
         """
         settings, qk_dim = self.settings, self.settings.qk_dim
         grid = kv_grid = settings.grid
@@ -138,13 +138,19 @@ class PackedAttention(Generic[A]):
             key_value = self.kv
             cells = (self.kv.shape[1] // grid.rows, self.kv.shape[2] // grid.columns)
             kv_grid = grid.pooled(*cells)
+        graph = factor = None
         if r_idx is None:
             grid, kv_grid = grid.merged, kv_grid.merged
+        else:
+            batch, n_regions, topk = r_idx.shape
+            graph = r_idx.view(batch, 1, n_regions, topk)
+            if r_weight is not None and settings.routing_weight == "soft":
+                factor = r_weight.view(batch, 1, n_regions, topk)
         return RoutedAttention(
             query,
             channels(key_value, 0, qk_dim),
             channels(key_value, qk_dim, qk_dim + self.dim),
-            r_idx,
+            graph,
             grid,
             kv_grid,
             settings.num_heads,

@@ -169,7 +169,7 @@ def _problem(name, batch=1, dtype=torch.float32, **others):
     problem = replace(PROBLEMS[name], batch=batch)
     attention = problem.attention(lambda *sizes: torch.empty(sizes, dtype=dtype))
     r_idx = torch.empty(batch, problem.grid.n_regions, problem.topk, dtype=torch.int32)
-    return replace(attention.routed(r_idx.unsqueeze(1)), **others)
+    return replace(attention.routed(r_idx), **others)
 
 
 def test_what_is_masked():

@@ -142,7 +142,8 @@ def _record_given(problem, dtype):
     """Launches of an attention to given regions, with one graph for each head."""
     packed = problem.attention(lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
     shape = (problem.batch, problem.num_heads, problem.grid.n_regions, problem.topk)
-    routed = packed.routed(torch.empty(shape, dtype=torch.int32, device="meta"))
+    r_idx = torch.empty(shape, dtype=torch.int32, device="meta")
+    routed = dataclasses.replace(packed.routed(r_idx[:, 0]), r_idx=r_idx)
     forward = plan_attend_routed(routed)
     out = routed.value.contiguous()
     lse = out.new_empty(problem.batch, problem.num_heads, *out.shape[1:3], dtype=torch.float32)

@@ -88,7 +88,7 @@ def test_bags_add_up_in_a_fixed_order(dtype):
 
 def _routed(problem, dtype):
     packed = problem.attention(lambda *sizes: torch.empty(sizes, dtype=dtype, device="meta"))
-    shape = (problem.batch, 1, problem.grid.n_regions, problem.topk)
+    shape = (problem.batch, problem.grid.n_regions, problem.topk)
     return packed.routed(torch.empty(shape, dtype=torch.int32, device="meta"))
 
 

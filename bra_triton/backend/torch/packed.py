@@ -13,7 +13,6 @@ from ...kernels.problem import (
     Needs,
     PackedAttention,
     PackedGradients,
-    RoutedAttention,
     statistic_dtype,
 )
 from .attention import attend_routed, attention_backward
@@ -52,7 +51,7 @@ def attend(problem: PackedAttention[Tensor], trains: bool) -> tuple[Tensor, list
     if not settings.chooses_all:
         query, key = _means(problem).split_with_sizes([settings.qk_dim] * 2, -1)
         r_weight, r_idx = choose(query, key, settings.topk, settings.routing_scale, problem.weighs)
-    out, lse = attend_routed(_routed(problem, r_weight, r_idx))
+    out, lse = attend_routed(problem.routed(r_idx, r_weight))
     lepe, attention = problem.lepe(), None
     if lepe is not None:
         attention, out = out, lepe_forward(out, lepe)
@@ -96,7 +95,7 @@ def attend_backward(
         grad_qkv[..., qk_dim:] = 0
         grad_kv = kv.new_empty(kv.shape)
         maps = Gradients(maps.query, *grad_kv.split(widths[1:], dim=-1))
-    routed = _routed(problem, result.r_weight, result.r_idx)
+    routed = problem.routed(result.r_idx, result.r_weight)
     small = attention_backward(
         grad_out, routed, result.attention, result.lse, maps, needs_factor=problem.routing_learns
     )
@@ -136,18 +135,6 @@ def _means(problem: PackedAttention[Tensor]) -> Tensor:
     settings = problem.settings
     padding = problem.padding if settings.counts_padding else None
     return region_means(problem.qkv, padding, settings.grid, 2 * settings.qk_dim)
-
-
-def _routed(
-    problem: PackedAttention[Tensor], r_weight: Tensor | None, r_idx: Tensor | None
-) -> RoutedAttention[Tensor]:
-    if r_idx is None:
-        return problem.routed(None)
-    factor = None
-    if problem.settings.routing_weight == "soft":
-        assert r_weight is not None
-        factor = r_weight.unsqueeze(1).contiguous()
-    return problem.routed(r_idx.unsqueeze(1), factor)
 
 
 def _route_gradient(grad_weight: Tensor, problem: PackedAttention[Tensor], result: _Saved) -> Tensor:
