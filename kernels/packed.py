@@ -17,7 +17,7 @@ from .attention.launch import (
 from .lepe.arguments import LepeSums
 from .lepe.launch import LepeShares, launch_lepe_gradient
 from .plan import Kept, Plan, Take
-from .problem import Gradients, Needs, PackedAttention, RoutedAttention, Settings
+from .problem import Gradients, Needs, PackedAttention, RoutedAttention
 from .routing.arguments import Inverse
 from .routing.launch import (
     Routing,
@@ -85,7 +85,7 @@ class ForwardArrays:
 def kept_bytes(problem: PackedAttention[Tensor]) -> int:
     """Bytes that a forward keeps for its backward."""
     plan = Plan(problem.tensors, problem.qkv.device)
-    ForwardArrays.take(_packed(plan, problem.settings), True, plan.keep)
+    ForwardArrays.take(_packed(plan, problem), True, plan.keep)
     return plan.kept_bytes
 
 
@@ -96,7 +96,7 @@ def plan_attend(problem: PackedAttention[Tensor], trains: bool) -> Plan:
     `trains`, the bytes that are kept for the backward.
     """
     plan = Plan(problem.tensors, problem.qkv.device)
-    packed = _packed(plan, problem.settings)
+    packed = _packed(plan, problem)
     out = plan.output((*packed.qkv.shape[:3], packed.dim), packed.qkv.dtype)
     arrays = ForwardArrays.take(packed, trains, plan.keep if trains else plan.scratch)
     results = ForwardResults(out, arrays.attention, arrays.lse)
@@ -168,7 +168,7 @@ def plan_attend_backward(
     the first, whether it exists.
     """
     plan = Plan((*problem.tensors, *saved), problem.qkv.device)
-    packed = _packed(plan, problem.settings)
+    packed = _packed(plan, problem)
     grad_out, out, kept = plan.inputs[len(problem.tensors) :]
     assert grad_out is not None
     assert kept is not None
@@ -292,11 +292,9 @@ def _launch_routing_gradient(
         launch_spread_means(plan, gradients.means, gradients.qkv, settings.grid, settings.counts_padding)
 
 
-def _packed(plan: Plan, settings: Settings) -> PackedAttention[Buffer]:
-    """The problem whose tensors are the plan's first six inputs."""
-    qkv, kv, padding, means, lepe_weight, lepe_bias = plan.inputs[:6]
-    assert qkv is not None
-    return PackedAttention(qkv, kv, padding, means, lepe_weight, lepe_bias, settings)
+def _packed(plan: Plan, problem: PackedAttention[Tensor]) -> PackedAttention[Buffer]:
+    """The problem whose tensors are the first of the plan's inputs."""
+    return PackedAttention.of(plan.inputs[: len(problem.tensors)], problem.settings)
 
 
 def _region_queries_keys(plan: Plan, packed: PackedAttention[Buffer]) -> tuple[Buffer, Buffer]:

@@ -1,6 +1,6 @@
 """The tensors and numbers of an attention, which every backend takes. Does not import Triton."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, NamedTuple
@@ -99,6 +99,15 @@ class PackedAttention(Generic[A]):
     def tensors(self) -> tuple[A | None, ...]:
         """The tensors, in the order of the attributes."""
         return self.qkv, self.kv, self.padding, self.means, self.lepe_weight, self.lepe_bias
+
+    @classmethod
+    def of(
+        cls, tensors: Sequence[A | None], settings: Settings, plans: dict[Hashable, Any] | None = None
+    ) -> "PackedAttention[A]":
+        """The problem whose `tensors` these are."""
+        qkv, kv, padding, means, lepe_weight, lepe_bias = tensors
+        assert qkv is not None
+        return cls(qkv, kv, padding, means, lepe_weight, lepe_bias, settings, plans)
 
     @property
     def dim(self) -> int:

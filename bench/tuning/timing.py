@@ -161,8 +161,8 @@ class Inputs:
         return dict(zip(("dQ", "dK", "dV", "dR"), (*parts, *means), strict=False))
 
     def _expected(self) -> dict[str, Tensor]:
-        single = (None if x is None else x.float() for x in self.attention.tensors)
-        exact: PackedAttention[Tensor] = PackedAttention(*single, self.problem.settings)  # type: ignore[arg-type, call-arg]
+        single = [None if x is None else x.float() for x in self.attention.tensors]
+        exact = PackedAttention.of(single, self.problem.settings)
         out, saved = torch_kernels.attend(exact, trains=True)
         found = torch_kernels.attend_backward(self.grad_out.float(), exact, None, saved, Needs(means=True))
         return {"output": out} | self._gradients(found.qkv, found.means)

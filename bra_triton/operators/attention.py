@@ -80,7 +80,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settings: Settings, plans: Any, backend: str, *tensors: Tensor | None) -> Tensor:
-        problem = _problem(tensors, settings, plans)
+        problem = PackedAttention.of(tensors, settings, plans)
         out, saved = fused_kernels(backend).attend(problem, trains=True)
         needs_output = problem.lepe_weight is None  # with LePE the backward does not read the output
         ctx.witness = Witness(out) if needs_output else None
@@ -92,7 +92,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         all_saved = ctx.saved_tensors  # non-reentrant checkpointing permits only one access
         tensors, out, saved = _parts(all_saved)
-        problem, needs = _problem(tensors, ctx.settings, ctx.plans), ctx.needs_input_grad[3:]
+        problem, needs = PackedAttention.of(tensors, ctx.settings, ctx.plans), ctx.needs_input_grad[3:]
         # Autograd runs this in another thread, so the tile settings of the forward's thread are restored.
         with nullcontext() if ctx.tiles is None else tiles.restored(ctx.tiles):
             if ctx.witness is not None and ctx.witness.sees_change:
@@ -163,7 +163,7 @@ def _kept_apart(
 def _(*given: Any) -> tuple[Tensor, list[Tensor]]:
     *arguments, backend, trains = given
     tensors = [_put_back(x) for x in arguments[:_N_MAPS]] + arguments[_N_MAPS:_N_TENSORS]
-    problem = _problem(tensors, _settings(*arguments[_N_TENSORS:]))
+    problem = PackedAttention.of(tensors, _settings(*arguments[_N_TENSORS:]))
     out = problem.qkv.new_empty(*problem.qkv.shape[:3], problem.dim)
     saved = fused_kernels(backend).saved_like(problem) if trains else []
     return _kept_apart(problem, out, saved, trains)
@@ -302,7 +302,7 @@ def _known_problem(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], s
     known = _known.get(key)
     if known is None:
         known = _known[key] = _settings(*numbers), Bounded()
-    problem = _problem([*map(_put_back, tensors[:_N_MAPS]), *tensors[_N_MAPS:]], *known)
+    problem = PackedAttention.of([*map(_put_back, tensors[:_N_MAPS]), *tensors[_N_MAPS:]], *known)
     if problem.padding is not None and not problem.settings.grid.is_padded:
         problem.padding = None  # a compiled graph for several sizes passes a padding even if none is needed
     return problem, backend
@@ -310,11 +310,3 @@ def _known_problem(arguments: Sequence[Any]) -> tuple[PackedAttention[Tensor], s
 
 # Settings and plans that `_known_problem` has made. To make them again would cost as much as the launches.
 _known: dict[Hashable, tuple[Settings, dict[Hashable, Any]]] = Bounded()
-
-
-def _problem(
-    tensors: Sequence[Tensor | None], settings: Settings, plans: Any = None
-) -> PackedAttention[Tensor]:
-    qkv, kv, padding, means, lepe_weight, lepe_bias = tensors
-    assert qkv is not None
-    return PackedAttention(qkv, kv, padding, means, lepe_weight, lepe_bias, settings, plans)
