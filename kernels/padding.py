@@ -1,4 +1,7 @@
-"""Gradient of the packed row that all padding tokens hold, summed from its shares in plain PyTorch."""
+"""Gradients of region means and of the packed row that all padding tokens hold, in plain PyTorch.
+
+The gradient of that row is the sum of several shares.
+"""
 
 import torch
 from torch import Tensor
@@ -16,6 +19,33 @@ def tokens_inside(grid: RegionGrid, device: torch.device) -> Tensor:
         first = torch.arange(count, device=device) * region_side
         inside.append((side - first).clamp(0, region_side))
     return inside[0][:, None] * inside[1]
+
+
+def counted_tokens(grid: RegionGrid, counts_padding: bool, device: torch.device) -> Tensor | int:
+    """The number of tokens that a region's mean is taken over.
+
+    All tokens of a region if padding counts or the map needs none; otherwise those inside the map, `(P, 1)`.
+    """
+    if counts_padding or not grid.is_padded:
+        return grid.region_tokens
+    return tokens_inside(grid, device).view(-1, 1)
+
+
+def region_means_gradient(grad: Tensor, counts_padding: bool, grid: RegionGrid) -> Tensor:
+    """Gradient of the map whose region means have the gradient `grad`.
+
+    Args:
+        grad: `(N, P, C)`.
+        counts_padding: whether tokens past the map's edge take part in the means.
+        grid: the regions.
+
+    Returns:
+        `(N, H, W, C)`; may be a view.
+    """
+    per_token = grad / counted_tokens(grid, counts_padding, grad.device)
+    per_token = per_token.unflatten(1, (grid.rows, grid.columns))
+    tokens = per_token[:, :, None, :, None].expand(-1, -1, grid.region_height, -1, grid.region_width, -1)
+    return tokens.flatten(3, 4).flatten(1, 2)[:, : grid.height, : grid.width]
 
 
 def share_of_means(grad_means: Tensor, grid: RegionGrid) -> Tensor:

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from ..backend.kernels import fused_kernels
-from ..backend.torch.routing import region_means_gradient
 from ..kernels.grid import RegionGrid
-from ..kernels.padding import share_of_means
+from ..kernels.padding import region_means_gradient, share_of_means
 from ..kernels.problem import statistic_dtype
 from .library import differentiable, fake_of, flops_of, gradient_operator, operator, or_empty
 

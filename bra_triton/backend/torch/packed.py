@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.arrays import dense
-from ...kernels.padding import padding_gradient, share_of_means
+from ...kernels.padding import padding_gradient, region_means_gradient, share_of_means
 from ...kernels.problem import (
     Gradients,
     Needs,
@@ -18,7 +18,7 @@ from ...kernels.problem import (
 from .attention import attend_routed, attention_backward
 from .autocast import outside_autocast
 from .lepe import lepe_backward, lepe_forward
-from .routing import choose, region_means, region_means_gradient, route_backward
+from .routing import choose, region_means, route_backward
 
 
 class _Saved(NamedTuple):

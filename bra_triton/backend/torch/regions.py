@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ...kernels.arrays import dense
 from ...kernels.grid import RegionGrid
-from ...kernels.padding import tokens_inside
 from ...kernels.problem import RoutedAttention, statistic_dtype
 
 
@@ -82,17 +81,6 @@ def pad_map(x: Tensor, grid: RegionGrid, padding: Tensor | None = None) -> Tenso
     whole = empty_map(x, grid).copy_(padding)
     whole[:, : grid.height, : grid.width] = x
     return whole
-
-
-def counted_tokens(grid: RegionGrid, padding: Tensor | None, device: torch.device) -> Tensor | int:
-    """The number of tokens that a region's mean is taken over.
-
-    All tokens of a region if `padding` is given or the map needs none; otherwise those inside the map,
-    `(P, 1)`.
-    """
-    if padding is not None or not grid.is_padded:
-        return grid.region_tokens
-    return tokens_inside(grid, device).view(-1, 1)
 
 
 def sum_over_padding(whole: Tensor, grid: RegionGrid) -> Tensor:

@@ -1,16 +1,16 @@
-"""Routing on the torch backend: region means, the choice of regions, and their gradients."""
+"""Routing on the torch backend: region means, the choice of regions, and its gradient."""
 
 import torch
 from torch import Tensor
 
 from ...kernels.arrays import dense
 from ...kernels.grid import RegionGrid
-from ...kernels.padding import tokens_inside
+from ...kernels.padding import counted_tokens
 from ...kernels.problem import statistic_dtype
 from ...topk import select_topk
 from . import devices
 from .autocast import outside_autocast
-from .regions import counted_tokens, flat_index, pad_map
+from .regions import flat_index, pad_map
 from .sums import Bags, add_rows, bag_sums, has_bags
 
 
@@ -34,7 +34,7 @@ def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels
     tokens = x.view(x.shape[0], *sides, channels)
     # Sum over a region's columns first and over its rows second, so that both sums read contiguous memory.
     sums = tokens.sum(4, dtype=statistic_dtype(qkv.dtype)).sum(2).flatten(1, 2)
-    return sums / counted_tokens(grid, padding, qkv.device)
+    return sums / counted_tokens(grid, padding is not None, qkv.device)
 
 
 @outside_autocast
@@ -92,20 +92,3 @@ def route_backward(
         grad_query += weight[:, slot, None] * keys.index_select(0, index[:, slot])
         add_rows(grad_key, index[:, slot], weight[:, slot, None] * rows)
     return grad_query.view_as(query), grad_key.view_as(key)
-
-
-def region_means_gradient(grad: Tensor, counts_padding: bool, grid: RegionGrid) -> Tensor:
-    """Gradient of the map whose region means have the gradient `grad`.
-
-    Args:
-        grad: `(N, P, C)`.
-        counts_padding: whether tokens past the map's edge take part in the means.
-        grid: the regions.
-
-    Returns:
-        `(N, H, W, C)`; may be a view.
-    """
-    counted = grid.region_tokens if counts_padding else tokens_inside(grid, grad.device).view(-1, 1)
-    per_token = (grad / counted).unflatten(1, (grid.rows, grid.columns))
-    tokens = per_token[:, :, None, :, None].expand(-1, -1, grid.region_height, -1, grid.region_width, -1)
-    return tokens.flatten(3, 4).flatten(1, 2)[:, : grid.height, : grid.width]
