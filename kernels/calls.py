@@ -14,7 +14,7 @@ from .attention.launch import float32_setting
 from .bounded import Bounded
 from .grid import RegionGrid
 from .packed import kept_bytes, plan_attend, plan_attend_backward
-from .padding import padding_gradient, share_of_means
+from .padding import padding_gradient
 from .plan import Plan
 from .pooling.launch import plan_pool, plan_pool_backward, pooling_inputs
 from .pooling.problem import PoolingGradients, RegionPooling
@@ -125,20 +125,16 @@ def attend_backward(
 def _padding_gradient(
     problem: PackedAttention[Tensor], shares: Tensor | None, fill: Tensor | None, grad_means: Tensor | None
 ) -> Tensor:
-    settings = problem.settings
-    assert problem.padding is not None
-    of_keys_values = of_means = None
+    of_keys_values = None
     if shares is not None:
-        qk_head_dim = settings.qk_dim // settings.num_heads
+        qk_head_dim = problem.settings.qk_dim // problem.settings.num_heads
         # Keys and values are summed separately: slices of one common sum would not be contiguous, and
         # flattening them would copy them.
         of_keys, of_values = (
             x.sum((0, 2, 3)) for x in (shares[..., :qk_head_dim], shares[..., qk_head_dim:])
         )
         of_keys_values = of_keys.flatten(), of_values.flatten()
-    if grad_means is not None and problem.means is None and settings.counts_padding:
-        of_means = share_of_means(grad_means, settings.grid)
-    return padding_gradient(problem.padding, settings.qk_dim, of_keys_values, fill, of_means)
+    return padding_gradient(problem, of_keys_values, fill, grad_means)
 
 
 def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .grid import RegionGrid
+from .problem import PackedAttention, statistic_dtype
 
 
 def tokens_inside(grid: RegionGrid, device: torch.device) -> Tensor:
@@ -55,25 +56,26 @@ def share_of_means(grad_means: Tensor, grid: RegionGrid) -> Tensor:
 
 
 def padding_gradient(
-    padding: Tensor,
-    qk_dim: int,
+    problem: PackedAttention[Tensor],
     of_keys_values: tuple[Tensor, Tensor] | None,
     of_lepe: Tensor | None,
-    of_means: Tensor | None,
+    grad_means: Tensor | None,
 ) -> Tensor:
     """Gradient of the packed row of padding.
 
     Args:
-        padding: `(2*qk_dim + dim,)`.
-        qk_dim: channels of the queries and of the keys.
+        problem: the attention, with padding.
         of_keys_values: `(qk_dim,)` and `(dim,)`, float32 at least: the attention's share; None for 0.
         of_lepe: `(dim,)`: LePE's share; None for 0.
-        of_means: `(2*qk_dim,)`: the region means' share; None for 0.
+        grad_means: `(N, P, 2*qk_dim)`: gradient of the region means, in which padding has a share if it
+            counts; None for 0.
     """
-    dtype = torch.promote_types(padding.dtype, torch.float32)
+    padding, settings, qk_dim = problem.padding, problem.settings, problem.settings.qk_dim
+    assert padding is not None
+    dtype = statistic_dtype(padding.dtype)
     zeros = padding.new_zeros(qk_dim, dtype=dtype)
-    key, value = of_keys_values or (zeros, padding.new_zeros(len(padding) - 2 * qk_dim, dtype=dtype))
+    key, value = of_keys_values or (zeros, padding.new_zeros(problem.dim, dtype=dtype))
     total = torch.cat((zeros, key, value if of_lepe is None else value + of_lepe))
-    if of_means is not None:
-        total[: 2 * qk_dim].add_(of_means)
+    if grad_means is not None and problem.means is None and settings.counts_padding:
+        total[: 2 * qk_dim].add_(share_of_means(grad_means, settings.grid))
     return total.to(padding.dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.arrays import dense
-from ...kernels.padding import padding_gradient, region_means_gradient, share_of_means
+from ...kernels.padding import padding_gradient, region_means_gradient
 from ...kernels.problem import (
     Gradients,
     Needs,
@@ -113,12 +113,9 @@ def attend_backward(
         )
     grad_padding = None
     if problem.padding is not None and needs.padding:
-        of_means = None
-        if grad_means is not None and problem.means is None and settings.counts_padding:
-            of_means = share_of_means(grad_means, settings.grid)
         of_keys_values = None if small.padding is None else (small.padding.key, small.padding.value)
         of_lepe_fill = None if of_lepe is None else of_lepe.fill
-        grad_padding = padding_gradient(problem.padding, qk_dim, of_keys_values, of_lepe_fill, of_means)
+        grad_padding = padding_gradient(problem, of_keys_values, of_lepe_fill, grad_means)
     return PackedGradients(
         grad_qkv,
         grad_kv if needs.kv else None,
