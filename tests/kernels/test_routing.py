@@ -13,7 +13,7 @@ from problems import CASES, CASES_BY_NAME, random_map, relative_error
 from bra_triton import functional, reference
 from bra_triton.backend.kernels import fused_kernels
 from bra_triton.backend.torch import routing as torch_routing
-from bra_triton.backend.torch.regions import pad_map
+from bra_triton.backend.torch.regions import whole_map
 from bra_triton.call import Call
 from bra_triton.kernels.arrays import channels
 from bra_triton.kernels.grid import RegionGrid
@@ -48,7 +48,7 @@ def test_padding_takes_part_in_the_means(backend, device):
     """
     qkv, padding = torch.randn(2, 5, 7, 24, device=device), torch.randn(24, device=device)
     grid = RegionGrid.of_windows(5, 7, 4)
-    padded = pad_map(qkv, grid, padding)
+    padded = whole_map(qkv, grid, padding)
     arguments = {"n_win": 4, "topk": 3, "backend": backend}
     expected = functional.region_routing(padded, **arguments)
     actual = functional.region_routing(qkv, padding=padding, **arguments)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.grid import cdiv
+from ...kernels.lib.integers import cdiv
 from ...kernels.problem import RoutedAttention, statistic_dtype
 from . import devices, efficient
 

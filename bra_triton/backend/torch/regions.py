@@ -11,7 +11,7 @@ from ...kernels.grid import RegionGrid
 from ...kernels.problem import RoutedAttention, statistic_dtype
 
 
-def by_region(x: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Tensor:
+def by_region(x: Tensor, grid: RegionGrid, n_graphs: int) -> Tensor:
     """A view of a map of whole regions: `(N, rows*h, columns*w, G*C)` to `(N, G, rows, columns, h, w, C)`.
 
     Args:
@@ -39,20 +39,27 @@ def of_images(problem: RoutedAttention[Tensor], images: slice) -> RoutedAttentio
 
 
 def whole_map(x: Tensor, grid: RegionGrid, padding: Tensor | None = None) -> Tensor:
-    """The map extended to whole regions: `x` itself, or a copy with padding; see `pad_map`."""
-    return pad_map(x, grid, padding) if grid.is_padded else x
+    """The map extended to whole regions, `(N, rows*h, columns*w, C)`: `x` itself, or a copy with padding.
+
+    Tokens past the edge hold `padding`, `(C,)`, or 0 if it is None.
+    """
+    if not grid.is_padded:
+        return x
+    bottom, right = grid.padding
+    if padding is None:
+        return F.pad(x, (0, 0, 0, right, 0, bottom))
+    whole = empty_map(x, grid).copy_(padding)
+    whole[:, : grid.height, : grid.width] = x
+    return whole
 
 
-def empty_map(
-    like: Tensor, grid: RegionGrid, channels: int | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
-    """An uninitialised map of whole regions, `(N, rows*h, columns*w, channels)`.
+def empty_map(like: Tensor, grid: RegionGrid, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised map of whole regions, `(N, rows*h, columns*w, C)`.
 
-    `N` is that of `like`, and so are `channels` and `dtype` unless they are given.
+    `N` and `C` are those of `like`, and so is `dtype` unless it is given.
     """
     rows, columns = grid.rows * grid.region_height, grid.columns * grid.region_width
-    channels = like.shape[-1] if channels is None else channels
-    return like.new_empty(like.shape[0], rows, columns, channels, dtype=dtype)
+    return like.new_empty(like.shape[0], rows, columns, like.shape[-1], dtype=dtype)
 
 
 def without_padding(x: Tensor, grid: RegionGrid) -> Tensor:
@@ -60,26 +67,13 @@ def without_padding(x: Tensor, grid: RegionGrid) -> Tensor:
     return dense(x[:, : grid.height, : grid.width]).data if grid.is_padded else x
 
 
-def write_map(target: Tensor, regions: Tensor, grid: RegionGrid, n_graphs: int = 1) -> Tensor:
+def write_map(target: Tensor, regions: Tensor, grid: RegionGrid, n_graphs: int) -> Tensor:
     """Writes regions `(N*G*P, S*C)` to the map `(N, H, W, G*C)`, and returns the map with its padding."""
     whole = empty_map(target, grid, dtype=regions.dtype) if grid.is_padded else target
     view = by_region(whole, grid, n_graphs)
     view.copy_(regions.view(view.shape))
     if grid.is_padded:
         target.copy_(whole[:, : grid.height, : grid.width])
-    return whole
-
-
-def pad_map(x: Tensor, grid: RegionGrid, padding: Tensor | None = None) -> Tensor:
-    """A copy of the map with its padding: `(N, H, W, C)` to `(N, rows*h, columns*w, C)`.
-
-    Tokens past the edge hold `padding`, `(C,)`, or 0 if it is None.
-    """
-    bottom, right = grid.padding
-    if padding is None:
-        return F.pad(x, (0, 0, 0, right, 0, bottom))
-    whole = empty_map(x, grid).copy_(padding)
-    whole[:, : grid.height, : grid.width] = x
     return whole
 
 

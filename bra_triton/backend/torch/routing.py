@@ -10,7 +10,7 @@ from ...kernels.problem import statistic_dtype
 from ...topk import select_topk
 from . import devices
 from .autocast import outside_autocast
-from .regions import flat_index, pad_map
+from .regions import flat_index, whole_map
 from .sums import Bags, add_rows, bag_sums, has_bags
 
 
@@ -27,9 +27,7 @@ def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels
     Returns:
         `(N, P, channels)`: float32; float64 for float64.
     """
-    x = qkv[..., :channels]
-    if grid.is_padded:
-        x = pad_map(x, grid, None if padding is None else padding[:channels])
+    x = whole_map(qkv[..., :channels], grid, None if padding is None else padding[:channels])
     sides = (grid.rows, grid.region_height, grid.columns, grid.region_width)
     tokens = x.view(x.shape[0], *sides, channels)
     # Sum over a region's columns first and over its rows second, so that both sums read contiguous memory.
