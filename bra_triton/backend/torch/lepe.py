@@ -7,7 +7,7 @@ from torch import Tensor
 from ...kernels.arrays import dense
 from ...kernels.problem import Lepe, LepeGradients, statistic_dtype
 from . import devices
-from .regions import without_padding
+from .regions import sum_over_padding, without_padding
 
 
 def lepe_forward(attention: Tensor, lepe: Lepe[Tensor]) -> Tensor:
@@ -36,8 +36,7 @@ def lepe_backward(
     grad_value.add_(grad[..., :height, :width].permute(0, 2, 3, 1))
     grad_fill = None
     if lepe.fill is not None:
-        below, beside = grad[..., height:, :], grad[..., :height, width:]
-        grad_fill = below.sum((0, 2, 3), dtype=sum_dtype) + beside.sum((0, 2, 3), dtype=sum_dtype)
+        grad_fill = sum_over_padding(grad.permute(0, 2, 3, 1), lepe.grid)
     return LepeGradients(
         *(None if small is None else small.to(sum_dtype) for small in (grad_weight, grad_bias, grad_fill))
     )

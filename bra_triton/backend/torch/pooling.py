@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ...kernels.grid import RegionGrid
 from ...kernels.pooling.problem import MAX, PoolingGradients, RegionPooling
+from ...kernels.problem import statistic_dtype
 from . import devices
 from .autocast import outside_autocast
-from .regions import whole_map
+from .regions import sum_over_padding, whole_map
+from .sums import add_rows
 
 
 @outside_autocast
@@ -32,7 +34,7 @@ def pool(
     if pooling.mode == MAX:
         pooled, argmax = _maximum(regions, pooling)
         return pooled.reshape(shape), argmax.to(torch.int32).reshape(shape)
-    regions = regions.to(_sum_dtype(x))
+    regions = regions.to(statistic_dtype(x.dtype))
     if weight is None or bias is None:
         pooled = _apply_matrices(regions, *_mean_matrices(pooling, regions))
     else:
@@ -54,7 +56,7 @@ def pool_backward(
 ) -> PoolingGradients:
     """See `FusedKernels`."""
     grid = pooling.grid
-    grad = _to_regions(grad_pooled, pooling.pooled_grid).to(_sum_dtype(x))
+    grad = _to_regions(grad_pooled, pooling.pooled_grid).to(statistic_dtype(x.dtype))
     gradients = PoolingGradients()
     if argmax is not None:
         grad_regions = _scatter(grad, _to_regions(argmax, pooling.pooled_grid), grid)
@@ -70,9 +72,7 @@ def pool_backward(
     grad_x.copy_(padded[:, : grid.height, : grid.width])
     if not grid.is_padded:
         return gradients
-    below, right = padded[:, grid.height :], padded[:, : grid.height, grid.width :]
-    grad_fill = below.sum((0, 1, 2)) + right.sum((0, 1, 2))
-    return PoolingGradients(grad_fill, gradients.weight, gradients.bias)
+    return PoolingGradients(sum_over_padding(padded, grid), gradients.weight, gradients.bias)
 
 
 def _pad(x: Tensor, fill: Tensor | None, grid: RegionGrid) -> Tensor:
@@ -139,11 +139,7 @@ def _scatter(grad: Tensor, argmax: Tensor, grid: RegionGrid) -> Tensor:
     token = token * grid.region_width + column
     element = (token * channels + torch.arange(channels, device=grad.device)).flatten()
     total = grad.new_zeros(batch, grid.region_height, columns, grid.region_width, channels)
-    if grad.device.type == "cpu":
-        total.view(-1).index_add_(0, element, grad.flatten())
-    else:
-        # On other devices index_add_ uses atomics; an accumulating index_put_ sorts the indices instead.
-        total.view(-1).index_put_((element,), grad.flatten(), accumulate=True)
+    add_rows(total.view(-1), element, grad.flatten())
     return total
 
 
@@ -174,7 +170,3 @@ def _taps(pooling: RegionPooling[Tensor], weight: Tensor) -> Iterator[tuple[int,
     for i in range(weight.shape[1]):
         for j in range(weight.shape[2]):
             yield i, j, row_starts + i, column_starts + j
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
