@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from .. import reference
 from ..arguments import flag, one_of
 from ..call import Call, in_dtype_of
-from ..export import is_eager
 from ..functional import attend
 from ..kernels.grid import RegionGrid, is_sure
 from ..spec import AttentionSpec
@@ -216,7 +215,7 @@ class BiLevelRoutingAttention(Attention):
         check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
         # `x += attention(x)` must work in training, as it does with the original, which projects a copy of x.
         kept = for_keeping(x, self._modules["qkv"])
-        call = self._call(self._project(kept), self._padding(x), is_eager())
+        call = self._call(self._project(kept), self._padding(x))
         if ret_attn_mask:
             scored = reference.attend(call)
             return self._out(scored.out, call), *scored[1:]
@@ -239,14 +238,14 @@ class BiLevelRoutingAttention(Attention):
     def call_of(self, x: Tensor) -> Call:
         """The `Call` that `forward` hands to a backend, for tools that inspect it."""
         check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
-        return self._call(self._project(x), self._padding(x), is_eager())
+        return self._call(self._project(x), self._padding(x))
 
-    def _call(self, qkv: Tensor, padding: Tensor | None, eager: bool) -> Call:
+    def _call(self, qkv: Tensor, padding: Tensor | None) -> Call:
         """Makes a `Call`. It holds a layer's parameters or, if the layer must be called, the layer itself."""
         modules: dict[str, Any] = self._modules
         router, kv_down = modules["router"], modules["kv_down"]
         weight, bias = lepe_parameters(modules.get("lepe"), self.spec.dim)
-        call = Call(qkv, self.spec, weight, bias, padding, eager=eager)
+        call = Call(qkv, self.spec, weight, bias, padding)
         if not is_plain(router, TopkRouting):
             call.router, call.calls = self._route, "router"
         elif not is_plain(emb := router._modules["emb"], nn.Identity):

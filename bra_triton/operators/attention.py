@@ -97,7 +97,7 @@ class _Attend(torch.autograd.Function):
         with nullcontext() if ctx.tiles is None else tiles.restored(ctx.tiles):
             if ctx.witness is not None and ctx.witness.sees_change:
                 out = fused_kernels(ctx.backend).attend(problem, trains=False)[0]
-            gradients = _backward(grad_out, problem, out, saved, (ctx.backend, needs))
+            gradients = _backward(grad_out, problem, out, saved, needs, ctx.backend)
         return None, None, None, *refusing_second_derivative(gradients, grad_out, *tensors)
 
 
@@ -186,7 +186,7 @@ def _attend_backward_operator(grad_out: Tensor, *arguments: Any) -> list[Tensor]
     """The wanted gradients of the tensors that `attend` takes, in the order of these tensors."""
     tensors, (out, saved, *numbers, wanted) = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
     problem, backend = _known_problem((*tensors, *numbers))
-    found = _backward(grad_out, problem, _put_back(out), [_put_back(x) for x in saved], (backend, wanted))
+    found = _backward(grad_out, problem, _put_back(out), [_put_back(x) for x in saved], wanted, backend)
     return [
         torch.zeros_like(x) if gradient is None else gradient  # None for a padding that pads nothing
         for x, gradient, is_wanted in zip(tensors, found, wanted, strict=True)
@@ -240,9 +240,9 @@ def _backward(
     problem: PackedAttention[Tensor],
     out: Tensor | None,
     saved: Sequence[Tensor],
-    how: tuple[str, Sequence[bool]],
+    needs: Sequence[bool],
+    backend: str,
 ) -> PackedGradients:
-    backend, needs = how
     if not grad_out.shape[0]:
         _, *others = zip(problem.tensors, needs, strict=True)
         zeros = [x.new_zeros(x.shape) if x is not None and needed else None for x, needed in others]

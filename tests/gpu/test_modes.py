@@ -84,7 +84,7 @@ def region_logits(oracle, x):
     if hasattr(oracle, "qkv_linear"):
         call = nchw_call(oracle, oracle.qkv_linear(x))
     else:
-        call = oracle._call(oracle.qkv(x), oracle._padding(x), eager=True)
+        call = oracle._call(oracle.qkv(x), oracle._padding(x))
     query, key = region_means(call)
     return query @ key.transpose(1, 2)
 
