@@ -22,6 +22,11 @@ def is_whole(value: Any, least: int = 1) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 
+def is_real(value: Any) -> bool:
+    """Whether it is a real number, NumPy's too; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def whole(name: str, value: Any, least: int = 1) -> int:
     """Returns `value` as a Python int if it is an int of at least `least`, Python's or NumPy's.
 
@@ -85,8 +90,7 @@ def factor(name: str, value: Any) -> float:
             f"{name} must be a Python number, got a {type(value).__name__}, which would get no gradient: "
             "multiply the queries by it instead"
         )
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_real or not 0 < abs(value) <= LARGEST_SCALE:
+    if not is_real(value) or not 0 < abs(value) <= LARGEST_SCALE:
         raise ValueError(f"{name} must be a number from -1e38 to 1e38 other than 0, got {value!r}")
     return float(value)
 
@@ -97,8 +101,7 @@ def at_least_one(name: str, value: Any) -> float:
     Raises:
         ValueError: if it is anything else.
     """
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_real or not 1 <= value < math.inf:
+    if not is_real(value) or not 1 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number of at least 1, got {value!r}")
     return float(value)
 

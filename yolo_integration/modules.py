@@ -6,7 +6,6 @@ default heads are about 32 channels wide, there are 5 x 5 regions (`N_WIN`), and
 """
 
 import math
-import numbers
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -18,6 +17,7 @@ from ultralytics.nn.modules.conv import Conv
 from ultralytics.utils import LOGGER
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bra_triton.arguments import is_real, whole
 from bra_triton.backend import select
 from bra_triton.checkpoint_keys import TakesNames
 from bra_triton.export import is_eager
@@ -34,11 +34,6 @@ MOST_PADDING = 0.2
 # strides of 8 to 32, one of them leaves at most 16 % padding.
 ADVISED_N_WIN = range(4, 9)
 ATTENTIONS = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
-
-
-def is_count(value: Any) -> bool:
-    """Whether a value is an integer of at least 1; `True` is not."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def default_num_heads(dim: int, qk_dim: int | None = None) -> int:
@@ -60,8 +55,7 @@ def default_num_heads(dim: int, qk_dim: int | None = None) -> int:
         4
     """
     for name, value in (("dim", dim), ("qk_dim", qk_dim or dim)):
-        if not is_count(value):
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        whole(name, value)
     common = math.gcd(dim, qk_dim or dim)
     divisors = [heads for heads in range(1, common + 1) if common % heads == 0]
     return min(divisors, key=lambda heads: (abs(dim // heads - HEAD_DIM), -heads))
@@ -128,8 +122,7 @@ def _share_of_padding(height: int, width: int, rows: int, columns: int) -> float
 
 def _hidden_channels(name: str, ratio: float, channels: int) -> int:
     """`ratio * channels`, rounded down; raises ValueError about the argument `name` if that is below 1."""
-    is_number = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool)
-    if not is_number or not 1 <= ratio * channels < math.inf:
+    if not is_real(ratio) or not 1 <= ratio * channels < math.inf:
         raise ValueError(
             f"{name} must be a number that leaves at least 1 of {channels} channels, got {ratio!r}"
         )

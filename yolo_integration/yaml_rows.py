@@ -27,6 +27,7 @@ from torch import nn
 from ultralytics.nn import tasks
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bra_triton.arguments import is_whole, whole
 
 from .modules import (
     C2BRA,
@@ -34,7 +35,6 @@ from .modules import (
     BiLevelRoutingAttention2d,
     C3k2BRA,
     NCHWBiLevelRoutingAttention2d,
-    is_count,
 )
 
 YAML_MODULES: dict[str, type[nn.Module]] = {
@@ -129,8 +129,7 @@ def _expand_row(index: int, row: Sequence[Any]) -> Sequence[Any]:
             raise ValueError(f"a row is [from, repeats, module, args], got {len(row)} entries")
         source, repeats, _, arguments = row
         _check_source(index, source)
-        if not is_count(repeats):
-            raise ValueError(f"repeats must be an int of at least 1, got {repeats!r}")
+        whole("repeats", repeats)
         return [source, repeats, name, _expand_arguments(name, source, _as_list(arguments))]
     except ValueError as error:
         raise _naming_the_row(error, index, row) from None
@@ -175,7 +174,7 @@ def _expand_arguments(name: str, source: int, arguments: list[Any]) -> list[Any]
     parameters = list(inspect.signature(YAML_MODULES[name]).parameters.values())
     own = parameters[[parameter.name for parameter in parameters].index("attention") + 1 :]
     channels = arguments[:1] if name in _PARSED_AS else []
-    if name in _PARSED_AS and not (channels and is_count(channels[0])):
+    if name in _PARSED_AS and not (channels and is_whole(channels[0])):
         raise ValueError(
             f"the first argument must be the output channels, an int of at least 1, such as [1024], "
             f"got {arguments!r}"

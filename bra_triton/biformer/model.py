@@ -1,7 +1,6 @@
 """BiFormer with the same structure and `state_dict` keys as rayleizhu/BiFormer `models/biformer.py`."""
 
 import math
-import numbers
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import whole
+from ..arguments import is_real, is_whole, whole
 from ..modules.block import Block
 from ..modules.nhwc import BiLevelRoutingAttention, depthwise_convolution
 
@@ -301,13 +300,12 @@ def _check_stages(
         whole(f"depth[{stage}]", blocks)
         whole(f"embed_dim[{stage}]", dim, 2)
         if topk not in (DENSE, DENSE_WITH_LEPE):
-            if not isinstance(topk, numbers.Integral) or topk < 1:
+            if not is_whole(topk):
                 raise ValueError(f"topks[{stage}] must be an int of at least 1, or -1 or -2, got {topk!r}")
             if dim % head_dim:
                 raise ValueError(f"embed_dim[{stage}] must be a multiple of head_dim={head_dim}, got {dim}")
 
 
 def _check_number(name: str, value: Any, least: float, under: float) -> None:
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_real or not least <= value < under:
+    if not is_real(value) or not least <= value < under:
         raise ValueError(f"{name} must be a number from {least} to under {under}, got {value!r}")
