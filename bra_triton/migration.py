@@ -12,8 +12,7 @@ from torch import nn
 
 from .backend.select import check_name
 from .equivalent import NotTheSameError, class_name, equivalent, reason_of
-from .modules.nchw import NCHWBiLevelRoutingAttention
-from .modules.nhwc import BiLevelRoutingAttention
+from .modules.base import Attention
 
 _CALL_HOOKS = [name for name in vars(nn.Module()) if "forward" in name or "backward" in name]
 
@@ -118,7 +117,7 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    if isinstance(module, (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)):
+    if isinstance(module, Attention):
         return False
     # Not hasattr: a wrapper, such as that of torch.compile, has the attributes of the module inside, too.
     own = vars(module).keys() | module._modules.keys()

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.modules.downsampling import KVDownsampling
 
+from .modules import has_attention
+
 
 def register_rule() -> None:
     """Tells thop, the profiler behind `model.info()`, how to count the attentions, if thop is installed."""
@@ -50,8 +52,7 @@ def at_real_size(original: Callable[..., float], model: nn.Module, imgsz: Any = 
     Returns:
         GFLOPs.
     """
-    kinds = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
-    if not any(isinstance(module, kinds) for module in model.modules()):
+    if not has_attention(model):
         return original(model, imgsz)
     try:
         import thop

@@ -21,6 +21,7 @@ from bra_triton.arguments import is_real, whole
 from bra_triton.backend import select
 from bra_triton.checkpoint_keys import TakesNames
 from bra_triton.export import is_eager
+from bra_triton.modules.base import Attention
 from bra_triton.modules.block import Block
 
 HEAD_DIM = 32
@@ -33,7 +34,6 @@ MOST_PADDING = 0.2
 # Values of `n_win` that the warning advises. For every image of 320 to 1280 pixels (a multiple of 32), at
 # strides of 8 to 32, one of them leaves at most 16 % padding.
 ADVISED_N_WIN = range(4, 9)
-ATTENTIONS = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
 
 
 def default_num_heads(dim: int, qk_dim: int | None = None) -> int:
@@ -147,8 +147,13 @@ def set_backend(model: nn.Module, backend: str) -> None:
     """
     select.check_name(backend)
     for module in model.modules():
-        if isinstance(module, ATTENTIONS):
+        if isinstance(module, Attention):
             module.backend = backend
+
+
+def has_attention(model: nn.Module) -> bool:
+    """Whether a model holds a bi-level routing attention of this package."""
+    return any(isinstance(module, Attention) for module in model.modules())
 
 
 class BiLevelRoutingAttention2d(TakesNames):

@@ -24,7 +24,7 @@ from ultralytics.utils import DATASETS_DIR, callbacks, torch_utils
 from bra_triton.checkpoint_keys import take_names
 
 from . import flops, pretrained
-from .modules import ATTENTIONS
+from .modules import has_attention
 from .yaml_rows import YAML_MODULES, blocks_parsed_as_csp, errors_name_the_row, expand_rows
 
 PACKAGED_YAMLS = Path(__file__).parent / "yamls"
@@ -84,15 +84,11 @@ def register_in_child_process(trainer: Any) -> None:
 
 def refuse_export(exporter: Any) -> None:
     """Raises ValueError if the model has this package's attention and the export's format cannot hold it."""
-    if exporter.args.format == "ncnn" and _has_attention(exporter.model):
+    if exporter.args.format == "ncnn" and has_attention(exporter.model):
         raise ValueError(
             "format='ncnn' cannot hold bi-level routing attention: NCNN has no operator that chooses regions "
             "(topk) or gathers them; use 'onnx', 'openvino', 'torchscript' or 'executorch'"
         )
-
-
-def _has_attention(model: nn.Module) -> bool:
-    return any(isinstance(module, ATTENTIONS) for module in model.modules())
 
 
 def _wrap_once(module: ModuleType | type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -147,7 +143,7 @@ def _find_photographs(original: Callable[..., Any], file: str | Path, *args: Any
 def _load_by_structure(original: Callable[..., Any], model: Any, weights: Any, verbose: bool = True) -> Any:
     source = (weights.get("ema") or weights["model"]) if isinstance(weights, dict) else weights
     rows = getattr(source, "model", None)
-    if not _has_attention(model) or not isinstance(rows, nn.Sequential):
+    if not has_attention(model) or not isinstance(rows, nn.Sequential):
         return original(model, weights, verbose)
     source = pretrained.with_rows_of(source, model)
     result = original(model, source, verbose)

@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..call import Call
 from ..kernels.grid import RegionGrid
-from ..modules.nchw import NCHWBiLevelRoutingAttention
-from ..modules.nhwc import BiLevelRoutingAttention
-
-ATTENTIONS = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention)
+from ..modules.base import Attention
 
 
 @dataclass(frozen=True)
@@ -126,6 +123,7 @@ def record(
         ValueError, TypeError: naming the argument, its value and what is allowed.
 
     Example:
+        >>> from bra_triton import BiLevelRoutingAttention
         >>> model = BiLevelRoutingAttention(64, n_win=8)
         >>> record(model, torch.randn(1, 16, 16, 64)).layers[0].r_idx.shape
         torch.Size([64, 4])
@@ -133,10 +131,10 @@ def record(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module or a YOLO of Ultralytics, got {model!r}")
     network = _network(model)
-    attentions = {name: m for name, m in network.named_modules() if isinstance(m, ATTENTIONS)}
+    attentions = {name: m for name, m in network.named_modules() if isinstance(m, Attention)}
     if not attentions:
         raise ValueError(
-            f"model must hold a {' or '.join(kind.__name__ for kind in ATTENTIONS)}, got a "
+            "model must hold a BiLevelRoutingAttention or NCHWBiLevelRoutingAttention, got a "
             f"{type(network).__name__} without; bra_triton.replace_attention puts them in place of others'"
         )
     chosen = choose([*attentions], layers)

@@ -10,6 +10,7 @@ from ultralytics.utils import torch_utils
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.kernels.grid import RegionGrid
+from bra_triton.modules.base import Attention
 from bra_triton.modules.permuted import PermutedBiLevelRoutingAttention
 from bra_triton.modules.tokens import TokenBiLevelRoutingAttention
 from bra_triton.yolo_integration import (
@@ -222,7 +223,7 @@ def test_half_precision_model_and_scaled_training_in_autocast(name: str, dtype: 
     # With one region half precision cannot choose other regions.
     block = BLOCKS[name]()
     for attention in block.modules():
-        if isinstance(attention, modules.ATTENTIONS):
+        if isinstance(attention, Attention):
             attention.topk, attention.n_win = 1, 1
     parameters, x = list(block.parameters()), torch.randn(2, 32, 9, 10)
     expected = torch.autograd.grad(block(x).square().mean(), parameters)
