@@ -117,9 +117,6 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             BiLevelRoutingAttention(**arguments)
 
-    def test_pooling_by_one_is_identity(self):
-        BiLevelRoutingAttention(64, kv_downsample_mode="maxpool", kv_downsample_ratio=1)
-
     def test_indivisible_map_without_padding(self):
         module = BiLevelRoutingAttention(32, 1, 7, backend="torch")
         with pytest.raises(ValueError, match=r"multiples of n_win=7, got 20 x 21; .* auto_pad=True"):
