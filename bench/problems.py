@@ -64,7 +64,7 @@ class Problem:
     @property
     def useful_scores(self) -> int:
         """Scores that the result depends on: every query with each of its keys, in every head."""
-        return self.batch * self.num_heads * self.settings.token_pairs(self.kv_grid.region_tokens)
+        return self.batch * self.num_heads * self.settings.token_scores(self.kv_grid.region_tokens)
 
     @property
     def settings(self) -> Settings:

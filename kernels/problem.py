@@ -54,11 +54,11 @@ class Settings:
         return self._hash  # called several times for each attention
 
     @property
-    def region_pairs(self) -> int:
+    def region_logits(self) -> int:
         """Number of logits of the routing, for one image."""
         return self.grid.n_regions**2
 
-    def token_pairs(self, region_keys: int) -> int:
+    def token_scores(self, region_keys: int) -> int:
         """Number of scores of the attention, for one image and one head; a region has `region_keys` keys."""
         return self.grid.n_regions * self.grid.region_tokens * self.topk * region_keys
 

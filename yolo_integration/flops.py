@@ -33,8 +33,8 @@ def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> 
     spec, grid, kv_down = module.spec, module.grid(inputs[0]), module._modules.get("kv_down")
     keys = kv_down.kv_grid(grid) if isinstance(kv_down, KVDownsampling) else grid
     settings = spec.settings(grid)
-    routing = settings.region_pairs * spec.qk_dim
-    attention = settings.token_pairs(keys.region_tokens) * (spec.qk_dim + spec.dim)
+    routing = settings.region_logits * spec.qk_dim
+    attention = settings.token_scores(keys.region_tokens) * (spec.qk_dim + spec.dim)
     module.total_ops += len(inputs[0]) * (routing + attention)
 
 

@@ -172,9 +172,9 @@ def _(*given: Any) -> tuple[Tensor, list[Tensor]]:
 @flops_of(_attend_operator)
 def _(*given: Any, **_: Any) -> int:
     *shapes, _, _ = given
-    settings, dim, pairs, lepe = _counts(shapes)
-    routing = settings.region_pairs * settings.qk_dim
-    return 2 * shapes[0][0] * (routing + pairs * (settings.qk_dim + dim) + lepe)
+    settings, dim, scores, lepe = _counts(shapes)
+    routing = settings.region_logits * settings.qk_dim
+    return 2 * shapes[0][0] * (routing + scores * (settings.qk_dim + dim) + lepe)
 
 
 @operator(
@@ -203,10 +203,10 @@ def _(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
 @flops_of(_attend_backward_operator)
 def _(grad_out: Any, *given: Any, **_: Any) -> int:
     shapes, (_, _, *numbers, _, _) = given[:_N_TENSORS], given[_N_TENSORS:]
-    settings, dim, pairs, lepe = _counts((*shapes, *numbers))
-    routing = 2 * settings.region_pairs * settings.qk_dim * settings.diff_routing
+    settings, dim, scores, lepe = _counts((*shapes, *numbers))
+    routing = 2 * settings.region_logits * settings.qk_dim * settings.diff_routing
     # The backward computes the scores again; PyTorch counts that for its own attention, too.
-    return 2 * shapes[0][0] * (routing + pairs * (3 * settings.qk_dim + 2 * dim) + 2 * lepe)
+    return 2 * shapes[0][0] * (routing + scores * (3 * settings.qk_dim + 2 * dim) + 2 * lepe)
 
 
 def _counts(shapes: Sequence[Any]) -> tuple[Settings, int, int, int]:
@@ -216,7 +216,7 @@ def _counts(shapes: Sequence[Any]) -> tuple[Settings, int, int, int]:
     grid, dim = settings.grid, qkv[-1] - 2 * settings.qk_dim
     region_keys = grid.region_tokens if kv is None else kv[1] * kv[2] // grid.n_regions
     lepe = 0 if lepe_weight is None else grid.n_regions * grid.region_tokens * math.prod(lepe_weight)
-    return settings, dim, settings.token_pairs(region_keys), lepe
+    return settings, dim, settings.token_scores(region_keys), lepe
 
 
 def _wanted(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[bool]:

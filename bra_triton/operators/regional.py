@@ -119,14 +119,14 @@ def _(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tens
 
 @flops_of(_operator)
 def _(*shapes: Any, **_: Any) -> int:
-    qk_dim, dim, pairs = _counts(*shapes)
-    return 2 * pairs * (qk_dim + dim)
+    qk_dim, dim, scores = _counts(*shapes)
+    return 2 * scores * (qk_dim + dim)
 
 
 @flops_of(_backward_operator)
 def _(grad_out: Any, out: Any, lse: Any, *shapes: Any, **_: Any) -> int:
-    qk_dim, dim, pairs = _counts(*shapes)
-    return 2 * pairs * (3 * qk_dim + 2 * dim)  # as in `operators.attention`
+    qk_dim, dim, scores = _counts(*shapes)
+    return 2 * scores * (3 * qk_dim + 2 * dim)  # as in `operators.attention`
 
 
 def _counts(query: Any, key: Any, value: Any, r_idx: Any, *numbers: Any) -> tuple[int, int, int]:
