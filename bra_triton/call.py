@@ -7,7 +7,7 @@ before, they are not repeated: `functional` keeps the signatures that have passe
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,7 @@ class Call:
     calls: str = ""
     eager: bool = field(default_factory=is_eager)
     known: Known | None = None
+    routes: ClassVar[bool] = True  # see `Request`
 
     @property
     def settings(self) -> Settings:
@@ -130,11 +131,6 @@ class Call:
     def grids(self) -> tuple[RegionGrid, ...]:
         """See `Request`."""
         return (self.grid,)
-
-    @property
-    def routes(self) -> bool:
-        """See `Request`."""
-        return True
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -225,6 +221,8 @@ class RegionalCall:
     query_grid: RegionGrid
     kv_grid: RegionGrid
     num_heads: int
+    routes: ClassVar[bool] = False  # see `Request`
+    calls: ClassVar[str] = ""  # likewise
 
     @property
     def like(self) -> Tensor:
@@ -240,16 +238,6 @@ class RegionalCall:
     def grids(self) -> tuple[RegionGrid, ...]:
         """See `Request`."""
         return self.query_grid, self.kv_grid
-
-    @property
-    def routes(self) -> bool:
-        """See `Request`."""
-        return False
-
-    @property
-    def calls(self) -> str:
-        """See `Request`."""
-        return ""
 
 
 def regional_call(
