@@ -212,6 +212,7 @@ class BiLevelRoutingAttention(Attention):
         """
         if not isinstance(x, Tensor):
             return self._leaf(x, ret_attn_mask)
+        x = self._map_of(x)
         check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
         # `x += attention(x)` must work in training, as it does with the original, which projects a copy of x.
         kept = for_keeping(x, self._modules["qkv"])
@@ -223,7 +224,16 @@ class BiLevelRoutingAttention(Attention):
 
     def grid(self, x: Tensor) -> RegionGrid:
         """The regions of a map, as `forward` takes it; raises ValueError if it cannot be cut into regions."""
+        x = self._map_of(x)
         return RegionGrid.of_windows(x.shape[1], x.shape[2], self.spec.n_win, self.auto_pad)
+
+    def _map_of(self, x: Tensor) -> Tensor:
+        """What the forward takes as `(N, H, W, dim)`."""
+        return x
+
+    def _of_map(self, out: Tensor) -> Tensor:
+        """`(N, H, W, dim)` as the forward returns it."""
+        return out
 
     def _project(self, x: Tensor) -> Tensor:
         qkv = project("qkv", self._modules["qkv"], x)  # `self.qkv` would take a microsecond longer
@@ -233,10 +243,11 @@ class BiLevelRoutingAttention(Attention):
     def _out(self, out: Tensor, call: Call) -> Tensor:
         if call.lepe_weight is None:
             out = self._with_lepe(out, call)
-        return apply("wo", self._modules["wo"], out)
+        return self._of_map(apply("wo", self._modules["wo"], out))
 
     def call_of(self, x: Tensor) -> Call:
         """The `Call` that `forward` hands to a backend, for tools that inspect it."""
+        x = self._map_of(x)
         check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
         return self._call(self._project(x), self._padding(x))
 

@@ -2,8 +2,6 @@
 
 from torch import Tensor
 
-from ..call import Call
-from ..kernels.grid import RegionGrid
 from .nhwc import BiLevelRoutingAttention
 
 
@@ -19,21 +17,8 @@ class PermutedBiLevelRoutingAttention(BiLevelRoutingAttention):
         torch.Size([2, 64, 80, 80])
     """
 
-    def forward(
-        self, x: Tensor, ret_attn_mask: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`BiLevelRoutingAttention.forward` for `x` `(N, dim, H, W)`; the output has the same shape."""
-        if not isinstance(x, Tensor):
-            return self._leaf(x, ret_attn_mask)
-        result = super().forward(x.permute(0, 2, 3, 1), ret_attn_mask)
-        if isinstance(result, Tensor):
-            return result.permute(0, 3, 1, 2)
-        return result[0].permute(0, 3, 1, 2), *result[1:]
+    def _map_of(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
 
-    def grid(self, x: Tensor) -> RegionGrid:
-        """See `BiLevelRoutingAttention.grid`."""
-        return super().grid(x.permute(0, 2, 3, 1))
-
-    def call_of(self, x: Tensor) -> Call:
-        """`BiLevelRoutingAttention.call_of` for `x` `(N, dim, H, W)`."""
-        return super().call_of(x.permute(0, 2, 3, 1))
+    def _of_map(self, out: Tensor) -> Tensor:
+        return out.permute(0, 3, 1, 2)

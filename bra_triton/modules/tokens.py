@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import dense_floats, flag, whole_pair
-from ..call import Call
 from ..export import is_eager
-from ..kernels.grid import RegionGrid
 from .nhwc import BiLevelRoutingAttention
 
 
@@ -61,18 +59,7 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
                 "attn_mask must be None and is_causal False, as the routing chooses what is attended to, got "
                 f"attn_mask={attn_mask!r} and is_causal={is_causal!r}"
             )
-        result = super().forward(self._map_of(x), ret_attn_mask)
-        if isinstance(result, Tensor):
-            return result.flatten(1, 2)
-        return result[0].flatten(1, 2), *result[1:]
-
-    def grid(self, x: Tensor) -> RegionGrid:
-        """See `BiLevelRoutingAttention.grid`."""
-        return super().grid(self._map_of(x))
-
-    def call_of(self, x: Tensor) -> Call:
-        """See `BiLevelRoutingAttention.call_of`."""
-        return super().call_of(self._map_of(x))
+        return super().forward(x, ret_attn_mask)
 
     def _map_of(self, x: Tensor) -> Tensor:
         """The tokens as an NHWC map. It is made by `reshape`: ONNX's opset 11 has no `unflatten`."""
@@ -86,6 +73,9 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
                 "another map's height and width, and a class token has no place on it"
             )
         return x.reshape(x.shape[0], height, width, x.shape[2])
+
+    def _of_map(self, out: Tensor) -> Tensor:
+        return out.flatten(1, 2)
 
 
 def _root(tokens: Any) -> Any:
