@@ -298,20 +298,6 @@ class Gradients(Generic[A]):
 
 
 @dataclass(frozen=True)
-class SmallGradients(Generic[A]):
-    """Gradients that a backward returns besides those of the maps.
-
-    Attributes:
-        factor: `(N, G, P, topk)` float32: gradient of `factor`; without a factor, the gradient that a factor
-            of 1 would get. None unless asked for.
-        padding: gradients of `padding`, float32; None without padding.
-    """
-
-    factor: A | None
-    padding: Padding[A] | None
-
-
-@dataclass(frozen=True)
 class Lepe(Generic[A]):
     """The depthwise convolution of the values that is added to the attention's output.
 
@@ -347,18 +333,3 @@ class Lepe(Generic[A]):
         """Height and width of the part of the padded map that the convolution of the map's tokens reads."""
         bottom, right = (min(added, self.kernel_size // 2) for added in self.grid.padding)
         return self.grid.height + bottom, self.grid.width + right
-
-
-@dataclass(frozen=True)
-class LepeGradients(Generic[A]):
-    """Gradients that the backward of LePE returns besides the values'; float32, or float64 if the map is.
-
-    Attributes:
-        weight: `(dim, 1, k, k)`; None unless asked for.
-        bias: `(dim,)`; None without a bias, or unless asked for.
-        fill: `(dim,)`; None without a fill.
-    """
-
-    weight: A | None
-    bias: A | None
-    fill: A | None

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...kernels.problem import Gradients, Padding, RoutedAttention, SmallGradients, statistic_dtype
+from ...kernels.problem import Gradients, Padding, RoutedAttention, statistic_dtype
 from . import chunks, gathered, masked
 from .autocast import outside_autocast
 from .regions import of_images
@@ -63,7 +63,7 @@ def attention_backward(
     lse: Tensor,
     gradients: Gradients[Tensor],
     needs_factor: bool = False,
-) -> SmallGradients[Tensor]:
+) -> chunks.SmallGradients:
     """Writes the gradients of queries, keys and values, and returns the other gradients.
 
     The same input always gives the same bits.
@@ -93,7 +93,7 @@ def attention_backward(
     return _of_all_parts(found)
 
 
-def _of_all_parts(found: Sequence[SmallGradients[Tensor]]) -> SmallGradients[Tensor]:
+def _of_all_parts(found: Sequence[chunks.SmallGradients]) -> chunks.SmallGradients:
     """Joins the gradients of all parts: concatenates those of the factor, adds up those of the padding."""
     if len(found) == 1:  # saves launches on a GPU
         return found[0]
@@ -103,7 +103,7 @@ def _of_all_parts(found: Sequence[SmallGradients[Tensor]]) -> SmallGradients[Ten
     if paddings:
         key = torch.stack([x.key for x in paddings]).sum(0)
         padding = Padding(key, torch.stack([x.value for x in paddings]).sum(0))
-    return SmallGradients(torch.cat(factors) if factors else None, padding)
+    return chunks.SmallGradients(torch.cat(factors) if factors else None, padding)
 
 
 def _parts(problem: RoutedAttention[Tensor], most_regions: int, is_masked: bool) -> Iterator[slice]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.lib.integers import cdiv
-from ...kernels.problem import RoutedAttention, statistic_dtype
+from ...kernels.problem import Padding, RoutedAttention, statistic_dtype
 from . import devices, efficient
 
 # On the CPU: the most elements of keys and values that a chunk of the backward gathers, and the most scores
@@ -61,6 +61,19 @@ class Kernel(NamedTuple):
     forward: Forward
     backward: Backward
     checked: Forward | None = None
+
+
+class SmallGradients(NamedTuple):
+    """Gradients that a backward returns besides those of the maps.
+
+    Attributes:
+        factor: `(N, G, P, topk)` float32: gradient of `factor`; without a factor, the gradient that a factor
+            of 1 would get. None unless asked for.
+        padding: gradients of `padding`, float32; None without padding.
+    """
+
+    factor: Tensor | None
+    padding: Padding[Tensor] | None
 
 
 def kernel_for(x: Tensor, qk_head_dim: int, v_head_dim: int) -> Kernel:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.problem import Gradients, Padding, RoutedAttention, SmallGradients, statistic_dtype
+from ...kernels.problem import Gradients, Padding, RoutedAttention, statistic_dtype
 from . import chunks
 from .regions import by_region, empty_map, flat_index, sum_over_padding, whole_map, write_map
 from .sums import Choices
@@ -46,7 +46,7 @@ def attend_backward(
     backward: chunks.Backward,
     most: int,
     needs_factor: bool,
-) -> SmallGradients[Tensor]:
+) -> chunks.SmallGradients:
     """As `attention.attention_backward`, in chunks of at most `most` query regions."""
     grid, n_graphs = problem.query_grid, problem.n_graphs
     *maps, lse_regions = (
@@ -81,7 +81,7 @@ def attend_backward(
     if grid.is_padded:
         gradients.query.copy_(grad_query[:, : grid.height, : grid.width])
     factor = None if grad_factor is None else grad_factor.flatten(2, 3)
-    return SmallGradients(factor, _write_keys_values(problem, gradients, grad_key, grad_value))
+    return chunks.SmallGradients(factor, _write_keys_values(problem, gradients, grad_key, grad_value))
 
 
 def _write_keys_values(

@@ -1,13 +1,29 @@
 """LePE of the torch backend: PyTorch's convolution, on any device and in any floating dtype."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.arrays import dense
-from ...kernels.problem import Lepe, LepeGradients, statistic_dtype
+from ...kernels.problem import Lepe, statistic_dtype
 from . import devices
 from .regions import sum_over_padding, without_padding
+
+
+class LepeGradients(NamedTuple):
+    """Gradients that the backward of LePE returns besides the values'; float32, or float64 if the map is.
+
+    Attributes:
+        weight: `(dim, 1, k, k)`; None unless asked for.
+        bias: `(dim,)`; None without a bias, or unless asked for.
+        fill: `(dim,)`; None without a fill.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    fill: Tensor | None
 
 
 def lepe_forward(attention: Tensor, lepe: Lepe[Tensor]) -> Tensor:
@@ -22,7 +38,7 @@ def lepe_forward(attention: Tensor, lepe: Lepe[Tensor]) -> Tensor:
 
 def lepe_backward(
     grad_out: Tensor, grad_value: Tensor, lepe: Lepe[Tensor], needs_weight_grad: bool = True
-) -> LepeGradients[Tensor]:
+) -> LepeGradients:
     """Adds the values' gradient to `grad_value` `(N, H, W, dim)`, and returns the other gradients."""
     height, width = lepe.grid.height, lepe.grid.width
     reach_height, reach_width = lepe.reach

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.grid import RegionGrid
-from ...kernels.problem import Gradients, Padding, RoutedAttention, SmallGradients, statistic_dtype
+from ...kernels.problem import Gradients, Padding, RoutedAttention, statistic_dtype
 from . import chunks, devices, efficient
 from .regions import sum_over_padding, whole_map
 
@@ -91,7 +91,7 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     gradients: Gradients[Tensor],
-) -> SmallGradients[Tensor] | None:
+) -> chunks.SmallGradients | None:
     """As `attention.attention_backward`; but on the CPU returns None if a gradient is not finite.
 
     A key or value that was not chosen may be the cause, and then the gradients are wrong. They are not
@@ -116,7 +116,7 @@ def attend_backward(
         target.copy_(whole[:, : kv_grid.height, : kv_grid.width])
         if problem.padding is not None:
             sums.append(sum_over_padding(whole, kv_grid))
-    return SmallGradients(None, Padding(*sums) if sums else None)
+    return chunks.SmallGradients(None, Padding(*sums) if sums else None)
 
 
 def _is_on_cpu(problem: RoutedAttention[Tensor]) -> bool:
