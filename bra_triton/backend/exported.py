@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..call import Call
+from .. import reference
+from ..call import Call, RegionalCall, Request
 from ..kernels.grid import RegionGrid
-from ..reference import ReferenceBackend
 from .torch.masked import is_cheaper_for
 
 # A mask is used only if the map has at most this many regions for each chosen one. With `n_win` regions a
@@ -28,14 +28,26 @@ _MOST_REGIONS_PER_CHOICE = 4
 _NOT_CHOSEN = -1e30
 
 
-class ExportedBackend(ReferenceBackend):
-    """Stands in for the fused backends while a graph is exported: the reference, but for `attend`."""
+class ExportedBackend:
+    """Stands in for the fused backends while a graph is exported; see `protocol.Backend`."""
 
     name = "exported"
+
+    def why_not(self, request: Request) -> str | None:
+        """Returns None: this backend serves every call."""
+        return None
 
     def attend(self, call: Call) -> Tensor:
         """See `Backend`."""
         return _attend(call)
+
+    def route(self, call: Call) -> tuple[Tensor, Tensor]:
+        """See `Backend`."""
+        return reference.route(call)
+
+    def attend_regional(self, call: RegionalCall) -> Tensor:
+        """See `Backend`."""
+        return reference.attend_regional(call)[0]
 
 
 def _attend(call: Call) -> Tensor:
