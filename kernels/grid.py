@@ -47,8 +47,8 @@ class RegionGrid:
             # for every result.
             if side < 1 or region_side < 1 or count < 1:
                 raise ValueError(
-                    f"map, regions and their number must be at least 1, got {name} {side} in {count} regions "
-                    f"of {region_side}"
+                    f"the map's {name}, the region size and the number of regions must be at least 1, got "
+                    f"{side}, {region_side} and {count}"
                 )
             if count * region_side < side:
                 raise ValueError(f"{count} regions of {region_side} do not cover a {name} of {side}")
@@ -73,10 +73,11 @@ class RegionGrid:
         rows, columns = n_win if isinstance(n_win, tuple) else (n_win, n_win)
         if rows < 1 or columns < 1:
             raise ValueError(f"n_win must be at least 1, got {n_win}")
-        if height < (1 if auto_pad else rows) or width < (1 if auto_pad else columns):
+        least = (1, 1) if auto_pad else (rows, columns)
+        if height < least[0] or width < least[1]:
             raise ValueError(
-                f"every one of the {rows} x {columns} regions (n_win={n_win}) needs a token, "
-                f"got a map of {height} x {width}"
+                f"the map must be at least {least[0]} x {least[1]} tokens with n_win={n_win} and "
+                f"auto_pad={auto_pad}, got {height} x {width}"
             )
         if not auto_pad and (height % rows or width % columns):
             raise ValueError(

@@ -49,7 +49,7 @@ def folder() -> Path:
         return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bra_triton")).expanduser()
     except RuntimeError as error:
         fallback = Path(tempfile.gettempdir(), "bra_triton")
-        _warn(f"the cache of tiles is {fallback / 'tuned.json'}: {error}")
+        _warn(f"no home folder ({error}); the cache of tiles is {fallback / 'tuned.json'}")
         return fallback
 
 
@@ -88,7 +88,7 @@ def read(card: str) -> dict[Key, Entry]:
     except FileNotFoundError:
         return {}
     except _NOT_UNDERSTOOD as error:
-        _warn(f"ignoring {source}, which is no readable cache of tiles: {error}")
+        _warn(f"ignoring {source}, which is not a readable cache of tiles: {error}")
         return {}
     here = {kernel: circumstances(card, kernel) for kernel in KERNELS}
     entries, refusals = {}, []
@@ -101,11 +101,14 @@ def read(card: str) -> dict[Key, Entry]:
         if here[key.kernel].items() <= row.items():
             entries[key] = entry
     if refusals:
-        _warn(f"ignoring {len(refusals)} of {len(rows)} entries of {source}, the first since {refusals[0]}")
+        _warn(
+            f"ignoring {len(refusals)} of {len(rows)} entries of {source}; the first one because: "
+            f"{refusals[0]}"
+        )
     elif rows and not entries:
         _warn(
             f"{source} holds nothing measured on {card} with torch {torch.__version__}, Triton "
-            f"{triton_version()} and these kernels; using the shipped tiles (bra-autotune measures anew)"
+            f"{triton_version()} and these kernels; using the shipped tiles (run bra-autotune to measure)"
         )
     return entries
 
@@ -131,7 +134,10 @@ def update(card: str, entries: Mapping[Key, Entry]) -> None:
             names = (target.with_suffix(f".{number}.json") for number in count(1))
             aside = next(name for name in names if not name.exists())
             target.rename(aside)
-            _warn(f"{target} is kept as {aside.name}, and a new one begun: {error}")
+            _warn(
+                f"{target} cannot be extended ({error}); it was renamed to {aside.name}, and a new file is "
+                "written"
+            )
             text = format_rows({"format": _FORMAT}, rows)
         write_whole(target, text)
 

@@ -190,7 +190,7 @@ def parse_entry(row: Mapping[str, Any]) -> tuple[Key, Entry]:
     except ValueError as error:
         raise ValueError(f"a tile's entry is impossible: {error}: {row}") from error
     if tile.exp_share and key.bits == 32:
-        raise ValueError(f"exp_share is too inexact for float32: {row}")
+        raise ValueError(f"exp_share must be 0 with 32 bits, because it is too inexact for float32: {row}")
     try:
         cost = None if row["cost"] is None else float(row["cost"])
     except OverflowError as error:

@@ -161,7 +161,7 @@ def test_what_is_no_file_is_set_aside(make, caplog):
     make(tile_cache.path())
     assert tile_cache.read(CARD) == tile_cache.read(CARD) == {}
     (warning,) = warnings(caplog)
-    assert f"{tile_cache.path()}, which is no readable cache of tiles: it is not a file" in warning
+    assert f"{tile_cache.path()}, which is not a readable cache of tiles: it is not a file" in warning
     tile_cache.update(CARD, {KEY: ENTRY})
     assert tile_cache.read(CARD) == {KEY: ENTRY}
     assert (tile_cache.folder() / "tuned.1.json").exists()
@@ -294,7 +294,7 @@ def test_what_was_measured_elsewhere_is_ignored_with_one_warning(foreign, caplog
     assert tile_cache.read(CARD) == {}
     assert tile_cache.read(CARD) == {}
     assert len(warnings(caplog)) == 1
-    assert "bra-autotune measures anew" in warnings(caplog)[0]
+    assert "run bra-autotune to measure" in warnings(caplog)[0]
 
 
 def test_a_card_gets_its_own_measurements_before_the_shipped_tiles(monkeypatch):

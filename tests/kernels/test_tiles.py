@@ -159,7 +159,7 @@ def test_a_table_survives_its_file():
 
 def test_float32_takes_no_inexact_exponentials():
     row = tile_table.entry_row(Key(tiles.FORWARD, 32, 32, 128), Entry(Tile(64, 64, 4, 2, exp_share=8)))
-    with pytest.raises(ValueError, match="exp_share is too inexact for float32"):
+    with pytest.raises(ValueError, match="exp_share must be 0 with 32 bits"):
         tile_table.parse_entry(row)
 
 
