@@ -188,7 +188,7 @@ class Call:
         if self.calls:
             return
         if not isinstance(down, KVDownsampling | None):
-            raise TypeError(f"kv_downsampling must be what downsampling.build makes, got {down!r}")
+            raise TypeError(f"kv_downsampling must be a module made by downsampling.build, got {down!r}")
         if down is not None and (down.qk_dim, down.dim) != (spec.qk_dim, spec.dim):
             raise ValueError(
                 f"kv_downsampling must be for qk_dim={spec.qk_dim} and dim={spec.dim}, got {down.qk_dim} and "
@@ -331,7 +331,7 @@ def _grid(name: str, x: Tensor, size_name: str, region_size: Any, auto_pad: bool
     grid = RegionGrid.of_region_size(x.shape[2], x.shape[3], (height, width))
     if grid.is_padded and not auto_pad:
         raise ValueError(
-            f"{name}'s height and width must be multiples of {size_name}={(height, width)} where "
+            f"{name}'s height and width must be multiples of {size_name}={(height, width)} if "
             f"auto_pad=False, got {x.shape[2]} x {x.shape[3]}"
         )
     return grid

@@ -78,7 +78,7 @@ def _check_layers(original: nn.Module, ours: nn.Module) -> None:
     tensors = [dict(m.named_parameters()).keys() | dict(m.named_buffers()).keys() for m in (original, ours)]
     if different := sorted(tensors[0] ^ tensors[1]):
         raise NotTheSameError(
-            f"parameters or buffers that only one of it and ours has: {', '.join(different)}"
+            f"only the original or only our module has these parameters or buffers: {', '.join(different)}"
         )
     shared = dict(ours.named_modules())
     for name, layer in original.named_modules():
@@ -104,8 +104,8 @@ def _class_for(original: nn.Module) -> type[nn.Module]:
                 differs = reason_of(error)
             if differs is None:
                 return kind
-            failures.append(f"beside {kind.__name__}, {differs}")
-    raise NotTheSameError(f"it does not compute what ours do: {'; '.join(failures)}")
+            failures.append(f"compared with {kind.__name__}, {differs}")
+    raise NotTheSameError(f"no module of ours computes the same: {'; '.join(failures)}")
 
 
 def _trial_copy(original: nn.Module) -> nn.Module:
@@ -138,7 +138,7 @@ def _difference(trial: nn.Module, ours: Any) -> str | None:
         ]
         for name, expected, actual in zip(names, *outcomes, strict=True):
             if actual.shape != expected.shape:
-                return f"{name} is {tuple(expected.shape)}, by ours {tuple(actual.shape)}"
+                return f"{name} has shape {tuple(expected.shape)}, ours {tuple(actual.shape)}"
             error = torch.linalg.vector_norm(actual - expected)
             if not error <= TOLERANCE * (1 + torch.linalg.vector_norm(expected)):
                 return f"{name} differs in {'training' if training else 'eval'}"

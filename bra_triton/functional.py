@@ -230,7 +230,7 @@ def _dims_of(channels: int, qk_dim: int | None) -> tuple[int, int]:
     if qk_dim is None:
         if channels % 3:
             raise ValueError(
-                f"qk_dim must be given where qkv's channels are no multiple of 3, got {channels}"
+                f"qk_dim must be given if qkv's channels are not a multiple of 3, got {channels}"
             )
         qk_dim = channels // 3
     qk_dim = whole("qk_dim", qk_dim)

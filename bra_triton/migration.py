@@ -160,4 +160,4 @@ def _check_forward(original: nn.Module, subclasses: bool) -> None:
             "result is the same"
         )
     if any(hooks for name, hooks in vars(original).items() if "state_dict" in name):
-        raise NotTheSameError("it has hooks on its state_dict, which are tied to the module")
+        raise NotTheSameError("it has hooks on its state_dict, which cannot be moved to another module")

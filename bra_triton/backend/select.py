@@ -49,8 +49,8 @@ def select(name: str, request: Request) -> Backend:
     # Also if another backend was named: profilers put hooks on every layer, and must not make calls fail.
     if request.calls:
         _log_once(
-            f"calling {request.calls}, which is hooked or was replaced, takes backend 'reference', which "
-            "gathers keys and values",
+            "backend 'reference', which gathers keys and values, is used: only it calls a router or kv_down "
+            f"that has a hook or was replaced, here {request.calls}",
             logging.WARNING,
         )
         return BACKENDS[ReferenceBackend.name]
@@ -65,7 +65,7 @@ def select(name: str, request: Request) -> Backend:
         reason = backend.why_not(request)
         if reason is None:
             return backend
-        _log_once(f"backend {backend.name!r} is passed over: {reason}", logging.INFO)
+        _log_once(f"backend {backend.name!r} is skipped: {reason}", logging.INFO)
     raise AssertionError("the torch backend serves everything")
 
 

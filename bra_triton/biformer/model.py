@@ -130,7 +130,10 @@ class BiFormer(nn.Module):
         super().__init__()
         _check_stages(depth, embed_dim, topks, head_dim)
         if attention and max(topks) < 1:
-            raise ValueError(f"topks={topks} routes no stage, so these have no effect: {[*attention]}")
+            raise ValueError(
+                f"no stage of topks={topks} is routed, so these attention arguments have no effect: "
+                f"{[*attention]}"
+            )
         _check_number("drop_path_rate", drop_path_rate, 0, 1)
         _check_number("layer_scale_init_value", layer_scale_init_value, -math.inf, math.inf)
         _check_number("mlp_ratio", mlp_ratio, 1 / min(embed_dim), math.inf)

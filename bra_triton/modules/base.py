@@ -17,8 +17,8 @@ from ..reference import padded
 from ..spec import AttentionSpec
 from .inputs import apply
 
-FIXED_BY_PARAMETERS = "it shapes the parameters; give it to the constructor"
-NEVER_CALLED = "no backend would call it"
+FIXED_BY_PARAMETERS = "it determines the parameters' shapes; pass it to the constructor"
+NEVER_CALLED = "no backend calls it, so it would have no effect"
 # Attributes that must hold a module. Only `lepe` can also be None: no LePE, for which the original stores a
 # function.
 _LAYERS = ("lepe", "qkv", "wo", "router", "kv_down", "qkv_linear", "output_linear")

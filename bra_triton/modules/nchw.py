@@ -158,7 +158,7 @@ def _grid_of(height: int, width: int, windows: tuple[int, int], auto_pad: bool) 
     if not auto_pad and (height < windows[0] or width < windows[1]):
         raise ValueError(
             f"the map must be at least {windows[0]} x {windows[1]} tokens (n_win), got {height} x {width}; "
-            "auto_pad=True takes smaller ones"
+            "auto_pad=True accepts smaller maps"
         )
     region_height, region_width = larger(height // windows[0], 1), larger(width // windows[1], 1)
     # Every side has at least `smaller(...)` regions, so this `larger` changes no number. It is here to tell

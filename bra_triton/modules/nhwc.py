@@ -127,7 +127,7 @@ class BiLevelRoutingAttention(Attention):
                 "kv_downsample_kernel",
                 "kv_downsample_kenel",
             ),
-            "it is that of kv_down; replace kv_down by what downsampling.build makes",
+            "kv_down holds this setting; replace kv_down by the result of downsampling.build(...)",
         ),
         "kv_gather": NEVER_CALLED,
     }

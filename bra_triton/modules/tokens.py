@@ -56,8 +56,8 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
             is_causal = flag("is_causal", is_causal)
         if attn_mask is not None or is_causal:
             raise ValueError(
-                "attn_mask must be None and is_causal False, as the routing chooses what is attended to, got "
-                f"attn_mask={attn_mask!r} and is_causal={is_causal!r}"
+                "attn_mask must be None and is_causal False, because the routing decides which tokens are "
+                f"attended to, got attn_mask={attn_mask!r} and is_causal={is_causal!r}"
             )
         return super().forward(x, ret_attn_mask)
 
@@ -69,8 +69,8 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
         height, width = self.size or (side, side)
         if x.shape[1] != height * width:
             raise ValueError(
-                f"x must have the {height} x {width} tokens of the map, got {x.shape[1]}; `size` gives "
-                "another map's height and width, and a class token has no place on it"
+                f"x must have the {height} x {width} tokens of the map, got {x.shape[1]}; for a map that is "
+                "not square pass its height and width as `size`; a class token is not part of the map"
             )
         return x.reshape(x.shape[0], height, width, x.shape[2])
 

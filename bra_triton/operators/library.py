@@ -143,7 +143,9 @@ def by_sample(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
         if not info.batch_size:
-            raise RuntimeError("the fused backends need a sample under torch.func.vmap, got a batch of none")
+            raise RuntimeError(
+                "the fused backends need at least one sample under torch.func.vmap, got an empty batch"
+            )
 
         def sample(x: Any, dim: int | None, index: int) -> Any:
             return x if dim is None else x.select(dim, index)
@@ -181,11 +183,15 @@ def _has_tangent(x: Tensor) -> bool:
     return functorch.is_functorch_wrapped_tensor(x) and _has_tangent(functorch.get_unwrapped(x))
 
 
-_NO_FORWARD_MODE = "the fused backends have no forward-mode differentiation; backend='reference' has"
+_NO_FORWARD_MODE = (
+    "the fused backends have no forward-mode differentiation; use backend='reference', which supports it"
+)
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError("the fused backends have no second derivatives; backend='reference' has")
+    raise RuntimeError(
+        "the fused backends have no second derivatives; use backend='reference', which supports them"
+    )
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):

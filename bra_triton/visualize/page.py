@@ -39,7 +39,7 @@ def build(picture: Picture, layers: list[LayerAttention], place: tuple[float, fl
         listed = ", ".join(f"{layer.name}: {layer.weights.numel() / 2**20:.0f} MiB" for layer in layers)
         raise ValueError(
             f"layers must have at most {MOST_BYTES / 2**20:.0f} MiB of attention weights for a page, "
-            f"got {size / 2**20:.0f} ({listed}); choose fewer, or a smaller image"
+            f"got {size / 2**20:.0f} ({listed}); choose fewer layers or a smaller image"
         )
     data = {
         "picture": _jpeg(picture),

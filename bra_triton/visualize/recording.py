@@ -135,11 +135,12 @@ def record(
     if not attentions:
         raise ValueError(
             "model must hold a BiLevelRoutingAttention or NCHWBiLevelRoutingAttention, got a "
-            f"{type(network).__name__} without; bra_triton.replace_attention puts them in place of others'"
+            f"{type(network).__name__} without one; bra_triton.replace_attention replaces other "
+            "implementations by them"
         )
     chosen = choose([*attentions], layers)
     if network is model and not isinstance(image, Tensor):
-        raise TypeError(f"image must be a tensor for a model that is no YOLO, got {type(image).__name__}")
+        raise TypeError(f"image must be a tensor for a model that is not a YOLO, got {type(image).__name__}")
     if isinstance(image, Tensor) and image.dim() == 3:
         image = image[None]
 

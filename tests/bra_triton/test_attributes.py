@@ -93,16 +93,16 @@ def test_the_router_follows_the_attention():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("dim", "dim cannot be set, got 7: it shapes the parameters"),
+        ("dim", "dim cannot be set, got 7: it determines the parameters' shapes"),
         ("qk_dim", "qk_dim cannot be set"),
         ("param_attention", "param_attention cannot be set"),
         ("param_routing", "param_routing cannot be set"),
         (
             "kv_downsample_mode",
-            "kv_downsample_mode cannot be set, got 7: it is that of kv_down; replace kv_down",
+            "kv_downsample_mode cannot be set, got 7: kv_down holds this setting; replace kv_down",
         ),
         ("kv_per_win", "kv_per_win cannot be set"),
-        ("kv_gather", "kv_gather cannot be set, got 7: no backend would call it"),
+        ("kv_gather", "kv_gather cannot be set, got 7: no backend calls it"),
         ("attn_act", "attn_act cannot be set"),
         ("router.topk", "topk cannot be set, got 7: set it on the attention"),
         ("router.scale", "scale cannot be set"),

@@ -301,7 +301,7 @@ def test_arguments_of_the_attention_reach_every_routed_stage():
         ({"mlp_ratio": 0.01}, "mlp_ratio must be a number from 0.0625 to under inf, got 0.01"),
         ({"layer_scale_init_value": float("nan")}, "layer_scale_init_value must be .* got nan"),
         ({"side_dwconv": 2}, "side_dwconv must be 0 or an odd kernel size, got 2"),
-        ({"topks": (-1, -1, -2, -2), "soft_routing": True}, r"routes no stage.*\['soft_routing'\]"),
+        ({"topks": (-1, -1, -2, -2), "soft_routing": True}, r"no stage of .* is routed.*\['soft_routing'\]"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

@@ -66,7 +66,7 @@ NOT_REPLACED = {
     "the same output, another gradient": (lambda: paste(detached), "the gradient of the map differs"),
     "another shape": (
         lambda: paste(lambda self, x: original.forward(self, x)[:1]),
-        "the output is (1, 4, 6, 12), by ours (2, 4, 6, 12)",
+        "the output has shape (1, 4, 6, 12), ours (2, 4, 6, 12)",
     ),
     "two results": (
         lambda: paste(lambda self, x: (original.forward(self, x), None)),
@@ -74,11 +74,11 @@ NOT_REPLACED = {
     ),
     "one more parameter": (
         lambda: with_(lambda m: m.register_parameter("gamma", nn.Parameter(torch.ones(12)))),
-        "only one of it and ours has: gamma",
+        "these parameters or buffers: gamma",
     ),
     "one more buffer": (
         lambda: with_(lambda m: m.register_buffer("mean", torch.ones(12), persistent=False)),
-        "only one of it and ours has: mean",
+        "these parameters or buffers: mean",
     ),
     "LePE by a function": (
         lambda: with_(lambda m: setattr(m, "lepe", torch.ones_like), side_dwconv=0),
@@ -94,7 +94,7 @@ NOT_REPLACED = {
     ),
     "a scale that is learnt": (
         lambda: with_(lambda m: (delattr(m, "scale"), setattr(m, "scale", nn.Parameter(torch.ones(()))))),
-        "only one of it and ours has: scale",
+        "these parameters or buffers: scale",
     ),
     "a setting that ours does not have": (
         lambda: with_(lambda m: setattr(m, "param_attention", "none")),
@@ -110,7 +110,7 @@ NOT_REPLACED = {
         lambda: paste(routes_to_the_first, router=None),
         "the output differs in training",
     ),
-    "padding that it does not own to": (
+    "padding without auto_pad=True": (
         lambda: paste(pads_always),
         "it takes maps that need padding, although it has no auto_pad=True",
     ),
@@ -124,12 +124,12 @@ NOT_REPLACED = {
     ),
     "NHWC in, NCHW out": (
         lambda: paste(lambda self, x: original.forward(self, x).permute(0, 3, 1, 2)),
-        "beside BiLevelRoutingAttention, the output is (2, 12, 4, 6), by ours (2, 4, 6, 12); "
-        "beside PermutedBiLevelRoutingAttention, RuntimeError: mat1 and mat2",
+        "compared with BiLevelRoutingAttention, the output has shape (2, 12, 4, 6), ours (2, 4, 6, 12); "
+        "compared with PermutedBiLevelRoutingAttention, RuntimeError: mat1 and mat2",
     ),
     "the authors' NCHW class with another LePE": (
         lambda: AuthorsNCHW(**SIZE, lepe=torch.ones_like),
-        "beside NCHWBiLevelRoutingAttention, the output differs",
+        "compared with NCHWBiLevelRoutingAttention, the output differs",
     ),
 }
 

@@ -101,7 +101,7 @@ def test_any_strides_serve(backend, device):
         assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(actual, expected, strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="waiting for a device needs one")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_graph_on_a_gpu_is_looked_at_on_demand_alone(backend, device, monkeypatch):
     monkeypatch.delenv("BRA_TRITON_CHECK", raising=False)

@@ -166,11 +166,11 @@ WRONG = {
     "kv_region_size": ({"kv_region_size": (2.0, 3)}, r"kv_region_size must be two ints .*, got \(2.0, 3\)"),
     "auto_pad": (
         {"region_size": (3, 3), "auto_pad": False},
-        r"query's .* multiples of region_size=\(3, 3\) where auto_pad=False, got 4 x 6",
+        r"query's .* multiples of region_size=\(3, 3\) if auto_pad=False, got 4 x 6",
     ),
     "kv_auto_pad": (
         {"kv_region_size": (2, 4), "auto_pad": False},
-        r"key's .* multiples of kv_region_size=\(2, 4\) where auto_pad=False, got 4 x 6",
+        r"key's .* multiples of kv_region_size=\(2, 4\) if auto_pad=False, got 4 x 6",
     ),
     "graph_dim": (
         {"region_graph": torch.zeros(1, 4, 2).long()},

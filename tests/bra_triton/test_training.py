@@ -134,7 +134,7 @@ def test_a_second_derivative_is_refused_not_zero(path, name, backend, device):
         x.requires_grad_()
         (first,) = torch.autograd.grad(module(x), x, grad_out, create_graph=True)
         assert torch.equal(first, expected)
-        with pytest.raises(RuntimeError, match="no second derivatives; backend='reference' has"):
+        with pytest.raises(RuntimeError, match="no second derivatives; use backend='reference'"):
             torch.autograd.grad(first.square().sum(), x)
 
     if path == "eager":

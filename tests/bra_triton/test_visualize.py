@@ -123,7 +123,7 @@ def test_layers_are_chosen_by_position_and_name(layers, names):
     [
         ((None, IMAGE), TypeError, "model must be an nn.Module or a YOLO of Ultralytics, got None"),
         ((nn.Conv2d(3, 3, 1), IMAGE), ValueError, "model must hold a BiLevelRoutingAttention or"),
-        ((network(), "bus.jpg"), TypeError, "image must be a tensor for a model that is no YOLO, got str"),
+        ((network(), "bus.jpg"), TypeError, "image must be a tensor for a model that is not a YOLO, got str"),
         ((network(), IMAGE.expand(2, -1, -1, -1)), ValueError, "image must be one image, got 2"),
         ((network(), IMAGE, ["model.9"]), ValueError, r"got 'model.9':\n  0: 2\n  1: 3"),
         (
@@ -191,7 +191,7 @@ def test_a_page_of_too_many_weights_is_refused(monkeypatch):
         attention_page(network(), IMAGE)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_page_follows_the_pointer_in_a_browser(tmp_path):
     model = network(
         attention(PermutedBiLevelRoutingAttention, kv_downsample_mode="ada_avgpool", kv_per_win=2)
