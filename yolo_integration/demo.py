@@ -72,8 +72,10 @@ def parser(command: str, description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
     made.add_argument("--epochs", type=int, default=STEPS, help="training steps: a batch holds all photos")
     made.add_argument("--imgsz", type=int, default=IMAGE_SIZE, help="side of the training images in pixels")
-    made.add_argument("--seed", type=int, default=0, help="of the weights")
-    made.add_argument("--required-map50", type=float, default=LEAST_MAP50, help="fail under this mAP50")
+    made.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
+    made.add_argument(
+        "--required-map50", type=float, default=LEAST_MAP50, help="exit with status 1 if mAP50 is lower"
+    )
     return made
 
 

@@ -94,7 +94,7 @@ def _warn_of_padding(height: int, width: int, rows: int, columns: int, topk: int
     share = _share_of_padding(height, width, rows, columns)
     if share > MOST_PADDING:
         better = _advised_n_win(height, topk), _advised_n_win(width, topk)
-        least, advice = _share_of_padding(height, width, *better), "Choose an n_win that divides it"
+        least, advice = _share_of_padding(height, width, *better), "Choose an n_win that divides the map"
         if least < share:
             n_win = better[0] if better[0] == better[1] else list(better)
             advice = f"With n_win: {n_win} it would be {least:.0%}"

@@ -173,7 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Write the data set and the drawings of its boxes, and print where the photographs come from."""
     command = "python -m bra_triton.yolo_integration.photo_dataset"
     parser = argparse.ArgumentParser(prog=command, description=main.__doc__)
-    parser.add_argument("out_dir", type=Path, help="for the data set; the drawings go to OUT_DIR/drawings")
+    parser.add_argument(
+        "out_dir", type=Path, help="folder of the data set; the drawings go to OUT_DIR/drawings"
+    )
     root = parser.parse_args(arguments).out_dir
     data = write_photo_dataset(root)
     drawings = draw_boxes(root, root / "drawings")

@@ -82,7 +82,10 @@ def report(source: nn.Module, target: nn.Module) -> None:
         return
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in new))
     rest = f" and {len(layers) - MOST_NAMES} more layers" if len(layers) > MOST_NAMES else ""
-    LOGGER.info(f"{len(new)} items have no counterpart and stay new: {', '.join(layers[:MOST_NAMES])}{rest}")
+    LOGGER.info(
+        f"{len(new)} tensors have no counterpart in the weights and keep their initial values: "
+        f"{', '.join(layers[:MOST_NAMES])}{rest}"
+    )
 
 
 def _shapes(model: Any) -> list[Shapes]:

@@ -42,20 +42,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("bra-visualize", description=__doc__.split("\n\n")[0])
     parser.add_argument("image", metavar="IMAGE", type=Path, help="a picture")
     parser.add_argument(
-        "--weights", type=Path, required=True, help="a model: best.pt, or a yaml to see one untrained"
+        "--weights", type=Path, required=True, help="a model: best.pt, or a yaml, for an untrained model"
     )
     parser.add_argument(
         "--layer",
         action="append",
         metavar="L",
-        help="an attention layer: its position from 0, its name, or the beginning of names, as model.10; may "
-        "be given several times; all by default",
+        help="an attention layer: its position from 0, its name, or the beginning of names, such as "
+        "model.10; may be given several times; all by default",
     )
     parser.add_argument(
         "--point",
         type=_point,
         metavar="X,Y",
-        help="query point in the picture's pixels; by default the centre of the surest prediction",
+        help="query point in the picture's pixels; by default the centre of the prediction with the "
+        "highest confidence",
     )
     parser.add_argument("--html", action="store_true", help="a page in which the pointer is the query point")
     parser.add_argument("--out", type=Path, help="file to write; IMAGE-attention.png or .html by default")

@@ -203,7 +203,7 @@ def _by_name(name: str, channels: list[Any], arguments: list[Any], own: list[str
         _refuse_positions(channels, given, mappings, allowed)
     if len(given) > len(positional):
         raise ValueError(
-            f"{len(given)} positional arguments; allowed are {len(positional)}: {', '.join(positional)}"
+            f"at most {len(positional)} arguments go by position, {', '.join(positional)}; got {len(given)}"
         )
     named = dict(zip(positional, given, strict=False))
     for mapping in mappings:
@@ -221,7 +221,7 @@ def _check_name(key: Any, allowed: list[str], named: Mapping[str, Any]) -> None:
     if key not in allowed:
         raise ValueError(f"unknown argument {key!r}; allowed are {', '.join(allowed)}")
     if key in named:
-        raise ValueError(f"argument {key!r} is given twice, as {named[key]!r} before")
+        raise ValueError(f"argument {key!r} is given twice, the first time as {named[key]!r}")
 
 
 def _refuse_channel_count(given: list[Any], mappings: list[Any]) -> None:
@@ -245,7 +245,7 @@ def _refuse_positions(channels: list[Any], given: list[Any], mappings: list[Any]
     hint = "" if channels or not _is_channel_count(given[0]) else "rows need no channel count, and "
     raise ValueError(
         f"{hint}arguments of this block go by name, got {given}; write {channels + ratios[:1] + mappings}, "
-        f"and what else is to be set in a mapping, such as {{topk: 4}}; allowed are {', '.join(allowed)}"
+        f"and give all other arguments in a mapping, such as {{topk: 4}}; allowed are {', '.join(allowed)}"
     )
 
 

@@ -79,7 +79,7 @@ def test_much_padding_is_warned_of_once_in_training(build, monkeypatch: pytest.M
     build(8, {"n_win": 7, "topk": 20}).train()(torch.randn(1, 8, 12, 12))
     assert "With n_win: 6 it would be 0%" in warnings[2]  # not 4: 16 regions are fewer than topk
     build(8, {"n_win": 3, "topk": 1}).train()(torch.randn(1, 8, 2, 2))
-    assert "Choose an n_win that divides it;" in warnings[3]  # 4 would pad more
+    assert "Choose an n_win that divides the map;" in warnings[3]  # 4 would pad more
 
 
 def test_an_advised_n_win_pads_little_at_every_size() -> None:

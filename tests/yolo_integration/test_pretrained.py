@@ -42,12 +42,13 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _check_transfer(model: torch.nn.Module, log: str) -> None:
-    """Of 702 items 12 stay new: weight and bias of each of the six layers in the two attention modules."""
+    """12 of 702 tensors keep their initial values: weight and bias of six layers in two attention modules."""
     new = [name for name, value in model.state_dict().items() if not (value == 3).all()]
     assert len(new) == 12
     assert all(".attn." in name for name in new)
     assert "Transferred 690/702 items" in log
-    assert "12 items have no counterpart and stay new: model.10.m.0.attn.attn.lepe, " in log
+    assert "12 tensors have no counterpart in the weights" in log
+    assert "keep their initial values: model.10.m.0.attn.attn.lepe, " in log
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_load_transfers_a_stock_checkpoint_by_structure(stock: str, log) -> None
     log.clear()
     YOLO("yolo26n-bra.yaml", verbose=False).load(model.model)
     assert "Transferred 702/702" in log.text
-    assert "stay new" not in log.text
+    assert "keep their initial values" not in log.text
 
 
 def test_training_starts_from_a_stock_checkpoint_by_structure(
@@ -84,4 +85,4 @@ def test_training_starts_from_a_stock_checkpoint_by_structure(
 def test_a_stock_model_loads_as_before(stock: str, log) -> None:
     YOLO("yolo26n.yaml", verbose=False).load(stock)
     assert "Transferred 708/708" in log.text
-    assert "stay new" not in log.text
+    assert "keep their initial values" not in log.text

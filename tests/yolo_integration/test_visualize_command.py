@@ -72,7 +72,7 @@ def test_the_command_writes_a_picture_without_a_display(image, trained, capsys, 
         assert np.asarray(picture).std() > 10
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_command_writes_a_page(image, trained, tmp_path):
     out = tmp_path / "page.html"
     arguments = [str(image), "--weights", str(trained / "best.pt"), "--imgsz", "64", "--html"]
