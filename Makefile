@@ -30,14 +30,14 @@ test: test-interpreted test-compiled  ## all tests; no GPU needed
 test-interpreted: setup  ## the tests without the compiled ones; kernels run under Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST)
 
-test-compiled: setup  ## the tests that compile the kernels, for GPUs that need not be there
+test-compiled: setup  ## the tests that compile the kernels, for several architectures; no GPU needed
 	TRITON_INTERPRET=0 $(PYTEST) -m compiled
 
 # The environment of PYTHON needs pytest, hypothesis and Ultralytics besides the package's own requirements.
 # With Triton 3.6 it needs a NumPy before 2.4, which removed functions that Triton's interpreter uses.
 # This target has passed with Python 3.10, PyTorch 2.8.0, Triton 3.4.0, einops 0.8.0; with 3.12, 2.10.0,
 # 3.6.0, 0.8.2; and with 3.13, 2.14.1, 3.8.0, 0.8.2.
-smoke:  ## what an environment of other versions is tried with, PYTHON=...: every backend, the compiler, YOLO's rows
+smoke:  ## a selection of the tests in another environment, PYTHON=...: every backend, the compiler, YOLO's rows
 	TRITON_INTERPRET=1 $(PYTHON) bench/in_tree.py pytest -q $(addprefix tests/, bra_triton/test_seed.py \
 		bra_triton/test_backends.py yolo_integration/test_modules.py yolo_integration/test_yaml_rows.py)
 	TRITON_INTERPRET=0 $(PYTHON) bench/in_tree.py pytest -q tests/kernels/test_plan_cache.py \

@@ -67,7 +67,10 @@ def predict(args: argparse.Namespace, arch: str) -> None:
         entry = table.entries[key]
         print(f"{arch} {key}: takes {entry.tile}, {entry.cost}")
     for key in spilling:
-        print(f"{arch} {key}: nothing fits without spills; takes the cheapest that spills")
+        print(
+            f"{arch} {key}: every configuration spills, or none compiles; the cheapest that spills is used, "
+            "if there is one and no tile was measured"
+        )
     _write_table(table, args.output)
 
 
@@ -123,7 +126,13 @@ def _parser() -> argparse.ArgumentParser:
         "bra-autotune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--dtype", nargs="+", choices=DTYPES, default=["float16"], help="float16 also serves bfloat16")
+    add(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=["float16"],
+        help="tiles for float16 also serve bfloat16",
+    )
     add("--kernel", nargs="+", choices=tiles.KERNELS, default=list(tiles.KERNELS))
     shipped = Path(tile_table.__file__).parent / "tuned"
     add("--output", type=Path, default=shipped, help="folder of the tables that --arch and --save write")
@@ -132,15 +141,19 @@ def _parser() -> argparse.ArgumentParser:
     timed = parser.add_argument_group("on a GPU").add_argument
     timed("--problem", nargs="+", choices=MODELS, default=list(MODELS))
     sizes = ("N", "H", "W", "DIM")
-    timed("--shape", nargs=4, type=count, metavar=sizes, help="one map instead of these problems, with:")
+    shape_help = "time a map of this size instead of --problem; needs --num-heads, --n-win and --topk"
+    timed("--shape", nargs=4, type=count, metavar=sizes, help=shape_help)
     for name in ("--num-heads", "--n-win", "--topk"):
         timed(name, type=int)
-    timed("--routing-weight", choices=("none", "soft", "hard"), default="none", help="of every problem")
-    timed("--refine", action="store_true", help="time what launches get so far, and its variants, alone")
+    weight_help = "routing weight of the problems of --problem or --shape"
+    timed("--routing-weight", choices=("none", "soft", "hard"), default="none", help=weight_help)
+    timed("--refine", action="store_true", help="time only the tiles in use and their variants")
     timed("--save", action="store_true", help="also write the shipped table of the card's architecture")
 
     predicted = parser.add_argument_group("without a GPU").add_argument
-    predicted("--arch", nargs="+", choices=HARDWARE, help="predict for these instead of timing")
+    predicted(
+        "--arch", nargs="+", choices=HARDWARE, help="predict tables of these architectures instead of timing"
+    )
     predicted("--head-dim", nargs="+", type=int, choices=tiles.HEAD_DIMS, default=list(tiles.HEAD_DIMS))
     return parser
 

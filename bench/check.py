@@ -152,14 +152,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("check", __doc__, has_json=False)
     add = parser.add_argument
     add("--out", type=Path, help="folder (default: runs/bench/results/CARD-DATE)")
-    add("--budget-seconds", type=float, default=840.0, help="of the whole (default: 840)")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, tiny and interpreted")
-    add("--parts", nargs="+", choices=PARTS, help="in this order (default: all)")
+    add("--budget-seconds", type=float, default=840.0, help="time limit of the whole run (default: 840)")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, tiny maps, interpreted")
+    add("--parts", nargs="+", choices=PARTS, help="parts to run, in the order given (default: all)")
     workers = max(1, min(14, (os.cpu_count() or 1) - 2))  # each has a GPU context of half a GiB
-    add("--workers", type=count, default=workers, help="checks beside each other")
+    add("--workers", type=count, default=workers, help="checks that run at the same time")
     options = parser.parse_args(arguments)
     if not (ROOT / "pyproject.toml").is_file():
-        parser.error(f"it runs the tests of a clone of the repository, and {ROOT} is none")
+        parser.error(f"check needs a clone of the repository with its tests; {ROOT} is not one")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here; --device cpu rehearses without one")
     chosen, options.parts, options.notes = options.parts or PARTS, [], []

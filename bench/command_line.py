@@ -9,13 +9,13 @@ import bra_triton
 
 # Module and purpose. A module is imported only when its command is called: some need optional packages.
 COMMANDS = {
-    "host": ("host", "what a call costs the CPU, beside plain attention; needs no GPU"),
+    "host": ("host", "CPU time of a call beside that of plain attention; needs no GPU"),
     "peers": ("peer_times", "time and memory beside FlexAttention, dense attention and the einops reference"),
     "growth": ("growth", "how time and memory grow with the map, topk and batch: tables and a plot"),
     "models": ("models", "whole models beside the einops reference and the stock YOLO26: time and memory"),
     "exports": ("exports", "the module in ONNX Runtime and OpenVINO, beside the reference's export"),
     "report": ("kernel_report", "registers, spills, issue slots and bounds of every kernel; needs no GPU"),
-    "kernel-times": ("kernel_times", "on a GPU: what every kernel takes, beside its bound"),
+    "kernel-times": ("kernel_times", "on a GPU: time of every kernel beside its bound"),
     "large-map": ("large_map", "1 x 20 x 600 x 500 on the CPU: time and peak memory"),
     "yolo-costs": ("yolo_costs", "operations of the attention and of the packaged models; needs no GPU"),
     "demo": ("demo", "train YOLO26 with the attention on eight photographs, compare with the reference"),

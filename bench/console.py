@@ -19,7 +19,7 @@ def parser_of(
     if repeats:
         parser.add_argument("--repeats", type=count, default=repeats, help=f"timed calls (default {repeats})")
     if has_json:
-        parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     return parser
 
 

@@ -90,7 +90,7 @@ def report(name: str, curves: Curves) -> str:
     ]
     exponents = {title: f"{exponent(points):.2f}" for title, points in curves.items()}
     rows.append({quantity: "exponent", **exponents})
-    return table(f"{name}: {next(iter(problems.values()))} and on", rows)
+    return table(f"{name}: {next(iter(problems.values()))} and larger", rows)
 
 
 def draw(found: dict[str, Curves], path: Path) -> None:

@@ -138,7 +138,7 @@ def missed(rows: Sequence[Row]) -> list[str]:
         other = PLAIN if form == "identity" else OURS
         if ours and identity and not ours[OURS] <= most * identity[other]:
             what, ratio = f"{'compiled ' if compiled else ''}{form}, {phase}", ours[OURS] / identity[other]
-            failures.append(f"{what}: {ratio:.2f} times identity {other}, at most {most}")
+            failures.append(f"{what}: {ratio:.2f} times identity {other}, must be at most {most}")
     return failures
 
 
@@ -164,5 +164,5 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--phase", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--compiled", action="store_true", help="both modules under torch.compile")
-    parser.add_argument("--check", action="store_true", help="exit status 1 where a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
     return parser.parse_args(arguments)

@@ -57,12 +57,14 @@ REPORTED = MODELS | MODES | {name: PROBLEMS[name] for name in MOST_BESIDE_DENSE}
 _NOTES = """\
 Compiled and counted, or predicted from the counts; nothing is measured. Issue slots: warp instructions x 32.
 slots/score: of the loop over whole tiles; a star: ptxas has serialised its matrix instructions (each waits).
-in flight: copies of later steps that a step does not wait for; 0: every step waits for all of its own.
-slots/useful: whole kernel, padding of tiles, list tail, prologue and epilogue included, over the scores that
-count; every loop as often as the problem runs it.
-Bounds are microseconds a launch at peak rates, each as if nothing else took time.
-MB: what a launch's arrays hold, each once (one that reads a part of a packed map moves less), of an attention
-kernel without scratch; memory us: the time of those bytes. code, of other kernels: all their instructions."""
+in flight: asynchronous copies for later steps that still run while a step computes; 0: every step waits for
+all copies.
+slots/useful: issue slots of the whole kernel (with padding of tiles, list tail, prologue and epilogue) per
+score that the result depends on; every loop counts as often as the problem runs it.
+Bounds are in microseconds per launch at peak rates, each as if nothing else took time.
+MB: size of a launch's arrays, each counted once; for attention kernels without scratch. A launch that reads
+only a part of a packed map moves less. memory us: the time to move those bytes.
+code: number of instructions of a kernel, for kernels other than the attention."""
 
 
 class BesideDense(NamedTuple):
@@ -285,7 +287,11 @@ def kernel_options(command: str, module_doc: str, problems: list[str]) -> argpar
     add = parser.add_argument
     add("--dtype", choices=DTYPES, default="float16")
     add("--problem", nargs="+", choices=problems, default=problems)
-    add("--form", choices=(ROUTED, SMALL_MAP), help="of the attention; by default each problem's own")
+    add(
+        "--form",
+        choices=(ROUTED, SMALL_MAP),
+        help="form of the attention; by default the one that each problem gets",
+    )
     add("--workers", type=count, default=os.cpu_count() or 1, help="processes that compile")
     return parser
 

@@ -167,7 +167,7 @@ def _outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 def missed(rows: Mapping[str, Row]) -> list[str]:
     """The figures in which the fused model is worse than the reference, in words."""
     return [
-        f"{name}: {figure} {ratio:.2f} times as good"
+        f"{name}: {figure}: reference / fused is {ratio:.2f}, must be at least 1"
         for name, row in rows.items()
         for figure, ratio in ratios(row).items()
         if not ratio >= 1
@@ -189,7 +189,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("models", __doc__, repeats=15)
     choices = YOLO_MODELS + BIFORMER_MODELS
     parser.add_argument("--model", nargs="+", choices=choices, default=DEFAULT, metavar="MODEL")
-    parser.add_argument("--imgsz", type=int, help="pixels a side (default: 640; 224 for BiFormer)")
+    parser.add_argument(
+        "--imgsz", type=int, help="side of the images in pixels (default: 640; 224 for BiFormer)"
+    )
     parser.add_argument("--batch", type=count, default=2, help="images (default: 2)")
     parser.add_argument("--amp", action="store_true", help="under autocast, as Ultralytics trains on a GPU")
     options = parser.parse_args(arguments)

@@ -216,12 +216,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("peers", __doc__, repeats=30)
     add = parser.add_argument
     add("--problem", nargs="+", choices=CHOICES, metavar="PROBLEM", default=["tiny"])
-    add("--preset", choices=["cpu"], help="whole modules on the CPU, held to their targets")
-    add("--batch", nargs="+", type=count, help="images (default: the problem's)")
+    add("--preset", choices=["cpu"], help="whole modules on the CPU, compared with their targets")
+    add("--batch", nargs="+", type=count, help="images in a batch (default: the problem's)")
     add("--dtype", choices=measure.DTYPES, default="float16" if on_gpu else "float32")
     add("--peers", nargs="+", choices=NAMES, metavar="PEER", help="only these (default: all)")
     add("--check-only", action="store_true", help="check every peer, time none")
     options = parser.parse_args(arguments)
     if "torch" in (options.peers or ()) and not on_gpu:
-        parser.error("--peers torch: here that is the fused backend; it is a peer of triton's")
+        parser.error("--peers torch needs a GPU: without one, the torch backend is the fused peer")
     return options

@@ -62,8 +62,8 @@ def model_rows(names: Sequence[str], imgsz: int) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints both tables."""
     parser = parser_of("yolo-costs", __doc__, has_json=False)
-    parser.add_argument("--imgsz", type=int, default=640, help="pixels a side (default: 640)")
-    parser.add_argument("--scale", default="n", choices="nsmlx", help="of the models (default: n)")
+    parser.add_argument("--imgsz", type=int, default=640, help="side of the images in pixels (default: 640)")
+    parser.add_argument("--scale", default="n", choices="nsmlx", help="scale of the models (default: n)")
     options = parser.parse_args(arguments)
     if options.imgsz < 64 or options.imgsz % 32:
         parser.error(f"--imgsz must be a multiple of 32 of at least 64, got {options.imgsz}")

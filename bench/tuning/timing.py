@@ -202,7 +202,8 @@ def time_all(
         progress(done, len(left), f"{trial.kernel} {trial.tile}: {refusal or f'{milliseconds:.4f} ms'}")
         if "CUDA error" in refusal or "HIP error" in refusal:
             raise RuntimeError(
-                f"{trial} broke the GPU's context ({refusal}); it is noted, run again to go on"
+                f"{trial} broke the GPU's context ({refusal}); the refusal is recorded; run the command "
+                "again to continue"
             )
 
 

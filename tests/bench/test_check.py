@@ -36,7 +36,7 @@ def test_an_installation_without_tests_is_refused(monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(check, "ROOT", tmp_path)
     with pytest.raises(SystemExit):
         check.main(["--device", "cpu"])
-    assert "it runs the tests of a clone" in capsys.readouterr().err
+    assert "check needs a clone of the repository with its tests" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

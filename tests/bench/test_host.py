@@ -15,11 +15,11 @@ def row(form, phase, fused, plain=1.0, compiled=False):
 
 def test_targets_are_ratios_to_plain_attention_or_to_the_identity_form():
     rows = [row("identity", "no grad", 2.0, 2.0), row("padded", "no grad", 2.6), row("soft", "no grad", 2.7)]
-    assert host.missed(rows) == ["soft, no grad: 1.35 times identity fused, at most 1.3"]
+    assert host.missed(rows) == ["soft, no grad: 1.35 times identity fused, must be at most 1.3"]
     rows = [row("identity", "step", 1.16), row("identity", "step", 1.16, compiled=True)]
     assert host.missed(rows) == [
-        "identity, step: 1.16 times identity plain, at most 1.15",
-        "compiled identity, step: 1.16 times identity plain, at most 1.0",
+        "identity, step: 1.16 times identity plain, must be at most 1.15",
+        "compiled identity, step: 1.16 times identity plain, must be at most 1.0",
     ]
 
 

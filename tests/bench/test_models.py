@@ -86,8 +86,8 @@ def test_a_slower_and_a_larger_model_miss_the_target():
         },
     }
     assert models.missed(rows) == [
-        "slow: training step ms 0.67 times as good",
-        "large: inference MiB 0.67 times as good",
+        "slow: training step ms: reference / fused is 0.67, must be at least 1",
+        "large: inference MiB: reference / fused is 0.67, must be at least 1",
     ]
 
 

@@ -108,4 +108,4 @@ def test_a_prediction_writes_a_table(monkeypatch, tmp_path, capsys):
             assert 5 < entry.cost < 80
         else:
             assert entry == shipped[key]
-    assert "nothing fits" in capsys.readouterr().out
+    assert "every configuration spills" in capsys.readouterr().out
