@@ -35,11 +35,14 @@ def windows(height, width, n_win):
 
 PARTS = {
     "packed": Part("the plain mode: slices of one packed map", windows(8, 12, 2), batch=2),
-    "padding": Part(
-        "a row and a column of padding, and regions that are nothing else", windows(7, 10, 4), num_heads=1
-    ),
+    "padding": Part("one row and two columns of padding", windows(7, 10, 4), num_heads=1),
     "soft": Part("factor of keys and values", windows(8, 8, 2), factor=True, needs_factor=True, topk=3),
-    "hard": Part("gradient of a factor of 1 that is not there", windows(8, 8, 2), needs_factor=True, topk=3),
+    "hard": Part(
+        "gradient of the factor in hard routing, where the forward has none",
+        windows(8, 8, 2),
+        needs_factor=True,
+        topk=3,
+    ),
     "frozen_soft": Part("a factor that needs no gradient", windows(4, 4, 2), factor=True),
     "head_graphs": Part(
         "a graph for every head, with factor",
@@ -70,7 +73,7 @@ PARTS = {
     ),
     "masked": Part("small regions, all in one tile, two images", windows(6, 6, 3), batch=2, masked=True),
     "masked_padding": Part(
-        "queries and keys of padding, regions that are nothing else; 36 key regions, so wide marks",
+        "padding in queries and keys, regions of padding alone; 36 key regions, so wide marks",
         windows(11, 8, 6),
         masked=True,
     ),
@@ -102,9 +105,9 @@ PARTS = {
     "whole_kv_grid": Part(
         "dense attention to pooled keys", windows(7, 7, 3), windows(6, 6, 3), num_heads=1, whole=True
     ),
-    "packed_16": Part("regions of a step's keys", windows(8, 8, 2), num_heads=1),
+    "packed_16": Part("regions of 16 keys: a step of 16 takes one region", windows(8, 8, 2), num_heads=1),
     "whole_16": Part(
-        "the same, of which every region attends to all", windows(8, 8, 2), num_heads=1, whole=True
+        "regions of 16 keys; every region attends to all", windows(8, 8, 2), num_heads=1, whole=True
     ),
     "unequal_heads": Part(
         "heads of 5 and 20: tiles of 16 and 32 channels", windows(4, 6, 2), head_dims=(5, 20)

@@ -12,7 +12,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "kernels/routed.py",
         "if padding_key is not None or padding_value is not None:",
-    ): "there are both or neither",
+    ): "either both are given or neither",
     (
         "kernels/routing/lists.py",
         "lists, work, longest, _ = listing or (None, None, 2, None)",
@@ -42,13 +42,13 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "kernels/routing/graph.py",
         "choice = tl.load(r_idx + row.to(tl.int64) * topk + slot, mask=row < n_rows, other=-2)",
-    ): "marks of rows that there are not are not stored",
+    ): "rows that do not exist are not stored",
     (
         "kernels/lib/addressing.py",
         "token = tl.where(exists, index, -2)",
-    ): "of a token that is none only the sign is looked at",
+    ): "only the sign of a token that does not exist is used",
     (
         "bra_triton/backend/torch/masked.py",
         "return fits and queries * keys <= _REGION + chosen * (_KEY + _PAIR + queries)",
-    ): "a rule of thumb, which the sizes of the tests do not tell from this one",
+    ): "a rule of thumb; for the sizes of the tests both versions decide alike",
 }

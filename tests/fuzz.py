@@ -142,7 +142,7 @@ def main():
     """Prints counts and failures; returns the exit status."""
     parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=2)
-    parser.add_argument("--seed", type=int, help="of the first round; by default the time")
+    parser.add_argument("--seed", type=int, help="seed of the first round (default: the time)")
     options = parser.parse_args()
     first = options.seed if options.seed is not None else int(time.time())
     print(f"first seed {first}", flush=True)

@@ -270,22 +270,30 @@ def verdict(tree: Path, mutant: Mutant, options: argparse.Namespace) -> str:
 def main() -> int:
     """Prints a line for every mutant, then those that live; returns the exit status."""
     parser = argparse.ArgumentParser("python -m tests.mutate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", default="", help="files that begin so")
-    parser.add_argument("--replaces", default="", metavar="TEXT", help="changes of what holds this text")
-    parser.add_argument("--by", metavar="TEXT", help="that text by this one, and no other change")
+    parser.add_argument("--only", default="", help="only files whose path begins with this")
     parser.add_argument(
-        "--tests", nargs="+", metavar="FILE", help="instead of those that are named for a file"
+        "--replaces", default="", metavar="TEXT", help="only changes of code that contains this text"
+    )
+    by_help = "replace the text of --replaces by this one; make no other change"
+    parser.add_argument("--by", metavar="TEXT", help=by_help)
+    parser.add_argument(
+        "--tests", nargs="+", metavar="FILE", help="test files to run instead of those in TESTS"
     )
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rest", action="store_true", help="then all other tests, for what lives")
+    parser.add_argument("--rest", action="store_true", help="for mutants that live, also run all other tests")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="CPU time after which a run starts no other test"
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="CPU seconds after which a run starts no further test",
     )
     parser.add_argument(
-        "--timeout", type=int, default=600, metavar="SECONDS", help="CPU time of a run of tests"
+        "--timeout", type=int, default=600, metavar="SECONDS", help="CPU seconds after which a run is killed"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="a line a mutant is added there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append one JSON line per mutant to this file"
+    )
     options = parser.parse_args()
     drawn = draw(options.only, options.replaces, options.by, options.count, options.seed)
     ends, survivors = Counter[str](), []

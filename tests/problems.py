@@ -48,7 +48,7 @@ CASES = [
         7,
         16,
     ),
-    Case("short_regions", "as there, of 16 regions: what the interpreter can afford", 8, 8, 32, 1, 4, 8),
+    Case("short_regions", "as biformer_stage3, with 16 regions: fast when interpreted", 8, 8, 32, 1, 4, 8),
     Case("all_regions", "topk = P: dense attention; every inverse row is full", 12, 12, 32, 1, 3, 9, batch=2),
     Case(
         "all_regions_padded",
@@ -62,7 +62,7 @@ CASES = [
     ),
     Case(
         "padded",
-        "YOLO's P5 map: 20 is no multiple of 8, so 4 rows and columns are padding",
+        "YOLO's P5 map: 20 is not a multiple of 8, so 4 rows and columns are padding",
         20,
         20,
         32,

@@ -42,9 +42,9 @@ class Case:
 
 
 CASES = [
-    Case("k3", "an odd map that is its own only region", 3, 16, RegionGrid.of_windows(5, 7, 1)),
+    Case("k3", "an odd map with a single region", 3, 16, RegionGrid.of_windows(5, 7, 1)),
     Case("k5", "BiFormer's side_dwconv", 5, 32, RegionGrid.of_windows(8, 8, 4), bias=False),
-    Case("k1", "a scale a channel: no neighbours", 1, 16, RegionGrid.of_windows(6, 4, 4)),
+    Case("k1", "a 1 x 1 kernel: one factor per channel", 1, 16, RegionGrid.of_windows(6, 4, 4)),
     Case("k7", "wider than the map in both directions", 7, 16, RegionGrid.of_windows(3, 2, 2)),
     Case("k3_padded", "padding of as much as the convolution sees", 3, 32, RegionGrid.of_windows(7, 7, 4)),
     Case(
