@@ -37,6 +37,10 @@ WRONG_CALLS = {
         "default_num_heads('64')",
     ),
     ("yolo_integration", "bra_triton"): ("from bra_triton import nchwBRA", "nchwBRA(dim='64')"),
+    ("yolo_integration", "kernels"): (
+        "from bra_triton.kernels.grid import RegionGrid",
+        "RegionGrid.of_windows(20, 20, '4')",
+    ),
 }
 _MESSAGE = re.compile(r"(?P<file>[^:\n]+):(?P<line>\d+): (?P<text>.*)")
 _CALL_LINE = 3

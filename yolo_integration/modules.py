@@ -6,7 +6,7 @@ default heads are about 32 channels wide, there are 5 x 5 regions (`N_WIN`), and
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -21,19 +21,23 @@ from bra_triton.arguments import is_real, whole
 from bra_triton.backend import select
 from bra_triton.checkpoint_keys import TakesNames
 from bra_triton.export import is_eager
+from bra_triton.kernels.grid import RegionGrid
+from bra_triton.modules import nchw
 from bra_triton.modules.base import Attention
 from bra_triton.modules.block import Block
 
 HEAD_DIM = 32
 # Default of `n_win`. 5 divides the maps of images of 320, 480, 640, 800 and 960 pixels at every stride from 8
-# to 32. At 736 pixels, the other usual size, at most 15 % of the tokens are padding. With 7, the default of
-# the drop-in module, up to 49 % are padding at these sizes.
+# to 32. At 736 pixels, the other usual size, at most 15 % of the tokens are padding (27 % in the NCHW form).
+# With 7, the default of the drop-in module, up to 49 % are padding at these sizes.
 N_WIN = 5
 # A warning is logged if a larger share of the tokens is padding.
 MOST_PADDING = 0.2
 # Values of `n_win` that the warning advises. For every image of 320 to 1280 pixels (a multiple of 32), at
-# strides of 8 to 32, one of them leaves at most 16 % padding.
+# strides of 8 to 32, one of them leaves at most 16 % padding, in the NHWC form as in the NCHW form.
 ADVISED_N_WIN = range(4, 9)
+# How a form of the attention cuts a map: from its height, its width and the two numbers of `n_win`.
+GridOf = Callable[[int, int, tuple[int, int]], RegionGrid]
 
 
 def default_num_heads(dim: int, qk_dim: int | None = None) -> int:
@@ -82,42 +86,49 @@ def _with_defaults(dim: int, arguments: Mapping[str, Any] | None) -> dict[str, A
     return chosen
 
 
-def _check_padding(attention: Any, x: Tensor) -> None:
-    """Warns of much padding in training. In eval, Ultralytics builds and measures models on other sizes."""
+def _check_padding(attention: Any, x: Tensor, grid_of: GridOf = RegionGrid.of_windows) -> None:
+    """Warns of much padding in training. In eval, Ultralytics builds and measures models on other sizes.
+
+    Blocks call it after the attention, which has then raised the errors about a map that it does not take.
+    """
     if attention.training and is_eager() and isinstance(x, Tensor):  # torch.fx passes a proxy
-        _warn_of_padding(x.shape[2], x.shape[3], *attention.spec.windows, attention.spec.topk)
+        _warn_of_padding(grid_of, x.shape[2], x.shape[3], attention.spec.windows, attention.spec.topk)
 
 
 @lru_cache(1024)
-def _warn_of_padding(height: int, width: int, rows: int, columns: int, topk: int) -> None:
+def _warn_of_padding(grid_of: GridOf, height: int, width: int, windows: tuple[int, int], topk: int) -> None:
     """Warns once for every size of a map. Much padding matters because it takes part in the softmax."""
-    share = _share_of_padding(height, width, rows, columns)
+    grid = grid_of(height, width, windows)
+    share = _share_of_padding(grid)
     if share > MOST_PADDING:
-        better = _advised_n_win(height, topk), _advised_n_win(width, topk)
-        least, advice = _share_of_padding(height, width, *better), "Choose an n_win that divides the map"
+        better = _advised_n_win(grid_of, height, topk), _advised_n_win(grid_of, width, topk)
+        least, advice = _share_of_padding(grid_of(height, width, better)), "Choose an n_win that divides the map"
         if least < share:
             n_win = better[0] if better[0] == better[1] else list(better)
             advice = f"With n_win: {n_win} it would be {least:.0%}"
         LOGGER.warning(
-            f"{share:.0%} of the tokens attended to are padding: {rows} x {columns} regions "
+            f"{share:.0%} of the tokens attended to are padding: {grid.rows} x {grid.columns} regions "
             f"on a map of {height} x {width}. {advice}; or choose another imgsz"
         )
 
 
-def _advised_n_win(side: int, topk: int) -> int:
-    """The number of regions along a map's side that pads it least; among equals the closest to `N_WIN`.
+def _advised_n_win(grid_of: GridOf, side: int, topk: int) -> int:
+    """The `n_win` for a map's side that pads it least; among equals the closest to `N_WIN`.
 
-    Numbers whose square is below `topk` are left out, because a map with as many regions along its other side
-    would have fewer than `topk` regions. If no number remains, the largest one is returned.
+    Two kinds of numbers are left out. With a number whose square is below `topk`, a map with the same number
+    for its other side would have fewer than `topk` regions. And a number may cut the side into more regions
+    than the largest of `ADVISED_N_WIN`: the NCHW form cuts 15 tokens into 15 regions if `n_win` is 8. If no
+    number remains, the largest one is returned.
     """
-    enough = [n_win for n_win in ADVISED_N_WIN if n_win**2 >= topk] or ADVISED_N_WIN[-1:]
-    return min(enough, key=lambda n_win: (-side % n_win, abs(n_win - N_WIN)))
+    grids = {n_win: grid_of(side, side, (n_win, n_win)) for n_win in ADVISED_N_WIN}
+    most = ADVISED_N_WIN[-1]
+    allowed = [n_win for n_win, grid in grids.items() if n_win**2 >= topk and grid.rows <= most] or [most]
+    return min(allowed, key=lambda n_win: (grids[n_win].padding[0], abs(n_win - N_WIN)))
 
 
-def _share_of_padding(height: int, width: int, rows: int, columns: int) -> float:
+def _share_of_padding(grid: RegionGrid) -> float:
     """Share of padding among the tokens of all regions."""
-    padded = -(-height // rows) * rows * (-(-width // columns) * columns)
-    return 1 - height * width / padded
+    return 1 - grid.height * grid.width / (grid.n_regions * grid.region_tokens)
 
 
 def _hidden_channels(name: str, ratio: float, channels: int) -> int:
@@ -177,8 +188,9 @@ class BiLevelRoutingAttention2d(TakesNames):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attends over `(N, dim, H, W)` of any strides; returns the same shape."""
+        out = self.attn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         _check_padding(self.attn, x)
-        return self.attn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return out
 
 
 class NCHWBiLevelRoutingAttention2d(TakesNames):
@@ -201,7 +213,9 @@ class NCHWBiLevelRoutingAttention2d(TakesNames):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attends over `(N, dim, H, W)` of any strides; returns the same shape."""
-        return self.attn(x)
+        out = self.attn(x)
+        _check_padding(self.attn, x, nchw.grid_of)
+        return out
 
 
 class BiFormerBlock(Block, TakesNames):
@@ -230,8 +244,9 @@ class BiFormerBlock(Block, TakesNames):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(N, dim, H, W)` of any strides to the same shape, in channels-last memory."""
+        out = super().forward(x)
         _check_padding(self.attn, x)
-        return super().forward(x)
+        return out
 
 
 class BRABlock(nn.Module):

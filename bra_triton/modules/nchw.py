@@ -143,8 +143,8 @@ class NCHWBiLevelRoutingAttention(Attention):
     def grid(self, x: Tensor) -> RegionGrid:
         """The regions of a map `(N, dim, H, W)`; raises ValueError if it cannot be cut into regions."""
         check_shape(x, "(N, dim, H, W)", 1, self.spec.dim)
-        grid_of = _grid_of if is_eager() else _grid_of.__wrapped__
-        return grid_of(x.shape[2], x.shape[3], self.spec.windows, self.auto_pad)
+        cut = grid_of if is_eager() else grid_of.__wrapped__
+        return cut(x.shape[2], x.shape[3], self.spec.windows, self.auto_pad)
 
     def _out(self, out: Tensor, call: Call) -> Tensor:
         if call.lepe_weight is None:
@@ -154,7 +154,18 @@ class NCHWBiLevelRoutingAttention(Attention):
 
 
 @lru_cache(1024)
-def _grid_of(height: int, width: int, windows: tuple[int, int], auto_pad: bool) -> RegionGrid:
+def grid_of(height: int, width: int, windows: tuple[int, int], auto_pad: bool = True) -> RegionGrid:
+    """The regions of a map in this form: `H // n_win` by `W // n_win` tokens large, as many as cover the map.
+
+    Args:
+        height: tokens in a column of the map.
+        width: tokens in a row of the map.
+        windows: the two numbers of `n_win`, `(rows, columns)`.
+        auto_pad: whether to accept a map with fewer tokens along a side than `windows` says.
+
+    Raises:
+        ValueError: if the map is too small; says what is allowed.
+    """
     if not auto_pad and (height < windows[0] or width < windows[1]):
         raise ValueError(
             f"the map must be at least {windows[0]} x {windows[1]} tokens (n_win), got {height} x {width}; "

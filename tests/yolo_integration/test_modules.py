@@ -10,6 +10,7 @@ from ultralytics.utils import torch_utils
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.kernels.grid import RegionGrid
+from bra_triton.modules import nchw
 from bra_triton.modules.base import Attention
 from bra_triton.modules.permuted import PermutedBiLevelRoutingAttention
 from bra_triton.modules.tokens import TokenBiLevelRoutingAttention
@@ -49,16 +50,33 @@ def test_heads_divide_queries_and_values() -> None:
     assert BiFormerBlock(96, {"qk_dim": 64}).attn.spec.num_heads == 4
 
 
-@pytest.mark.parametrize("build", [BiFormerBlock, BiLevelRoutingAttention2d, NCHWBiLevelRoutingAttention2d])
-def test_regions_pad_little_at_the_usual_sizes_of_images(build) -> None:
-    n_win = build(32).attn.spec.n_win
-    sides = [size // stride for size in (320, 480, 640, 736, 800, 960) for stride in (8, 16, 32)]
-    padded = [RegionGrid.of_windows(side, side, n_win) for side in sides]
-    assert max(1 - (grid.height / (grid.rows * grid.region_height)) ** 2 for grid in padded) <= 0.2
+@pytest.mark.parametrize(
+    ("build", "at_736"),
+    [(BiFormerBlock, 0.15), (BiLevelRoutingAttention2d, 0.15), (NCHWBiLevelRoutingAttention2d, 0.27)],
+)
+def test_regions_pad_little_at_the_usual_sizes_of_images(build, at_736: float) -> None:
+    def most_padding(attention: nn.Module, sizes: list[int]) -> float:
+        sides = [size // stride for size in sizes for stride in (8, 16, 32)]
+        is_nchw = isinstance(attention, NCHWBiLevelRoutingAttention)
+        shapes = [(1, 32, side, side) if is_nchw else (1, side, side, 32) for side in sides]
+        return max(modules._share_of_padding(attention.grid(torch.empty(shape))) for shape in shapes)
+
+    by_default = build(32).attn
+    assert most_padding(by_default, [320, 480, 640, 800, 960]) == 0
+    assert most_padding(by_default, [736]) == pytest.approx(at_736, abs=0.005)
     assert build(32, {"n_win": 7}).attn.spec.n_win == 7
 
 
-@pytest.mark.parametrize("build", [BiFormerBlock, BiLevelRoutingAttention2d])
+@pytest.mark.parametrize(
+    "build",
+    [
+        BiFormerBlock,
+        BiLevelRoutingAttention2d,
+        lambda dim, arguments: C2BRA(dim, dim, 1, arguments, e=1.0),
+        lambda dim, arguments: C3k2BRA(dim, dim, 1, arguments, e=1.0),
+    ],
+    ids=["biformer", "attention", "c2bra", "c3k2bra"],
+)
 def test_much_padding_is_warned_of_once_in_training(build, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     monkeypatch.setattr(modules.LOGGER, "warning", warnings.append)
@@ -82,11 +100,53 @@ def test_much_padding_is_warned_of_once_in_training(build, monkeypatch: pytest.M
     assert "Choose an n_win that divides the map;" in warnings[3]  # 4 would pad more
 
 
-def test_an_advised_n_win_pads_little_at_every_size() -> None:
-    sides = range(10, 41)  # of P5 at 320 to 1280 pixels
-    shares = [modules._share_of_padding(side, side, *[modules._advised_n_win(side, 1)] * 2) for side in sides]
-    assert 0.1 < max(shares) < 0.16
-    assert [modules._advised_n_win(side, 1) for side in (10, 12, 16, 20, 21, 24)] == [5, 4, 4, 5, 7, 4]
+def test_much_padding_of_the_nchw_form_is_warned_of_by_its_own_regions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its regions are `H // n_win` tokens high, and there may be more than `n_win` of them along a side."""
+    warnings: list[str] = []
+    monkeypatch.setattr(modules.LOGGER, "warning", warnings.append)
+    modules._warn_of_padding.cache_clear()
+    block = NCHWBiLevelRoutingAttention2d(8, {"n_win": 5})
+    block.eval()(torch.randn(1, 8, 31, 31))
+    block.train()(torch.randn(1, 8, 29, 29))  # 6 x 6 regions of 5 x 5 tokens: 7 % are padding
+    assert warnings == []
+    for _ in range(2):
+        block(torch.randn(1, 8, 31, 31))
+    (warning,) = warnings
+    assert warning.startswith("26% of the tokens attended to are padding: 6 x 6 regions on a map of 31 x 31")
+    assert "With n_win: 7 it would be 6%" in warning
+    NCHWBiLevelRoutingAttention2d(8, {"n_win": 7}).train()(torch.randn(1, 8, 31, 31))
+    assert len(warnings) == 1
+    # The NHWC form cuts the same map into 5 x 5 regions of 7 x 7 tokens.
+    BiLevelRoutingAttention2d(8, {"n_win": 5}).train()(torch.randn(1, 8, 31, 31))
+    assert warnings[1].startswith("22% of the tokens attended to are padding: 5 x 5 regions")
+    NCHWBiLevelRoutingAttention2d(8, {"n_win": 4}).train()(torch.randn(1, 8, 13, 26))
+    assert "With n_win: [5, 6] it would be 14%" in warnings[2]  # not 7: 13 x 13 regions of one row
+
+
+@pytest.mark.parametrize("build", [BiLevelRoutingAttention2d, NCHWBiLevelRoutingAttention2d])
+def test_a_map_that_the_attention_refuses_is_refused_in_training_with_the_same_error(build) -> None:
+    block = build(8, {"auto_pad": False, "n_win": 5})
+    for shape in ((1, 8, 4, 4), (1, 8, 0, 6), (1, 6, 10, 10), (8, 10, 10)):
+        with pytest.raises((ValueError, RuntimeError)) as in_eval:
+            block.eval()(torch.randn(shape))
+        with pytest.raises(type(in_eval.value)) as in_training:
+            block.train()(torch.randn(shape))
+        assert str(in_training.value) == str(in_eval.value)
+
+
+@pytest.mark.parametrize(
+    ("grid_of", "advised"),
+    [(RegionGrid.of_windows, [5, 4, 4, 5, 7, 4]), (nchw.grid_of, [5, 5, 4, 5, 6, 5])],
+    ids=["nhwc", "nchw"],
+)
+def test_an_advised_n_win_pads_little_at_every_size(grid_of: modules.GridOf, advised: list[int]) -> None:
+    sides = {size // stride for size in range(320, 1281, 32) for stride in (8, 16, 32)}
+    grids = [grid_of(side, side, (modules._advised_n_win(grid_of, side, 1),) * 2) for side in sides]
+    assert 0.1 < max(modules._share_of_padding(grid) for grid in grids) < 0.16
+    assert max(grid.rows for grid in grids) <= 8
+    assert [modules._advised_n_win(grid_of, side, 1) for side in (10, 12, 16, 20, 21, 24)] == advised
 
 
 def test_given_heads_are_kept() -> None:
