@@ -27,7 +27,8 @@ _PRODUCTS = {
     "query_gradient": (2, 1),
     "key_value_gradient": (2, 2),
     "small_map_forward": (1, 1),
-    "small_map_backward": (4, 3),  # both the query's and the key's program compute a score
+    # The backward of a small map computes scores as `key_value_gradient` in its loop over whole tiles, and as
+    # `query_gradient` in that of its tail; see `walk_of`.
 }
 
 
@@ -68,7 +69,7 @@ def predict(
     element_bytes: int = 2,
     masked: bool = False,
 ) -> Cost:
-    """Predicts a launch of an attention kernel, one that `_PRODUCTS` names, from its counted code.
+    """Predicts a launch of an attention kernel, routed or of a small map, from its counted code.
 
     A product of elements of 4 bytes counts as three in TF32. If `masked`, all queries meet all keys.
     """
@@ -83,13 +84,10 @@ def predict(
     rounds = -(-walk.programs // hardware.sms)
     issued = slots(Counter.total)
     passes, rate = (3, hardware.tf32_fma) if element_bytes == 4 else (1, hardware.half_fma)
-    # Multiply-adds of one score, with the channels that a tile holds for a head.
-    widths = map(tiles.channel_block, problem.head_dims)
-    products = sum(n * width for n, width in zip(_PRODUCTS[kernel], widths, strict=True))
     clocks = {
         "issue": issued / hardware.issue_slots,
         "exponential": slots(lambda mix: mix["exp"]) / hardware.exponentials,
-        "matrix": walk.scores * passes * products / rate,
+        "matrix": passes * _multiply_adds(kernel, code, problem, walk) / rate,
     }
     bounds = {unit: rounds * n / hardware.clock for unit, n in clocks.items()}
     registers, shared_bytes = code.usage.registers, code.usage.shared_bytes
@@ -97,11 +95,26 @@ def predict(
     return Cost(problem.useful_scores, walk.programs * issued, bounds, resident_warps)
 
 
+def _multiply_adds(kernel: str, code: Analysis, problem: Problem, walk: Walk) -> float:
+    """Multiply-adds of a program's matrix products, with the channels that a tile holds for a head."""
+    shares = {kernel: walk.scores}
+    if kernel == "small_map_backward":
+        tile = code.block_m * code.block_n
+        shares = {"key_value_gradient": tile * walk.whole_tiles, "query_gradient": tile * walk.tail_steps}
+    widths = [*map(tiles.channel_block, problem.head_dims)]
+    return sum(
+        scores * sum(n * width for n, width in zip(_PRODUCTS[name], widths, strict=True))
+        for name, scores in shares.items()
+    )
+
+
 def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False) -> Walk:
     """Programs and steps of an attention kernel; without a loop for the tail, the last step is a whole one.
 
-    In a small map's backward, a program that owns queries and one that owns keys count as one. The steps over
-    keys are its whole tiles, and the steps over queries are its tail.
+    In a small map's backward, a program that owns queries and one that owns keys count as one. Its whole
+    tiles are the steps over queries, which the program that owns keys takes. Its tail is the steps over keys,
+    which the program that owns queries takes. The steps over queries have the larger loop, of four matrix
+    products for a score instead of three, and `static_analysis.sections` finds that loop as `loop`.
     """
     grid, kv_tokens = problem.grid, problem.kv_grid.region_tokens
     regions, tokens = grid.n_regions, grid.region_tokens
@@ -111,8 +124,9 @@ def walk_of(kernel: str, code: Analysis, problem: Problem, masked: bool = False)
     if kernel.startswith("small_map"):
         keys, queries = (-(-problem.topk * each // code.block_n) for each in (kv_tokens, tokens))
         programs = problem.batch * regions * (problem.num_heads // code.num_warps)  # one warp per head
-        if kernel == "small_map_backward":  # programs that own keys run for all regions, with fewer queries
-            return Walk(programs, keys * alive, queries * alive, code.block_m * code.block_n * keys * alive)
+        if kernel == "small_map_backward":  # programs run for all regions, and take fewer steps on average
+            whole, tail_steps = queries * alive, keys * alive
+            return Walk(programs, whole, tail_steps, code.block_m * code.block_n * (whole + tail_steps))
         return Walk(round(programs * alive), keys, 0, code.block_m * code.block_n * keys)
     owns_keys = kernel == "key_value_gradient"
     own, step = (code.block_n, code.block_m) if owns_keys else (code.block_m, code.block_n)

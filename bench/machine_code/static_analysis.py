@@ -198,7 +198,8 @@ def sections(compiled: Compiled) -> Sections:
     mixes = {header: _mix_of(program, body) for header, body in loops.items()}
     with_matrix = _innermost({h: loops[h] for h in loops if mixes[h]["matrix"]})
     inside = set().union(*(loops[header] for header in with_matrix))
-    loading = _innermost({h: loops[h] for h in loops.keys() - inside if mixes[h]["loads"]})
+    outside = (h for h in loops.keys() - inside if not mixes[h]["matrix"])  # nor around a matrix loop
+    loading = _innermost({h: loops[h] for h in outside if mixes[h]["loads"]})
     main = max(with_matrix, key=lambda h: (mixes[h]["matrix"], -mixes[h].total()), default=None)
     others = (with_matrix - {main}, loading)
     chosen = (main, *(max(found, key=lambda h: mixes[h].total(), default=None) for found in others))

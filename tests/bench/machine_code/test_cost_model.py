@@ -99,10 +99,24 @@ def test_walks_of_a_small_map():
         walk_of(kernel, tile, problem) for kernel in ("small_map_forward", "small_map_backward")
     )
     assert forward == Walk(2 * 25 * 2, 3, 0, 64 * 96)
-    assert backward == Walk(2 * 25 * 2, 3, 3, 64 * 96)  # `tail_steps`: those of programs that own keys
+    # `whole_tiles`: steps of the programs that own keys; `tail_steps`: of those that own queries.
+    assert backward == Walk(2 * 25 * 2, 3, 3, 2 * 64 * 96)
     assert backward.programs * backward.scores >= problem.useful_scores
     cost = predict("small_map_backward", tile, problem, UNIT)
     assert cost.issue_slots == 100 * (310 + 3 * 200 + 3 * 90) * 4 * 32
+
+
+def test_walks_of_a_small_map_with_fewer_keys_than_queries():
+    """A region attends to 5 x 4 keys in one step, and 5 x 16 queries attend to its keys, in three steps."""
+    problem = Problem("", 2, 20, 20, 256, 8, 5, 5, kv_per_win=2)
+    tile = replace(code(), block_m=4 * 16, block_n=32, num_warps=4)
+    assert walk_of("small_map_forward", tile, problem) == Walk(2 * 25 * 2, 1, 0, 64 * 32)
+    assert walk_of("small_map_backward", tile, problem) == Walk(2 * 25 * 2, 3, 1, 64 * (96 + 32))
+    cost = predict("small_map_backward", tile, problem, UNIT)
+    assert cost.issue_slots == 100 * (310 + 3 * 200 + 1 * 90) * 4 * 32
+    # Two products over 32 query channels in both loops; over 32 value channels two, and one in the tail.
+    multiply_adds = 64 * (96 * (2 * 32 + 2 * 32) + 32 * (2 * 32 + 32))
+    assert cost.bounds["matrix"] == pytest.approx(100 * multiply_adds / UNIT.half_fma)
 
 
 def test_slots_count_every_section_as_often_as_it_runs():

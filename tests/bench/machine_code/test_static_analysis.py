@@ -8,13 +8,16 @@ import triton
 import triton.language as tl
 
 from bra_triton.bench.machine_code.hardware import TARGETS
+from bra_triton.bench.machine_code.launches import kernel_name, record_attention
 from bra_triton.bench.machine_code.static_analysis import (
     INSTRUCTION_CLASSES,
     Compiled,
+    analyse,
     compile_for,
     resource_usage,
     sections,
 )
+from bra_triton.bench.problems import MODELS
 from bra_triton.kernels.arrays import Buffer
 from bra_triton.kernels.plan import Launch
 
@@ -103,6 +106,20 @@ def test_of_two_matrix_loops_the_larger_and_the_other_without_the_loop_around(ar
     assert found.loop.total() > found.tail.total()
 
 
+def test_the_loop_of_a_small_maps_backward_is_over_queries_and_its_tail_over_keys():
+    """The cost model multiplies them by these numbers of steps.
+
+    A program that owns keys steps over queries, with four products for a score; one that owns queries steps
+    over keys, with three.
+    """
+    launches = record_attention(MODELS["biformer_stage2"], torch.bfloat16)
+    launch = next(launch for launch in launches if kernel_name(launch) == "small_map_backward")
+    code = analyse(launch, "sm_90")
+    tile = code.block_m * code.block_n  # for `num_warps` heads; a product of 16 x 8 x 16 is one instruction
+    product = tile * 32 // (16 * 8 * 16) // code.num_warps
+    assert (code.loop["matrix"], code.tail["matrix"]) == (4 * product, 3 * product)
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_spills_show(arch):
     cramped = replace(ATTEND, numbers=(99, 64, 128, 64), options={"num_warps": 1, "num_stages": 2})
@@ -186,6 +203,15 @@ def test_a_loop_that_waits_inside_is_still_the_innermost():
     body = [".L_x_0:", "HGMMA.64x64x16.F32 R4, R8", ".L_x_1:", "SYNCS P1, [UR4]", "@!P1 BRA `(.L_x_1)"]
     found = sections(from_listing(*body, "LDG.E R1", "@P0 BRA `(.L_x_0)", "EXIT"))
     assert [mix.total() for mix in (found.loop, found.tail, found.taps, found.rest)] == [5, 0, 0, 1]
+
+
+def test_a_loop_around_a_matrix_loop_is_not_over_taps():
+    inner = [".L_x_1:", "HMMA.16816.F32 R4", "FADD R1", "@P0 BRA `(.L_x_1)"]
+    around = [".L_x_0:", "LDG.E R1", *inner, "@P1 BRA `(.L_x_0)", "EXIT"]
+    found = sections(from_listing(*around))
+    assert [mix.total() for mix in (found.loop, found.tail, found.taps, found.rest)] == [3, 0, 0, 3]
+    taps = [".L_x_2:", "LDG.E R1", "@P2 BRA `(.L_x_2)"]
+    assert sections(from_listing(*taps, *around)).taps.total() == 2
 
 
 def test_without_matrix_instructions_there_are_no_walks():
