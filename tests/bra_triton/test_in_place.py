@@ -135,11 +135,11 @@ LAYOUTS = {
 }
 
 
-def _gradients_of_an_added_input(module, learns, changes=True, layout="contiguous"):
+def _gradients_of_an_added_input(module, learns, changes=True, layout="contiguous", dtype=torch.float32):
     """Gradients of the leaf from which `x` is computed, and of the parameters, for `x += module(x)` (with
-    `changes`) or `x = x + module(x)`."""
+    `changes`) or `x = x + module(x)`; `dtype` is that of the leaf and of `x`."""
     leaf = torch.randn(2, 12, 4, 6, generator=torch.Generator().manual_seed(1)).requires_grad_(learns)
-    leaf = leaf.to(next(module.parameters()).device)
+    leaf = leaf.to(next(module.parameters()).device, dtype)
     takes_nchw = isinstance(module, AuthorsNCHW | NCHWBiLevelRoutingAttention)
     x = 2 * (leaf if takes_nchw else leaf.permute(0, 2, 3, 1))
     x = x.to(memory_format=torch.channels_last) if takes_nchw else LAYOUTS[layout](x)
@@ -180,13 +180,15 @@ def test_an_input_may_be_changed_however_it_lies_in_memory(layout, learns, devic
     assert all(torch.allclose(a, e, atol=1e-4) for a, e in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("of_map", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_input_may_be_changed_under_autocast(dtype, device):
-    """The projection keeps a bfloat16 copy of the float32 map, so the map need not be copied before."""
+def test_an_input_may_be_changed_under_autocast(dtype, of_map, device):
+    """The projection keeps a bfloat16 copy of a float32 map. A bfloat16 map it keeps itself, so the module
+    must copy the map before."""
     module = BiLevelRoutingAttention(12, 2, n_win=2, topk=2, backend="torch").to(device, dtype)
     with torch.autocast(device.type, torch.bfloat16):
-        expected = _gradients_of_an_added_input(module, True, changes=False)
-        actual = _gradients_of_an_added_input(module, True)
+        expected = _gradients_of_an_added_input(module, True, changes=False, dtype=of_map)
+        actual = _gradients_of_an_added_input(module, True, dtype=of_map)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
@@ -203,6 +205,8 @@ def test_a_map_is_copied_only_if_the_projection_would_keep_it(device):
         assert for_keeping(y, layer) is y
     with torch.autocast(device.type, torch.bfloat16):
         assert for_keeping(y, layer) is y
+        half = y.bfloat16()
+        assert for_keeping(half, layer) is not half
     assert for_keeping(y, layer.requires_grad_(False)) is y
 
 
