@@ -17,7 +17,7 @@ from bra_triton.kernels.plan import _materialise
 # memory, and the wrong value found there shows the error.
 _MARGIN = 2**34
 # At least the number of programs that one image has in any launch.
-PROGRAMS = 10
+PROGRAMS = 12
 MAP_NORESERVE = 0x4000
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from attention_parts import PARTS, make
+from attention_parts import PARTS, Part, make
 from interpreter import INTERPRETED, watch_overflows
 from problems import relative_error, worst
 from properties import needs_interpreter
@@ -30,7 +30,7 @@ from bra_triton.kernels.pooling.launch import MAX_STRIPS, plan_pool, plan_pool_b
 from bra_triton.kernels.pooling.problem import MAX, MEAN, WEIGHTED, RegionPooling
 from bra_triton.kernels.problem import Gradients, Lepe, Needs, PackedAttention, RoutedAttention, Settings
 from bra_triton.kernels.routing.launch import launch_spread_means
-from bra_triton.kernels.routing.lists import MASKED, ROUTED, SMALL_MAP, form_of
+from bra_triton.kernels.routing.lists import LONGEST_TO_MEAN, MASKED, ROUTED, SMALL_MAP, form_of
 from bra_triton.kernels.small_map import launch as small_map
 
 SIDE, ROW = 8, 2**25 + 2**22  # 64 tokens, the last at 2.38e9
@@ -180,12 +180,23 @@ def test_the_last_of_many_images(name, monkeypatch):
     _same_last_image(results[1], results[0], images)
 
 
+# All regions choose the last one, so its row of each inverse graph is the longest.
+HEAD_GRAPHS = {
+    "uncut": replace(PARTS["head_graphs"], factor=False, topk=3, all_choose=3),
+    # Five pairs where the mean row has one. The pieces' partial sums lie far apart, too.
+    "cut": Part("", RegionGrid.of_region_size(2, 10, (2, 2)), topk=1, head_graphs=True, all_choose=4),
+}
+
+
 @needs_interpreter
-def test_the_last_image_of_a_graph_for_every_head():
-    """All regions choose region 3, so its row of each inverse graph is the longest; it is not cut."""
-    near = make(replace(PARTS["head_graphs"], factor=False, topk=3), "cpu")
-    near.r_idx[..., 0] = 3
-    images = IMAGES // 2  # twice the programs
+@pytest.mark.parametrize("row", HEAD_GRAPHS)
+def test_the_last_image_of_a_graph_for_every_head(row):
+    near = make(HEAD_GRAPHS[row], "cpu")
+    lengths = torch.stack([graph.bincount() for graph in near.r_idx[0].flatten(1)])
+    longest = LONGEST_TO_MEAN * near.topk * near.query_grid.n_regions // near.kv_grid.n_regions
+    assert (lengths.max() > longest) == (row == "cut")
+    # With more images a launch could have 2**31 programs.
+    images = 2**31 // far.PROGRAMS
     grad_out = torch.randn_like(near.value)
     results = []
     with tiles.use_tiles(TILES):
