@@ -35,7 +35,11 @@ def windows(height, width, n_win):
 
 PARTS = {
     "packed": Part("the plain mode: slices of one packed map", windows(8, 12, 2), batch=2),
-    "padding": Part("one row and two columns of padding", windows(7, 10, 4), num_heads=1),
+    "padding": Part(
+        "rows and columns of padding, and a row of regions that are nothing else",
+        windows(5, 10, 4),
+        num_heads=1,
+    ),
     "soft": Part("factor of keys and values", windows(8, 8, 2), factor=True, needs_factor=True, topk=3),
     "hard": Part(
         "gradient of the factor in hard routing, where the forward has none",

@@ -82,6 +82,20 @@ def test_long_rows_are_cut_and_the_others_are_not(device):
     assert pieces[3] > 1
 
 
+@pytest.mark.parametrize("name", ["padding", "masked_padding"])
+def test_regions_of_only_padding_choose_and_are_chosen(name, device):
+    """Otherwise these parts would test neither. Other regions have padding beside tokens of the map."""
+    problem = make(PARTS[name], device)
+    grid = problem.kv_grid
+    tokens = [[grid.token(region, i) for i in range(grid.region_tokens)] for region in range(grid.n_regions)]
+    n_padding = [region.count(None) for region in tokens]
+    assert any(0 < n < grid.region_tokens for n in n_padding)
+    only_padding = torch.tensor([n == grid.region_tokens for n in n_padding], device=device)
+    assert problem.query_grid == grid
+    assert only_padding.any()
+    assert only_padding[problem.r_idx[:, :, ~only_padding].long()].any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["padding", "long_padded_row", "masked_padding"])
 def test_gradients_are_bitwise_equal(name, backend, device, monkeypatch):

@@ -39,7 +39,7 @@ CASES = {
     "heads of 24 and 16": (_spec(72, 3, 2, 3, qk_dim=48), 6, 6, 3),
     "wide queries": (_spec(32, 2, 2, 3, qk_dim=64), 6, 6, 0),
     "soft": (_spec(32, 2, 3, 5, soft_routing=True), 9, 9, 3),
-    "soft, padded": (_spec(32, 1, 3, 5, soft_routing=True), 8, 7, 5),
+    "soft, padded": (_spec(32, 1, 3, 5, soft_routing=True), 4, 7, 5),
     "a region of a token": (_spec(16, 1, 4, 3), 4, 4, 3),
     "regions that are padding alone": (_spec(16, 1, 4, 9), 5, 6, 3),
 }
