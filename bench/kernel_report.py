@@ -20,7 +20,7 @@ from bra_triton.bench.machine_code import launches
 from bra_triton.bench.machine_code.cost_model import Cost, predict
 from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.machine_code.launches import record_attention, variant
-from bra_triton.bench.machine_code.static_analysis import Analysis, Result, analyse, each
+from bra_triton.bench.machine_code.static_analysis import Analysis, Result, analyse, in_processes
 from bra_triton.bench.measure import DTYPES
 from bra_triton.bench.problems import MODELS, MODES, PROBLEMS, Problem
 from bra_triton.kernels import tiles
@@ -158,7 +158,7 @@ def collect(
     ]
     # Problems share kernels: each is compiled once.
     jobs = {(variant(launch), arch): (launch, arch) for _, arch, launch in launched}
-    results = each(analyse, jobs, workers)
+    results = in_processes(analyse, jobs, workers)
     return [
         _row(problem, dtype, arch, launch, results[variant(launch), arch])
         for problem, arch, launch in launched
@@ -281,9 +281,11 @@ def _dense_cells(row: BesideDense) -> dict[str, object]:
     }
 
 
-def kernel_options(command: str, module_doc: str, problems: list[str]) -> argparse.ArgumentParser:
+def kernel_options(
+    command: str, module_doc: str, problems: list[str], has_json: bool = False
+) -> argparse.ArgumentParser:
     """The options of this report and of `kernel-times`."""
-    parser = parser_of(command, module_doc, has_json=command == "kernel-times")
+    parser = parser_of(command, module_doc, has_json=has_json)
     add = parser.add_argument
     add("--dtype", choices=DTYPES, default="float16")
     add("--problem", nargs="+", choices=problems, default=problems)

@@ -56,7 +56,7 @@ def compare(row: kernel_report.Row, times: Sequence[float]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints; returns 1 if a kernel of the report was not seen on the GPU."""
-    parser = kernel_report.kernel_options("kernel-times", __doc__, list(CHOICES))
+    parser = kernel_report.kernel_options("kernel-times", __doc__, list(CHOICES), has_json=True)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("there is no GPU to measure on; `bra-bench report` predicts without one")

@@ -2,7 +2,7 @@
 
 `compile_for` compiles the kernel of a launch for a named architecture, `resource_usage` finds its registers,
 shared memory and spills, `sections` counts the instructions of its loops. `analyse` does all three, and
-`each` calls it for many launches in parallel processes.
+`in_processes` calls it for many launches in parallel processes.
 """
 
 import copyreg
@@ -118,7 +118,7 @@ K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
 
 
-def each(
+def in_processes(
     function: Callable[[Launch, str], R], jobs: Mapping[K, Job], workers: int = 1
 ) -> dict[K, R | Exception]:
     """Calls a function that compiles, such as `analyse`, for every job; prints the progress to stderr.

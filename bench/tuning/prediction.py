@@ -17,7 +17,7 @@ import triton
 from bra_triton.bench.machine_code.cost_model import predict
 from bra_triton.bench.machine_code.hardware import HARDWARE, latency, table_shared_bytes
 from bra_triton.bench.machine_code.launches import KERNEL_NAMES, launch_with
-from bra_triton.bench.machine_code.static_analysis import Analysis, Result, analyse, each
+from bra_triton.bench.machine_code.static_analysis import Analysis, Result, analyse, in_processes
 from bra_triton.bench.problems import Problem
 from bra_triton.bench.tuning.search_space import candidates, problems, serves
 from bra_triton.kernels import tiles
@@ -69,7 +69,9 @@ def predict_table(keys: Sequence[Key], arch: str, workers: int) -> tuple[Table, 
     results: Results = {}
 
     def compile_all(jobs: Iterable[Job]) -> None:
-        results.update(each(analyse, {job: (launch_of(job), arch) for job in dict.fromkeys(jobs)}, workers))
+        results.update(
+            in_processes(analyse, {job: (launch_of(job), arch) for job in dict.fromkeys(jobs)}, workers)
+        )
 
     plain = [key for key in keys if key.form == PLAIN]
     compile_all(jobs_of(plain, STAGES[:1]))

@@ -26,7 +26,7 @@ from bra_triton.backend import torch as torch_kernels
 from bra_triton.bench import measure
 from bra_triton.bench.console import progress
 from bra_triton.bench.machine_code.launches import launch_with, plan_pass, variant
-from bra_triton.bench.machine_code.static_analysis import compile_for, each
+from bra_triton.bench.machine_code.static_analysis import compile_for, in_processes
 from bra_triton.bench.problems import Problem
 from bra_triton.bench.tuning.search_space import DEEP_STAGES, EXP_SHARE, candidates, serves
 from bra_triton.kernels import tiles
@@ -247,7 +247,7 @@ def compile_ahead(todo: Sequence[Trial], arch: str, workers: int) -> None:
     launches = [launch_with(trial.tile, trial.kernel, trial.problem, trial.dtype) for trial in todo]
     jobs = {variant(launch): (launch, arch) for launch in launches}
     try:
-        each(compile_for, jobs, workers)
+        in_processes(compile_for, jobs, workers)
     except BrokenProcessPool as error:
         print(f"\ncompiling ahead ended early, the rest is compiled when timed: {error}", file=sys.stderr)
 

@@ -6,7 +6,13 @@ import pytest
 
 from bra_triton.bench import kernel_report
 from bra_triton.bench.machine_code.launches import KERNEL_NAMES, kernel_name
-from bra_triton.bench.machine_code.static_analysis import Analysis, analyse, compile_for, each, sections
+from bra_triton.bench.machine_code.static_analysis import (
+    Analysis,
+    analyse,
+    compile_for,
+    in_processes,
+    sections,
+)
 from bra_triton.bench.problems import PROBLEMS
 from bra_triton.kernels import tiles
 
@@ -147,7 +153,7 @@ def test_other_processes_compile_the_same_and_errors_come_back(launches):
     good, other = launches["route"], launches["invert_graph"]
     bad = replace(good, numbers=())
     jobs = {"good": (good, "sm_80"), "bad": (bad, "sm_80"), "other": (other, "sm_80")}
-    found = each(analyse, jobs, workers=2)
+    found = in_processes(analyse, jobs, workers=2)
     assert list(found) == list(jobs)
     assert isinstance(found["bad"], RuntimeError)
     assert "missing" in str(found["bad"])

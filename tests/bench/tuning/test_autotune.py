@@ -105,7 +105,7 @@ def test_a_compiler_that_dies_does_not_end_the_run(monkeypatch, capsys):
     def die(*args):
         raise BrokenProcessPool("terminated abruptly")
 
-    monkeypatch.setattr(timing, "each", die)
+    monkeypatch.setattr(timing, "in_processes", die)
     timing.compile_ahead([], "sm_90", 2)
     assert "compiled when timed: terminated abruptly" in capsys.readouterr().err
 
