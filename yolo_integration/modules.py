@@ -102,7 +102,8 @@ def _warn_of_padding(grid_of: GridOf, height: int, width: int, windows: tuple[in
     share = _share_of_padding(grid)
     if share > MOST_PADDING:
         better = _advised_n_win(grid_of, height, topk), _advised_n_win(grid_of, width, topk)
-        least, advice = _share_of_padding(grid_of(height, width, better)), "Choose an n_win that divides the map"
+        least = _share_of_padding(grid_of(height, width, better))
+        advice = "Choose an n_win that divides the map"
         if least < share:
             n_win = better[0] if better[0] == better[1] else list(better)
             advice = f"With n_win: {n_win} it would be {least:.0%}"
