@@ -9,7 +9,7 @@ from torch import Tensor
 from ...kernels.arrays import dense
 from ...kernels.problem import Lepe, statistic_dtype
 from . import devices
-from .regions import sum_over_padding, without_padding
+from .regions import sum_over_padding
 
 
 class LepeGradients(NamedTuple):
@@ -29,11 +29,12 @@ class LepeGradients(NamedTuple):
 def lepe_forward(attention: Tensor, lepe: Lepe[Tensor]) -> Tensor:
     """The sum of the attention's output `(N, H, W, dim)` and the convolution of the values."""
     out = _convolve(_values_in_reach(lepe), lepe.weight, lepe.bias).permute(0, 2, 3, 1)
+    out = out[:, : lepe.grid.height, : lepe.grid.width]
     if devices.kind(out) == "cuda":  # the convolution returns NCHW memory: one launch transposes and adds
-        return dense(attention + out[:, : lepe.grid.height, : lepe.grid.width])
+        return dense(attention + out)
     # Add in place, into the convolution's own output: a third map would cost time and memory. `.data` makes
     # the result a plain tensor: PyTorch refuses in-place changes of a view that a custom Function returns.
-    return dense(without_padding(out, lepe.grid)).add_(attention).data
+    return dense(out).add_(attention).data
 
 
 def lepe_backward(

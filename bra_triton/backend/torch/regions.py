@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.arrays import dense
 from ...kernels.grid import RegionGrid
 from ...kernels.problem import RoutedAttention, statistic_dtype
 
@@ -60,11 +59,6 @@ def empty_map(like: Tensor, grid: RegionGrid, dtype: torch.dtype | None = None) 
     """
     rows, columns = grid.rows * grid.region_height, grid.columns * grid.region_width
     return like.new_empty(like.shape[0], rows, columns, like.shape[-1], dtype=dtype)
-
-
-def without_padding(x: Tensor, grid: RegionGrid) -> Tensor:
-    """Undoes `whole_map`: `x` itself, or, if the grid is padded, a contiguous tensor that is not a view."""
-    return dense(x[:, : grid.height, : grid.width]).data if grid.is_padded else x
 
 
 def write_map(target: Tensor, regions: Tensor, grid: RegionGrid, n_graphs: int) -> Tensor:
