@@ -139,7 +139,7 @@ def _chosen(qkv, topk, n_win):
     with tiles.use_form(SMALL_MAP), planned.poisoned():
         _, (kept,) = calls.attend(problem, trains=True)
         plan = Plan(problem.tensors, problem.qkv.device)
-        buffer = packed.ForwardArrays.take(packed._packed(plan, problem.settings), True, plan.keep).r_idx
+        buffer = packed.ForwardArrays.take(packed._packed(plan, problem), True, plan.keep).r_idx
     end = buffer.offset + 4 * qkv.shape[0] * n_win**2 * topk
     assert (kept[end : end + 4] == 255).all(), "something was stored past the last choice"
     return kept[buffer.offset : end].view(torch.int32).view(buffer.shape)

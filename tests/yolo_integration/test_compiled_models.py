@@ -6,7 +6,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from ultralytics.nn.tasks import DetectionModel
 
-from bra_triton.yolo_integration.modules import ATTENTIONS
+import bra_triton.yolo_integration  # noqa: F401
+from bra_triton.modules.base import Attention
 
 BLOCKS = (
     (1, "BiLevelRoutingAttention", [{"topk": 2}]),
@@ -29,7 +30,7 @@ def _model_of_every_block() -> DetectionModel:
 def test_every_block_pads_one_map_of_the_second_graph_and_not_the_other() -> None:
     model, padded = _model_of_every_block(), {}
     for name, module in model.named_modules():
-        if isinstance(module, ATTENTIONS):
+        if isinstance(module, Attention):
             padded[name] = []
             module.register_forward_pre_hook(
                 lambda module, inputs, name=name: padded[name].append(module.grid(inputs[0]).is_padded)
