@@ -24,8 +24,8 @@ from bra_triton.bench.machine_code.static_analysis import Analysis, Result, anal
 from bra_triton.bench.measure import DTYPES
 from bra_triton.bench.problems import MODELS, MODES, PROBLEMS, Problem
 from bra_triton.kernels import tiles
+from bra_triton.kernels.forms import ROUTED, SMALL_MAP
 from bra_triton.kernels.plan import Launch
-from bra_triton.kernels.routing.lists import ROUTED, SMALL_MAP
 
 # The most issue slots per score that the shipped loops may take, by kernel and architecture, then by channels
 # of a head; for float16 and regions of at least TARGET_REGION_TOKENS. A target is what the loop of plain

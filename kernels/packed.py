@@ -14,6 +14,7 @@ from .attention.launch import (
     launch_key_value_gradient,
     launch_query_gradient,
 )
+from .forms import ROUTED, SMALL_MAP, form_of
 from .lepe.arguments import LepeSums
 from .lepe.launch import LepeShares, launch_lepe_gradient
 from .plan import Kept, Plan, Take
@@ -26,15 +27,7 @@ from .routing.launch import (
     launch_route_gradient,
     launch_spread_means,
 )
-from .routing.lists import (
-    ROUTED,
-    SMALL_MAP,
-    KeyLists,
-    form_of,
-    launch_key_lists,
-    launch_query_lists,
-    take_key_lists,
-)
+from .routing.lists import KeyLists, launch_key_lists, launch_query_lists, take_key_lists
 from .small_map.arguments import Choices
 from .small_map.launch import launch_small_map, launch_small_map_gradient
 
@@ -50,7 +43,7 @@ class ForwardArrays:
         r_weight: `(N, P, topk)` float32; None if routing weights are not used.
         r_idx: `(N, P, topk)` int32; None if every region attends to all regions.
         routed: the attention to the regions in `r_idx`.
-        form: form of this attention, one of `routing.lists`.
+        form: form of this attention, one of those in `forms`.
         lists: lists for the kernels that own queries; None for a small map.
     """
 

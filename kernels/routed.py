@@ -12,9 +12,10 @@ from .attention.launch import (
     launch_key_value_gradient,
     launch_query_gradient,
 )
+from .forms import form_of
 from .plan import Plan
 from .problem import Gradients, Padding, RoutedAttention
-from .routing.lists import form_of, launch_key_lists, launch_query_lists, take_key_lists
+from .routing.lists import launch_key_lists, launch_query_lists, take_key_lists
 
 
 def plan_attend_routed(problem: RoutedAttention[Tensor]) -> Plan:

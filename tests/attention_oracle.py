@@ -18,8 +18,9 @@ from bra_triton.kernels.attention.launch import (
     launch_key_value_gradient,
     launch_query_gradient,
 )
+from bra_triton.kernels.forms import form_of
 from bra_triton.kernels.problem import Gradients, Padding
-from bra_triton.kernels.routing.lists import form_of, launch_key_lists, launch_query_lists, take_key_lists
+from bra_triton.kernels.routing.lists import launch_key_lists, launch_query_lists, take_key_lists
 
 
 def attend(problem):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bra_triton.kernels.arrays import Buffer
 from bra_triton.kernels.attention.launch import launch_finish
+from bra_triton.kernels.forms import form_of
 from bra_triton.kernels.lepe.arguments import LepeSums
 from bra_triton.kernels.lepe.launch import launch_lepe_gradient
 from bra_triton.kernels.plan import Plan
@@ -47,7 +48,7 @@ def lists_of(problem: RoutedAttention[Tensor]) -> tuple[lists.KeyLists, lists.Qu
     """The lists of a problem that the attention kernels read."""
 
     def add(plan: Plan, problem: RoutedAttention[Buffer]) -> tuple[lists.KeyLists, lists.QueryLists]:
-        keys = lists.take_key_lists(problem, lists.form_of(problem), plan.scratch)
+        keys = lists.take_key_lists(problem, form_of(problem), plan.scratch)
         lists.launch_key_lists(plan, problem, keys)
         return keys, lists.launch_query_lists(plan, problem, keys)
 

@@ -1,6 +1,8 @@
 """The type check of `make lint` sees types across folders; every dependency between them has a wrong call."""
 
 import textwrap
+from collections import defaultdict
+from graphlib import TopologicalSorter
 
 import pytest
 import typecheck
@@ -50,6 +52,19 @@ def test_every_seam_has_a_wrong_call_and_dependencies_point_one_way(folder):
     imported = imported_folders(folder)
     assert imported == {called for caller, called in typecheck.WRONG_CALLS if caller == folder}
     assert imported <= set(LAYERS[LAYERS.index(folder) + 1 :])
+
+
+def test_dependencies_inside_kernels_point_one_way():
+    """Between its folders and the files beside them; `static_order` raises an error that names a cycle."""
+    kernels = "bra_triton.kernels."
+    imported = defaultdict(set)
+    for package, path in typecheck.package_folders(typecheck.ROOT).items():
+        for file in (typecheck.ROOT / path).glob("*.py") if f"{package}.".startswith(kernels) else ():
+            names = imported_names(file.read_text(encoding="utf-8"), package)
+            own = f"{package}.{file.stem}".split(".")[2]
+            imported[own] |= {name.split(".")[2] for name in names if name.startswith(kernels)} - {own}
+    assert {"lib", "plan"} < imported["attention"]
+    assert set(TopologicalSorter(imported).static_order()) == set(imported)
 
 
 def test_a_wrong_call_in_the_tree_is_found_under_the_name_of_the_checkout(tree):

@@ -10,11 +10,11 @@ from torch import Tensor
 from bra_triton.bench.problems import Problem
 from bra_triton.kernels import packed, tiles
 from bra_triton.kernels.arrays import Buffer
+from bra_triton.kernels.forms import ROUTED
 from bra_triton.kernels.plan import _WORKSPACE, Launch, Plan
 from bra_triton.kernels.pooling.launch import plan_pool, plan_pool_backward, pooling_inputs
 from bra_triton.kernels.pooling.problem import MAX, WEIGHTED, RegionPooling
 from bra_triton.kernels.problem import Needs, PackedAttention
-from bra_triton.kernels.routing.lists import ROUTED
 from bra_triton.kernels.tiles import Tile
 
 # Names of the kernels that have entries in tables of tiles.

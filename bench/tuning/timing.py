@@ -30,9 +30,9 @@ from bra_triton.bench.machine_code.static_analysis import compile_for, in_proces
 from bra_triton.bench.problems import Problem
 from bra_triton.bench.tuning.search_space import DEEP_STAGES, EXP_SHARE, candidates, serves
 from bra_triton.kernels import tiles
+from bra_triton.kernels.forms import ROUTED
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import Needs, PackedAttention
-from bra_triton.kernels.routing.lists import ROUTED
 from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT, Key, Tile
 from bra_triton.kernels.tiles import cache as tile_cache
 from bra_triton.kernels.tiles.table import Entry

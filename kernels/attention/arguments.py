@@ -51,27 +51,6 @@ class PaddingRows(NamedTuple):
         return None if problem.padding is None else cls(problem.padding.key, problem.padding.value)
 
 
-class Lists(NamedTuple):
-    """Token numbers of the tokens that programs own and of those on the other side; -1 stands for padding.
-
-    With marks, and where every region attends to all, a program loops over all tokens of the other side. The
-    list of a side is then None unless the side has padding: the kernel takes the map's tokens in order.
-
-    Attributes:
-        region_list: tokens of every region that programs own: `(P, S)` int32 of queries; in dK/dV
-            `(P_kv, S_kv)` of keys.
-        token_list: tokens that the programs of each region loop over: `(N, G, P, TOPK * S_kv)` int32 of keys;
-            in dK/dV `(N, G, P * TOPK * S)` of queries, pair after pair in the order of the inverse graph.
-            With marks, or where the map is one region, a list of all tokens, `(P_kv * S_kv,)` or `(P * S,)`.
-        factors: of the shape of `token_list`, float32: factor of each listed key and value, or of each listed
-            query's pair; None for 1.
-    """
-
-    region_list: Buffer | None
-    token_list: Buffer | None
-    factors: Buffer | None
-
-
 class ForwardResults(NamedTuple):
     """Arrays that the forward writes.
 
@@ -164,7 +143,7 @@ class AttentionConfig(NamedTuple):
         BLOCK_TAIL: tokens in a step at the end of a list; these steps are masked.
         BLOCK_QK: QK_HEAD_DIM, rounded up to a power of two of at least 16.
         BLOCK_V: V_HEAD_DIM, likewise.
-        BLOCK_MARKS: marks of a token; see `Marks`.
+        BLOCK_MARKS: marks of a token; see `routing.arguments.Marks`.
         PRECISION: precision of float32 products, as `tl.dot` names it.
         EXP_SHARE: forward and dQ: one in EXP_SHARE exponentials is evaluated by multiply-adds; 0 for none.
         LEPE_STRIDE: forward: elements from one token of LePE's values to the next.

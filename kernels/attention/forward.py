@@ -18,9 +18,9 @@ multiplies these sums by exp2(-2**126 * logit_scale) = 0.
 | array | shape | meaning |
 |---|---|---|
 | maps | | query, key and value, see `Maps` |
-| lists | | queries that programs own, keys that each region attends to, see `Lists` |
+| lists | | queries that programs own, keys that each region attends to, see `routing.arguments.Lists` |
 | padding | (heads * head_dim,) each | key and value that padding tokens hold; None without padding |
-| marks | | the graph as a mask, see `Marks`; None in forms without a mask |
+| marks | | the graph as a mask, see `routing.arguments.Marks`; None in forms without a mask |
 | lepe | | values before any down-sampling, weight, fill and bias, see `LepeParts`; None for no LePE |
 | results | | out, attention and lse, see `ForwardResults` |
 """

@@ -7,7 +7,7 @@ a partial sum, and `finish_gradients_kernel` adds the partial sums in order.
 | array | shape | meaning |
 |---|---|---|
 | maps, padding, marks | | as in `forward` |
-| lists | | keys that programs own, queries that attend to each region, see `Lists` |
+| lists | | keys that programs own, queries that attend to each region, see `routing.arguments.Lists` |
 | work | | pieces of the inverse graph's rows, see `routing.graph`; None with marks or a single region |
 | statistics | (N, NUM_HEADS, H * W, 2) fp32 | lse and delta, from `query_gradient` |
 | grad_out | (N, H, W, NUM_HEADS * V_HEAD_DIM) | gradient of the attention's output |

@@ -9,6 +9,7 @@ import torch
 
 from .. import tiles
 from ..arrays import Buffer
+from ..forms import MASKED, WHOLE
 from ..grid import RegionGrid
 from ..lepe.arguments import LepeParts, LepeSums, LepeSumsConfig
 from ..lepe.launch import LepeShares, launch_lepe
@@ -17,7 +18,7 @@ from ..lib.maps import image_tokens, row_stride
 from ..plan import Plan
 from ..problem import Gradients, Lepe, RoutedAttention
 from ..routing.arguments import Marks
-from ..routing.lists import MASKED, WHOLE, KeyLists, QueryLists
+from ..routing.lists import KeyLists, QueryLists
 from .arguments import (
     AttentionConfig,
     ForwardResults,
@@ -47,7 +48,7 @@ class Attention:
 
     Attributes:
         problem: the maps and the regions.
-        form: form of the attention, one of those in `routing.lists`.
+        form: form of the attention, one of those in `forms`.
         lists: lists and marks that the kernels that own queries read.
     """
 

@@ -1,4 +1,7 @@
-"""Groups of arguments of the routing kernels; attention kernels take `Marks`, too. Does not import Triton."""
+"""Groups of arguments of the routing kernels; attention kernels take `Lists` and `Marks`, too.
+
+This file does not import Triton. docs/glossary.md explains the letters in the shapes.
+"""
 
 from typing import NamedTuple
 
@@ -6,6 +9,27 @@ from ..arrays import Buffer
 
 # The value of a mark. Its square is near the largest float32, far above any product of a query and a key.
 MARK = 2.0**63
+
+
+class Lists(NamedTuple):
+    """Token numbers of the tokens that programs own and of those on the other side; -1 stands for padding.
+
+    With marks, and where every region attends to all, a program loops over all tokens of the other side. The
+    list of a side is then None unless the side has padding: the kernel takes the map's tokens in order.
+
+    Attributes:
+        region_list: tokens of every region that programs own: `(P, S)` int32 of queries; in dK/dV
+            `(P_kv, S_kv)` of keys.
+        token_list: tokens that the programs of each region loop over: `(N, G, P, TOPK * S_kv)` int32 of keys;
+            in dK/dV `(N, G, P * TOPK * S)` of queries, pair after pair in the order of the inverse graph.
+            With marks, or where the map is one region, a list of all tokens, `(P_kv * S_kv,)` or `(P * S,)`.
+        factors: of the shape of `token_list`, float32: factor of each listed key and value, or of each listed
+            query's pair; None for 1.
+    """
+
+    region_list: Buffer | None
+    token_list: Buffer | None
+    factors: Buffer | None
 
 
 class Marks(NamedTuple):

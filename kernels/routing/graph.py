@@ -16,7 +16,7 @@ the work of one program for each tile and head.
 | choices | (N, G, P * TOPK) int32 | the key region of each of `pairs`; a finer inverse is made from it |
 | work | (N, G, extras + P_kv, 4) int32 | pieces: region, start and end of pairs, partial sum; -1 for none |
 
-Lists and marks are described in `attention.arguments.Lists` and `arguments.Marks`.
+Lists and marks are described in `arguments.Lists` and `arguments.Marks`.
 """
 
 import triton

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from ..arrays import Buffer
-from ..attention.arguments import Lists
 from ..grid import RegionGrid
 from ..lib.integers import cdiv, next_power_of_2
 from ..plan import Plan
-from .arguments import Inverse, Marks, MeansConfig, RouteConfig, RoutingGradientConfig
+from .arguments import Inverse, Lists, Marks, MeansConfig, RouteConfig, RoutingGradientConfig
 from .gradient import key_routing_gradient_kernel, query_routing_gradient_kernel, spread_means_kernel
 from .route import region_means_kernel, route_kernel
 

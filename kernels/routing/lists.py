@@ -1,10 +1,8 @@
 """Lists and marks for the attention kernels: the arrays of each form, and the launches that write them.
 
-An attention has one of four forms. "routed": every region has a list of the tokens that it attends to.
-"masked": all regions attend to all tokens, and marks mask the tokens that a region did not choose. "whole":
-the map is one region, which attends to itself. "small_map": each program chooses its regions and computes
-their tokens without a list, see `small_map`. In the forms "masked" and "whole" there is one list of all
-tokens; if none of them is padding, there is no list, and the kernels read the map in its own order.
+`forms` explains the forms. In the form "routed" every region has its own list of tokens. In the forms
+"masked" and "whole" there is one list of all tokens; if none of them is padding, there is no list, and the
+kernels read the map in its own order.
 """
 
 from dataclasses import dataclass
@@ -12,19 +10,15 @@ from math import prod
 
 import torch
 
-from .. import tiles
 from ..arrays import Buffer
-from ..attention import masking
-from ..attention.arguments import Lists
+from ..forms import MASKED, ROUTED, WHOLE
 from ..grid import RegionGrid
 from ..lib.integers import cdiv, next_power_of_2
 from ..plan import Plan, Take
 from ..problem import RoutedAttention
-from ..small_map import choice as small_map
-from .arguments import GraphConfig, Inverse, ListConfig, MarkConfig, Marks
+from .arguments import GraphConfig, Inverse, ListConfig, Lists, MarkConfig, Marks
 from .graph import invert_graph_kernel, list_tokens_kernel, mark_choices_kernel
 
-ROUTED, MASKED, WHOLE, SMALL_MAP = "routed", "masked", "whole", "small_map"
 # A row of the inverse graph that is longer than this many times the mean row is cut into pieces, so that the
 # GPU does not wait for the program of one region that all others chose. The mean also counts the pairs of
 # regions that consist of padding; these pairs are in no row. The partial sums of cut rows take at most 2 /
@@ -46,7 +40,7 @@ _MOST_READ, _FAN_BITS, _MOST_BLOCK = 2**23, 6, 2048
 
 @dataclass(frozen=True)
 class KeyLists:
-    """Lists and marks for the kernels that own queries; see `attention.arguments.Lists`.
+    """Lists and marks for the kernels that own queries; see `arguments.Lists`.
 
     Attributes:
         query_regions: `(P, S)` int32, tokens of the query regions; None if the map is read without a list.
@@ -94,25 +88,6 @@ class QueryLists:
     longest: int = 0
     n_pieces: int = 1
     n_partials: int = 0
-
-
-def form_of(problem: RoutedAttention[Buffer], routing_learns: bool = False, chooses: bool = False) -> str:
-    """The form of an attention.
-
-    Args:
-        problem: the attention.
-        routing_learns: whether the factor's gradient is asked for, which needs lists.
-        chooses: whether routing chooses its regions; False if they are given.
-    """
-    if problem.r_idx is None:
-        return WHOLE
-    if routing_learns:
-        return ROUTED
-    if form := tiles.forced_form():
-        return form
-    if masking.is_cheaper(problem):
-        return MASKED
-    return SMALL_MAP if chooses and small_map.serves(problem) else ROUTED
 
 
 def take_key_lists(problem: RoutedAttention[Buffer], form: str, take: Take) -> KeyLists:

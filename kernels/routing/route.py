@@ -8,7 +8,7 @@
 | query, key | (N, P, DIM) fp32 | region queries and keys, rows ROW_STRIDE apart |
 | r_weight | (N, P, TOPK) fp32 | softmax over the chosen logits, descending |
 | r_idx | (N, P, TOPK) int32 | chosen regions, by descending logit, equal ones by ascending index |
-| lists | | tokens of the chosen regions, see `attention.arguments.Lists`; None if another kernel lists them |
+| lists | | tokens of the chosen regions, see `arguments.Lists`; None if another kernel lists them |
 | marks | | the choice as a mask, see `arguments.Marks`; None except for masked attention |
 """
 

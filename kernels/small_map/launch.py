@@ -7,6 +7,7 @@ import torch
 from ..arrays import Buffer
 from ..attention.arguments import ForwardResults, Maps, PaddingRows, Saved
 from ..attention.launch import LOG2_E, dot_precision
+from ..forms import SMALL_MAP_ROWS
 from ..lepe.arguments import LepeParts
 from ..lib.integers import inverse, next_power_of_2
 from ..lib.maps import row_stride
@@ -16,7 +17,6 @@ from ..routing.launch import Routing, launch_route, region_stride
 from ..tiles import channel_block
 from .arguments import Choices, RegionRows, SmallMapConfig, SmallMapGradients
 from .backward import small_map_backward_kernel
-from .choice import BLOCK_OWN
 from .forward import small_map_forward_kernel
 
 # Most heads of a program. With fewer heads, more programs choose the same regions; with 8 the backward spills
@@ -144,7 +144,7 @@ def _config(problem: RoutedAttention[Buffer]) -> SmallMapConfig:
         QUERY_STRIDE=row_stride(problem.query),
         KEY_STRIDE=row_stride(problem.key),
         VALUE_STRIDE=row_stride(problem.value),
-        BLOCK_OWN=BLOCK_OWN,
+        BLOCK_OWN=SMALL_MAP_ROWS,
         BLOCK_STEP=_STEP[problem.query.dtype.itemsize],
         BLOCK_QK=channel_block(problem.qk_head_dim),
         BLOCK_V=channel_block(problem.v_head_dim),

@@ -123,7 +123,7 @@ def use_tiles(by_kernel: Mapping[str, Tile]) -> Iterator[None]:
 
 @contextmanager
 def use_form(form: str | None) -> Iterator[None]:
-    """Context in which attentions of this thread get `form`, one of the forms in `routing.lists`.
+    """Context in which attentions of this thread get `form`, one of those in `forms`.
 
     The form must be able to serve them. With None each attention gets the form that is chosen for it. An
     attention keeps its form if no other is possible: if every region attends to all regions, or if the

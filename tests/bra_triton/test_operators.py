@@ -19,10 +19,10 @@ from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, fun
 from bra_triton.backend.kernels import fused_kernels
 from bra_triton.bench import in_tree
 from bra_triton.kernels import tiles
+from bra_triton.kernels.forms import ROUTED
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import Needs, PackedAttention
-from bra_triton.kernels.routing.lists import ROUTED
 
 BACKENDS = ("torch", "triton")
 CASE = Case("operators", "four regions of 3 x 4 tokens: the interpreter is slow", 6, 8, 32, 2, 2, 2, 16)

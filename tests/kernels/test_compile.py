@@ -11,10 +11,10 @@ from bra_triton.bench.machine_code.static_analysis import compile_for, resource_
 from bra_triton.bench.problems import PROBLEMS, Problem
 from bra_triton.kernels import tiles
 from bra_triton.kernels.arrays import Buffer, channels
+from bra_triton.kernels.forms import ROUTED
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.routed import plan_attend_routed, plan_attend_routed_backward
 from bra_triton.kernels.routing.launch import Routing, launch_route
-from bra_triton.kernels.routing.lists import ROUTED
 
 pytestmark = pytest.mark.compiled
 

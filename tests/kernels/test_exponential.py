@@ -9,8 +9,7 @@ import triton.language as tl
 from attention_parts import PARTS, compare, make
 from problems import worst
 
-from bra_triton.kernels import tiles
-from bra_triton.kernels.attention import masking
+from bra_triton.kernels import forms, tiles
 from bra_triton.kernels.lib.exponential import exp2
 from bra_triton.kernels.tiles import FORWARD, QUERY_GRADIENT, Tile
 
@@ -64,7 +63,7 @@ def test_what_is_no_number_does_not_pass_for_a_probability(device):
 def test_attention_stays_within_half_precisions_rounding(name, dtype, device, monkeypatch):
     """Half of the columns use the polynomial, more than in any table; the tolerance is as without it."""
     part = PARTS[name]
-    monkeypatch.setattr(masking, "is_cheaper", lambda problem: part.masked)
+    monkeypatch.setattr(forms, "masked_is_cheaper", lambda problem: part.masked)
     shared = Tile(16, 32, 1, 1, exp_share=2)
     monkeypatch.setattr(tiles, "MASKED", {**tiles.MASKED, FORWARD: shared, QUERY_GRADIENT: shared})
     with tiles.use_tiles({FORWARD: shared, QUERY_GRADIENT: shared}):

@@ -11,12 +11,10 @@ from attention_parts import PARTS, make
 from problems import relative_error
 
 from bra_triton import functional
-from bra_triton.kernels import calls, tiles
-from bra_triton.kernels.attention import masking
-from bra_triton.kernels.attention.masking import LEAST_SCALE
+from bra_triton.kernels import calls, forms, tiles
+from bra_triton.kernels.forms import MASKED, ROUTED, SMALL_MAP, form_of
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.problem import PackedAttention, RoutedAttention
-from bra_triton.kernels.routing.lists import MASKED, ROUTED, SMALL_MAP, form_of
 from bra_triton.spec import AttentionSpec
 
 # Keys of a step: as many as a region has, so that some steps have no finite score.
@@ -31,7 +29,7 @@ def in_form(monkeypatch, device):
 
     def make_in(form):
         problem = make(PARTS["whole_16" if form == "whole" else "packed_16"], device)
-        monkeypatch.setattr(masking, "is_cheaper", lambda problem: form == "masked")
+        monkeypatch.setattr(forms, "masked_is_cheaper", lambda problem: form == "masked")
         tile = tiles.Tile(16, STEP, 1, 1, exp_share=2 if form == POLYNOMIAL else 0)
         monkeypatch.setattr(tiles, "MASKED", dict.fromkeys(tiles.KERNELS, tile))
         if form != "whole":
@@ -116,7 +114,7 @@ def test_a_small_map_takes_steps_of_masked_keys(device):
 def test_masked_attention_sees_no_key_that_was_not_chosen(dtype, size, scale, device, monkeypatch):
     """The keys that are not chosen have the largest scores by far."""
     part = PARTS["masked"]
-    monkeypatch.setattr(masking, "is_cheaper", lambda problem: True)
+    monkeypatch.setattr(forms, "masked_is_cheaper", lambda problem: True)
     problem = make(part, device, dtype)
     problem.query.copy_(problem.query.sign() * size)
     problem.key.copy_(problem.key.sign() * size)
@@ -137,7 +135,7 @@ def test_a_scale_too_small_for_the_mask_takes_lists():
     r_idx = torch.empty(1, 1, 49, 16, dtype=torch.int32, device="meta")
     grid = RegionGrid.of_windows(14, 14, 7)
     problem = RoutedAttention(*maps, r_idx, grid, grid, 1, 32**-0.5, distinct=True)
-    scales = (problem.scale, LEAST_SCALE, LEAST_SCALE / 2)
+    scales = (problem.scale, forms.LEAST_MASKED_SCALE, forms.LEAST_MASKED_SCALE / 2)
     assert [form_of(replace(problem, scale=scale)) for scale in scales] == [MASKED, MASKED, ROUTED]
 
 

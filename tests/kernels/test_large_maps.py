@@ -19,10 +19,10 @@ from interpreter import INTERPRETED, watch_overflows
 from problems import relative_error, worst
 from properties import needs_interpreter
 
-from bra_triton.kernels import calls, packed, routed, tiles
-from bra_triton.kernels.attention import masking
+from bra_triton.kernels import calls, forms, packed, routed, tiles
 from bra_triton.kernels.attention.key_value_gradient import _load_statistics as load_statistics
 from bra_triton.kernels.attention.launch import launch_finish
+from bra_triton.kernels.forms import MASKED, ROUTED, SMALL_MAP, form_of
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.lepe.arguments import LepeSums, LepeSumsConfig
 from bra_triton.kernels.lepe.launch import LepeShares, launch_lepe, launch_lepe_gradient
@@ -30,7 +30,7 @@ from bra_triton.kernels.pooling.launch import MAX_STRIPS, plan_pool, plan_pool_b
 from bra_triton.kernels.pooling.problem import MAX, MEAN, WEIGHTED, RegionPooling
 from bra_triton.kernels.problem import Gradients, Lepe, Needs, PackedAttention, RoutedAttention, Settings
 from bra_triton.kernels.routing.launch import launch_spread_means
-from bra_triton.kernels.routing.lists import LONGEST_TO_MEAN, MASKED, ROUTED, SMALL_MAP, form_of
+from bra_triton.kernels.routing.lists import LONGEST_TO_MEAN
 from bra_triton.kernels.small_map import launch as small_map
 
 SIDE, ROW = 8, 2**25 + 2**22  # 64 tokens, the last at 2.38e9
@@ -146,7 +146,7 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_the_last_of_many_images(name, monkeypatch):
     form, settings, pooled = FORMS[name]
-    monkeypatch.setattr(masking, "is_cheaper", lambda problem: form == MASKED)
+    monkeypatch.setattr(forms, "masked_is_cheaper", lambda problem: form == MASKED)
     monkeypatch.setattr(small_map, "MOST_ROUTED", 2**40)  # programs of the last image choose, too
     if form == MASKED:
         monkeypatch.setattr(tiles, "MASKED", dict.fromkeys(tiles.KERNELS, tiles.Tile(64, 16, 1, 1)))

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import profile
 
-from bra_triton.kernels.attention.arguments import Lists
+from bra_triton.kernels.forms import MASKED
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import RoutedAttention
 from bra_triton.kernels.routing import lists
-from bra_triton.kernels.routing.arguments import MARK
+from bra_triton.kernels.routing.arguments import MARK, Lists
 from bra_triton.kernels.routing.launch import Routing, launch_route
 
 
@@ -180,7 +180,7 @@ def _route_with_marks(plan, query, key, r_idx, grid):
     batch, n_regions, topk = r_idx.shape
     maps = plan.output((batch, grid.height, grid.width, 1), torch.float32)
     problem = RoutedAttention(maps, maps, maps, r_idx.view(batch, 1, n_regions, topk), grid, grid, 1, 1.0)
-    at_once, apart = (lists.take_key_lists(problem, lists.MASKED, plan.output) for _ in range(2))
+    at_once, apart = (lists.take_key_lists(problem, MASKED, plan.output) for _ in range(2))
     launch_route(plan, Routing(query, key, None, r_idx, 0.5), *at_once.of_choice, grid)
     lists.launch_key_lists(plan, problem, apart)
     return [(each.query_regions, *each.marks) for each in (at_once, apart)]

@@ -12,10 +12,10 @@ from bra_triton.backend.kernels import fused_kernels
 from bra_triton.backend.torch import masked
 from bra_triton.call import Call
 from bra_triton.kernels import tiles
+from bra_triton.kernels.forms import ROUTED
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.packed import plan_attend, plan_attend_backward
 from bra_triton.kernels.problem import Needs, PackedAttention
-from bra_triton.kernels.routing.lists import ROUTED
 from bra_triton.spec import AttentionSpec
 
 BACKENDS = ("torch", "triton")

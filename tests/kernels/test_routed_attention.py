@@ -14,14 +14,12 @@ from problems import relative_error, worst
 from bra_triton.backend.kernels import fused_kernels
 from bra_triton.backend.torch import chunks, gathered
 from bra_triton.backend.torch.lepe import lepe_forward
-from bra_triton.kernels import tiles
-from bra_triton.kernels.attention import masking
+from bra_triton.kernels import forms, tiles
 from bra_triton.kernels.attention.arguments import ForwardResults
 from bra_triton.kernels.attention.launch import Attention, launch_attention
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.problem import Lepe, RoutedAttention
 from bra_triton.kernels.routing import lists
-from bra_triton.kernels.small_map import choice as small_map
 
 BACKENDS = ("torch", "triton")
 # Rounding of float32 gives 1 to 4e-7 at these sizes; a wrong tail, mask or scale gives 1e-3 and more.
@@ -33,7 +31,7 @@ FLOAT32_TOLERANCE = 5e-6
 @pytest.mark.parametrize("name", PARTS)
 def test_output_and_all_gradients(name, backend, device, monkeypatch):
     part = PARTS[name]
-    monkeypatch.setattr(masking, "is_cheaper", lambda problem: part.masked)
+    monkeypatch.setattr(forms, "masked_is_cheaper", lambda problem: part.masked)
     errors = compare(backend, make(part, device), part.needs_factor)
     assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
 
@@ -64,11 +62,11 @@ def test_forms_for_narrow_heads_do_not_take_wide_values_or_keys(widths):
         return RoutedAttention(*maps, r_idx, grid, grid, 1, 0.25, distinct=True)
 
     narrow, wide = problem(32, 32), problem(*widths)
-    assert masking.is_cheaper(narrow)
-    assert not masking.is_cheaper(wide)
-    assert small_map.serves(narrow)
-    assert small_map.serves(wide)
-    assert not small_map.serves(problem(*(4 * width for width in widths)))
+    assert forms.masked_is_cheaper(narrow)
+    assert not forms.masked_is_cheaper(wide)
+    assert forms.small_map_serves(narrow)
+    assert forms.small_map_serves(wide)
+    assert not forms.small_map_serves(problem(*(4 * width for width in widths)))
 
 
 def test_long_rows_are_cut_and_the_others_are_not(device):
@@ -100,7 +98,7 @@ def test_regions_of_only_padding_choose_and_are_chosen(name, device):
 @pytest.mark.parametrize("name", ["padding", "long_padded_row", "masked_padding"])
 def test_gradients_are_bitwise_equal(name, backend, device, monkeypatch):
     problem, masked = make(PARTS[name], device), PARTS[name].masked
-    monkeypatch.setattr(masking, "is_cheaper", lambda problem: masked)
+    monkeypatch.setattr(forms, "masked_is_cheaper", lambda problem: masked)
     grad_out = torch.randn(*problem.query.shape[:3], problem.value.shape[-1], device=device)
     first, second = (attention_oracle.run_backend(backend, problem, grad_out, not masked) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -131,7 +129,7 @@ def test_half_precision_in_the_modes_parts(dtype, backend, device):
 def test_half_precision_under_the_mask(dtype, device, monkeypatch):
     """As above, but the launch itself chooses the masked form and its tiles for half precision."""
     problem = replace(make(PARTS["masked_padding"], device, dtype), distinct=True)
-    assert masking.is_cheaper(problem)
+    assert forms.masked_is_cheaper(problem)
     errors = compare("triton", problem, False)
     assert worst(errors.values()) < 4 * torch.finfo(dtype).eps, errors
 
@@ -157,7 +155,7 @@ def _of_map(name):
 
 @pytest.mark.parametrize("name", MAPS)
 def test_when_attention_is_masked(name):
-    assert masking.is_cheaper(_of_map(name)) == MAPS[name][-1]
+    assert forms.masked_is_cheaper(_of_map(name)) == MAPS[name][-1]
 
 
 def test_what_forbids_the_mask():
@@ -166,7 +164,7 @@ def test_what_forbids_the_mask():
     single = replace(problem, query=problem.query.float())
     factor = replace(problem, factor=torch.ones(problem.r_idx.shape))
     for other in (wide, single, factor, replace(problem, distinct=False)):
-        assert not masking.is_cheaper(other)
+        assert not forms.masked_is_cheaper(other)
 
 
 sizes = st.integers(1, 9)
@@ -218,7 +216,7 @@ def _check_drawn(backend, part, dtype):
 @pytest.mark.parametrize("name", ["packed", "padding", "kv_grid", "masked", "whole_padding"])
 def test_the_backends_function_and_its_backward(name, backend, device, monkeypatch):
     """The gradients are separate, contiguous maps, not slices of packed ones."""
-    monkeypatch.setattr(masking, "is_cheaper", lambda problem: PARTS[name].masked)
+    monkeypatch.setattr(forms, "masked_is_cheaper", lambda problem: PARTS[name].masked)
     problem, kernels = make(PARTS[name], device), fused_kernels(backend)
     grad_out = torch.randn(*problem.query.shape[:3], problem.value.shape[-1], device=device)
     with planned.poisoned():
@@ -232,7 +230,7 @@ def test_the_backends_function_and_its_backward(name, backend, device, monkeypat
 
 
 def _add_with_lepe(plan, problem, lepe, out, attention):
-    form = lists.form_of(problem)
+    form = forms.form_of(problem)
     key_lists = lists.take_key_lists(problem, form, plan.scratch)
     lists.launch_key_lists(plan, problem, key_lists)
     results = ForwardResults(out, attention, None)

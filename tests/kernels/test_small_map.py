@@ -10,13 +10,13 @@ from properties import profile
 
 from bra_triton import reference
 from bra_triton.call import Call
-from bra_triton.kernels import calls, packed, tiles
+from bra_triton.kernels import calls, forms, packed, tiles
+from bra_triton.kernels.forms import ROUTED, SMALL_MAP
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.lib.integers import INVERSE_BITS, inverse
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import Needs, PackedAttention
-from bra_triton.kernels.routing.lists import ROUTED, SMALL_MAP
-from bra_triton.kernels.small_map import choice, launch
+from bra_triton.kernels.small_map import launch
 from bra_triton.spec import AttentionSpec
 
 # Rounding of float32 gives 1 to 4e-7; a wrong key, mask or factor 1e-3 and more.
@@ -166,10 +166,10 @@ def test_regions_are_chosen_as_a_stable_sort_has_them(device, n_win, data, value
     assert (_chosen(qkv, topk, n_win) == order).all()
 
 
-@given(st.integers(1, choice.BLOCK_OWN), st.data())
+@given(st.integers(1, forms.SMALL_MAP_ROWS), st.data())
 def test_an_inverse_divides(divisor, data):
     """For all numbers that a program divides: positions among all regions' tokens, and a step past them."""
-    most = divisor * choice.MOST_REGIONS + 64
+    most = divisor * forms.MOST_SMALL_MAP_REGIONS + 64
     x = data.draw(st.integers(0, most))
     assert x * inverse(divisor) >> INVERSE_BITS == x // divisor
     assert most * inverse(divisor) < 2**31
