@@ -24,7 +24,7 @@ from bra_triton.bench.machine_code.static_analysis import Analysis, Result, anal
 from bra_triton.bench.measure import DTYPES
 from bra_triton.bench.problems import MODELS, MODES, PROBLEMS, Problem
 from bra_triton.kernels import tiles
-from bra_triton.kernels.forms import ROUTED, SMALL_MAP
+from bra_triton.kernels.forms import ROUTED, SMALL_MAP, use_form
 from bra_triton.kernels.plan import Launch
 
 # The most issue slots per score that the shipped loops may take, by kernel and architecture, then by channels
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=HARDWARE, default=list(CHECKED_ARCHITECTURES))
     options = parser.parse_args(arguments)
     problems = [REPORTED[name] for name in options.problem]
-    with tiles.use_form(options.form):
+    with use_form(options.form):
         asked = (problems, options.arch, options.dtype, options.workers)
         rows, beside_dense = collect(*asked), compare_with_dense(*asked)
     print(render(rows, beside_dense))

@@ -17,7 +17,7 @@ from bra_triton.bench.console import conclude, table, write_json
 from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.machine_code.launches import plan_pass
 from bra_triton.bench.problems import Problem
-from bra_triton.kernels import tiles
+from bra_triton.kernels import forms, tiles
 
 REPEATS = 30
 # Without pooling: a module for down-sampling launches its kernels, and a problem has no such module.
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"this GPU is {arch}; the cost model knows {', '.join(HARDWARE)}")
     problems = [CHOICES[name] for name in options.problem]
     lines = []
-    with tiles.use_form(options.form):
+    with forms.use_form(options.form):
         rows = kernel_report.collect(problems, [arch], options.dtype, options.workers)
         for problem in problems:
             measured = times_of(problem, measure.DTYPES[options.dtype], device)

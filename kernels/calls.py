@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tiles
+from . import overrides, tiles
 from .attention.launch import float32_setting
 from .bounded import Bounded
 from .grid import RegionGrid
@@ -55,10 +55,10 @@ def _plan_of(make: Callable[..., Plan], key: tuple[Hashable, ...], *arguments: A
     Args:
         make: makes the plan.
         key: everything that the plan depends on, except PyTorch's precision setting for float32 products and
-            `tiles.in_force()`, which are added here.
+            `overrides.in_force()`, which are added here.
         arguments: arguments of `make`.
     """
-    return _found(_plans, (make, *key, float32_setting(), tiles.in_force()), make, *arguments)
+    return _found(_plans, (make, *key, float32_setting(), overrides.in_force()), make, *arguments)
 
 
 def _packed_plan(
@@ -70,7 +70,7 @@ def _packed_plan(
     """
     if problem.plans is None:
         return _plan_of(make, (_key(problem), *key), problem, *arguments)
-    full_key = (make, key, float32_setting(), tiles.in_force(), _generation[0])
+    full_key = (make, key, float32_setting(), overrides.in_force(), _generation[0])
     plan: Plan | None = problem.plans.get(full_key)
     return plan or _found(problem.plans, full_key, make, problem, *arguments)
 

@@ -6,10 +6,14 @@ the map is one region, which attends to itself. "small_map": each program choose
 their tokens without a list, see `small_map`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import overrides
 from .arrays import A
 from .lib.integers import cdiv
 from .problem import RoutedAttention
-from .tiles import channel_block, forced_form
+from .tiles import channel_block
 
 ROUTED, MASKED, WHOLE, SMALL_MAP = "routed", "masked", "whole", "small_map"
 
@@ -47,11 +51,23 @@ def form_of(problem: RoutedAttention[A], routing_learns: bool = False, chooses: 
         return WHOLE
     if routing_learns:
         return ROUTED
-    if form := forced_form():
+    if form := overrides.in_force().form:
         return form
     if masked_is_cheaper(problem):
         return MASKED
     return SMALL_MAP if chooses and small_map_serves(problem) else ROUTED
+
+
+@contextmanager
+def use_form(form: str | None) -> Iterator[None]:
+    """Context in which attentions of this thread get `form`.
+
+    The form must be able to serve them. With None each attention gets the form that is chosen for it. An
+    attention keeps its form if no other is possible: if every region attends to all regions, or if the
+    routing weights learn.
+    """
+    with overrides.use(form=form):
+        yield
 
 
 def masked_is_cheaper(problem: RoutedAttention[A]) -> bool:

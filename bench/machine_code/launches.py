@@ -10,7 +10,7 @@ from torch import Tensor
 from bra_triton.bench.problems import Problem
 from bra_triton.kernels import packed, tiles
 from bra_triton.kernels.arrays import Buffer
-from bra_triton.kernels.forms import ROUTED
+from bra_triton.kernels.forms import ROUTED, use_form
 from bra_triton.kernels.plan import _WORKSPACE, Launch, Plan
 from bra_triton.kernels.pooling.launch import plan_pool, plan_pool_backward, pooling_inputs
 from bra_triton.kernels.pooling.problem import MAX, WEIGHTED, RegionPooling
@@ -35,7 +35,7 @@ def record_attention(problem: Problem, dtype: torch.dtype) -> list[Launch]:
 def launch_with(tile: Tile, kernel: str, problem: Problem, dtype: torch.dtype) -> Launch:
     """The launch of `kernel`, a key of `KERNEL_NAMES`, with that tile, in a problem's forward or backward."""
     # In the routed form: the tiles of masked and small-map attention are in no table.
-    with tiles.use_tiles({kernel: tile}), tiles.use_form(ROUTED):
+    with tiles.use_tiles({kernel: tile}), use_form(ROUTED):
         launched = record_attention(problem, dtype)
     return next(launch for launch in launched if kernel_name(launch) == KERNEL_NAMES[kernel])
 

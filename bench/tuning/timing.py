@@ -30,7 +30,7 @@ from bra_triton.bench.machine_code.static_analysis import compile_for, in_proces
 from bra_triton.bench.problems import Problem
 from bra_triton.bench.tuning.search_space import DEEP_STAGES, EXP_SHARE, candidates, serves
 from bra_triton.kernels import tiles
-from bra_triton.kernels.forms import ROUTED
+from bra_triton.kernels.forms import ROUTED, use_form
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import Needs, PackedAttention
 from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT, Key, Tile
@@ -60,7 +60,7 @@ class Trial:
         # With hard routing there is no factor, but dQ computes the gradient that a factor would get.
         weighting = ("soft", "hard") if self.kernel == QUERY_GRADIENT else ("soft",)
         is_weighted = problem.routing_weight in weighting
-        form = tiles.form_of(problem.head_dims, problem.grid.is_padded, 1, is_weighted)
+        form = tiles.tile_form(problem.head_dims, problem.grid.is_padded, 1, is_weighted)
         return Key.of(self.kernel, 8 * self.dtype.itemsize, max(problem.head_dims), tokens, form)
 
     def __str__(self) -> str:
@@ -142,7 +142,7 @@ class Inputs:
             return lambda: {"output": forward.run(*tensors)[0]}
         return lambda: self._gradients(*backward.run(*tensors, self.grad_out, None, self.kept))
 
-    @tiles.use_form(ROUTED)  # the tiles of masked and small-map attention are in no table
+    @use_form(ROUTED)  # the tiles of masked and small-map attention are in no table
     def _plans(self) -> tuple[Plan, Plan]:
         return plan_pass(self.attention)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..backend.kernels import fused_kernels
-from ..kernels import tiles
+from ..kernels import overrides
 from ..kernels.bounded import Bounded
 from ..kernels.grid import RegionGrid
 from ..kernels.problem import (
@@ -85,7 +85,8 @@ class _Attend(torch.autograd.Function):
         needs_output = problem.lepe_weight is None  # with LePE the backward does not read the output
         ctx.witness = Witness(out) if needs_output else None
         ctx.save_for_backward(*tensors, out.data if needs_output else None, *saved)
-        ctx.settings, ctx.plans, ctx.backend, ctx.tiles = settings, plans, backend, tiles.in_force()
+        ctx.settings, ctx.plans, ctx.backend = settings, plans, backend
+        ctx.overrides = overrides.in_force()
         return out
 
     @staticmethod
@@ -93,8 +94,8 @@ class _Attend(torch.autograd.Function):
         all_saved = ctx.saved_tensors  # non-reentrant checkpointing permits only one access
         tensors, out, saved = _parts(all_saved)
         problem, needs = PackedAttention.of(tensors, ctx.settings, ctx.plans), ctx.needs_input_grad[3:]
-        # Autograd runs this in another thread, so the tile settings of the forward's thread are restored.
-        with nullcontext() if ctx.tiles is None else tiles.restored(ctx.tiles):
+        # Autograd runs this in another thread, so what was set in the forward's thread is set here, too.
+        with overrides.use(**ctx.overrides._asdict()) if any(ctx.overrides) else nullcontext():
             if ctx.witness is not None and ctx.witness.sees_change:
                 out = fused_kernels(ctx.backend).attend(problem, trains=False)[0]
             gradients = _backward(grad_out, problem, out, saved, needs, ctx.backend)

@@ -70,11 +70,11 @@ class Attention:
     def tile(self, kernel: str, device: torch.device, is_weighted: bool) -> tiles.Tile:
         """The tile of `kernel`, one of `tiles.KERNELS`."""
         if self.form == MASKED:
-            return tiles.MASKED[kernel]
+            return tiles.MASKED_TILES[kernel]
         problem = self.problem
         grid = problem.kv_grid if kernel == tiles.KEY_VALUE_GRADIENT else problem.query_grid
         heads = (problem.qk_head_dim, problem.v_head_dim)
-        form = tiles.form_of(heads, problem.padding is not None, problem.n_graphs, is_weighted)
+        form = tiles.tile_form(heads, problem.padding is not None, problem.n_graphs, is_weighted)
         return tiles.choose(kernel, problem.query.dtype, max(heads), grid.region_tokens, device, form)
 
     def config(self, tile: tiles.Tile, block_m: int, block_n: int) -> AttentionConfig:

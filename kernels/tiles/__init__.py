@@ -1,17 +1,13 @@
 """Tile configurations as data: entries, tables of entries, and the choice of a tile for a launch."""
 
 from .choice import (
-    MASKED,
+    MASKED_TILES,
     architecture_of,
     channel_block,
     choose,
-    forced_form,
     forget,
-    form_of,
-    in_force,
-    restored,
+    tile_form,
     use_architecture,
-    use_form,
     use_tiles,
     when_forgotten,
 )
@@ -38,7 +34,7 @@ __all__ = [
     "HEAD_DIMS",
     "KERNELS",
     "KEY_VALUE_GRADIENT",
-    "MASKED",
+    "MASKED_TILES",
     "PADDED",
     "PLAIN",
     "QUERY_GRADIENT",
@@ -49,13 +45,9 @@ __all__ = [
     "architecture_of",
     "channel_block",
     "choose",
-    "forced_form",
     "forget",
-    "form_of",
-    "in_force",
-    "restored",
+    "tile_form",
     "use_architecture",
-    "use_form",
     "use_tiles",
     "when_forgotten",
 ]

@@ -10,11 +10,11 @@ one. Tables are read at the first launch.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 
 import torch
 
+from .. import overrides
 from ..lib.integers import next_power_of_2
 from . import cache as tile_cache
 from .table import (
@@ -33,14 +33,11 @@ from .table import (
 
 # The architecture whose tiles serve tensors that are not on a GPU: in the interpreter, or without data.
 DEFAULT_ARCHITECTURE = "sm_90"
-_architecture: ContextVar[str | None] = ContextVar("architecture", default=None)
-_forced: ContextVar[Mapping[str, Tile]] = ContextVar("forced", default={})  # noqa: B039 (never written to)
-_forced_form: ContextVar[str | None] = ContextVar("forced_form", default=None)
 
 # Tiles of masked attention, which serves only half precision and heads of at most 32 channels. Of eleven
 # tiles they were the fastest on an H200 at BiFormer's third stage (`bra-bench kernel-times`), with one
 # exception: for dK/dV 128 x 64 was a little faster, but it spills registers under Triton 3.8.
-MASKED = {
+MASKED_TILES = {
     FORWARD: Tile(64, 64, 4, 2),
     QUERY_GRADIENT: Tile(64, 64, 4, 2),
     KEY_VALUE_GRADIENT: Tile(128, 32, 4, 2),
@@ -70,17 +67,19 @@ def choose(
         device: where the tensors are; see `use_architecture` for tensors that are not on a GPU.
         form: see `Key`.
     """
-    if tile := _forced.get().get(kernel):
+    overridden = overrides.in_force()
+    tile: Tile | None = dict(overridden.tiles).get(kernel)
+    if tile:
         return tile
     key = Key.of(kernel, 8 * dtype.itemsize, head_dim, region_tokens, form)
-    arch = _architecture.get()
+    arch = overridden.architecture
     if arch is None and device.type == "cuda":
         return _of_card(torch.cuda.current_device() if device.index is None else device.index)[key]
     return _of_architecture(arch or DEFAULT_ARCHITECTURE)[key]
 
 
-def form_of(heads: tuple[int, int], is_padded: bool, n_graphs: int, is_weighted: bool) -> str:
-    """The form of a kernel: "plain", "padded" or "weighted", see `Key`.
+def tile_form(heads: tuple[int, int], is_padded: bool, n_graphs: int, is_weighted: bool) -> str:
+    """The form of a tile: "plain", "padded" or "weighted", see `Key`.
 
     Args:
         heads: channels of a query and of a value in one head.
@@ -104,63 +103,15 @@ def use_architecture(arch: str) -> Iterator[None]:
         ValueError: if `arch` is not the name of an architecture.
     """
     nearest(arch, packaged_archs())
-    token = _architecture.set(arch)
-    try:
+    with overrides.use(architecture=arch):
         yield
-    finally:
-        _architecture.reset(token)
 
 
 @contextmanager
 def use_tiles(by_kernel: Mapping[str, Tile]) -> Iterator[None]:
     """Context in which launches of this thread get the tiles `by_kernel`; other kernels keep their tiles."""
-    token = _forced.set(by_kernel)
-    try:
+    with overrides.use(tiles=tuple(by_kernel.items())):
         yield
-    finally:
-        _forced.reset(token)
-
-
-@contextmanager
-def use_form(form: str | None) -> Iterator[None]:
-    """Context in which attentions of this thread get `form`, one of those in `forms`.
-
-    The form must be able to serve them. With None each attention gets the form that is chosen for it. An
-    attention keeps its form if no other is possible: if every region attends to all regions, or if the
-    routing weights learn.
-    """
-    token = _forced_form.set(form)
-    try:
-        yield
-    finally:
-        _forced_form.reset(token)
-
-
-def forced_form() -> str | None:
-    """What `use_form` has set in this thread."""
-    return _forced_form.get()
-
-
-InForce = tuple[str | None, tuple[tuple[str, Tile], ...], str | None]
-
-
-def in_force() -> InForce | None:
-    """What `use_architecture`, `use_tiles`, `use_form` have set in this thread; None if they set nothing."""
-    forced, arch, form = _forced.get(), _architecture.get(), _forced_form.get()
-    return (arch, tuple(forced.items()), form) if forced or arch or form else None
-
-
-@contextmanager
-def restored(what: InForce) -> Iterator[None]:
-    """Context that sets, in another thread, what `in_force` returned."""
-    arch, forced, form = what
-    tokens = _architecture.set(arch), _forced.set(dict(forced)), _forced_form.set(form)
-    try:
-        yield
-    finally:
-        _architecture.reset(tokens[0])
-        _forced.reset(tokens[1])
-        _forced_form.reset(tokens[2])
 
 
 def architecture_of(device: torch.device) -> str:

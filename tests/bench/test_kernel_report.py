@@ -14,7 +14,7 @@ from bra_triton.bench.machine_code.static_analysis import (
     sections,
 )
 from bra_triton.bench.problems import PROBLEMS
-from bra_triton.kernels import tiles
+from bra_triton.kernels import forms, tiles
 
 pytestmark = pytest.mark.compiled
 ONE_PROBLEM = ["--problem", "yolo_p3", "--workers", "1"]
@@ -55,7 +55,7 @@ def test_small_maps_are_reported_in_both_forms(monkeypatch):
     """BiFormer's stage 2: the small-map kernel, which is launched, and the routed form in its place."""
     kernels_only(monkeypatch, "small_map_forward", "attention_forward")
     (small,) = kernel_report.collect([PROBLEMS["biformer_stage2"]], ["sm_90"])
-    with tiles.use_form("routed"):
+    with forms.use_form("routed"):
         (listed,) = kernel_report.collect([PROBLEMS["biformer_stage2"]], ["sm_90"])
     assert [row.kernel for row in (small, listed)] == ["small_map_forward", "attention_forward"]
     assert small.cost.useful_scores == listed.cost.useful_scores

@@ -68,7 +68,7 @@ def test_a_pass_launches_every_kernel_of_the_report(name, device, monkeypatch):
     monkeypatch.setattr(kernel_times, "plan_pass", noted)
     monkeypatch.setattr(kernel_times.measure, "launch_seconds", launch_seconds)
     monkeypatch.setattr(kernel_times.tiles, "architecture_of", lambda device: "sm_90")
-    with kernel_times.tiles.use_form("routed"):
+    with kernel_times.forms.use_form("routed"):
         times = kernel_times.times_of(PROBLEMS[name], torch.float32, device)
     assert set(times) >= {"region_means", "route", "attention_forward", "key_value_gradient"}
     assert all(len(each) == kernel_times.REPEATS for each in times.values())

@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, functional
 from bra_triton.backend.kernels import fused_kernels
 from bra_triton.bench import in_tree
-from bra_triton.kernels import tiles
-from bra_triton.kernels.forms import ROUTED
+from bra_triton.kernels.forms import ROUTED, use_form
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.problem import Needs, PackedAttention
@@ -177,7 +176,7 @@ def test_where_every_region_attends_to_all_nothing_is_routed(kind, topk, device,
         return run(plan, *inputs)
 
     monkeypatch.setattr(Plan, "run", log)
-    with tiles.use_form(ROUTED):  # else the launch of the attention routes small maps
+    with use_form(ROUTED):  # else the launch of the attention routes small maps
         module(x.permute(0, 3, 1, 2) if kind is NCHWBiLevelRoutingAttention else x)
     assert launched
     assert ("route_kernel" in launched) == (topk < 9)

@@ -11,7 +11,7 @@ from bra_triton.bench.machine_code.static_analysis import compile_for, resource_
 from bra_triton.bench.problems import PROBLEMS, Problem
 from bra_triton.kernels import tiles
 from bra_triton.kernels.arrays import Buffer, channels
-from bra_triton.kernels.forms import ROUTED
+from bra_triton.kernels.forms import ROUTED, use_form
 from bra_triton.kernels.plan import Plan
 from bra_triton.kernels.routed import plan_attend_routed, plan_attend_routed_backward
 from bra_triton.kernels.routing.launch import Routing, launch_route
@@ -195,7 +195,7 @@ def test_pieces_of_other_heads_are_summed_without_spills(head_dim, arch):
     The tests above sum pieces of heads of 24, 32, 64, 128 and 256, in tiles of two warps and more.
     """
     problem = Problem("", 2, 20, 20, 2 * head_dim, 2, 4, 4)
-    with tiles.use_architecture(arch), tiles.use_form(ROUTED):
+    with tiles.use_architecture(arch), use_form(ROUTED):
         launched = record_attention(problem, torch.float16)
     (finish,) = (launch for launch in launched if kernel_name(launch) == "finish_gradients")
     arguments = arguments_of(finish)

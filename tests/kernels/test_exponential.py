@@ -65,8 +65,9 @@ def test_attention_stays_within_half_precisions_rounding(name, dtype, device, mo
     part = PARTS[name]
     monkeypatch.setattr(forms, "masked_is_cheaper", lambda problem: part.masked)
     shared = Tile(16, 32, 1, 1, exp_share=2)
-    monkeypatch.setattr(tiles, "MASKED", {**tiles.MASKED, FORWARD: shared, QUERY_GRADIENT: shared})
-    with tiles.use_tiles({FORWARD: shared, QUERY_GRADIENT: shared}):
+    changed = {FORWARD: shared, QUERY_GRADIENT: shared}
+    monkeypatch.setattr(tiles, "MASKED_TILES", tiles.MASKED_TILES | changed)
+    with tiles.use_tiles(changed):
         problem = make(part, device, dtype)
         errors = compare("triton", problem, part.needs_factor)
     assert worst(errors.values()) < 4 * torch.finfo(dtype).eps, errors

@@ -31,7 +31,7 @@ def in_form(monkeypatch, device):
         problem = make(PARTS["whole_16" if form == "whole" else "packed_16"], device)
         monkeypatch.setattr(forms, "masked_is_cheaper", lambda problem: form == "masked")
         tile = tiles.Tile(16, STEP, 1, 1, exp_share=2 if form == POLYNOMIAL else 0)
-        monkeypatch.setattr(tiles, "MASKED", dict.fromkeys(tiles.KERNELS, tile))
+        monkeypatch.setattr(tiles, "MASKED_TILES", dict.fromkeys(tiles.KERNELS, tile))
         if form != "whole":
             problem.r_idx.copy_(torch.tensor([[0, 1], [0, 2], [0, 3], [0, 1]]))
         assert form_of(problem) == ("routed" if form == POLYNOMIAL else form)
@@ -92,7 +92,7 @@ def test_a_small_map_takes_steps_of_masked_keys(device):
         results = []
         for backend in ("triton", "reference"):
             leaf = qkv.detach().to(dtype).requires_grad_()
-            with tiles.use_form(SMALL_MAP):
+            with forms.use_form(SMALL_MAP):
                 out = functional.bi_level_routing_attention(leaf, **numbers, backend=backend)
             (gradient,) = torch.autograd.grad(out.float().square().sum(), leaf)
             results.append((out.detach(), gradient))
@@ -183,7 +183,7 @@ def test_a_small_map_ranks_them_alike(device):
     problem = PackedAttention(qkv, None, None, means, None, None, settings)
     outs = []
     for form in (SMALL_MAP, ROUTED):
-        with tiles.use_form(form), planned.poisoned():
+        with forms.use_form(form), planned.poisoned():
             outs.append(calls.attend(problem, trains=False)[0])
     assert outs[0].isfinite().all()
     assert relative_error(outs[0], outs[1].double()) < 1e-6

@@ -22,7 +22,7 @@ from properties import needs_interpreter
 from bra_triton.kernels import calls, forms, packed, routed, tiles
 from bra_triton.kernels.attention.key_value_gradient import _load_statistics as load_statistics
 from bra_triton.kernels.attention.launch import launch_finish
-from bra_triton.kernels.forms import MASKED, ROUTED, SMALL_MAP, form_of
+from bra_triton.kernels.forms import MASKED, ROUTED, SMALL_MAP, form_of, use_form
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.lepe.arguments import LepeSums, LepeSumsConfig
 from bra_triton.kernels.lepe.launch import LepeShares, launch_lepe, launch_lepe_gradient
@@ -149,7 +149,7 @@ def test_the_last_of_many_images(name, monkeypatch):
     monkeypatch.setattr(forms, "masked_is_cheaper", lambda problem: form == MASKED)
     monkeypatch.setattr(small_map, "MOST_ROUTED", 2**40)  # programs of the last image choose, too
     if form == MASKED:
-        monkeypatch.setattr(tiles, "MASKED", dict.fromkeys(tiles.KERNELS, tiles.Tile(64, 16, 1, 1)))
+        monkeypatch.setattr(tiles, "MASKED_TILES", dict.fromkeys(tiles.KERNELS, tiles.Tile(64, 16, 1, 1)))
     grid, lepe = settings.grid, name != "pooled"
     dtype = torch.float16 if form == MASKED else torch.float32
 
@@ -170,7 +170,7 @@ def test_the_last_of_many_images(name, monkeypatch):
     distant = replace(near, qkv=far.far(near.qkv, images), kv=far.far(near.kv, images))
     needs = Needs(*(x is not None for x in near.tensors))
     results = []
-    with tiles.use_tiles(TILES), tiles.use_form(None if form == MASKED else form):
+    with tiles.use_tiles(TILES), use_form(None if form == MASKED else form):
         for problem, run in ((near, lambda plan, inputs: plan.run(*inputs)), (distant, far.run)):
             out, kept = run(packed.plan_attend(problem, True), problem.tensors)
             grad = grad_out if problem is near else far.far(grad_out, images)

@@ -11,8 +11,7 @@ from bra_triton import reference
 from bra_triton.backend.kernels import fused_kernels
 from bra_triton.backend.torch import masked
 from bra_triton.call import Call
-from bra_triton.kernels import tiles
-from bra_triton.kernels.forms import ROUTED
+from bra_triton.kernels.forms import ROUTED, use_form
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.packed import plan_attend, plan_attend_backward
 from bra_triton.kernels.problem import Needs, PackedAttention
@@ -92,7 +91,7 @@ def test_output_and_all_gradients(name, backend, device):
 
 @pytest.mark.parametrize("name", ["none", "padded", "soft_frozen"])
 def test_maps_that_are_taken_for_small_are_right_with_lists_too(name, device):
-    with tiles.use_form(ROUTED):
+    with use_form(ROUTED):
         _check_output_and_gradients(name, "triton", device)
 
 

@@ -286,5 +286,5 @@ def test_launches_ask_for_the_tile_of_their_form(name, device, monkeypatch):
 
 def test_a_graph_for_every_head_is_a_form_of_its_own():
     heads = {"heads": (32, 32), "is_padded": False, "is_weighted": False}
-    assert tiles.form_of(**heads, n_graphs=1) == tiles.PLAIN
-    assert tiles.form_of(**heads, n_graphs=4) == tiles.PADDED
+    assert tiles.tile_form(**heads, n_graphs=1) == tiles.PLAIN
+    assert tiles.tile_form(**heads, n_graphs=4) == tiles.PADDED

@@ -10,7 +10,7 @@ from properties import profile
 
 from bra_triton import reference
 from bra_triton.call import Call
-from bra_triton.kernels import calls, forms, packed, tiles
+from bra_triton.kernels import calls, forms, packed
 from bra_triton.kernels.forms import ROUTED, SMALL_MAP
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.lib.integers import INVERSE_BITS, inverse
@@ -68,7 +68,7 @@ def _problem(spec, tensors, dtype=torch.float32):
 def _run(problem, grad_out):
     """Output and gradients, in the order of a call's tensors."""
     needs = Needs(*(x is not None for x in problem.tensors))
-    with tiles.use_form(SMALL_MAP), planned.poisoned():
+    with forms.use_form(SMALL_MAP), planned.poisoned():
         out, saved = calls.attend(problem, trains=True)
         found = calls.attend_backward(grad_out, problem, out, saved, needs)
     return [out, found.qkv, found.lepe_weight, found.lepe_bias, found.padding]
@@ -136,7 +136,7 @@ def _chosen(qkv, topk, n_win):
     """The regions that the forward chose, from the tensor that the backward reads: `(N, P, topk)` int32."""
     spec = _spec(qkv.shape[-1] // 3, 1, n_win, topk)
     problem = _problem(spec, [qkv, None, None, None])
-    with tiles.use_form(SMALL_MAP), planned.poisoned():
+    with forms.use_form(SMALL_MAP), planned.poisoned():
         _, (kept,) = calls.attend(problem, trains=True)
         plan = Plan(problem.tensors, problem.qkv.device)
         buffer = packed.ForwardArrays.take(packed._packed(plan, problem), True, plan.keep).r_idx
@@ -198,7 +198,7 @@ def test_form_follows_the_sizes(change, form):
     problem = _problem(spec, [qkv, None, None, None], numbers["dtype"])
     names = {launch.name for launch in packed.plan_attend(problem, trains=False).launches}
     assert ("small_map_forward_kernel" in names) == (form == SMALL_MAP)
-    with tiles.use_form(ROUTED):
+    with forms.use_form(ROUTED):
         names = {launch.name for launch in packed.plan_attend(problem, trains=False).launches}
     assert "attention_forward_kernel" in names
 
