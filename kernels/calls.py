@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import overrides, tiles
-from .attention.launch import float32_setting
 from .bounded import Bounded
 from .grid import RegionGrid
+from .lib.precision import float32_setting
 from .packed import kept_bytes, plan_attend, plan_attend_backward
 from .padding import padding_gradient
 from .plan import Plan

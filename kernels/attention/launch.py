@@ -1,9 +1,6 @@
 """Launches of the attention kernels, added to a plan."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -13,8 +10,10 @@ from ..forms import MASKED, WHOLE
 from ..grid import RegionGrid
 from ..lepe.arguments import LepeParts, LepeSums, LepeSumsConfig
 from ..lepe.launch import LepeShares, launch_lepe
+from ..lib.exponential import LOG2_E
 from ..lib.integers import cdiv, next_power_of_2
 from ..lib.maps import image_tokens, row_stride
+from ..lib.precision import dot_precision
 from ..plan import Plan
 from ..problem import Gradients, Lepe, RoutedAttention
 from ..routing.arguments import Marks
@@ -34,7 +33,6 @@ from .forward import attention_forward_kernel
 from .key_value_gradient import key_value_gradient_kernel
 from .query_gradient import query_gradient_kernel
 
-LOG2_E = math.log2(math.e)
 # Most tokens in a step at the end of a list. A step of 128 keys at the end of 400 keys would waste 112 rows.
 # Narrow steps also take fewer registers: with them the widest tiles do not spill.
 TAIL_STEP = 32
@@ -323,26 +321,3 @@ def launch_finish(plan: Plan, gradient: KeyValueGradient | None, lepe: LepeShare
         ),
         num_warps=num_warps,
     )
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """Precision of products as `tl.dot` names it; for float32 it follows PyTorch's setting for such products.
-
-    If the setting does not allow TF32, NVIDIA GPUs compute a float32 product as three TF32 products, which
-    keeps float32's accuracy to about 1e-6. Plain float32 products do not run on the matrix units: they take
-    2.5 times the issue slots (95 instead of 39 per score in the forward at head 32, compiled for sm_90), and
-    spill. On AMD GPUs only plain products exist.
-    """
-    if dtype != torch.float32 or torch.version.hip:
-        return "ieee"
-    return "tf32" if float32_setting() in ("tf32", "high", "medium") else "tf32x3"
-
-
-# Since PyTorch 2.9 there is a new setting, and reading the older one fails once the new one has been used.
-# Every call reads the setting, so the getter is called directly: through `torch.backends.cuda.matmul` a read
-# takes 1.7 us.
-float32_setting: Callable[[], str] = (
-    partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
-    if hasattr(torch._C, "_get_fp32_precision_getter")
-    else torch.get_float32_matmul_precision
-)

@@ -1,1 +1,1 @@
-"""Functions that kernels share: addresses of tokens, matrix products, exponentials, integer arithmetic."""
+"""What several kernels, or their launches, share: addresses, products, exponentials, integers, precision."""

@@ -6,8 +6,13 @@ FlashAttention-4, some of the exponentials can be evaluated by multiply-adds ins
 each.
 """
 
+import math
+
 import triton
 import triton.language as tl
+
+# Factor of a logit whose exponential is taken to base 2 instead of base e; launches include it in the scale.
+LOG2_E = math.log2(math.e)
 
 # 1.5 * 2**23: the sum of this and x has the integer nearest to x in its lowest bits, for |x| < 2**22.
 _TO_INTEGER = tl.constexpr(12582912.0)

@@ -7,6 +7,7 @@ import torch
 from ..arrays import Buffer
 from ..grid import RegionGrid
 from ..lib.integers import cdiv, next_power_of_2
+from ..lib.precision import full_precision
 from ..plan import Plan
 from .arguments import Inverse, Lists, Marks, MeansConfig, RouteConfig, RoutingGradientConfig
 from .gradient import key_routing_gradient_kernel, query_routing_gradient_kernel, spread_means_kernel
@@ -129,7 +130,7 @@ def launch_route(
         BLOCK_R=block_r,
         BLOCK_C=max(1, min(_ROUTE_CHANNELS, _ROUTE_TILE // block_r)),
         BLOCK_K=block_k,
-        PRECISION="ieee" if torch.version.hip else "tf32x3",
+        PRECISION=full_precision(),
         IN_BLOCKS=in_blocks,
         LISTS=lists is not None,
         BLOCK_TOKENS=max(1, listed // (block_q * block_k)),

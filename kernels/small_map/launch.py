@@ -6,11 +6,12 @@ import torch
 
 from ..arrays import Buffer
 from ..attention.arguments import ForwardResults, Maps, PaddingRows, Saved
-from ..attention.launch import LOG2_E, dot_precision
 from ..forms import SMALL_MAP_ROWS
 from ..lepe.arguments import LepeParts
+from ..lib.exponential import LOG2_E
 from ..lib.integers import inverse, next_power_of_2
 from ..lib.maps import row_stride
+from ..lib.precision import dot_precision
 from ..plan import Plan
 from ..problem import Gradients, Lepe, RoutedAttention
 from ..routing.launch import Routing, launch_route, region_stride

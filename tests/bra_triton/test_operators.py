@@ -212,7 +212,7 @@ import in_tree
 in_tree.install()  # where the package is not installed
 sys.path.pop(0)
 import torch
-from bra_triton.kernels.attention import launch as attention
+from bra_triton.kernels.lib import precision
 newer = [  # than PyTorch 2.8
     "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     "torch.backends.fp32_precision = 'tf32'",
@@ -224,10 +224,10 @@ for setting in (
     if child := os.fork():
         assert os.waitpid(child, 0)[1] == 0, setting
         continue
-    assert attention.dot_precision(torch.float32) == "tf32x3"
+    assert precision.dot_precision(torch.float32) == "tf32x3"
     exec(setting)
-    assert attention.dot_precision(torch.float32) == "tf32"
-    assert attention.dot_precision(torch.float16) == "ieee"
+    assert precision.dot_precision(torch.float32) == "tf32"
+    assert precision.dot_precision(torch.float16) == "ieee"
     os._exit(0)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
