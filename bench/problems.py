@@ -26,7 +26,7 @@ class Problem:
     topk: int  # regions that every region attends to
     routing_weight: str = "none"  # or "soft" or "hard"
     kv_per_win: int | None = None  # keys along each side of a region; None: as many as queries
-    # One of `pooling.problem.MODES`: how the keys and values of a region are made from its tokens; None if
+    # The mode of a `RegionPooling`: how the keys and values of a region are made from its tokens; None if
     # they are given.
     kv_pooling: str | None = None
     side_dwconv: int = 3  # side of LePE's kernel; 0 for no LePE

@@ -50,7 +50,7 @@ class PoolingConfig(NamedTuple):
     """Compile-time numbers of the pooling kernels.
 
     Attributes:
-        MODE: how a cell is reduced, one of `problem.MODES`.
+        MODE: how a cell is reduced, see `problem.RegionPooling`.
         KERNEL_WIDTH: taps in a row of the convolution; 1 without one.
         TOKEN_STRIDE: elements from one token of the map to the next.
         CHANNELS: channels of a token.

@@ -9,7 +9,6 @@ from ..arrays import A
 from ..grid import RegionGrid
 
 MEAN, MAX, WEIGHTED = "mean", "max", "weighted"
-MODES = (MEAN, MAX, WEIGHTED)
 
 
 @dataclass(frozen=True)
