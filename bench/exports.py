@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bra_triton.bench import measure
 from bra_triton.bench.console import parser_of, write_json
-from bra_triton.bench.models import INFERENCE, PRESET, REFERENCE, Row, module_pair, ratios, report
+from bra_triton.bench.models import INFERENCE, REFERENCE, Row, ratios, report
+from bra_triton.bench.modules_alone import PRESET, module_pair
 from bra_triton.bench.problems import Problem
 
 LEAST_RATIO = 0.95  # not 1: the time of one export varies by 5 % from run to run

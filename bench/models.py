@@ -5,18 +5,11 @@ out, because it takes the same time on every backend. All models get the same ra
 and the reference have the same weights, and their outputs are compared before anything is timed. A ratio is
 the reference's figure divided by a model's, from the same run: 1.5 means 1.5 times as fast, or 1/1.5 of the
 memory.
-
-`bra-bench peers --preset cpu` does the same with the module alone, including its projections and 5 x 5 LePE,
-on the torch backend; there the loss of a step is the sum of the output.
 """
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
-from dataclasses import replace
-from multiprocessing import get_context
-from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -24,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bra_triton import BiLevelRoutingAttention, biformer
+from bra_triton import biformer
 from bra_triton.bench import measure
 from bra_triton.bench.console import conclude, count, parser_of, table, write_json
-from bra_triton.bench.problems import PROBLEMS, Problem
 
 FUSED, REFERENCE, STOCK = "fused", "reference", "stock"
 FIGURES = INFERENCE, STEP = "inference", "training step"
@@ -38,25 +30,6 @@ Row = dict[str, dict[str, float]]  # by model, then by figure and unit, such as 
 # The largest error (norm of the difference over norm of the truth) of float32 outputs after tens of layers,
 # and under autocast, which rounds to half precision. Wrong regions would give an error of 0.1 or more.
 TOLERANCE, AUTOCAST_TOLERANCE = 1e-3, 5e-2
-# For the module alone: BiFormer-T's stages at 224 pixels, YOLO26's maps at 640, and one map at 1280.
-PRESET = {
-    name: replace(PROBLEMS[problem], batch=batch, n_win=n_win, side_dwconv=5)
-    for name, problem, batch, n_win in (
-        ("stage 1", "biformer_stage1", 8, 7),
-        ("stage 2", "biformer_stage2", 8, 7),
-        ("stage 3", "biformer_stage3", 8, 7),
-        ("P3", "yolo_p3", 2, 8),
-        ("P4", "yolo_p4", 2, 8),
-        ("P5", "yolo_p5", 2, 5),
-        ("160 x 160", "high_resolution", 1, 8),
-    )
-}
-# By title: the figure, the least geometric mean of its ratio over all maps, and the least ratio of any map.
-TARGETS = {
-    "forward": (f"{INFERENCE} ms", 2.5, 1.3),
-    "training step": (f"{STEP} ms", 3.0, 1.8),
-    "peak memory of a step": (f"{STEP} MiB", 3.5, 2.0),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -198,67 +171,3 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.imgsz is not None and (options.imgsz < 32 or options.imgsz % 32):
         parser.error(f"--imgsz must be a multiple of 32, got {options.imgsz}")
     return options
-
-
-def report_modules(problems: Mapping[str, Problem], repeats: int) -> int:
-    """Measures the module on the problems and prints; returns 1 if a target is missed."""
-    print(measure.on_one_line(measure.circumstances(measure.CPU)))
-    rows = {f"{name}: {problem}": measure_module(problem, repeats) for name, problem in problems.items()}
-    print(report("The module beside the einops reference, CPU, float32", "map", rows))
-    all_met = True
-    for title, (key, least_mean, least) in TARGETS.items():
-        column = [ratios(row)[key] for row in rows.values()]
-        met = geometric_mean(column) >= least_mean and min(column) >= least
-        all_met &= met
-        print(
-            f"{title}: geometric mean {geometric_mean(column):.2f}, least {min(column):.2f}; "
-            f"target {least_mean} and {least}: {'met' if met else 'MISSED'}"
-        )
-    return int(not all_met)
-
-
-def measure_module(problem: Problem, repeats: int) -> Row:
-    """The figures of the module on both backends; a step's memory is what it adds to a fresh process.
-
-    Raises:
-        WrongResultError: the gradients or the outputs of the two backends differ.
-    """
-    modules, x = module_pair(problem)
-    fused, reference = ({"the gradient on the fused backend": _gradient(m, x)} for m in modules.values())
-    measure.check(fused, reference, measure.TOLERANCE[x.dtype])
-    row = compare(modules, x, _module_run, measure.TOLERANCE[x.dtype], repeats)
-    for name in modules:
-        row[name][f"{STEP} MiB"] = _in_fresh_process(_step_bytes, problem, name) / 2**20
-    return row
-
-
-def module_pair(problem: Problem) -> tuple[dict[str, nn.Module], Tensor]:
-    """The module on both backends, with the same weights, and a random map."""
-    modules: dict[str, nn.Module] = {}
-    for name, backend in ((FUSED, "torch"), (REFERENCE, "reference")):
-        torch.manual_seed(0)
-        modules[name] = BiLevelRoutingAttention(**problem.module_arguments, backend=backend)
-    return modules, torch.randn(problem.batch, problem.height, problem.width, problem.dim)
-
-
-def _module_run(module: nn.Module, x: Tensor, figure: str) -> measure.Run:
-    return measure.call_of(module, x, "step" if figure == STEP else "no grad")
-
-
-def _gradient(module: nn.Module, x: Tensor) -> Tensor:
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(module(x).square().sum(), x)[0]
-
-
-def _in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def _step_bytes(problem: Problem, name: str) -> int:
-    """Bytes by which a training step raises the peak of resident memory of a fresh process."""
-    modules, x = module_pair(problem)
-    run = _module_run(modules[name], x, STEP)
-    before = measure.process_peak_bytes()
-    run()
-    return measure.process_peak_bytes() - before

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bra_triton.bench import measure, models
+from bra_triton.bench import measure, modules_alone
 from bra_triton.bench.console import conclude, count, parser_of, table, write_json
 from bra_triton.bench.peers import NAMES, Peer, peers_for
 from bra_triton.bench.problems import PROBLEMS, Problem
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints every row as soon as it is known, and returns 1 if something is wrong."""
     options = _parse(arguments)
     if options.preset:
-        return models.report_modules(models.PRESET, options.repeats)
+        return modules_alone.measure_preset(options.repeats)
     rows: list[Row] = []
     is_compact = set(options.peers or ()) == set(COMPACT)
     problems = [PROBLEMS[name] for name in options.problem]

@@ -6,14 +6,14 @@ import pytest
 from torch import nn
 
 from bra_triton import BiLevelRoutingAttention
-from bra_triton.bench import models, peer_times
+from bra_triton.bench import models, modules_alone, peer_times
 from bra_triton.bench.problems import PROBLEMS
 
 TINY = replace(PROBLEMS["tiny"], side_dwconv=5)
 
 
 def test_maps_of_the_preset_are_what_the_targets_are_about():
-    assert [str(problem) for problem in models.PRESET.values()] == [
+    assert [str(problem) for problem in modules_alone.PRESET.values()] == [
         "8x56x56x64 heads 2 n_win 7 topk 1",
         "8x28x28x128 heads 4 n_win 7 topk 4",
         "8x14x14x256 heads 8 n_win 7 topk 16",
@@ -27,11 +27,11 @@ def test_maps_of_the_preset_are_what_the_targets_are_about():
 @pytest.mark.parametrize(("factor", "status"), [(9.0, 0), (2.0, 1)])
 def test_status_and_table(factor, status, monkeypatch, capsys):
     """Made-up times replace the measured ones: the reference takes two or nine times as long as `fused`."""
-    monkeypatch.setattr(models, "PRESET", {"tiny": TINY})
+    monkeypatch.setattr(modules_alone, "PRESET", {"tiny": TINY})
     seconds = {"fused": 1.0, "reference": factor}
-    monkeypatch.setattr(models.measure, "interleaved_minima", lambda *arguments, **options: seconds)
+    monkeypatch.setattr(modules_alone.measure, "interleaved_minima", lambda *arguments, **options: seconds)
     monkeypatch.setattr(
-        models, "_in_fresh_process", lambda function, problem, name: {"fused": 1, "reference": 4}[name]
+        modules_alone, "_in_fresh_process", lambda function, problem, name: {"fused": 1, "reference": 4}[name]
     )
     assert peer_times.main(["--preset", "cpu", "--repeats", "1"]) == status
     out = capsys.readouterr().out
@@ -44,15 +44,15 @@ def test_both_run_and_are_measured(monkeypatch):
         function(*arguments)
         return 900
 
-    monkeypatch.setattr(models, "_in_fresh_process", in_this_process)
-    found = models.ratios(models.measure_module(TINY, repeats=1))
+    monkeypatch.setattr(modules_alone, "_in_fresh_process", in_this_process)
+    found = models.ratios(modules_alone.measure_module(TINY, repeats=1))
     assert min(found.values()) > 0
 
 
 def test_what_a_step_takes_is_measured_in_a_process_of_its_own():
     """A map of 64 x 64 x 32 float32 is 512 KiB; a step holds several."""
     larger = replace(TINY, height=64, width=64)
-    assert models._in_fresh_process(models._step_bytes, larger, models.FUSED) > 2**20
+    assert modules_alone._in_fresh_process(modules_alone._step_bytes, larger, models.FUSED) > 2**20
 
 
 def test_what_computes_something_else_is_not_timed(monkeypatch):
@@ -64,6 +64,6 @@ def test_what_computes_something_else_is_not_timed(monkeypatch):
             nn.init.zeros_(made[1].wo.weight)
         return made[-1]
 
-    monkeypatch.setattr(models, "BiLevelRoutingAttention", spoiled)
+    monkeypatch.setattr(modules_alone, "BiLevelRoutingAttention", spoiled)
     with pytest.raises(RuntimeError, match="the gradient on the fused backend is off by"):
-        models.measure_module(TINY, repeats=1)
+        modules_alone.measure_module(TINY, repeats=1)
