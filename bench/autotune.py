@@ -1,9 +1,8 @@
 """`bra-autotune`: finds the best tile configurations, by timing on a GPU or by prediction without one.
 
 On a GPU it checks and times every configuration that is worth trying, and writes the fastest correct ones to
-the user's cache, where later launches find them. Soft routing has its own entries in the table of tiles, and
-so have maps with padding; hard routing shares only soft routing's entry for dQ. If a run is stopped, the
-entries that it finished are kept, and the next run continues from there.
+the user's cache, where later launches find them. A run that was stopped continues when it is started again.
+Soft routing and padded maps have their own entries; hard routing shares soft routing's entry for dQ.
 
     bra-autotune                                        # all problems, forward and backward, float16
     bra-autotune --problem yolo_p3 --dtype bfloat16
@@ -36,7 +35,6 @@ from bra_triton.bench.tuning import prediction, timing
 from bra_triton.kernels import tiles
 from bra_triton.kernels.tiles import cache as tile_cache
 from bra_triton.kernels.tiles import table as tile_table
-from bra_triton.kernels.tiles.table import Key, Table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,16 +59,14 @@ def predict(args: argparse.Namespace, arch: str) -> None:
     """Compiles and ranks the configurations for one architecture, and writes its table."""
     bits = sorted({8 * DTYPES[name].itemsize for name in args.dtype})
     sizes = itertools.product(args.kernel, bits, args.head_dim, tiles.SIZES, tiles.FORMS)
-    keys = [Key(*each) for each in sizes]
+    keys = [tiles.Key(*each) for each in sizes]
     table, spilling = prediction.predict_table(keys, arch, args.workers)
     for key in keys:
         entry = table.entries[key]
         print(f"{arch} {key}: takes {entry.tile}, {entry.cost}")
+    used = "the cheapest that spills is used, if there is one and no tile was measured"
     for key in spilling:
-        print(
-            f"{arch} {key}: every configuration spills, or none compiles; the cheapest that spills is used, "
-            "if there is one and no tile was measured"
-        )
+        print(f"{arch} {key}: every configuration spills, or none compiles; {used}")
     _write_table(table, args.output)
 
 
@@ -103,7 +99,7 @@ def measure(
         _write_table(replace(shipped, entries={**shipped.entries, **measured}), args.output)
 
 
-def _write_table(table: Table, folder: Path) -> None:
+def _write_table(table: tile_table.Table, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tile_cache.write_whole(folder / f"{table.arch}.json", tile_table.format_table(table))
     tiles.forget()
@@ -126,13 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         "bra-autotune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--dtype",
-        nargs="+",
-        choices=DTYPES,
-        default=["float16"],
-        help="tiles for float16 also serve bfloat16",
-    )
+    add("--dtype", nargs="+", choices=DTYPES, default=["float16"], help="float16's tiles also serve bfloat16")
     add("--kernel", nargs="+", choices=tiles.KERNELS, default=list(tiles.KERNELS))
     shipped = Path(tile_table.__file__).parent / "tuned"
     add("--output", type=Path, default=shipped, help="folder of the tables that --arch and --save write")
@@ -151,9 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     timed("--save", action="store_true", help="also write the shipped table of the card's architecture")
 
     predicted = parser.add_argument_group("without a GPU").add_argument
-    predicted(
-        "--arch", nargs="+", choices=HARDWARE, help="predict tables of these architectures instead of timing"
-    )
+    arch_help = "predict tables of these architectures instead of timing"
+    predicted("--arch", nargs="+", choices=HARDWARE, help=arch_help)
     predicted("--head-dim", nargs="+", type=int, choices=tiles.HEAD_DIMS, default=list(tiles.HEAD_DIMS))
     return parser
 

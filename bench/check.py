@@ -11,8 +11,7 @@ Then the measurements run one after the other, in the order of `--parts`.
 
 A command that fails, hangs or dies is reported, and the others go on. The folder of results holds
 `report.md`, `results.json` and the log of every process; the first two are rewritten whenever a command ends.
-The exit status is 1 if a command failed or a check did not finish. A measurement that the time limit ends is
-no failure.
+The exit status is 1 if a command failed or a check did not finish; a measurement need not finish.
 """
 
 import argparse
@@ -87,13 +86,11 @@ REHEARSED = {
 }
 TABLES = {"cuda": PARTS, "cpu": REHEARSED}
 CHECKS = "checks"  # the part whose commands run several at a time and must all finish
-# The checks may take so many seconds, and at most this share of the budget: a check that hangs must leave
-# time for the measurements.
+# Limits of all checks, in seconds and as a share of the budget: one that hangs must leave time to measure.
 CHECKS_LIMIT, CHECKS_SHARE = 240.0, 0.7
 # The checks start in the order of the first words of their names. Modes start first: every measurement checks
 # what it times, but only these checks test the modes, and on an H100, with little time left, three modes were
-# not reached. Then come the checks that take longest, such as those with PyTorch's compiler, so that all
-# checks end at about the same time.
+# not reached. Then come the longest, such as those with PyTorch's compiler, so that all end together.
 ORDER_OF_CHECKS = ("mode", "file", "flex", "host", "largest-map", "peers")
 IN_TREE = (sys.executable, str(ROOT / "bench" / "in_tree.py"))
 PROGRAMS = {
@@ -138,11 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, handler)
     save()
-    bad = any(
-        job.status == jobs.FAILED or (part == CHECKS and job.status != jobs.PASSED)
-        for part, planned in plan.items()
-        for job in planned
-    )
+    bad = any(job.status == jobs.FAILED for planned in plan.values() for job in planned)
+    bad |= any(job.status != jobs.PASSED for job in plan[CHECKS])
     print((out / "report.md").read_text())
     print(f"{'FAILED' if bad else 'passed'}: {out / 'report.md'}, {time.monotonic() - start:.0f} s")
     return int(bad)

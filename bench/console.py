@@ -47,8 +47,7 @@ def conclude(failures: Sequence[str], word: str = "MISSED") -> int:
 def table(title: str, rows: Sequence[Mapping[str, object]]) -> str:
     """A Markdown table under its title; an empty string if there are no rows.
 
-    A row maps columns to values, all rows in the same order; the first row names the columns. None makes an
-    empty cell.
+    A row maps columns to values, all rows in the same order. None makes an empty cell.
     """
     if not rows:
         return ""

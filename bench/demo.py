@@ -1,8 +1,7 @@
 """Runs `bra-yolo demo`, which learns eight photographs, and compares training with the reference.
 
 After the demo the same model is trained from the same seed for a few steps, once on the fused backend and
-twice on the einops reference (see `CONTROL`), and the losses are printed side by side. All files go to one
-folder, the figures to `summary.json`.
+twice on the einops reference (see `CONTROL`). The losses are printed side by side; `summary.json` keeps them.
 """
 
 import argparse
@@ -23,13 +22,11 @@ from bra_triton.yolo_integration.photo_dataset import write_photo_dataset
 
 BACKENDS = ("auto", "reference")
 # Plain SGD at a low learning rate, because its steps amplify rounding the least. With MuSGD's orthogonalised
-# updates a difference of 2e-7 grew to 2e-3 within three steps, and with high learning rates boxes get
-# assigned to other predictions.
+# updates a difference of 2e-7 grew to 2e-3 in three steps; with high learning rates boxes are assigned anew.
 COMPARISON = {"optimizer": "SGD", "lr0": 1e-3, "warmup_epochs": 0}
 # The backends agree if their losses differ by at most CONTROL_FACTOR times the distance between the reference
 # and a control: the reference with every weight moved by half a unit in the last place. Training amplifies
-# this change as it amplifies the backends' rounding. The factor is larger than 1 because another order of
-# addition may change a result by several units in the last place.
+# this change as it amplifies the backends' rounding, which may be several units in the last place.
 CONTROL_FACTOR = 10
 CONTROL = "control"
 
@@ -46,10 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = write_photo_dataset(options.out / "photos")
     versions = {**measure.circumstances(measure.default_device()), "ultralytics": ultralytics.__version__}
     summary: dict[str, Any] = {"versions": versions, "model": MODEL, "imgsz": options.imgsz}
-
     summary["training"] = demo.learn(options)
-    losses = {name: compare_steps(data, name, options) for name in (*BACKENDS, CONTROL)}
-    summary["losses"] = losses
+    summary["losses"] = losses = {name: compare_steps(data, name, options) for name in (*BACKENDS, CONTROL)}
     summary["loss_distance"] = {  # one relative difference per step
         name: [abs(a / b - 1) for a, b in zip(losses[name], losses["reference"], strict=True)]
         for name in ("auto", CONTROL)
@@ -71,9 +66,9 @@ def find_failures(summary: dict[str, Any], required_map50: float) -> list[str]:
         # At least eps: even if the control agrees to the last bit, another order of addition may not.
         allowed = CONTROL_FACTOR * max(*control[: step + 1], torch.finfo(torch.float32).eps)
         if not distance <= allowed:
+            limit = f"{CONTROL_FACTOR} times the control's, {allowed:.1e}"
             failures.append(
-                f"in step {step} the backends' losses differ by {distance:.1e}, more than {CONTROL_FACTOR} "
-                f"times the control's, {allowed:.1e}"
+                f"in step {step} the backends' losses differ by {distance:.1e}, more than {limit}"
             )
     return failures
 

@@ -20,7 +20,6 @@ PEERS = ["fused", "reference", "gather", "dense"]
 BASE = replace(PROBLEMS["yolo_p3"], batch=1)
 SMALL = replace(PROBLEMS["yolo_p4"], batch=1)
 
-
 # By sweep: the name of the varied quantity, and by its value the problems, which differ in nothing else.
 SWEEPS: dict[str, tuple[str, dict[int, Problem]]] = {
     "map": ("tokens", {s * s: replace(BASE, height=s, width=s) for s in (32, 48, 64, 96, 128)}),

@@ -33,8 +33,7 @@ def main(arguments: list[str]) -> None:
     sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "bench")]
     install()
     sys.argv = arguments
-    # Without `alter_sys`, this file stays the main module. Processes that this one spawns import it as
-    # `__mp_main__`, which installs the tree in them, too (see below).
+    # Without `alter_sys`, this file stays the main module; spawned processes import it as `__mp_main__`.
     runpy.run_module(arguments[0], run_name="__main__")
 
 

@@ -42,8 +42,7 @@ def run_all(
     """Runs the jobs in order, `workers` at a time, and yields each when it has ended, or at the deadline.
 
     At the deadline (a time of `time.monotonic`), or when this process is stopped, the running jobs are
-    killed, and no other job starts. Commands run in the folder `cwd`, in this process's environment with
-    `environment` added.
+    killed, and no other job starts. `environment` is added to this process's environment.
     """
     waiting = [*jobs]
     running: list[tuple[Job, subprocess.Popen[bytes], float]] = []  # and the times of their start

@@ -19,8 +19,7 @@ from bra_triton.bench.console import count, parser_of, table
 from bra_triton.bench.machine_code import launches
 from bra_triton.bench.machine_code.cost_model import Cost, predict
 from bra_triton.bench.machine_code.hardware import HARDWARE
-from bra_triton.bench.machine_code.launches import record_attention, variant
-from bra_triton.bench.machine_code.static_analysis import Analysis, Result, analyse, in_processes
+from bra_triton.bench.machine_code.static_analysis import Analysis, analyse, in_processes
 from bra_triton.bench.measure import DTYPES
 from bra_triton.bench.problems import MODELS, MODES, PROBLEMS, Problem
 from bra_triton.kernels import tiles
@@ -46,13 +45,10 @@ TARGET_REGION_TOKENS = 100
 CHECKED_ARCHITECTURES = ("sm_80", "sm_90")
 
 # The most time that the attention kernels of a pass may take, as a multiple of the time of dense attention to
-# the same map; both are predicted. A masked attention, such as biformer_stage3, may take more than dense
-# attention: its kernels also process all keys, and load marks in addition.
+# the same map; both are predicted. Masked attention (biformer_stage3) may take more: it also loads marks.
 MOST_BESIDE_DENSE = {"yolo_p4": 1.0, "yolo_p5_n_win_5": 1.0, "biformer_stage3": 1.1}
 _BATCH_BESIDE_DENSE = 8
-
 REPORTED = MODELS | MODES | {name: PROBLEMS[name] for name in MOST_BESIDE_DENSE}
-
 
 _NOTES = """\
 Compiled and counted, or predicted from the counts; nothing is measured. Issue slots: warp instructions x 32.
@@ -139,17 +135,14 @@ class Row(NamedTuple):
 def shipped(problem: Problem, dtype: torch.dtype, arch: str) -> list[Launch]:
     """Launches of a problem's forward and backward with the tiles shipped for `arch`, each kernel once."""
     with tiles.use_architecture(arch):
-        return list({variant(launch): launch for launch in record_attention(problem, dtype)}.values())
+        recorded = launches.record_attention(problem, dtype)
+    return list({launches.variant(launch): launch for launch in recorded}.values())
 
 
 def collect(
     problems: Sequence[Problem], architectures: Sequence[str], dtype: str = "float16", workers: int = 1
 ) -> list[Row]:
-    """Compiles and analyses the kernels that the problems launch, in `workers` processes.
-
-    Raises:
-        RuntimeError: a kernel does not compile.
-    """
+    """Compiles and analyses the kernels that the problems launch; RuntimeError if one does not compile."""
     launched = [
         (problem, arch, launch)
         for arch in architectures
@@ -157,24 +150,20 @@ def collect(
         for launch in shipped(problem, DTYPES[dtype], arch)
     ]
     # Problems share kernels: each is compiled once.
-    jobs = {(variant(launch), arch): (launch, arch) for _, arch, launch in launched}
+    jobs = {(launches.variant(launch), arch): (launch, arch) for _, arch, launch in launched}
     results = in_processes(analyse, jobs, workers)
-    return [
-        _row(problem, dtype, arch, launch, results[variant(launch), arch])
-        for problem, arch, launch in launched
-    ]
-
-
-def _row(problem: Problem, dtype: str, arch: str, launch: Launch, result: Result) -> Row:
-    kernel, cost = launches.kernel_name(launch), None
-    if isinstance(result, Exception):
-        raise RuntimeError(f"{problem.name}, {arch}, {kernel} does not compile: {result}")
-    if result.loop:
-        # A kernel that gets marks is masked: every query meets all keys.
-        masked = launches.arguments_of(launch).get("marks") is not None
-        cost = predict(kernel, result, problem, HARDWARE[arch], DTYPES[dtype].itemsize, masked)
-    n_bytes = launches.bytes_of_arguments(launch, scratch=cost is None)
-    return Row(problem, dtype, arch, kernel, math.prod(launch.grid), n_bytes, result, cost)
+    rows = []
+    for problem, arch, launch in launched:
+        result, kernel, cost = results[launches.variant(launch), arch], launches.kernel_name(launch), None
+        if isinstance(result, Exception):
+            raise RuntimeError(f"{problem.name}, {arch}, {kernel} does not compile: {result}")
+        if result.loop:
+            # A kernel that gets marks is masked: every query meets all keys.
+            masked = launches.arguments_of(launch).get("marks") is not None
+            cost = predict(kernel, result, problem, HARDWARE[arch], DTYPES[dtype].itemsize, masked)
+        n_bytes = launches.bytes_of_arguments(launch, scratch=cost is None)
+        rows.append(Row(problem, dtype, arch, kernel, math.prod(launch.grid), n_bytes, result, cost))
+    return rows
 
 
 def compare_with_dense(
@@ -203,24 +192,17 @@ def compare_with_dense(
 def render(rows: Sequence[Row], beside_dense: Sequence[BesideDense]) -> str:
     """The whole report as text, for all architectures of the rows."""
     parts = [_NOTES]
+    beside = f"attention kernels beside dense attention, batch {_BATCH_BESIDE_DENSE}, without LePE, predicted"
     for arch in dict.fromkeys(row.arch for row in rows):
         here = [row for row in rows if row.arch == arch]
         attention = [row for row in here if row.cost is not None]
-        name = f"{arch} ({HARDWARE[arch].gpu}):"
-        parts += [
-            table(
-                f"{name} attention kernels, loops", [_occupies(row) | _loop_cells(row) for row in attention]
-            ),
-            table(f"{name} attention kernels, launches", [_launch_cells(row) for row in attention]),
-            table(
-                f"{name} other kernels", [_occupies(row) | _other_cells(row) for row in here if not row.cost]
-            ),
-            table(
-                f"{name} attention kernels beside dense attention, batch {_BATCH_BESIDE_DENSE}, "
-                "without LePE, predicted",
-                [_dense_cells(each) for each in beside_dense if each.arch == arch],
-            ),
-        ]
+        tables = {
+            "attention kernels, loops": [_occupies(row) | _loop_cells(row) for row in attention],
+            "attention kernels, launches": [_launch_cells(row) for row in attention],
+            "other kernels": [_occupies(row) | _other_cells(row) for row in here if not row.cost],
+            beside: [_dense_cells(each) for each in beside_dense if each.arch == arch],
+        }
+        parts += [table(f"{arch} ({HARDWARE[arch].gpu}): {title}", cells) for title, cells in tables.items()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -289,11 +271,7 @@ def kernel_options(
     add = parser.add_argument
     add("--dtype", choices=DTYPES, default="float16")
     add("--problem", nargs="+", choices=problems, default=problems)
-    add(
-        "--form",
-        choices=(ROUTED, SMALL_MAP),
-        help="form of the attention; by default the one that each problem gets",
-    )
+    add("--form", choices=(ROUTED, SMALL_MAP), help="form of the attention (default: each problem's own)")
     add("--workers", type=count, default=os.cpu_count() or 1, help="processes that compile")
     return parser
 

@@ -2,8 +2,7 @@
 
 Measured times are medians of single launches inside whole forward and backward passes, read from PyTorch's
 profiler, with a cold level-2 cache before every pass. Predicted times are the kernel report's bounds, at the
-rates of the GPU that this report assumes for the architecture (`machine_code/hardware.py`). Both are for the
-tiles that the package ships, not for those that `bra-autotune` keeps in the user's cache.
+rates of `machine_code/hardware.py`. Both are for the tiles that the package ships, not for the user's own.
 """
 
 import statistics

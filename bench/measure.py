@@ -30,8 +30,7 @@ _DESCRIBE = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbre
 FLUSH_BYTES = 1 << 28
 # While Python enqueues a timed call, the GPU is kept busy HEAD_START times as long as enqueueing took in the
 # warm-up, within the bounds (seconds). The upper bound is enough: a queue holds about a thousand launches,
-# and enqueueing these takes less time. The GPU waits for a number of cycles, computed for a clock of 2 GHz;
-# with a slower clock it waits longer.
+# and enqueueing these takes less time. The GPU waits for cycles of a 2 GHz clock; a slower one waits longer.
 HEAD_START, HEAD_START_BOUNDS, CYCLES_PER_SECOND = 2.0, (1e-3, 0.1), 2e9
 # The largest error (norm of the difference over norm of the truth) of outputs and gradients whose scores and
 # sums are kept in float32 or rounded to the dtype. A missing or wrong region gives an error of 0.1 or more.
@@ -90,8 +89,7 @@ def interleaved_minima(
     """The smallest time of each run in seconds, until the call returns or, with `waits`, the device is idle.
 
     The runs take turns, so that disturbances of the machine affect all of them alike; the minimum is the time
-    without disturbance. The order changes from turn to turn, because a run is faster after another one that
-    has brought the same code into the caches.
+    without disturbance. The order changes in every turn: a run is faster after one that ran the same code.
     """
     order, shuffler = list(runs), random.Random(0)
     for run in runs.values():
@@ -109,8 +107,7 @@ def median_device_seconds(run: Run, device: torch.device, repeats: int = 30, war
     """Median time in seconds that the device works on a run.
 
     Before each call the GPU's level-2 cache is overwritten, and the GPU is kept busy while Python enqueues
-    the call, so that the time to launch kernels does not count. On the CPU this is the wall time, and its
-    caches are not overwritten.
+    the call, so that the time to launch kernels does not count. On the CPU this is the plain wall time.
     """
     enqueued = [wall_seconds(run, device, waits=False) for _ in range(warm_up)]
     if device.type != "cuda":
@@ -177,8 +174,7 @@ def peak_bytes(run: Run, device: torch.device) -> int:
 
 
 def _profile(activity: ProfilerActivity, *, profile_memory: bool = False) -> profile:
-    # Otherwise the profiler's library, Kineto, prints that it starts and stops. Ultralytics sets a level that
-    # is too low to prevent this.
+    # Else the profiler's library, Kineto, prints that it starts; the level that Ultralytics sets is too low.
     os.environ["KINETO_LOG_LEVEL"] = "99"
     return profile(activities=[activity], profile_memory=profile_memory)
 

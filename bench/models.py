@@ -3,8 +3,7 @@
 Inference is a forward without gradients. A training step is forward, loss and backward; the optimizer is left
 out, because it takes the same time on every backend. All models get the same random input. The fused model
 and the reference have the same weights, and their outputs are compared before anything is timed. A ratio is
-the reference's figure divided by a model's, from the same run: 1.5 means 1.5 times as fast, or 1/1.5 of the
-memory.
+the reference's figure divided by a model's: 1.5 means 1.5 times as fast, or 1/1.5 of the memory.
 """
 
 import argparse
@@ -69,8 +68,7 @@ def compare(
 ) -> Row:
     """The figures of every model; the models take turns. `run_of` makes the call that is timed for a figure.
 
-    Raises:
-        WrongResultError: the outputs of the fused model and of the reference differ.
+    Raises WrongResultError if the outputs of the fused model and of the reference differ.
     """
     fused, reference = (_outputs(models[key], x) for key in (FUSED, REFERENCE))
     measure.check(fused, reference, tolerance)
@@ -160,13 +158,11 @@ def report(title: str, kind: str, rows: Mapping[str, Row]) -> str:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("models", __doc__, repeats=15)
-    choices = YOLO_MODELS + BIFORMER_MODELS
-    parser.add_argument("--model", nargs="+", choices=choices, default=DEFAULT, metavar="MODEL")
-    parser.add_argument(
-        "--imgsz", type=int, help="side of the images in pixels (default: 640; 224 for BiFormer)"
-    )
-    parser.add_argument("--batch", type=count, default=2, help="images (default: 2)")
-    parser.add_argument("--amp", action="store_true", help="under autocast, as Ultralytics trains on a GPU")
+    add = parser.add_argument
+    add("--model", nargs="+", choices=YOLO_MODELS + BIFORMER_MODELS, default=DEFAULT, metavar="MODEL")
+    add("--imgsz", type=int, help="side of the images in pixels (default: 640; 224 for BiFormer)")
+    add("--batch", type=count, default=2, help="images (default: 2)")
+    add("--amp", action="store_true", help="under autocast, as Ultralytics trains on a GPU")
     options = parser.parse_args(arguments)
     if options.imgsz is not None and (options.imgsz < 32 or options.imgsz % 32):
         parser.error(f"--imgsz must be a multiple of 32, got {options.imgsz}")

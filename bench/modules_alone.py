@@ -50,18 +50,15 @@ def measure_preset(repeats: int) -> int:
         column = [ratios(row)[key] for row in rows.values()]
         met = geometric_mean(column) >= least_mean and min(column) >= least
         all_met &= met
-        print(
-            f"{title}: geometric mean {geometric_mean(column):.2f}, least {min(column):.2f}; "
-            f"target {least_mean} and {least}: {'met' if met else 'MISSED'}"
-        )
+        found = f"geometric mean {geometric_mean(column):.2f}, least {min(column):.2f}"
+        print(f"{title}: {found}; target {least_mean} and {least}: {'met' if met else 'MISSED'}")
     return int(not all_met)
 
 
 def measure_module(problem: Problem, repeats: int) -> Row:
     """The figures of the module on both backends; a step's memory is what it adds to a fresh process.
 
-    Raises:
-        WrongResultError: the gradients or the outputs of the two backends differ.
+    Raises WrongResultError if the gradients or the outputs of the two backends differ.
     """
     modules, x = module_pair(problem)
     fused, reference = ({"the gradient on the fused backend": _gradient(m, x)} for m in modules.values())

@@ -4,8 +4,7 @@ Every peer is first compared with the float64 definition. A peer with a wrong re
 and the exit status is 1. A peer that cannot run is reported, and the others go on. `peers.py` says what each
 peer includes. There are two times: `work` is how long the GPU works (with a cold cache, without the time to
 launch kernels), `call` is how long a caller waits until the result is there; on the CPU both are wall time.
-`rate` compares the speed per score: a peer's useful scores divided by its work, as a multiple of the same
-quotient for dense attention (1.00: a score takes as long as in dense attention).
+`rate` compares the speed per score: a peer's useful scores per work, as a multiple of dense attention's.
 """
 
 import argparse
@@ -160,12 +159,9 @@ def reasons(row: Row, wrong: bool = False) -> list[str]:
 def report(row: Row) -> str:
     """A row as Markdown: times in ms; `x`, the work over the fused peer's; `rate`, as explained above."""
     cells = [
-        {
-            "peer": name,
-            "includes": peer["includes"],
-            **_cells(name, "forward", row),
-            **_cells(name, "training", row),
-        }
+        {"peer": name, "includes": peer["includes"]}
+        | _cells(name, "forward", row)
+        | _cells(name, "training", row)
         for name, peer in row["peers"].items()
     ]
     title = f"{row['problem']}: {row['sizes']}, {row['dtype']}"

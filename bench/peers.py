@@ -12,9 +12,9 @@ layout of FlexAttention; an attention that cannot read them in place needs such 
 changes in every step, so every step must build the mask anew; see `block_mask`.
 """
 
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,33 +40,23 @@ class Peer(NamedTuple):
 def peers_for(problem: Problem, backend: str, padding: Tensor | None = None) -> dict[str, Peer]:
     """The peers by name; `fused` runs on `backend`. If this is not `"torch"`, there is a peer `torch`, too.
 
-    `padding` `(3*dim,)` is what tokens past the map's edge hold; None if regions divide the map. The problem
-    must be plain, and its queries as wide as its values.
+    `padding` `(3*dim,)` is what tokens past the map's edge hold; None if regions divide the map.
     """
     assert problem.is_plain
     assert problem.qk_dim == problem.dim
-    ours = functools.partial(
-        functional.bi_level_routing_attention,
-        num_heads=problem.num_heads,
-        n_win=problem.n_win,
-        topk=problem.topk,
-        padding=padding,
-    )
+    sizes: dict[str, Any] = {name: getattr(problem, name) for name in ("num_heads", "n_win", "topk")}
+    ours = partial(functional.bi_level_routing_attention, **sizes, padding=padding)
+    by_authors = "routing, gather, attention (NCHW, as BiFormer's authors have it)"
+    by_flex = "routing (einops), block mask, reordering, FlexAttention"
     peers = {
-        "fused": Peer(f"routing, attention ({backend})", functools.partial(ours, backend=backend)),
-        "reference": Peer("routing, attention (einops)", functools.partial(ours, backend="reference")),
-        "gather": Peer(
-            "routing, gather, attention (NCHW, as BiFormer's authors have it)",
-            functools.partial(gather, problem=problem, padding=padding),
-        ),
-        "flex": Peer(
-            "routing (einops), block mask, reordering, FlexAttention",
-            functools.partial(route_and_flex, problem=problem, padding=padding),
-        ),
-        "dense": Peer("dense attention", functools.partial(dense_attention, num_heads=problem.num_heads)),
+        "fused": Peer(f"routing, attention ({backend})", partial(ours, backend=backend)),
+        "reference": Peer("routing, attention (einops)", partial(ours, backend="reference")),
+        "gather": Peer(by_authors, partial(gather, problem=problem, padding=padding)),
+        "flex": Peer(by_flex, partial(route_and_flex, problem=problem, padding=padding)),
+        "dense": Peer("dense attention", partial(dense_attention, num_heads=problem.num_heads)),
     }
     if backend != "torch":  # the torch backend serves GPUs that Triton does not support
-        peers["torch"] = Peer("routing, attention (torch)", functools.partial(ours, backend="torch"))
+        peers["torch"] = Peer("routing, attention (torch)", partial(ours, backend="torch"))
     return peers
 
 
@@ -113,7 +103,7 @@ def route_and_flex(qkv: Tensor, problem: Problem, padding: Tensor | None) -> Ten
     return out[:, : problem.height, : problem.width]
 
 
-@functools.cache
+@cache
 def compiled_flex_attention() -> Callable[..., Tensor]:
     """FlexAttention, compiled to a fused kernel; uncompiled it would hold all scores."""
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
@@ -124,11 +114,8 @@ def block_mask(r_idx: Tensor, tokens: int) -> BlockMask:
     """The routing as FlexAttention's mask: blocks are skipped, masked, or computed without a mask.
 
     The blocks are found by products of small matrices of regions. This favours FlexAttention: its own
-    `create_block_mask` finds the same blocks, but evaluates `mask_mod` for every pair of tokens.
-
-    Args:
-        r_idx: `(N, P, topk)`, int64.
-        tokens: tokens of a region; queries and keys are ordered region by region.
+    `create_block_mask` finds the same blocks, but evaluates `mask_mod` for every pair of tokens. Queries and
+    keys are ordered region by region, with `tokens` in each; `r_idx` is `(N, P, topk)`, int64.
     """
     n_images, n_regions, _ = r_idx.shape
     length = n_regions * tokens

@@ -26,9 +26,7 @@ class Problem:
     topk: int  # regions that every region attends to
     routing_weight: str = "none"  # or "soft" or "hard"
     kv_per_win: int | None = None  # keys along each side of a region; None: as many as queries
-    # The mode of a `RegionPooling`: how the keys and values of a region are made from its tokens; None if
-    # they are given.
-    kv_pooling: str | None = None
+    kv_pooling: str | None = None  # the mode of a `RegionPooling`; None if keys and values are given
     side_dwconv: int = 3  # side of LePE's kernel; 0 for no LePE
     qk_dim: int = 0  # channels of the queries, all heads together; 0 stands for `dim`
 
@@ -80,15 +78,12 @@ class Problem:
     @property
     def module_arguments(self) -> dict[str, Any]:
         """Arguments of `BiLevelRoutingAttention`, except for down-sampling of keys and values."""
-        of_map = {"side_dwconv": self.side_dwconv, "auto_pad": self.grid.is_padded}
-        return self._spec_arguments | of_map
+        return {**self._spec_arguments, "side_dwconv": self.side_dwconv, "auto_pad": self.grid.is_padded}
 
     def attention(self, make: Callable[..., Tensor], means: Tensor | None = None) -> PackedAttention[Tensor]:
-        """The attention as the kernels take it.
+        """The attention as the kernels take it; `make` returns a tensor of the sizes it is called with.
 
-        Args:
-            make: a function that returns a tensor of the sizes it is called with.
-            means: `(N, P, 2*qk_dim)` float32, region queries and keys; by default those of the map.
+        `means` `(N, P, 2*qk_dim)` float32 are region queries and keys, by default those of the map.
         """
         packed_dim, side, keys = 2 * self.qk_dim + self.dim, self.side_dwconv, self.kv_grid
         pooled = None if self.kv_per_win is None else (keys.height, keys.width, packed_dim - self.qk_dim)
@@ -129,8 +124,7 @@ MODES = _by_name(
     replace(_P3, name="yolo_p3_conv", kv_per_win=5, kv_pooling=WEIGHTED),
 )
 _OTHERS = _by_name(
-    # With the default `n_win` of yaml rows, at 640 pixels: regions of 256, 64 and 16 tokens, which fill
-    # their tiles.
+    # With the default `n_win` of yaml rows, at 640 pixels: regions of 256, 64 and 16 tokens fill their tiles.
     replace(_P3, name="yolo_p3_n_win_5", n_win=5),
     replace(MODELS["yolo_p4"], name="yolo_p4_n_win_5", n_win=5),
     replace(MODELS["yolo_p5"], name="yolo_p5_n_win_5", n_win=5),

@@ -1,8 +1,7 @@
 """Triton without a GPU: a stand-in for the driver.
 
-Kernels are compiled, looked up and called as on the card that it stands for. Only the driver's launch does
-nothing, so outputs are uninitialised memory. This is the only file of the benches that depends on how the
-package chooses a backend, and on Triton's drivers.
+Kernels are compiled, looked up and called as on the card that it stands for; only the launch does nothing, so
+outputs are uninitialised memory. No other bench depends on Triton's drivers or on how a backend is chosen.
 """
 
 from collections.abc import Iterator
@@ -41,11 +40,7 @@ def current_stream(device: Any = 0) -> int:
 
 @contextmanager
 def without_gpu() -> Iterator[None]:
-    """Context in which the Triton backend serves tensors on the CPU, and its kernels do not run.
-
-    Raises:
-        RuntimeError: Triton's interpreter is on, which does not use the driver.
-    """
+    """Context in which the Triton backend serves tensors on the CPU, and its compiled kernels do not run."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels do not take Triton's launch path")
     with driver_of(ARCH):

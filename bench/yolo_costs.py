@@ -1,8 +1,7 @@
 """Counts what the attention costs in YOLO26, without measuring: the tables of docs/yolo_guide.md.
 
 The first table is for the attention alone, on maps of the backbone: multiply-adds of routing and attention,
-beside those of dense attention over the same map. The second has the parameters and GFLOPs of the packaged
-models, beside the stock ones.
+beside those of dense attention. The second has parameters and GFLOPs of the packaged and the stock models.
 """
 
 import itertools

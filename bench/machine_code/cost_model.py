@@ -7,8 +7,7 @@ as the problem requires:
 
 Predicated instructions count as executed, and all rows of the inverse graph (in dK/dV) have the mean length.
 A bound is the time that one unit takes at its documented peak rate, as if nothing else took time; it leaves
-out latency and caches. The figure by which tiles are ranked (`Cost.cost`) includes latency, by
-`hardware.LATENCY_WARPS`.
+out latency and caches. Tiles are ranked by `Cost.cost`, which includes latency (`hardware.LATENCY_WARPS`).
 """
 
 from collections import Counter
@@ -62,12 +61,7 @@ class Cost:
 
 
 def predict(
-    kernel: str,
-    code: Analysis,
-    problem: Problem,
-    hardware: Hardware,
-    element_bytes: int = 2,
-    masked: bool = False,
+    kernel: str, code: Analysis, problem: Problem, gpu: Hardware, element_bytes: int = 2, masked: bool = False
 ) -> Cost:
     """Predicts a launch of an attention kernel, routed or of a small map, from its counted code.
 
@@ -81,17 +75,16 @@ def predict(
         return 32 * code.num_warps * (count(code.rest) + loops + count(code.taps) * code.n_taps)
 
     # The SM that finishes last decides the time, so the programs per SM are rounded up.
-    rounds = -(-walk.programs // hardware.sms)
+    rounds = -(-walk.programs // gpu.sms)
     issued = slots(Counter.total)
-    passes, rate = (3, hardware.tf32_fma) if element_bytes == 4 else (1, hardware.half_fma)
+    passes, rate = (3, gpu.tf32_fma) if element_bytes == 4 else (1, gpu.half_fma)
     clocks = {
-        "issue": issued / hardware.issue_slots,
-        "exponential": slots(lambda mix: mix["exp"]) / hardware.exponentials,
+        "issue": issued / gpu.issue_slots,
+        "exponential": slots(lambda mix: mix["exp"]) / gpu.exponentials,
         "matrix": passes * _multiply_adds(kernel, code, problem, walk) / rate,
     }
-    bounds = {unit: rounds * n / hardware.clock for unit, n in clocks.items()}
-    registers, shared_bytes = code.usage.registers, code.usage.shared_bytes
-    resident_warps = hardware.resident_warps(registers, shared_bytes, code.num_warps)
+    bounds = {unit: rounds * n / gpu.clock for unit, n in clocks.items()}
+    resident_warps = gpu.resident_warps(code.usage.registers, code.usage.shared_bytes, code.num_warps)
     return Cost(problem.useful_scores, walk.programs * issued, bounds, resident_warps)
 
 

@@ -3,14 +3,12 @@
 Sources. Per-SM limits and rates: NVIDIA, CUDA C++ Programming Guide, "Compute Capabilities" (technical
 specifications per compute capability; four warp schedulers per SM, each issues one instruction per clock) and
 "Arithmetic Instructions" (base-2 exponential: 16 results per clock and SM on all of these). Whole GPU:
-- sm_80: A100 SXM4 80 GB. A100 whitepaper and datasheet: 108 SMs, 1.41 GHz, 312 TFLOP/s fp16, 156 TF32,
-  2039 GB/s.
-- sm_90: H100 SXM5. H100 whitepaper: 132 SMs, 989.4 TFLOP/s fp16 dense, 494.7 TF32, 3352 GB/s; the matrix
-  peak implies 1.83 GHz.
+- sm_80: A100 SXM4 80 GB, whitepaper and datasheet: 108 SMs, 1.41 GHz, 312 TFLOP/s fp16, 156 TF32, 2039 GB/s.
+- sm_90: H100 SXM5, whitepaper: 132 SMs, 989.4 TFLOP/s fp16 dense (so 1.83 GHz), 494.7 TF32, 3352 GB/s.
 - sm_100: B200. HGX B200 datasheet: 2.25 PFLOP/s fp16 dense, half in TF32, 8 TB/s; 148 SMs and 8192 FLOP per
   clock and SM imply 1.85 GHz. Exponentials as on sm_90: FlashAttention-4 (2026), designed for this rate.
-- sm_120: RTX 5090. RTX Blackwell whitepaper: 170 SMs, 2.407 GHz, 209.5 TFLOP/s fp16 with fp32 accumulation
-  dense, 104.8 TF32, 1792 GB/s.
+- sm_120: RTX 5090, RTX Blackwell whitepaper: 170 SMs, 2.407 GHz, 209.5 TFLOP/s fp16 dense with fp32 sums,
+  104.8 TF32, 1792 GB/s.
 """
 
 import math

@@ -18,11 +18,7 @@ from bra_triton.kernels.problem import Needs, PackedAttention
 from bra_triton.kernels.tiles import Tile
 
 # Names of the kernels that have entries in tables of tiles.
-KERNEL_NAMES = {
-    tiles.FORWARD: "attention_forward",
-    tiles.QUERY_GRADIENT: "query_gradient",
-    tiles.KEY_VALUE_GRADIENT: "key_value_gradient",
-}
+KERNEL_NAMES = {name: name for name in tiles.KERNELS} | {tiles.FORWARD: "attention_forward"}
 
 
 def record_attention(problem: Problem, dtype: torch.dtype) -> list[Launch]:
@@ -108,8 +104,7 @@ def _kind(value: Any, specialises: bool = True) -> Any:
 def bytes_of_arguments(launch: Launch, scratch: bool = True) -> int:
     """Bytes of a launch's arrays, each array counted once: about the bytes that it has to move.
 
-    With `scratch`, arrays in the workspace count, too. They have room for the worst case: for the partial
-    sums of all rows that may be cut.
+    With `scratch`, arrays in the workspace count, too; these have room for all partial sums that may occur.
     """
     members = (x for each in launch.pointers for x in (each if isinstance(each, tuple) else (each,)))
     arrays = {x for x in members if x is not None and (scratch or x.source != _WORKSPACE)}

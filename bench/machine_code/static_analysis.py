@@ -1,8 +1,7 @@
 """Reads the cost of a Triton kernel from its machine code; no GPU is needed.
 
-`compile_for` compiles the kernel of a launch for a named architecture, `resource_usage` finds its registers,
-shared memory and spills, `sections` counts the instructions of its loops. `analyse` does all three, and
-`in_processes` calls it for many launches in parallel processes.
+`compile_for` compiles the kernel of a launch, `resource_usage` finds its registers, shared memory and spills,
+`sections` counts the instructions of its loops, and `analyse` does all three.
 """
 
 import copyreg
@@ -27,8 +26,7 @@ from bra_triton.bench.console import progress
 from bra_triton.bench.machine_code.launches import arguments_of, kernel_name
 from bra_triton.kernels.plan import Launch
 
-# Opcode patterns of the classes of instructions, by column of the kernel report; an instruction belongs to
-# the first class that matches.
+# Opcode patterns of instructions, by column of the kernel report; the first one that matches counts.
 INSTRUCTION_CLASSES = {
     "exp": r"MUFU\.EX2",
     "matrix": r"\w+MMA",  # HMMA, HGMMA, UTCHMMA and the like for other types
@@ -62,8 +60,7 @@ class Usage:
     shared_bytes: int  # per thread block
     stack_bytes: int  # local memory per thread, where spills go
     spills: int  # instructions in the whole kernel that load from local memory or store to it
-    # Asynchronous copies for later steps that may still run when a loop has waited for those of its step; 0
-    # if it waits for all copies, and so for memory in every step.
+    # Asynchronous copies that may still run after a loop has waited for its step's; 0 if it waits for all.
     copies_in_flight: int = 0
 
 
@@ -73,12 +70,10 @@ class Sections:
 
     The section of a loop that does not exist is empty. Every instruction that can run between a loop's header
     and its jump back counts once, even if a predicate or a branch may skip it at run time. This includes
-    blocks that the assembler moved out of line, and nested loops. The code of called functions does not
-    count.
+    blocks that the assembler moved out of line, and nested loops, but not the code of called functions.
     """
 
-    # The innermost loop with the most matrix instructions, of several the shortest. It is the loop over whole
-    # tiles: the others also mask.
+    # The innermost loop with the most matrix instructions; of several the shortest: the others also mask.
     loop: Mix
     tail: Mix  # the largest other innermost loop with matrix instructions
     taps: Mix  # the largest with loads but no matrix instructions: over a convolution's taps, if there is one
@@ -106,8 +101,7 @@ class Analysis(Sections):
     def slots_per_score(self) -> float:
         """Thread instruction slots (32 per instruction) that the loop takes for one score of a whole tile.
 
-        If the compiler has unrolled the loop, it covers more than one tile, and this figure is too high; the
-        loop's `matrix` count shows it.
+        If the compiler has unrolled the loop, this figure is too high; the loop's `matrix` count shows it.
         """
         return self.loop.total() * self.num_warps * 32 / (self.block_m * self.block_n)
 
@@ -162,11 +156,7 @@ def analyse(launch: Launch, arch: str) -> Analysis:
 
 
 def compile_for(launch: Launch, arch: str) -> Compiled:
-    """Compiles a kernel for `arch`, a key of `TARGETS`, as Triton does for a launch on such a GPU.
-
-    Raises:
-        TypeError: the kernel is no compiled `@triton.jit` function, as under `TRITON_INTERPRET=1`.
-    """
+    """Compiles a kernel for `arch`, a key of `TARGETS`, as for a launch; TypeError if it is interpreted."""
     if not isinstance(launch.kernel, JITFunction):
         raise TypeError(f"{launch.kernel!r} is not a @triton.jit function (is TRITON_INTERPRET set?)")
     with stand_in.driver_of(arch, device=arch):
@@ -182,8 +172,7 @@ def resource_usage(compiled: Compiled) -> Usage:
     found = re.search(r"REG:(\d+) STACK:(\d+)", report)  # the code has one function
     assert found, report
     opcodes = [opcode.split(".")[0] for _, opcode, _ in _instructions(compiled.sass)[0]]
-    # Shared memory is the figure that Triton gives: SHARED of the report leaves out what Triton allocates at
-    # launch.
+    # Shared memory is Triton's figure: SHARED of the report leaves out what Triton allocates at launch.
     spills = opcodes.count("LDL") + opcodes.count("STL")
     waits = re.findall(r"ttg\.async_wait\b.*?num = (\d+)", compiled.asm["ttgir"])
     return Usage(int(found[1]), compiled.shared_bytes, int(found[2]), spills, max(map(int, waits), default=0))

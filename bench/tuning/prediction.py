@@ -1,8 +1,7 @@
 """Predicts the best tile configuration of each entry of a table, from machine code; no GPU is needed.
 
 Configurations are compiled, the cost model predicts the cost of each on the problems of a size class, and the
-cheapest becomes the entry. Triton caches what it has compiled, so a run that was stopped soon catches up when
-it is started again.
+cheapest becomes the entry. Triton caches what it has compiled, so a run that was stopped soon catches up.
 """
 
 import re
@@ -33,9 +32,8 @@ TIED = 1.05
 SERIALISED = 1.1
 # Pipeline depths that are tried; the second one only if no configuration with the first fits.
 STAGES = (3, 2)
-# For a form that is not plain, one configuration without spills is enough. The search compiles FORM_BATCH at
-# a time until it finds one. If the plain kernel spills in every tile, it compiles only one batch, because the
-# other forms need even more registers.
+# For a form that is not plain, one configuration without spills is enough: FORM_BATCH are compiled at a time
+# until there is one. If the plain kernel always spills, only one batch is tried: forms need more registers.
 FORM_BATCH = 2
 
 
@@ -136,8 +134,7 @@ def rank(key: Key, arch: str, results: Results, spilling: bool = False) -> list[
         competing = mean * (SERIALISED if code.serialised else 1)
         loop = code.slots_per_score * latency(costs[0].resident_warps)
         ranked.append(Ranked(job.tile, competing, mean, loop, code.serialised))
-    # Without tiles that are too small: they read the other side more often than the costs show. For the
-    # widest heads only these may fit.
+    # Tiles that are too small read the other side more often than the costs show; the widest heads need them.
     ranked = [each for each in ranked if serves(each.tile, key.size)] or ranked
     by_cost = sorted(ranked, key=lambda each: (each.competing, each.tile.num_warps))
     tied = [each for each in by_cost if each.competing <= TIED * by_cost[0].competing]

@@ -21,12 +21,10 @@ from bra_triton.kernels.tiles import FORWARD, KEY_VALUE_GRADIENT, SIZES, Tile
 
 STEPS = (16, 32, 64, 128)
 WARPS = (1, 2, 4, 8)
-# One in EXP_SHARE exponentials is computed by the multiply-add units. With heads of 32 this about balances a
-# loop: in the forward on sm_90, a score takes 6.9 issue slots, and the exponential unit is busy for 7.3
-# (without this share 6.0 and 8.3).
+# One in EXP_SHARE exponentials is computed by the multiply-add units. With heads of 32 this about balances
+# the forward on sm_90: a score takes 6.9 issue slots, 7.3 of the exponential unit (otherwise 6.0 and 8.3).
 EXP_SHARE = 8
 DEEP_STAGES = (5, 7)
-
 
 # By size class: (n_win, side of a region, topk), from YOLO's maps at 640 and BiFormer's stages at 224 pixels.
 _REGIONS = {
@@ -47,10 +45,7 @@ def problems(size: int, head_dim: int) -> list[Problem]:
 
 def candidates(kernel: str, bits: int, head_dim: int, num_stages: int = 3) -> list[Tile]:
     """Tiles worth trying for heads up to `head_dim`, of all size classes."""
-    tiles = (
-        Tile(own, step, num_warps, num_stages)
-        for own, step, num_warps in itertools.product(SIZES, STEPS, WARPS)
-    )
+    tiles = (Tile(*sizes, num_stages) for sizes in itertools.product(SIZES, STEPS, WARPS))
     return [tile for tile in tiles if _is_worth_trying(tile, kernel, bits, head_dim)]
 
 

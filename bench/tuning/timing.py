@@ -1,8 +1,7 @@
 """Times tile configurations on the card at hand: only correct ones, by medians, with cold caches.
 
 Kernels are compiled beforehand, in many processes. Every configuration is timed within a whole forward or
-backward of the attention, including the lists, which add the same time to all. Finished timings are kept, so
-a run that was stopped continues from there when it is started again.
+backward of the attention, including the lists. Timings are kept, and a run that was stopped continues there.
 """
 
 import contextlib
@@ -101,11 +100,7 @@ def refinements(results: Mapping[Trial, float]) -> list[Trial]:
 
 
 def variants(kernel: str, bits: int, tile: Tile) -> list[Tile]:
-    """Variants of a tile.
-
-    They switch exponentials by multiply-adds on or off, move LePE into or out of the forward, or have a
-    deeper pipeline.
-    """
+    """Variants of a tile: with or without exponentials by multiply-adds, LePE in or out, deeper pipelines."""
     found = [tile]
     if bits == 16 and kernel != KEY_VALUE_GRADIENT and tile.step >= 8 * EXP_SHARE:
         found.append(replace(tile, exp_share=0 if tile.exp_share else EXP_SHARE))
@@ -126,8 +121,7 @@ class Inputs:
         def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-        # Region queries and keys are given, in float32. If a pass computed them, rounding could make another
-        # tile, or the float32 computation of the expected results, choose other regions.
+        # Region queries and keys are given: if each pass computed its own, rounding could change the routing.
         means = draw(problem.batch, problem.grid.n_regions, 2 * problem.qk_dim, dtype=torch.float32)
         self.attention = problem.attention(draw, means)
         self.grad_out = draw(problem.batch, problem.height, problem.width, problem.dim)
@@ -169,22 +163,13 @@ class Inputs:
 
 
 def time_all(
-    todo: Sequence[Trial],
-    results: dict[Trial, float],
-    device: torch.device,
-    timer: Timer,
-    workers: int = 1,
+    todo: Sequence[Trial], results: dict[Trial, float], device: torch.device, timer: Timer, workers: int = 1
 ) -> None:
     """Adds the milliseconds of every trial to `results`; infinite if it does not run or is wrong.
 
-    Finished trials are kept, and those that an earlier run has kept are not timed again.
-
-    Args:
-        todo: trials; those of the same problem and dtype must follow each other.
-        results: gets the time of each trial as soon as it is known.
-        device: the card, or the CPU under the interpreter.
-        timer: see `device_milliseconds`.
-        workers: processes that compile beforehand, if there is a GPU; with 1, each trial compiles its kernel.
+    A trial's time is added as soon as it is known. Finished trials are kept, and those that an earlier run
+    has kept are not timed again. Trials of the same problem and dtype must follow each other. On a GPU,
+    several `workers` compile the kernels beforehand; with 1, each trial compiles its kernel.
     """
     results.update(_read_kept(todo, device))
     left = [trial for trial in todo if trial not in results]
@@ -201,10 +186,8 @@ def time_all(
         keep(partial(_note, tile_cache.circumstances(card_name(device), trial.kernel) | row))
         progress(done, len(left), f"{trial.kernel} {trial.tile}: {refusal or f'{milliseconds:.4f} ms'}")
         if "CUDA error" in refusal or "HIP error" in refusal:
-            raise RuntimeError(
-                f"{trial} broke the GPU's context ({refusal}); the refusal is recorded; run the command "
-                "again to continue"
-            )
+            why = f"{trial} broke the GPU's context ({refusal})"
+            raise RuntimeError(f"{why}; the refusal is recorded; run the command again to continue")
 
 
 def winners(results: Mapping[Trial, float], todo: Sequence[Trial] = ()) -> dict[Key, Entry]:
@@ -221,8 +204,7 @@ def winners(results: Mapping[Trial, float], todo: Sequence[Trial] = ()) -> dict[
 def means(results: Mapping[Trial, float]) -> dict[Key, dict[Tile, float]]:
     """For every entry the tiles that were timed on all of its problems, and their mean milliseconds.
 
-    The means are geometric, so that all problems and dtypes have the same weight, slow or fast. One refused
-    trial makes a tile's mean infinite.
+    The means are geometric, so that slow and fast problems weigh the same, and infinite if one is refused.
     """
     by_key: dict[Key, dict[Tile, list[float]]] = {}
     for trial, milliseconds in results.items():
@@ -240,10 +222,7 @@ def device_milliseconds(run: Run) -> float:
 
 
 def compile_ahead(todo: Sequence[Trial], arch: str, workers: int) -> None:
-    """Fills Triton's cache on disk, in several processes: a kernel takes seconds to compile, on one core.
-
-    A kernel that fails here fails again when it is timed; the failure is noted then.
-    """
+    """Fills Triton's cache on disk, in several processes; a kernel that fails is noted when it is timed."""
     launches = [launch_with(trial.tile, trial.kernel, trial.problem, trial.dtype) for trial in todo]
     jobs = {variant(launch): (launch, arch) for launch in launches}
     try:
