@@ -87,6 +87,33 @@ class RegionGrid:
         return cls(height, width, cdiv(height, rows), cdiv(width, columns), rows, columns)
 
     @classmethod
+    def of_nchw(
+        cls, height: int, width: int, windows: tuple[int, int], auto_pad: bool = True
+    ) -> "RegionGrid":
+        """The grid of the NCHW form: as many regions of `H // n_win` by `W // n_win` tokens as cover the map.
+
+        Args:
+            height: tokens in a column of the map.
+            width: tokens in a row of the map.
+            windows: the two numbers of `n_win`, `(rows, columns)`.
+            auto_pad: whether to accept a map with fewer tokens along a side than `windows` says.
+
+        Raises:
+            ValueError: if the map is too small; says what is allowed.
+        """
+        if not auto_pad and (height < windows[0] or width < windows[1]):
+            raise ValueError(
+                f"the map must be at least {windows[0]} x {windows[1]} tokens (n_win), got "
+                f"{height} x {width}; auto_pad=True accepts smaller maps"
+            )
+        region_height, region_width = larger(height // windows[0], 1), larger(width // windows[1], 1)
+        # Every side has at least `smaller(...)` regions, so this `larger` changes no number. It is here to
+        # tell torch.export that a side has more than one region.
+        rows = larger(cdiv(height, region_height), smaller(height, windows[0]))
+        columns = larger(cdiv(width, region_width), smaller(width, windows[1]))
+        return cls(height, width, region_height, region_width, rows, columns)
+
+    @classmethod
     def of_region_size(cls, height: int, width: int, region_size: tuple[int, int]) -> "RegionGrid":
         """The fewest regions that cover the map; `region_size` is their height and width in tokens."""
         region_height, region_width = region_size
@@ -122,6 +149,11 @@ class RegionGrid:
             self.rows * self.region_height - self.height,
             self.columns * self.region_width - self.width,
         )
+
+    @property
+    def share_of_padding(self) -> float:
+        """Share of padding among the tokens of all regions."""
+        return 1 - self.height * self.width / (self.n_regions * self.region_tokens)
 
     @property
     def is_padded(self) -> bool:

@@ -22,7 +22,6 @@ from bra_triton.backend import select
 from bra_triton.checkpoint_keys import TakesNames
 from bra_triton.export import is_eager
 from bra_triton.kernels.grid import RegionGrid
-from bra_triton.modules import nchw
 from bra_triton.modules.base import Attention
 from bra_triton.modules.block import Block
 
@@ -99,10 +98,10 @@ def _check_padding(attention: Any, x: Tensor, grid_of: GridOf = RegionGrid.of_wi
 def _warn_of_padding(grid_of: GridOf, height: int, width: int, windows: tuple[int, int], topk: int) -> None:
     """Warns once for every size of a map. Much padding matters because it takes part in the softmax."""
     grid = grid_of(height, width, windows)
-    share = _share_of_padding(grid)
+    share = grid.share_of_padding
     if share > MOST_PADDING:
         better = _advised_n_win(grid_of, height, topk), _advised_n_win(grid_of, width, topk)
-        least = _share_of_padding(grid_of(height, width, better))
+        least = grid_of(height, width, better).share_of_padding
         advice = "Choose an n_win that divides the map"
         if least < share:
             n_win = better[0] if better[0] == better[1] else list(better)
@@ -125,11 +124,6 @@ def _advised_n_win(grid_of: GridOf, side: int, topk: int) -> int:
     most = ADVISED_N_WIN[-1]
     allowed = [n_win for n_win, grid in grids.items() if n_win**2 >= topk and grid.rows <= most] or [most]
     return min(allowed, key=lambda n_win: (grids[n_win].padding[0], abs(n_win - N_WIN)))
-
-
-def _share_of_padding(grid: RegionGrid) -> float:
-    """Share of padding among the tokens of all regions."""
-    return 1 - grid.height * grid.width / (grid.n_regions * grid.region_tokens)
 
 
 def _hidden_channels(name: str, ratio: float, channels: int) -> int:
@@ -215,7 +209,7 @@ class NCHWBiLevelRoutingAttention2d(TakesNames):
     def forward(self, x: Tensor) -> Tensor:
         """Attends over `(N, dim, H, W)` of any strides; returns the same shape."""
         out = self.attn(x)
-        _check_padding(self.attn, x, nchw.grid_of)
+        _check_padding(self.attn, x, RegionGrid.of_nchw)
         return out
 
 

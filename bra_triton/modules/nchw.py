@@ -14,14 +14,16 @@ from ..backend.select import AUTO
 from ..call import Call
 from ..export import is_eager
 from ..functional import attend
-from ..kernels.grid import RegionGrid, larger, smaller
-from ..kernels.lib.integers import cdiv
+from ..kernels.grid import RegionGrid
 from ..spec import AttentionSpec
 from .base import FIXED_BY_PARAMETERS, NEVER_CALLED, Attention
 from .inputs import apply, check_shape, project
 from .layers import depthwise_convolution, is_plain_convolution, lepe_parameters
 
 ATTENTION_BACKENDS = ("torch", "triton")
+
+# A module cuts the same sizes of maps in call after call.
+_known_grid = lru_cache(1024)(RegionGrid.of_nchw)
 
 
 class NCHWBiLevelRoutingAttention(Attention):
@@ -143,7 +145,7 @@ class NCHWBiLevelRoutingAttention(Attention):
     def grid(self, x: Tensor) -> RegionGrid:
         """The regions of a map `(N, dim, H, W)`; raises ValueError if it cannot be cut into regions."""
         check_shape(x, "(N, dim, H, W)", 1, self.spec.dim)
-        cut = grid_of if is_eager() else grid_of.__wrapped__
+        cut = _known_grid if is_eager() else RegionGrid.of_nchw
         return cut(x.shape[2], x.shape[3], self.spec.windows, self.auto_pad)
 
     def _out(self, out: Tensor, call: Call) -> Tensor:
@@ -151,32 +153,6 @@ class NCHWBiLevelRoutingAttention(Attention):
             out = self._with_lepe(out, call)
         out = apply("output_linear", self._modules["output_linear"], out, _project)
         return out.permute(0, 3, 1, 2)
-
-
-@lru_cache(1024)
-def grid_of(height: int, width: int, windows: tuple[int, int], auto_pad: bool = True) -> RegionGrid:
-    """The regions of a map in this form: `H // n_win` by `W // n_win` tokens large, as many as cover the map.
-
-    Args:
-        height: tokens in a column of the map.
-        width: tokens in a row of the map.
-        windows: the two numbers of `n_win`, `(rows, columns)`.
-        auto_pad: whether to accept a map with fewer tokens along a side than `windows` says.
-
-    Raises:
-        ValueError: if the map is too small; says what is allowed.
-    """
-    if not auto_pad and (height < windows[0] or width < windows[1]):
-        raise ValueError(
-            f"the map must be at least {windows[0]} x {windows[1]} tokens (n_win), got {height} x {width}; "
-            "auto_pad=True accepts smaller maps"
-        )
-    region_height, region_width = larger(height // windows[0], 1), larger(width // windows[1], 1)
-    # Every side has at least `smaller(...)` regions, so this `larger` changes no number. It is here to tell
-    # torch.export that a side has more than one region.
-    rows = larger(cdiv(height, region_height), smaller(height, windows[0]))
-    columns = larger(cdiv(width, region_width), smaller(width, windows[1]))
-    return RegionGrid(height, width, region_height, region_width, rows, columns)
 
 
 def _project(layer: Any, x: Tensor) -> Tensor:

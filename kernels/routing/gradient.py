@@ -14,7 +14,7 @@
 import triton
 import triton.language as tl
 
-from ..lib.addressing import token_of
+from ..lib.addressing import corner_of, token_of
 
 
 @triton.jit(do_not_specialize=["n_regions", "topk", "n_heads", "tiles"])
@@ -109,8 +109,7 @@ def spread_means_kernel(
     live = channel < CONFIG.MEAN_DIM
     counted = region_tokens
     if not CONFIG.COUNTS_PADDING:
-        region_row = region // columns
-        top, left = region_row * region_height, (region - region_row * columns) * region_width
+        top, left = corner_of(region, region_height, region_width, columns)
         counted = tl.minimum(region_height, height - top) * tl.minimum(region_width, width - left)
     row = grad_means + (image * n_regions + region) * CONFIG.MEAN_DIM + channel
     share = tl.load(row, mask=live, other=0.0) / counted

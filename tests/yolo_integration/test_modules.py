@@ -10,7 +10,6 @@ from ultralytics.utils import torch_utils
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.kernels.grid import RegionGrid
-from bra_triton.modules import nchw
 from bra_triton.modules.base import Attention
 from bra_triton.modules.permuted import PermutedBiLevelRoutingAttention
 from bra_triton.modules.tokens import TokenBiLevelRoutingAttention
@@ -59,7 +58,7 @@ def test_regions_pad_little_at_the_usual_sizes_of_images(build, at_736: float) -
         sides = [size // stride for size in sizes for stride in (8, 16, 32)]
         is_nchw = isinstance(attention, NCHWBiLevelRoutingAttention)
         shapes = [(1, 32, side, side) if is_nchw else (1, side, side, 32) for side in sides]
-        return max(modules._share_of_padding(attention.grid(torch.empty(shape))) for shape in shapes)
+        return max(attention.grid(torch.empty(shape)).share_of_padding for shape in shapes)
 
     by_default = build(32).attn
     assert most_padding(by_default, [320, 480, 640, 800, 960]) == 0
@@ -138,13 +137,13 @@ def test_a_map_that_the_attention_refuses_is_refused_in_training_with_the_same_e
 
 @pytest.mark.parametrize(
     ("grid_of", "advised"),
-    [(RegionGrid.of_windows, [5, 4, 4, 5, 7, 4]), (nchw.grid_of, [5, 5, 4, 5, 6, 5])],
+    [(RegionGrid.of_windows, [5, 4, 4, 5, 7, 4]), (RegionGrid.of_nchw, [5, 5, 4, 5, 6, 5])],
     ids=["nhwc", "nchw"],
 )
 def test_an_advised_n_win_pads_little_at_every_size(grid_of: modules.GridOf, advised: list[int]) -> None:
     sides = {size // stride for size in range(320, 1281, 32) for stride in (8, 16, 32)}
     grids = [grid_of(side, side, (modules._advised_n_win(grid_of, side, 1),) * 2) for side in sides]
-    assert 0.1 < max(modules._share_of_padding(grid) for grid in grids) < 0.16
+    assert 0.1 < max(grid.share_of_padding for grid in grids) < 0.16
     assert max(grid.rows for grid in grids) <= 8
     assert [modules._advised_n_win(grid_of, side, 1) for side in (10, 12, 16, 20, 21, 24)] == advised
 
