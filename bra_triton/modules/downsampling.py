@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import at_least_one, one_of, whole
+from ..cells import Cells, fractional_cells, mean_matrix, window_maxima
 from ..export import being_exported, is_eager
 from ..kernels.bounded import Bounded
 from ..kernels.grid import RegionGrid, is_sure, larger
 from ..kernels.pooling.problem import MAX, MEAN, WEIGHTED
 from ..operators import pooling as operators
 from ..operators.library import is_seen
-from .cells import Cells, fractional_cells, mean_matrix, window_maxima
 from .layers import is_plain
 
 MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool", "fracpool", "conv")
@@ -224,8 +224,8 @@ class AdaptivePooling(FixedCells):
         row_cells, column_cells = self.cells(height, width, x.device)
         if self.mode == MEAN:
             return mean_matrix(row_cells, height, x) @ x @ mean_matrix(column_cells, width, x).t()
-        x = window_maxima(x, 3, column_cells, self.largest(width))
-        return window_maxima(x, 2, row_cells, self.largest(height))
+        x, _ = window_maxima(x, 3, column_cells, self.largest(width))
+        return window_maxima(x, 2, row_cells, self.largest(height))[0]
 
     def extra_repr(self) -> str:
         """Mode and cells per side."""
@@ -319,8 +319,8 @@ class FractionalMaxPooling(KVDownsampling):
         """See `KVDownsampling`."""
         # Not F.fractional_max_pool2d: it computes the cells in the dtype of x, and cannot be exported.
         row_cells, column_cells = cells or self.cells(x.shape[-2], x.shape[-1], x.device)
-        x = window_maxima(x, 3, column_cells, self.window(x.shape[3]))
-        return window_maxima(x, 2, row_cells, self.window(x.shape[2]))
+        x, _ = window_maxima(x, 3, column_cells, self.window(x.shape[3]))
+        return window_maxima(x, 2, row_cells, self.window(x.shape[2]))[0]
 
     def extra_repr(self) -> str:
         """Ratio and window."""

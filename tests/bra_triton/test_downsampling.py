@@ -12,9 +12,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from bra_triton import BiLevelRoutingAttention
+from bra_triton.cells import fractional_cells
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.modules import downsampling
-from bra_triton.modules.cells import fractional_cells
 from bra_triton.operators import pooling as operators
 
 BACKENDS = ("torch", "triton")

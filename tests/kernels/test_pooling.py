@@ -11,12 +11,12 @@ from problems import relative_error
 from bra_triton.backend import torch as torch_kernels
 from bra_triton.bench.machine_code.launches import kernel_name, variant
 from bra_triton.bench.machine_code.static_analysis import compile_for, resource_usage
+from bra_triton.cells import fractional_cells
 from bra_triton.kernels import calls
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.pooling import launch
 from bra_triton.kernels.pooling.problem import MAX, RegionPooling
 from bra_triton.modules import downsampling
-from bra_triton.modules.cells import fractional_cells
 
 BACKENDS = {"triton": calls, "torch": torch_kernels}
 QK_DIM, DIM = 3, 5  # a slice that starts at an odd channel and whose channels fill no block

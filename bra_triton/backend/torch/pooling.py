@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...cells import mean_matrix, window_maxima
 from ...kernels.grid import RegionGrid
 from ...kernels.pooling.problem import MAX, PoolingGradients, RegionPooling
 from ...kernels.problem import statistic_dtype
@@ -87,14 +88,9 @@ def _to_regions(x: Tensor, grid: RegionGrid) -> Tensor:
 
 
 def _mean_matrices(pooling: RegionPooling[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    """For each axis a matrix `(cells, tokens)`: 1 / cell size where the cell contains the token, else 0."""
-    matrices = []
-    sides = (pooling.grid.region_height, pooling.grid.region_width)
-    for cells, side in zip((pooling.row_cells, pooling.column_cells), sides, strict=True):
-        start, end = cells[:, :1], cells[:, 1:]
-        token = torch.arange(side, device=cells.device)
-        matrices.append(((token >= start) & (token < end)).to(like.dtype) / (end - start))
-    return matrices[0], matrices[1]
+    """The matrices of the rows and of the columns."""
+    row_matrix = mean_matrix(pooling.row_cells, pooling.grid.region_height, like)
+    return row_matrix, mean_matrix(pooling.column_cells, pooling.grid.region_width, like)
 
 
 def _apply_matrices(regions: Tensor, row_matrix: Tensor, column_matrix: Tensor) -> Tensor:
@@ -119,14 +115,10 @@ def _maximum(regions: Tensor, pooling: RegionPooling[Tensor]) -> tuple[Tensor, T
 
 
 def _maximum_along(x: Tensor, dim: int, cells: Tensor, largest: int | None) -> tuple[Tensor, Tensor]:
-    """The first maximum of each cell along a dimension: its value and its position."""
-    start, end = cells.long()[:, :1], cells.long()[:, 1:]
-    largest = int((end - start).max()) if largest is None else largest
-    within = torch.arange(largest, device=x.device)
-    position = torch.minimum(start + within, end - 1)  # smaller cells repeat their last position
-    windows = x.index_select(dim, position.flatten()).unflatten(dim, position.shape)
-    value, first = windows.max(dim + 1)
-    return value, first + start.view(-1, *(1,) * (x.dim() - 1 - dim))
+    """The first maximum of each cell along a dimension: its value and its position in the region."""
+    largest = int((cells[:, 1] - cells[:, 0]).max()) if largest is None else largest
+    value, position = window_maxima(x, dim, cells, largest)
+    return value, position + cells[:, 0].view(-1, *(1,) * (x.dim() - 1 - dim))
 
 
 def _scatter(grad: Tensor, argmax: Tensor, grid: RegionGrid) -> Tensor:
