@@ -13,6 +13,7 @@ from torch import Size, nn
 from ultralytics.utils import LOGGER
 
 from bra_triton.checkpoint_keys import take_names
+from bra_triton.modules.base import Attention
 
 MOST_NAMES = 12
 Shapes = Mapping[str, Size]
@@ -81,12 +82,45 @@ def report(source: nn.Module, target: nn.Module) -> None:
     if not new:
         return
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in new))
-    rest = f" and {len(layers) - MOST_NAMES} more layers" if len(layers) > MOST_NAMES else ""
     LOGGER.info(
         f"{len(new)} tensors have no counterpart in the weights and keep their initial values: "
-        f"{', '.join(layers[:MOST_NAMES])}{rest}"
+        f"{_listed(layers)}"
     )
 
 
+def report_settings(source: nn.Module, target: nn.Module) -> None:
+    """Warns of attentions whose weights have the shapes of the source's but whose settings do not agree.
+
+    Training builds a checkpoint's model anew from its yaml, so what was set on its attentions is lost.
+    """
+    theirs, changes = dict(source.named_modules()), dict[str, list[str]]()
+    for layer, ours in target.named_modules():
+        other = theirs.get(layer)
+        if not isinstance(ours, Attention) or not isinstance(other, Attention):
+            continue
+        if _shapes_of(ours) != _shapes_of(other):
+            continue
+        given = other.settable()
+        for name, value in ours.settable().items():
+            if given.get(name, value) != value:
+                changes.setdefault(f"{name}={value!r}, not {given[name]!r}", []).append(layer)
+    if changes:
+        told = "; ".join(f"{change} ({_listed(layers)})" for change, layers in changes.items())
+        LOGGER.warning(
+            f"The yaml's rows decide the settings of the attention; they differ from those of the model that "
+            f"the weights come from: {told}. Write a setting that shall stay into the row, "
+            "such as {topk: 8} or {backend: torch}"
+        )
+
+
+def _listed(layers: list[str]) -> str:
+    rest = f" and {len(layers) - MOST_NAMES} more layers" if len(layers) > MOST_NAMES else ""
+    return ", ".join(layers[:MOST_NAMES]) + rest
+
+
 def _shapes(model: Any) -> list[Shapes]:
-    return [{name: value.shape for name, value in row.state_dict().items()} for row in model.model]
+    return [_shapes_of(row) for row in model.model]
+
+
+def _shapes_of(module: nn.Module) -> Shapes:
+    return {name: value.shape for name, value in module.state_dict().items()}

@@ -149,6 +149,7 @@ def _load_by_structure(original: Callable[..., Any], model: Any, weights: Any, v
     result = original(model, source, verbose)
     if verbose:
         pretrained.report(source, model)
+        pretrained.report_settings(source, model)
     return result
 
 

@@ -101,6 +101,12 @@ class Attention(Specified, TakesNames):
             raise TypeError(f"{name} must be an nn.Module, got {value!r}")
         super().__setattr__(name, value)
 
+    def settable(self) -> dict[str, Any]:
+        """The attributes that can be set, by name, with their values."""
+        kind = type(self)
+        properties = [name for name in dir(kind) if getattr(getattr(kind, name), "fset", None)]
+        return {name: getattr(self, name) for name in (*properties, "auto_pad") if name not in self._fixed}
+
     def _leaf(self, x: Any, *others: Any) -> Any:
         """Adds a call of this module, as one node, to the graph that `torch.fx` traces; returns its proxy.
 

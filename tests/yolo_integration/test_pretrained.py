@@ -6,8 +6,10 @@ import pytest
 import torch
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn import tasks
 from ultralytics.utils import LOGGER
 
+from bra_triton.yolo_integration import BiFormerBlock, pretrained, set_backend
 from bra_triton.yolo_integration.pretrained import match_rows
 
 A, B, C = ({name: torch.Size([size])} for name, size in (("a", 1), ("b", 1), ("a", 2)))
@@ -86,3 +88,30 @@ def test_a_stock_model_loads_as_before(stock: str, log) -> None:
     YOLO("yolo26n.yaml", verbose=False).load(stock)
     assert "Transferred 708/708" in log.text
     assert "keep their initial values" not in log.text
+
+
+def test_settings_that_training_drops_are_warned_of(log, train_arguments, tmp_path) -> None:
+    model = YOLO("yolo26n-bra.yaml", verbose=False)
+    last = model.model.model[11].attn
+    set_backend(model, "reference")
+    last.topk, last.n_win, last.auto_pad = 8, 4, False
+    model.save(tmp_path / "set.pt")
+    overrides = {**train_arguments, "model": str(tmp_path / "set.pt"), "pretrained": True, "epochs": 1}
+    DetectionTrainer(overrides={**overrides, "project": str(tmp_path)}).setup_model()
+    (warning,) = (record.getMessage() for record in log.records if record.levelname == "WARNING")
+    for change in (
+        "backend='auto', not 'reference' (model.10.m.0.attn.attn, model.11.attn)",
+        "n_win=5, not 4 (model.11.attn)",
+        "topk=4, not 8 (model.11.attn)",
+        "auto_pad=True, not False (model.11.attn)",
+    ):
+        assert change in warning
+    assert "scale" not in warning
+
+
+def test_settings_that_stay_or_whose_weights_do_not_fit_are_not_warned_of(log) -> None:
+    source = tasks.DetectionModel("yolo26n-bra.yaml", verbose=False)
+    tasks.DetectionModel("yolo26n-bra.yaml", verbose=False).load(source)
+    pretrained.report_settings(BiFormerBlock(64), BiFormerBlock(32))  # 2 heads and 1
+    assert "Transferred" in log.text
+    assert "WARNING" not in log.text
