@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from torch import Size, nn
+from torch import Size, Tensor, nn
 from ultralytics.utils import LOGGER
 
 from bra_triton.checkpoint_keys import take_names
 from bra_triton.modules.base import Attention
 
 MOST_NAMES = 12
+FIRST_CONVOLUTION = "model.0.conv.weight"
 Shapes = Mapping[str, Size]
 
 
@@ -78,7 +79,7 @@ def report(source: nn.Module, target: nn.Module) -> None:
     """Logs which layers of the target have no counterpart in the source and so keep their own weights."""
     given, own = dict(source.state_dict()), target.state_dict()
     take_names(given, own)
-    new = [name for name, value in own.items() if name not in given or given[name].shape != value.shape]
+    new = [name for name in own if not _is_loaded(name, given, own)]
     if not new:
         return
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in new))
@@ -86,6 +87,25 @@ def report(source: nn.Module, target: nn.Module) -> None:
         f"{len(new)} tensors have no counterpart in the weights and keep their initial values: "
         f"{_listed(layers)}"
     )
+
+
+def _is_loaded(name: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Whether Ultralytics has loaded a tensor, wholly or in part.
+
+    It loads parts of tensors of another shape in two places. Of the first convolution it loads the channels
+    that both have, and of the head's last convolutions the classes that have the same name in both.
+    """
+    theirs, ours = given.get(name), own[name]
+    if theirs is None or theirs.shape == ours.shape:
+        return theirs is not None
+    if name == FIRST_CONVOLUTION:
+        return theirs.shape[2:] == ours.shape[2:]
+    # Whether a class was loaded shows in the weight: all biases may be equal.
+    weight = name.rpartition(".")[0] + ".weight"
+    theirs, ours = given.get(weight, theirs), own.get(weight, ours)
+    if theirs.dim() < 2 or theirs.shape[1:] != ours.shape[1:]:
+        return False
+    return any((theirs == channel).flatten(1).all(1).any() for channel in ours.to(theirs))
 
 
 def report_settings(source: nn.Module, target: nn.Module) -> None:

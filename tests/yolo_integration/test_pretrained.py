@@ -90,6 +90,22 @@ def test_a_stock_model_loads_as_before(stock: str, log) -> None:
     assert "keep their initial values" not in log.text
 
 
+@pytest.mark.parametrize("names", [{0: "class 7", 1: "class 3"}, {0: "a", 1: "b"}])
+def test_what_is_loaded_in_part_is_not_said_to_keep_its_initial_values(names: dict[int, str], log) -> None:
+    """Ultralytics loads the common channels of the first convolution, and classes by their names."""
+    source = tasks.DetectionModel("yolo26n.yaml", verbose=False)
+    source.names = {index: f"class {index}" for index in range(80)}
+    model = tasks.DetectionModel("yolo26n-bra.yaml", ch=4, nc=2, verbose=False)
+    model.names = names
+    model.load(source)
+    loads_classes = "class 7" in names.values()
+    assert ("Remapped 2/2" in log.text) == loads_classes
+    assert f"Transferred {690 if loads_classes else 678}/702 items" in log.text
+    assert f"{12 if loads_classes else 24} tensors have no counterpart in the weights" in log.text
+    assert "initial values: model.10.m.0.attn.attn.lepe, " in log.text
+    assert ("model.24.cv3.0.2" in log.text) != loads_classes
+
+
 def test_settings_that_training_drops_are_warned_of(log, train_arguments, tmp_path) -> None:
     model = YOLO("yolo26n-bra.yaml", verbose=False)
     last = model.model.model[11].attn
