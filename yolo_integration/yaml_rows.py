@@ -55,8 +55,9 @@ _ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
     NCHWBiLevelRoutingAttention2d: NCHWBiLevelRoutingAttention,
 }
 
-# A larger number in the place of num_heads is taken for a channel count. BiFormer's models have at most 24.
-_MOST_HEADS_BY_POSITION = 32
+# A larger number in the place of an argument is taken for a channel count. BiFormer's models have at most 24
+# heads, and the Triton kernels take at most 64 x 64 regions.
+_MOST_BY_POSITION = {"num_heads": 32, "n_win": 64}
 _CHANNEL_NAMES = ("dim", "c1", "c2", "ch")
 
 # Classes to which parse_model passes input channels, scaled output channels and repeats, and nothing else.
@@ -85,12 +86,18 @@ class _ChannelKeepingArguments(list):
     from that list the channels of the row that is this one's input.
     """
 
-    def __init__(self, source: int, arguments: Sequence[Any]) -> None:
+    def __init__(self, source: int, arguments: Sequence[Any], heads: Any = None) -> None:
         super().__init__(["ch", *arguments])
         self.source = source
+        self.heads = heads  # num_heads, if the row gives it by position
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        super().__setitem__(index, value[self.source] if index == 0 else value)
+        if index == 0:
+            value = value[self.source]
+            if value == self.heads:
+                # parse_model ignores a ValueError here; `errors_name_the_row` turns this one into one.
+                raise TypeError(_no_channel_count(value, "leave it out"))
+        super().__setitem__(index, value)
 
 
 def expand_rows(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +193,8 @@ def _expand_arguments(name: str, source: int, arguments: list[Any]) -> list[Any]
             raise ValueError(f"{parameter.name} must be a number, got {value!r}")
     if channels:
         return [*channels, named, *values]
-    return _ChannelKeepingArguments(source, [named, *values])
+    is_first = bool(arguments) and not isinstance(arguments[0], Mapping)
+    return _ChannelKeepingArguments(source, [named, *values], named["num_heads"] if is_first else None)
 
 
 def _by_name(name: str, channels: list[Any], arguments: list[Any], own: list[str]) -> dict[str, Any]:
@@ -198,7 +206,7 @@ def _by_name(name: str, channels: list[Any], arguments: list[Any], own: list[str
     given = list(itertools.takewhile(lambda argument: not isinstance(argument, Mapping), arguments))
     mappings = arguments[len(given) :]
     if YAML_MODULES[name] in _ATTENTIONS:
-        _refuse_channel_count(given, mappings)
+        _refuse_channel_counts(given, mappings)
     elif given:
         _refuse_positions(channels, given, mappings, allowed)
     if len(given) > len(positional):
@@ -224,19 +232,27 @@ def _check_name(key: Any, allowed: list[str], named: Mapping[str, Any]) -> None:
         raise ValueError(f"argument {key!r} is given twice, the first time as {named[key]!r}")
 
 
-def _refuse_channel_count(given: list[Any], mappings: list[Any]) -> None:
+def _refuse_channel_counts(given: list[Any], mappings: list[Any]) -> None:
     rest = list(itertools.dropwhile(_is_channel_count, given))
-    if len(rest) < len(given):
-        raise ValueError(
-            f"rows need no channel count, got {given[0]!r}; write {rest + mappings}, see docs/migration.md. "
-            f"The first number is num_heads; more than {_MOST_HEADS_BY_POSITION} must be given by name"
-        )
+    counts = given[: len(given) - len(rest)]
+    if len(rest) > 1 and _is_channel_count(rest[1], "n_win"):
+        counts.append(rest.pop(1))
+    if counts:
+        raise ValueError(_no_channel_count(counts[0], f"write {rest + mappings}"))
 
 
-def _is_channel_count(value: Any) -> bool:
+def _no_channel_count(count: Any, instead: str) -> str:
+    limits = " and ".join(f"{name} above {most}" for name, most in _MOST_BY_POSITION.items())
+    return (
+        f"rows need no channel count, got {count!r}; {instead}, see docs/migration.md. The first two numbers "
+        f"are num_heads and n_win; as many heads as channels, {limits} must be given by name"
+    )
+
+
+def _is_channel_count(value: Any, place: str = "num_heads") -> bool:
     if isinstance(value, str):
         return value in _CHANNEL_NAMES
-    return isinstance(value, int | float) and value > _MOST_HEADS_BY_POSITION
+    return isinstance(value, int | float) and value > _MOST_BY_POSITION[place]
 
 
 def _refuse_positions(channels: list[Any], given: list[Any], mappings: list[Any], allowed: list[str]) -> None:

@@ -230,19 +230,36 @@ def refusal(*rows: list) -> str:
         ("BiLevelRoutingAttention", ["c1", "c2"], "[]"),
         ("BiLevelRoutingAttention", ["256", {"topk": 2}], "[{'topk': 2}]"),
         ("nchwBRA", [64.0], "[]"),
+        ("BiLevelRoutingAttention", [8, 256], "[8]"),
+        ("nchwBRA", [8, 256, {"topk": 2}], "[8, {'topk': 2}]"),
+        ("BiLevelRoutingAttention", [8, "c2", 7], "[8, 7]"),
+        ("BiLevelRoutingAttention", [512, 8, 256], "[8]"),
         ("BiFormerBlock", [256, 8, {"topk": 2}], "[{'topk': 2}]"),
     ],
 )
 def test_channel_counts_are_refused_with_what_to_write(name: str, arguments: list, instead: str) -> None:
     message = refusal([-1, 1, name, arguments])
     assert "rows need no channel count" in message
-    assert re.search(r"got \[?('c1'|\d+)", message)
+    assert re.search(r"got \[?('c[12]'|\d+)", message)
     assert f"write {instead}" in message
 
 
-def test_any_number_of_heads_can_be_named_and_32_given_by_position() -> None:
-    model = build([-1, 1, "nchwBRA", [{"num_heads": 64}]], [-1, 1, "BiLevelRoutingAttention", [32]])
-    assert [row.attn.spec.num_heads for row in model[1:3]] == [64, 32]
+def test_as_many_heads_as_channels_are_refused_by_position() -> None:
+    narrow = [-1, 1, "Conv", [32, 1]]
+    for row in ([-1, 1, "BiLevelRoutingAttention", [32]], [1, 1, "nchwBRA", [32, 4, {"topk": 2}]]):
+        assert refusal(narrow, row).startswith("rows need no channel count, got 32; leave it out")
+    assert build(narrow, [0, 1, "nchwBRA", [32]])[2].attn.spec.num_heads == 32  # of 64 channels
+    assert build(narrow, [-1, 1, "nchwBRA", [{"num_heads": 32}]])[2].attn.spec.num_heads == 32
+
+
+def test_any_number_can_be_named_and_32_heads_and_64_regions_a_side_given_by_position() -> None:
+    model = build(
+        [-1, 1, "nchwBRA", [{"num_heads": 64, "n_win": 65}]],
+        [-1, 1, "BiLevelRoutingAttention", [32, 64]],
+        [-1, 1, "BiLevelRoutingAttention", [8, [4, 80]]],
+    )
+    assert [row.attn.spec.num_heads for row in model[1:4]] == [64, 32, 8]
+    assert [row.attn.spec.n_win for row in model[1:4]] == [65, 64, (4, 80)]
 
 
 @pytest.mark.parametrize(
