@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import reference
-from ..arguments import one_of
+from ..arguments import flag, one_of
 from ..backend.select import AUTO
 from ..call import Call
 from ..export import is_eager
@@ -126,6 +126,8 @@ class NCHWBiLevelRoutingAttention(Attention):
         """
         if not isinstance(x, Tensor):
             return self._leaf(x, ret_attn_mask)
+        if ret_attn_mask is not False and is_eager():
+            ret_attn_mask = flag("ret_attn_mask", ret_attn_mask)
         call = self.call_of(x)
         if ret_attn_mask:
             out, _, _, attn_weight = reference.attend(call)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..arguments import flag, one_of
 from ..call import Call, in_dtype_of
+from ..export import is_eager
 from ..functional import attend
 from ..kernels.grid import RegionGrid, is_sure
 from ..spec import AttentionSpec
@@ -212,6 +213,8 @@ class BiLevelRoutingAttention(Attention):
         """
         if not isinstance(x, Tensor):
             return self._leaf(x, ret_attn_mask)
+        if ret_attn_mask is not False and is_eager():
+            ret_attn_mask = flag("ret_attn_mask", ret_attn_mask)
         x = self._map_of(x)
         check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
         # `x += attention(x)` must work in training, as it does with the original, which projects a copy of x.

@@ -43,6 +43,10 @@ def _tokens(x=TOKENS, size=None, **arguments):
     return TokenBiLevelRoutingAttention(**NUMBERS, backend="torch", size=size)(x, **arguments)
 
 
+def _inspect(kind=BiLevelRoutingAttention, x=MAP, **named):
+    return kind(**NUMBERS)(x, **named)
+
+
 def _attend(**arguments):
     return functional.bi_level_routing_attention(**{**PACKED, "num_heads": 2, **arguments})
 
@@ -159,6 +163,9 @@ TABLE = [
     (_nchw, "attn_backend", ("triton",), {"backend": "torch"}),
     (_nchw, "backend", NOT_NAMES, {}),
     (_nchw, "x", (*_not_tensors(1, 16, 4, 4), torch.ones(1, 16, 4, 4).half()), {}),
+    (_inspect, "ret_attn_mask", (*NOT_FLAGS, 13, torch.ones(4, 4)), {}),
+    (_inspect, "ret_attn_mask", (*NOT_FLAGS, 13), {"kind": NCHWBiLevelRoutingAttention, "x": NCHW_MAP}),
+    (_tokens, "ret_attn_mask", (*NOT_FLAGS, 13), {}),
     (_tokens, "x", (*_not_tensors(1, 16, 16), torch.ones(1, 17, 16)), {}),
     (_tokens, "size", NOT_SIZES, {}),
     (_tokens, "attn_mask", (torch.ones(16, 16), False), {}),
