@@ -19,7 +19,7 @@ from torch import nn
 from ultralytics import nn as ultralytics_nn
 from ultralytics.data import utils as data_utils
 from ultralytics.nn import tasks
-from ultralytics.utils import DATASETS_DIR, callbacks, torch_utils
+from ultralytics.utils import DATASETS_DIR, LOGGER, callbacks, torch_utils
 
 from bra_triton.checkpoint_keys import take_names
 
@@ -39,7 +39,8 @@ def register() -> None:
     Afterwards
 
     - yaml rows may name `BiLevelRoutingAttention`, `nchwBRA` (or `NCHWBiLevelRoutingAttention`),
-      `BiFormerBlock`, `C2BRA` and `C3k2BRA`;
+      `BiFormerBlock`, `C2BRA` and `C3k2BRA`, which replace others of the same names, with a
+      warning;
     - Ultralytics finds the packaged yamls by name, in every scale, and the photographs of `photo_dataset` as
       `data="photos.yaml"`;
     - weights are also transferred between models with different rows, and under other implementations' names;
@@ -56,6 +57,12 @@ def register() -> None:
         <class 'bra_triton.yolo_integration.modules.C2BRA'>
     """
     for name, block in YAML_MODULES.items():
+        theirs = getattr(tasks, name, block)
+        if theirs is not block:
+            LOGGER.warning(
+                f"yaml rows named {name} build {block} from now on, no longer {theirs}, which "
+                "ultralytics.nn.tasks had under this name; to use both, put that one there under another name"
+            )
         setattr(tasks, name, block)
     for module in (tasks, ultralytics_nn):
         _wrap_once(module, "parse_model", _parse_with_expanded_rows)

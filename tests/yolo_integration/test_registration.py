@@ -67,6 +67,19 @@ def test_second_call_changes_nothing() -> None:
     assert not hasattr(tasks.parse_model._bra_triton_wraps, "_bra_triton_wraps")
 
 
+def test_a_module_of_the_users_own_is_not_replaced_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(registration.LOGGER, "warning", warnings.append)
+    register()
+    assert warnings == []
+    monkeypatch.setattr(tasks, "C2BRA", torch.nn.Identity)
+    register()
+    assert tasks.C2BRA is bra_triton.yolo_integration.C2BRA
+    (warning,) = warnings
+    ours, theirs = "bra_triton.yolo_integration.modules.C2BRA", "torch.nn.modules.linear.Identity"
+    assert f"rows named C2BRA build <class '{ours}'> from now on, no longer <class '{theirs}'>" in warning
+
+
 def test_wrappers_keep_the_name_and_documentation_of_what_they_wrap() -> None:
     assert tasks.parse_model.__name__ == "parse_model"
     assert tasks.parse_model.__doc__ == tasks.parse_model._bra_triton_wraps.__doc__
