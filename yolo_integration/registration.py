@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from ultralytics import nn as ultralytics_nn
 from ultralytics.data import utils as data_utils
+from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
 from ultralytics.utils import DATASETS_DIR, LOGGER, callbacks, torch_utils
 
@@ -76,6 +77,7 @@ def register() -> None:
     ):
         if callback not in callbacks.default_callbacks[event]:
             callbacks.default_callbacks[event].append(callback)
+    _wrap_once(Model, "export", _with_refusal)
     flops.register_rule()
     _wrap_once(tasks, "intersect_dicts", _by_our_names)
     _wrap_once(torch_utils, "get_flops", flops.at_real_size)
@@ -96,6 +98,18 @@ def refuse_export(exporter: Any) -> None:
             "format='ncnn' cannot hold bi-level routing attention: NCNN has no operator that chooses regions "
             "(topk) or gathers them; use 'onnx', 'openvino', 'torchscript' or 'executorch'"
         )
+
+
+def _with_refusal(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wraps `Model.export`: adds `refuse_export` if the model lacks it.
+
+    A model copies the default callbacks before it loads its checkpoint. If it is the checkpoint that
+    registers this package, the model has no callback of ours.
+    """
+    callbacks_of_export = model.callbacks["on_export_start"]
+    if refuse_export not in callbacks_of_export:
+        callbacks_of_export.append(refuse_export)
+    return original(model, *args, **kwargs)
 
 
 def _wrap_once(module: ModuleType | type, name: str, wrapper: Callable[..., Any]) -> None:

@@ -141,6 +141,11 @@ def test_a_format_that_cannot_hold_the_attention_is_refused_before_the_export() 
     registration.refuse_export(exporter)
 
 
+def test_the_checkpoint_that_registers_the_package_is_refused_too(fresh_python, trained: Path) -> None:
+    script = f"from ultralytics import YOLO; YOLO({str(trained / 'best.pt')!r}).export(format='ncnn')"
+    assert "ValueError: format='ncnn' cannot hold" in fresh_python("-c", script, check=False).stderr
+
+
 def test_without_ultralytics_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"needs Ultralytics: pip install 'ultralytics>="):
