@@ -35,11 +35,11 @@ def attention_rows(imgsz: int) -> Iterator[str]:
         x = torch.empty(1, side, side, dim, device="meta")
         module.total_ops = 0
         count_attention(module, (x,), x)
-        padding = grid.n_regions * grid.region_tokens / side**2 - 1
         yield (
             f"| {level} | {side} x {side} x {dim} | {n_win}, {topk} "
             f"| {grid.region_height} x {grid.region_width} | {topk * grid.region_tokens} of {side**2} "
-            f"| {padding:.0%} | {module.total_ops / 1e6:,.1f} | {side**4 * 2 * dim / 1e6:,.1f} |"
+            f"| {grid.share_of_padding:.0%} | {module.total_ops / 1e6:,.1f} "
+            f"| {side**4 * 2 * dim / 1e6:,.1f} |"
         )
 
 
