@@ -50,7 +50,7 @@ def at_real_size(original: Callable[..., float], model: nn.Module, imgsz: Any = 
         imgsz: height and width of the image, or one number for both.
 
     Returns:
-        GFLOPs.
+        GFLOPs; 0.0, as Ultralytics' function, if the model does not take an image of this size.
     """
     if not has_attention(model):
         return original(model, imgsz)
@@ -61,5 +61,8 @@ def at_real_size(original: Callable[..., float], model: nn.Module, imgsz: Any = 
     parameter = next(model.parameters())
     size = imgsz if isinstance(imgsz, list | tuple) else (imgsz, imgsz)
     image = torch.empty((1, parameter.shape[1], *size), device=parameter.device, dtype=parameter.dtype)
-    multiply_adds: float = thop.profile(model, inputs=[image], verbose=False)[0]
+    try:
+        multiply_adds: float = thop.profile(model, inputs=[image], verbose=False)[0]
+    except (RuntimeError, ValueError):
+        return 0.0
     return multiply_adds / 1e9 * 2

@@ -67,6 +67,8 @@ def register() -> None:
         setattr(tasks, name, block)
     for module in (tasks, ultralytics_nn):
         _wrap_once(module, "parse_model", _parse_with_expanded_rows)
+    for kind in (tasks.DetectionModel, tasks.SemanticSegmentationModel):  # the others run no trial
+        _wrap_once(kind, "__init__", _build_naming_rows)
     _wrap_once(tasks, "check_yaml", _find_packaged_yaml)
     _wrap_once(data_utils, "check_file", _find_photographs)
     _wrap_once(tasks.BaseModel, "load", _load_by_structure)
@@ -131,8 +133,14 @@ def _parse_with_expanded_rows(
     original: Callable[..., Any], d: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
     expanded = expand_rows(d)
-    with _parse_lock, errors_name_the_row(d), blocks_parsed_as_csp(expanded):
+    with _parse_lock, errors_name_the_row(lambda: d), blocks_parsed_as_csp(expanded):
         return original(expanded, *args, **kwargs)
+
+
+def _build_naming_rows(original: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
+    """Wraps a model's constructor, which runs the model once, on a small image, to find its strides."""
+    with errors_name_the_row(lambda: model.yaml):
+        original(model, *args, **kwargs)
 
 
 def _find_packaged_yaml(original: Callable[..., Any], file: str | Path, *args: Any, **kwargs: Any) -> Any:

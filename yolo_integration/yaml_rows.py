@@ -20,7 +20,7 @@ import inspect
 import itertools
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -273,29 +273,41 @@ def _literal(value: Any) -> Any:
     return value
 
 
-def _naming_the_row(error: Exception, index: int, row: Sequence[Any]) -> ValueError:
+def _naming_the_row(error: object, index: int, row: Sequence[Any]) -> ValueError:
     return ValueError(f"row {index}, {list(row)}: {error}")
 
 
 @contextlib.contextmanager
-def errors_name_the_row(model: Mapping[str, Any]) -> Iterator[None]:
-    """Context of a call of `parse_model` in which errors of this package's constructors name the row.
+def errors_name_the_row(yaml_of: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+    """Context in which Ultralytics builds a model, and in which errors of this package's rows name the row.
 
     Args:
-        model: the yaml's content as the user wrote it.
+        yaml_of: returns the yaml's content as the user wrote it; called only after an error.
 
     Raises:
-        ValueError: instead of a TypeError or ValueError that building one of this package's rows raised.
+        ValueError: instead of a TypeError, ValueError or RuntimeError that came from one of this package's
+            rows, while the row was built or while Ultralytics tried the model on a small image.
     """
     try:
         yield
-    except (TypeError, ValueError) as error:
-        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-        parsing = [frame.f_locals for frame in frames if frame.f_code.co_name == "parse_model"]
-        index = parsing[0].get("i") if parsing else None  # the number of the row that is being built
-        if index is None or _block_name(_rows(model)[index]) not in YAML_MODULES:
+    except (TypeError, ValueError, RuntimeError) as error:
+        # Not torch.OutOfMemoryError and other derived classes, which callers look for by their class.
+        is_plain = not isinstance(error, RuntimeError) or type(error) is RuntimeError
+        index, trial = _row_of(error) if is_plain else (None, "")
+        if index is None or _block_name(_rows(yaml_of())[index]) not in YAML_MODULES:
             raise
-        raise _naming_the_row(error, index, _rows(model)[index]) from error
+        raise _naming_the_row(f"{error}{trial}", index, _rows(yaml_of())[index]) from error
+
+
+def _row_of(error: Exception) -> tuple[int | None, str]:
+    """The number of the row from which an error came, or None; and what else the error's text should say."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        function, local = frame.f_code.co_name, frame.f_locals
+        if function == "parse_model" and "i" in local:
+            return local["i"], ""
+        if function == "_predict_once" and "m" in local:
+            return local["m"].i, " (Ultralytics tries new models on the CPU, at 256 x 256 pixels)"
+    return None, ""
 
 
 @contextlib.contextmanager

@@ -121,7 +121,11 @@ class KVDownsampling(nn.Module, ABC):
         Returns:
             Keys and values side by side, `(N, H', W', qk_dim + dim)` under `kv_grid(grid)`, contiguous.
         """
-        row_cells, column_cells = cells or self.cells(grid.region_height, grid.region_width, qkv.device)
+        try:
+            row_cells, column_cells = cells or self.cells(grid.region_height, grid.region_width, qkv.device)
+        except ValueError as error:
+            size, regions = f"{grid.height} x {grid.width}", f"{grid.rows} x {grid.columns}"
+            raise ValueError(f"{error}; the map has {size} tokens and {regions} regions (n_win)") from None
         weight, bias = self.packed_parameters()
         if weight is not None and weight.device != qkv.device:
             raise ValueError(
