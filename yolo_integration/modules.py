@@ -102,13 +102,13 @@ def _warn_of_padding(grid_of: GridOf, height: int, width: int, windows: tuple[in
     if share > MOST_PADDING:
         better = _advised_n_win(grid_of, height, topk), _advised_n_win(grid_of, width, topk)
         least = grid_of(height, width, better).share_of_padding
-        advice = "Choose an n_win that divides the map"
-        if least < share:
+        advice = "Choose another imgsz"
+        if least <= MOST_PADDING:  # else: a map with a side under 4, for example
             n_win = better[0] if better[0] == better[1] else list(better)
-            advice = f"With n_win: {n_win} it would be {least:.0%}"
+            advice = f"With n_win: {n_win} it would be {least:.0%}; or choose another imgsz"
         LOGGER.warning(
             f"{share:.0%} of the tokens attended to are padding: {grid.rows} x {grid.columns} regions "
-            f"on a map of {height} x {width}. {advice}; or choose another imgsz"
+            f"on a map of {height} x {width}. {advice}"
         )
 
 

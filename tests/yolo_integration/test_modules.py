@@ -95,8 +95,11 @@ def test_much_padding_is_warned_of_once_in_training(build, monkeypatch: pytest.M
     assert len(warnings) == 2
     build(8, {"n_win": 7, "topk": 20}).train()(torch.randn(1, 8, 12, 12))
     assert "With n_win: 6 it would be 0%" in warnings[2]  # not 4: 16 regions are fewer than topk
-    build(8, {"n_win": 3, "topk": 1}).train()(torch.randn(1, 8, 2, 2))
-    assert "Choose an n_win that divides the map;" in warnings[3]  # 4 would pad more
+    assert warnings[2].endswith("; or choose another imgsz")
+    for n_win, side in ((3, 2), (7, 2), (5, 3)):  # n_win=4 would leave 75 % or 44 % padding
+        build(8, {"n_win": n_win, "topk": 1}).train()(torch.randn(1, 8, side, side))
+        assert warnings[-1].endswith(f" regions on a map of {side} x {side}. Choose another imgsz")
+    assert len(warnings) == 6
 
 
 def test_much_padding_of_the_nchw_form_is_warned_of_by_its_own_regions(
