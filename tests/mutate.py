@@ -48,13 +48,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # The tests for a file, by prefix of its path; the longest counts. Quick tests that see most come first.
 TESTS = {
     "kernels/attention": "routed_attention extreme_scores exponential large_maps",
-    "kernels/routing": "lists routing extreme_scores large_maps",
+    "kernels/routing": "lists inverse_graph routing extreme_scores large_maps",
     "kernels/small_map": "small_map extreme_scores large_maps",
     "kernels/lepe": "lepe packed_attention large_maps",
     "kernels/pooling": "pooling downsampling large_maps",
     "kernels/lib": "extreme_scores exponential routed_attention large_maps",
     "kernels/tiles": "tiles tile_cache tile_sources",
-    "kernels/grid": "region_grid arguments",
+    "kernels/grid": "region_grid arguments nchw",
     "kernels/": "plan plan_cache code_cache direct_launches packed_attention region_grid regional",
     "bra_triton/operators": "operators transforms torch_compile",
     "bra_triton/backend/torch": "routed_attention masked routing pooling lepe diverged torch_on_nvidia",
@@ -62,6 +62,7 @@ TESTS = {
     "bra_triton/modules": "nhwc nchw downsampling migration arguments",
     "bra_triton/biformer": "biformer",
     "bra_triton/visualize": "visualize",
+    "bra_triton/cells": "downsampling pooling",
     "bra_triton/equivalent": "migration",
     "bra_triton/migration": "migration",
     "bra_triton/": "reference spec arguments attention migration",
