@@ -26,7 +26,7 @@ BACKENDS = ("auto", "reference")
 COMPARISON = {"optimizer": "SGD", "lr0": 1e-3, "warmup_epochs": 0}
 # The backends agree if their losses differ by at most CONTROL_FACTOR times the distance between the reference
 # and a control: the reference with every weight moved by half a unit in the last place. Training amplifies
-# this change as it amplifies the backends' rounding, which may be several units in the last place.
+# this change as it amplifies the backends' rounding; the factor allows for several units in the last place.
 CONTROL_FACTOR = 10
 CONTROL = "control"
 
