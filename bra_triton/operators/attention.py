@@ -40,6 +40,7 @@ from .library import (
     needs_gradient,
     operator,
     refuse_tangents,
+    refusing_batches,
     refusing_second_derivative,
 )
 
@@ -90,6 +91,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
+    @refusing_batches
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         all_saved = ctx.saved_tensors  # non-reentrant checkpointing permits only one access
         tensors, out, saved = _parts(all_saved)

@@ -221,6 +221,28 @@ def refusing_second_derivative(
     return [None if x is None else _RefuseSecondDerivative.apply(x, *inputs) for x in gradients]
 
 
+def refusing_batches(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """Decorator of a backward: its error is a clear one if the gradient is a batch of gradients.
+
+    PyTorch makes such a gradient for `is_grads_batched=True`, by an older form of `vmap`. Neither the kernels
+    nor the functions of the torch backend take it.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, grad_out: Tensor) -> Any:
+        try:
+            return backward(ctx, grad_out)
+        except RuntimeError:
+            if not torch._C._functorch.is_legacy_batchedtensor(grad_out):
+                raise
+        raise RuntimeError(
+            "the fused backends take no batch of gradients (is_grads_batched=True, vectorize=True); use "
+            "torch.func.vmap or torch.func.jacrev, or backend='reference', which supports it"
+        )
+
+    return run
+
+
 class Witness:
     """Tells whether the output of a forward, which the backward reads, was changed in place in between.
 

@@ -25,6 +25,7 @@ from .library import (
     is_seen,
     needs_gradient,
     operator,
+    refusing_batches,
     refusing_second_derivative,
 )
 
@@ -89,6 +90,7 @@ class _AttendRegional(torch.autograd.Function):
         return out
 
     @staticmethod
+    @refusing_batches
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         out, *saved = ctx.saved_tensors
         if ctx.witness.sees_change:

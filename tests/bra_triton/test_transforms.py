@@ -113,6 +113,33 @@ def test_vmap_is_a_loop(function):
         assert torch.allclose(actual, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["regional", *MODULES])
+def test_batches_of_gradients_are_refused(name):
+    f, x = _function(name)
+    x = x.clone().requires_grad_()
+    out = f(x)
+    with pytest.raises(RuntimeError, match=r"take no batch of gradients .* use torch\.func\.vmap"):
+        torch.autograd.grad(out, x, torch.randn(2, *out.shape), is_grads_batched=True)
+    with pytest.raises(RuntimeError, match="take no batch of gradients"):
+        torch.autograd.functional.jacobian(lambda x: f(x).sum(), x, vectorize=True)
+
+
+def test_batches_of_gradients_are_refused_by_the_kernels_too():
+    module, x = module_of("plain", "triton"), map_of("plain").requires_grad_()
+    out = module(x)
+    with pytest.raises(RuntimeError, match="take no batch of gradients"):
+        torch.autograd.grad(out, x, torch.randn(2, *out.shape), is_grads_batched=True)
+
+
+def test_the_reference_takes_batches_of_gradients():
+    module, x = module_of("plain", "reference"), map_of("plain").requires_grad_()
+    out = module(x)
+    grads = torch.randn(2, *out.shape)
+    expected = [torch.autograd.grad(out, x, grad, retain_graph=True)[0] for grad in grads]
+    actual = torch.autograd.grad(out, x, grads, is_grads_batched=True)[0]
+    assert torch.allclose(actual, torch.stack(expected), atol=1e-6)
+
+
 def test_jacobians_by_reverse_mode(function):
     f, x = function
     f, x = (f.double() if isinstance(f, torch.nn.Module) else f), x[:1].double()
