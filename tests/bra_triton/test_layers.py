@@ -141,6 +141,16 @@ def test_is_called_as_by_the_original(name):
         assert relative_error(before(x), expected["out"]) > 1e-3, "the change has no effect on the output"
 
 
+@pytest.mark.parametrize("kind", [BiLevelRoutingAttention, NCHWBiLevelRoutingAttention])
+def test_lepe_of_another_dtype_is_cast_to_that_of_the_values(kind):
+    module, x = kind(12, 2, 2, topk=2), torch.randn(1, 12, 12, 12)
+    expected = module(x)
+    module.lepe.double()
+    for module.backend in ("torch", "reference"):
+        assert module(x).dtype == torch.float32
+        torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", [name for name in CHANGES if name.startswith("lepe") and "none" not in name])
 def test_lepe_is_called_as_by_the_authors_nchw_form(name):
     lepe = nn.Conv2d(12, 12, 3, padding=1, groups=12)
