@@ -73,7 +73,8 @@ def attend(call: Call) -> Scored:
     if call.lepe_weight is not None:
         value = rearrange(padded(call)[..., -spec.dim :], "n h w c -> n c h w").contiguous()
         side = call.lepe_weight.shape[-1]
-        weight, bias = (x if x is None else x.to(value.dtype) for x in (call.lepe_weight, call.lepe_bias))
+        bias = None if call.lepe_bias is None else call.lepe_bias.to(value.dtype)
+        weight = call.lepe_weight.to(value.dtype)
         lepe = F.conv2d(value, weight, bias, padding=side // 2, groups=spec.dim)
         out = out + rearrange(lepe, "n c h w -> n h w c")
     return Scored(out[:, : grid.height, : grid.width], r_weight, r_idx, attn_weight)
