@@ -58,8 +58,10 @@ def _attend(call: Call) -> Tensor:
     out = (_masked if _is_masked(call) else _gathered)(qkv, call)
     if call.lepe_weight is not None:
         v, side = qkv[..., 2 * spec.qk_dim :].permute(0, 3, 1, 2), call.lepe_weight.shape[-1]
+        weight = call.lepe_weight.to(v.dtype)
+        bias = None if call.lepe_bias is None else call.lepe_bias.to(v.dtype)
         # A pair of sizes, because PyTorch 2.8 mistakes a single traced size for a missing one.
-        lepe = F.conv2d(v, call.lepe_weight, call.lepe_bias, padding=(side // 2, side // 2), groups=spec.dim)
+        lepe = F.conv2d(v, weight, bias, padding=(side // 2, side // 2), groups=spec.dim)
         out = out + lepe.permute(0, 2, 3, 1)
     if padding is None:
         return out

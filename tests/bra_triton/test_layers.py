@@ -149,6 +149,9 @@ def test_lepe_of_another_dtype_is_cast_to_that_of_the_values(kind):
     for module.backend in ("torch", "reference"):
         assert module(x).dtype == torch.float32
         torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
+    module.backend = "auto"
+    exported = torch.jit.trace(module, x, check_trace=False)
+    torch.testing.assert_close(exported(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in CHANGES if name.startswith("lepe") and "none" not in name])
