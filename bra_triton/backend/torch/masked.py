@@ -25,12 +25,13 @@ MOST_MASKED = 2 * chunks.CHUNK_ELEMENTS
 # fifth of the time by this rule. It uses a mask for BiFormer's third stage, but not for YOLO's P5;
 # `bra-bench peers` has the times.
 _REGION, _KEY, _PAIR = 300, 32, 1.5
-# On NVIDIA's GPUs: the most bytes that one number takes for all keys of a map, for each region chosen. It
-# balances the products with all keys against the memory traffic of gathering, some twelve passes over the
-# chosen keys and values in a training step. Predicted for a T4 (20 TFLOP/s of attention in float16, 5 in
-# float32, 300 GB/s) and for an H100 (200, 40 and 3000 GB/s), which agree within a fifth; not timed. On the
-# H100 attention to all keys without a mask took 46 and 82 us for a step of stage 3 and P5, gathering 381 and
-# 738 us (docs/gpu_check.md).
+# On NVIDIA GPUs a mask is used if the number of keys in the map, times the bytes of an element, is at most
+# this many times `topk`. At this boundary the products with all keys take as long as the memory traffic of
+# gathering, some twelve passes over the chosen keys and values in a training step. That is predicted for a T4
+# (20 TFLOP/s of attention in float16, 5 in float32, 300 GB/s) and for an H100 (200, 40 and 3000 GB/s), which
+# agree within a fifth; it was not timed. On the H100 a training step of attention to all keys, without a
+# mask, took 46 us at BiFormer's third stage and 82 us at YOLO's P5; gathering took 381 and 738 us
+# (docs/gpu_check.md).
 _BYTES_A_CHOICE = 400
 
 
