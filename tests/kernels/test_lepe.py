@@ -248,24 +248,6 @@ def test_same_bits_every_time(backend, device):
     assert relative_error(third["weight"], first["weight"].double()) < FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, False)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
-@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
-def test_gradients_by_taps_are_the_convolutions(kernel, dtype, wanted, device):
-    """The gradients that devices other than the CPU and NVIDIA's GPUs compute, here on any device."""
-    grad, x = (torch.randn(2, 6, 5, 4).to(device, dtype) for _ in range(2))
-    weight = torch.randn(6, 1, kernel, kernel).to(device, dtype)
-    inputs = [each.double().requires_grad_() for each in (x, weight, torch.zeros(6, device=device))]
-    out = F.conv2d(*inputs, padding=kernel // 2, groups=6)
-    expected = torch.autograd.grad(out, inputs, grad.double())
-    actual = torch_lepe.derive_by_taps(grad, x, weight, wanted)
-    assert [each is not None for each in actual] == [True, *wanted]
-    # The map's gradient is rounded to its dtype; the sums are in float32 or float64.
-    tolerances = torch.finfo(dtype).eps, *((FLOAT32_TOLERANCE,) * 2)
-    for each, truth, tolerance in zip(actual, expected, tolerances, strict=True):
-        assert each is None or relative_error(each, truth) < tolerance
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_of_none(backend, device):
     case = Case("empty", "no image", 3, 16, RegionGrid.of_windows(5, 5, 2), batch=0)
