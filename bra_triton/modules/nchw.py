@@ -15,6 +15,7 @@ from ..call import Call
 from ..export import is_eager
 from ..functional import attend
 from ..kernels.grid import RegionGrid
+from ..operators.linear import convolved, is_convolved
 from ..spec import AttentionSpec
 from .base import FIXED_BY_PARAMETERS, NEVER_CALLED, Attention
 from .inputs import apply, check_shape, project
@@ -160,10 +161,12 @@ class NCHWBiLevelRoutingAttention(Attention):
 def _project(layer: Any, x: Tensor) -> Tensor:
     """Applies a layer, normally a 1x1 convolution, to an NHWC map; returns an NHWC map."""
     if is_plain_convolution(layer, 1) and layer.kernel_size == (1, 1):
-        # A matrix product gives the same numbers, and its gradients have the same bits in every run. A
-        # convolution takes twice the time on a CPU, and Inductor then copies the maps that are kept for the
-        # backward (PyTorch 2.14).
-        return F.linear(x, layer.weight.flatten(1), layer.bias)
+        # A matrix product gives the same numbers, and its gradients have the same bits in every run. With a
+        # convolution, Inductor copies the maps that are kept for the backward (PyTorch 2.14).
+        weight, bias = layer.weight.flatten(1), layer.bias
+        if is_convolved(x, weight, bias):
+            return convolved(x, weight, bias)
+        return F.linear(x, weight, bias)
     channels_last = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     return layer(channels_last).permute(0, 2, 3, 1)
 

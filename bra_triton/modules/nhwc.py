@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import reference
 from ..arguments import flag, one_of
@@ -11,6 +12,7 @@ from ..call import Call, in_dtype_of
 from ..export import is_eager
 from ..functional import attend
 from ..kernels.grid import RegionGrid, is_sure
+from ..operators.linear import convolved, is_convolved
 from ..spec import AttentionSpec
 from . import downsampling
 from .base import FIXED_BY_PARAMETERS, NEVER_CALLED, Attention, Specified, number
@@ -239,14 +241,27 @@ class BiLevelRoutingAttention(Attention):
         return out
 
     def _project(self, x: Tensor) -> Tensor:
-        qkv = project("qkv", self._modules["qkv"], x)  # `self.qkv` would take a microsecond longer
+        # `self.qkv` would take a microsecond longer than the look-up.
+        qkv = project("qkv", self._modules["qkv"], x, self._call_linear)
         # The original's projection returns two tensors: queries, and keys and values side by side.
         return torch.cat(qkv, dim=-1) if isinstance(qkv, tuple) else qkv
 
     def _out(self, out: Tensor, call: Call) -> Tensor:
         if call.lepe_weight is None:
             out = self._with_lepe(out, call)
-        return self._of_map(apply("wo", self._modules["wo"], out))
+        return self._of_map(apply("wo", self._modules["wo"], out, self._call_linear))
+
+    def _call_linear(self, layer: Any, x: Tensor) -> Any:
+        """Calls a layer that projects a map, or computes the same faster.
+
+        For the reference the layer is always called, as in the original.
+        """
+        linear = layer._modules["qkv"] if is_plain(layer, QKVLinear) else layer
+        if is_plain(linear, nn.Linear) and self._backend != "reference" and not _has_any_global_hook():
+            weight, bias = plain_parameters(linear)
+            if weight is not None and is_convolved(x, weight, bias):
+                return convolved(x, weight, bias)
+        return layer(x)
 
     def call_of(self, x: Tensor) -> Call:
         """The `Call` that `forward` hands to a backend, for tools that inspect it."""
