@@ -51,6 +51,19 @@ def test_routing_weights_of_several_chunks_of_the_torch_backend(name, monkeypatc
     assert worst(errors.values()) < FLOAT32_TOLERANCE, errors
 
 
+@pytest.mark.parametrize(("batch", "most"), [(1, 5), (2, 10), (64, 16)])
+def test_a_chunk_on_the_cpu_gathers_no_more_than_small_maps_hold(batch, most, monkeypatch):
+    """A region gathers 75 of an image's 400 keys."""
+    grid = windows(20, 20, 4)
+    maps = (torch.empty(batch, 20, 20, 32, device="meta") for _ in range(3))
+    r_idx = torch.empty(batch, 1, 16, 3, dtype=torch.int32, device="meta")
+    monkeypatch.setattr(chunks.devices, "kind", lambda x: "cpu")
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 16 * 75 * 64)
+    problem = RoutedAttention(*maps, r_idx, grid, grid, 1, 0.25)
+    assert chunks.regions_at_once(problem, chunks.FLASH, backward=True) == most
+    assert chunks.regions_at_once(problem, chunks.FLASH) // chunks.FORWARD_CHUNKS == most
+
+
 @pytest.mark.parametrize("widths", [(32, 64), (64, 32)])
 def test_forms_for_narrow_heads_do_not_take_wide_values_or_keys(widths):
     """BiFormer's third stage in float16: masked with heads of 32, with wider ones a small map."""

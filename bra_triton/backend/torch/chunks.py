@@ -100,7 +100,8 @@ def regions_at_once(
     queries, keys = problem.query_grid.region_tokens, problem.topk * problem.kv_grid.region_tokens
     gathered = keys * num_heads * (problem.qk_head_dim + problem.v_head_dim)
     if devices.kind(x) == "cpu":
-        return CHUNK_ELEMENTS * (1 if backward else FORWARD_CHUNKS) // gathered
+        most = min(CHUNK_ELEMENTS, problem.key.numel() + problem.value.numel())
+        return most * (1 if backward else FORWARD_CHUNKS) // gathered
     # Bytes of keys and values, of their product with the factor, and of their gradients.
     most, size = CHUNK_BYTES, x.element_size()
     needed = gathered * size * (1 + (problem.factor is not None) + backward)
