@@ -69,6 +69,9 @@ def _with_layers_of(original: nn.Module, kind: type[nn.Module], backend: str) ->
             raise NotTheSameError(f"it has no layer {path}, which ours takes over") from error
         setattr(ours.get_submodule(parent), name, layer)
     setattr(ours, "lepe", original._modules.get("lepe"))  # noqa: B010  mypy takes `ours.lepe` for a tensor
+    for name in original._modules:  # an optimizer's state_dict numbers the parameters, so their order is kept
+        if name in ours._modules:
+            ours._modules[name] = ours._modules.pop(name)
     _check_layers(original, ours)
     return ours
 

@@ -186,6 +186,17 @@ class TestWhatIsKept:
         }
         assert not replace_attention(original(**SIZE).eval()).model.training
 
+    @pytest.mark.parametrize("kind", [original, AuthorsNCHW])
+    def test_the_order_of_the_parameters(self, kind):
+        """The state_dict of an optimizer numbers the parameters; a copied version may make LePE last."""
+        attn = kind(**SIZE)
+        attn.lepe = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        attn._modules["lepe"] = attn._modules.pop("lepe")
+        names = [name for name, _ in attn.named_parameters()]
+        ours = replace_attention(attn).model
+        assert type(ours) is not kind
+        assert [name for name, _ in ours.named_parameters()] == names
+
     def test_nothing_is_lost_by_inference_mode(self):
         """The trial run needs gradients, which tensors made in inference mode never have."""
         with torch.inference_mode():
