@@ -70,7 +70,8 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
         if x.shape[1] != height * width:
             raise ValueError(
                 f"x must have the {height} x {width} tokens of the map, got {x.shape[1]}; for a map that is "
-                "not square pass its height and width as `size`; a class token is not part of the map"
+                "not square set `size` of the module to its height and width; a class token is not part of "
+                "the map"
             )
         return x.reshape(x.shape[0], height, width, x.shape[2])
 

@@ -90,7 +90,10 @@ class TestTokens:
     @pytest.mark.parametrize(
         ("shape", "message"),
         [
-            ((1, 17, 12), r"x must have the 4 x 4 tokens of the map, got 17; .* a class token"),
+            (
+                (1, 17, 12),
+                r"x must have the 4 x 4 tokens .*, got 17; .* set `size` of the module .* class token",
+            ),
             ((1, 4, 4, 12), r"x must be \(N, H \* W, dim\), got shape \(1, 4, 4, 12\)"),
             ((1, 16, 8), r"x must be .* with dim=12"),
         ],
