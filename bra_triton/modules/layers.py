@@ -17,7 +17,7 @@ def depthwise_convolution(dim: int, side: int) -> nn.Conv2d | None:
         ValueError: if the side is not an int, is negative, or is even and not 0.
     """
     if not is_whole(side, 0) or (side % 2 == 0 and side != 0):
-        raise ValueError(f"side_dwconv must be 0 or an odd kernel size, got {side}")
+        raise ValueError(f"side_dwconv must be 0 or an odd kernel size, got {side!r}")
     return nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim) if side else None
 
 

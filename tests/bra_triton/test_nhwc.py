@@ -109,6 +109,7 @@ class TestErrors:
             ({"dim": 64, "param_attention": "none"}, r"param_attention must be one of .*, got 'none'"),
             ({"dim": 64, "param_routing": True}, r"param_routing=True needs diff_routing=True"),
             ({"dim": 64, "side_dwconv": 4}, r"side_dwconv must be 0 or an odd kernel size, got 4"),
+            ({"dim": 64, "side_dwconv": "5"}, r"side_dwconv must be 0 or an odd kernel size, got '5'"),
             ({"dim": 64, "kv_downsample_mode": "mean"}, r"kv_downsample_mode must be one of .*, got 'mean'"),
             ({"dim": 64, "backend": "cuda"}, r"backend must be one of .*'auto'.*, got 'cuda'"),
         ],
