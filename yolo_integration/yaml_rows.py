@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import nn
 from ultralytics.nn import tasks
+from ultralytics.utils import LOGGER
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.arguments import is_whole, whole
@@ -53,6 +54,12 @@ IMPORT_PATH = "bra_triton.yolo_integration."
 _ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
     BiLevelRoutingAttention2d: BiLevelRoutingAttention,
     NCHWBiLevelRoutingAttention2d: NCHWBiLevelRoutingAttention,
+}
+
+_MODES_THAT_USE = {
+    "kv_per_win": ("ada_avgpool", "ada_maxpool"),
+    "kv_downsample_ratio": ("avgpool", "maxpool", "fracpool", "conv"),
+    "kv_downsample_kernel": ("fracpool", "conv"),
 }
 
 # A larger number in the place of an argument is taken for a channel count. BiFormer's models have at most 24
@@ -137,9 +144,27 @@ def _expand_row(index: int, row: Sequence[Any]) -> Sequence[Any]:
         source, repeats, _, arguments = row
         _check_source(index, source)
         whole("repeats", repeats)
-        return [source, repeats, name, _expand_arguments(name, source, _as_list(arguments))]
+        expanded = _expand_arguments(name, source, _as_list(arguments))
     except ValueError as error:
         raise _naming_the_row(error, index, row) from None
+    for reason in _without_effect(expanded[1]):
+        LOGGER.warning(str(_naming_the_row(reason, index, row)))
+    return [source, repeats, name, expanded]
+
+
+def _without_effect(attention: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each argument of `attention` that its `kv_downsample_mode` does not use.
+
+    A default may be given beside a mode, because it may only keep the place of arguments by position.
+    """
+    mode = attention.get("kv_downsample_mode")
+    for name, modes in _MODES_THAT_USE.items():
+        default = inspect.signature(BiLevelRoutingAttention).parameters[name].default
+        if name in attention and mode not in modes and (mode is None or attention[name] != default):
+            yield (
+                f"{name}={attention[name]!r} has no effect without kv_downsample_mode: "
+                f"{', '.join(modes[:-1])} or {modes[-1]}"
+            )
 
 
 def _block_name(row: Sequence[Any]) -> str:

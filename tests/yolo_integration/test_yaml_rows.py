@@ -21,6 +21,7 @@ from bra_triton.yolo_integration import (
     C3k2BRA,
     NCHWBiLevelRoutingAttention2d,
     registration,
+    yaml_rows,
 )
 
 
@@ -407,6 +408,35 @@ def test_errors_of_other_rows_stay_as_they_are() -> None:
     with pytest.raises(TypeError) as error:
         build([-1, 1, "C2BRA", [64]], [-1, 1, "Conv", [64, "x"]])
     assert str(error.value) == str(stock.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [{"kv_per_win": 2}],
+            "kv_per_win=2 has no effect without kv_downsample_mode: ada_avgpool or ada_max",
+        ),
+        ([8, 7, None, None, 2], "kv_per_win=2 has no effect"),
+        ([{"kv_downsample_ratio": 4}], "avgpool, maxpool, fracpool or conv"),
+        ([{"kv_downsample_mode": "ada_avgpool", "kv_downsample_ratio": 2}], "kv_downsample_ratio=2 has no"),
+        ([{"kv_downsample_mode": "avgpool", "kv_downsample_kernel": 3}], "kv_downsample_kernel=3 has no"),
+        ([{"kv_downsample_mode": "ada_avgpool", "kv_per_win": 2}], None),
+        ([{"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 2}], None),
+        ([8, 7, None, None, 2, 4, None, "ada_maxpool"], None),  # a ratio that only keeps the place
+        ([8, 7, None, None, 4, 4, None, "identity", 2], None),
+    ],
+)
+def test_arguments_without_effect_are_warned_of(
+    arguments: list, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(yaml_rows.LOGGER, "warning", warnings.append)
+    build([-1, 1, "BiLevelRoutingAttention", arguments])
+    assert len(warnings) == (message is not None)
+    if message:
+        assert warnings[0].startswith("row 1, [-1, 1, 'BiLevelRoutingAttention',")
+        assert message in warnings[0]
 
 
 def test_rows_given_are_not_changed() -> None:
