@@ -1,7 +1,8 @@
 """BiFormer with the same structure and `state_dict` keys as rayleizhu/BiFormer `models/biformer.py`."""
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -104,7 +105,7 @@ class BiFormer(nn.Module):
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
-        TypeError: if the attention has no such argument.
+        TypeError: if neither this class nor the attention has such an argument.
 
     Example:
         >>> model = BiFormer(depth=(1, 1, 1, 1), num_classes=10)
@@ -128,6 +129,7 @@ class BiFormer(nn.Module):
         **attention: Any,
     ) -> None:
         super().__init__()
+        _check_names(attention)
         _check_stages(depth, embed_dim, topks, head_dim)
         if attention and max(topks) < 1:
             raise ValueError(
@@ -287,6 +289,16 @@ def _initialise(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _check_names(attention: Mapping[str, Any]) -> None:
+    """Raises TypeError for a name that the attention does not have, or that is set for every stage."""
+    own = [name for name in inspect.signature(BiFormer).parameters if name != "attention"]
+    theirs = inspect.signature(BiLevelRoutingAttention).parameters.keys() - {"dim", "num_heads", "topk", *own}
+    if unknown := [name for name in attention if name not in theirs]:
+        raise TypeError(
+            f"BiFormer has no argument {unknown[0]!r}; allowed are {', '.join((*own, *sorted(theirs)))}"
+        )
 
 
 def _check_stages(
