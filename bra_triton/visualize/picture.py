@@ -63,13 +63,16 @@ class Picture:
                 confidence, or of the picture if there is none.
 
         Raises:
-            ValueError: if the point lies outside.
+            ValueError: if the point lies outside, or is not two numbers.
         """
         rows, columns = self.pixels.shape[:2]
         if point is None:
             left, top, right, bottom = self.predictions[0].box if self.predictions else (0, 0, columns, rows)
             point = ((left + right) / 2, (top + bottom) / 2)
-        x, y = point
+        try:
+            x, y = (float(coordinate) for coordinate in point)
+        except (TypeError, ValueError):
+            raise ValueError(f"point must be x and y, two numbers, got {point!r}") from None
         if not (0 <= x < columns and 0 <= y < rows):
             raise ValueError(
                 f"point must lie in the picture, which has {columns} x {rows} pixels, got {x},{y}"

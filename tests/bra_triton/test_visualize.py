@@ -144,6 +144,12 @@ def test_a_point_outside_is_refused(point):
         attention_figure(network(), IMAGE, point=point)
 
 
+@pytest.mark.parametrize("point", ["centre", (1,), (1, 2, 3), 5, ("a", "b")])
+def test_a_point_that_is_not_two_numbers_is_refused(point):
+    with pytest.raises(ValueError, match=r"point must be x and y, two numbers, got .*"):
+        attention_figure(network(), IMAGE, point=point)
+
+
 def boxes(axes, colour):
     """The rectangles of a colour, as (left, top, width, height)."""
     from matplotlib.colors import to_rgba
