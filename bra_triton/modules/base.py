@@ -44,8 +44,8 @@ class Specified(nn.Module):
     """
 
     spec: AttentionSpec
-    # Attributes that cannot be set, each with the reason. The original uses them; here a new value would be
-    # ignored.
+    # Attributes that cannot be set, each with the reason: names of the original's attributes and of arguments
+    # of which a new value would be ignored.
     _fixed: ClassVar[dict[str, str]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -66,7 +66,12 @@ class Attention(Specified, TakesNames):
     parameters can only be read: setting one raises AttributeError.
     """
 
-    _fixed: ClassVar[dict[str, str]] = {"dim": FIXED_BY_PARAMETERS, "attn_act": NEVER_CALLED}
+    _fixed: ClassVar[dict[str, str]] = {
+        "dim": FIXED_BY_PARAMETERS,
+        "attn_act": NEVER_CALLED,
+        "qk_scale": "set scale, which holds this setting",
+        "side_dwconv": "lepe holds this setting; replace lepe by another depthwise convolution, or None",
+    }
 
     dim = number("dim")
     n_win = number("n_win")

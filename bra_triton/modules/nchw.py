@@ -73,6 +73,7 @@ class NCHWBiLevelRoutingAttention(Attention):
         **Attention._fixed,
         "head_dim": FIXED_BY_PARAMETERS,
         "attn_fn": NEVER_CALLED,
+        "attn_backend": "set backend, which chooses among this package's backends",
         **dict.fromkeys(("soft_routing", "diff_routing"), "this form has no routing weights"),
     }
 

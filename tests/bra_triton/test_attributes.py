@@ -98,6 +98,8 @@ def test_the_router_follows_the_attention():
     [
         ("dim", "dim cannot be set, got 7: it determines the parameters' shapes"),
         ("qk_dim", "qk_dim cannot be set"),
+        ("qk_scale", "qk_scale cannot be set, got 7: set scale"),
+        ("side_dwconv", "side_dwconv cannot be set, got 7: lepe holds this setting"),
         ("param_attention", "param_attention cannot be set"),
         ("param_routing", "param_routing cannot be set"),
         (
@@ -122,7 +124,9 @@ def test_what_would_have_no_effect_is_refused(path, message):
         setattr(module.get_submodule(parent), name, nn.Parameter(torch.ones(1)))
 
 
-@pytest.mark.parametrize("name", ["head_dim", "attn_fn", "soft_routing", "diff_routing"])
+@pytest.mark.parametrize(
+    "name", ["head_dim", "attn_fn", "soft_routing", "diff_routing", "qk_scale", "side_dwconv", "attn_backend"]
+)
 def test_what_would_have_no_effect_on_the_nchw_form_is_refused(name):
     with pytest.raises(AttributeError, match=f"{name} cannot be set"):
         setattr(NCHWBiLevelRoutingAttention(12, 2), name, True)
