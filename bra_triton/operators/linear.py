@@ -53,7 +53,9 @@ class _Convolved(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        # As a linear layer, save only what the backward reads. The rest may be freed, or changed in place.
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         out = torch.ops.aten.convolution(_nchw(x), _kernel(weight), bias, *_NUMBERS)
         # `.data` makes the result a plain tensor: PyTorch refuses in-place changes of a view that a custom
         # Function returns.
@@ -62,14 +64,22 @@ class _Convolved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            _nchw(grad), _nchw(x), _kernel(weight), None, *_NUMBERS, [needs_x, needs_weight, False]
-        )
+        grad_x = grad_weight = None
+        if x is not None:
+            # If only the weight's gradient is needed, PyTorch reads no more of the weight than its shape.
+            like = x.new_empty(grad.shape[-1], x.shape[-1]) if weight is None else weight
+            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+                _nchw(grad), _nchw(x), _kernel(like), None, *_NUMBERS, [weight is not None, True, False]
+            )
+        elif weight is not None:
+            grad_x = torch.ops.aten.convolution(
+                _nchw(grad.contiguous()), _kernel(weight.t()), None, *_NUMBERS
+            )
         return (
             None if grad_x is None else grad_x.permute(0, 2, 3, 1),
             None if grad_weight is None else grad_weight[:, :, 0, 0],
-            grad.sum((0, 1, 2)) if needs_bias else None,  # oneDNN would take about ten times as long
+            # oneDNN would take about ten times as long for this sum.
+            grad.sum((0, 1, 2)) if ctx.needs_input_grad[2] else None,
         )
 
 

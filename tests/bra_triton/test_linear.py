@@ -1,5 +1,6 @@
 """The projections' convolutions on CPUs where MKL is slow: when they are used, and what they compute."""
 
+import weakref
 from unittest import mock
 
 import pytest
@@ -60,11 +61,31 @@ def test_results_and_gradients_are_the_linear_layers(threads, bias):
         assert relative_error(actual, truth) < TOLERANCE
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)])
 def test_only_the_wanted_gradients(wanted):
     given = [each.detach().requires_grad_(i in wanted) for i, each in enumerate(_layer())]
-    convolved(*given).sum().backward()
-    assert [each.grad is not None for each in given] == [i in wanted for i in range(3)]
+    out, (expected, inputs) = convolved(*given), _truth(*given)
+    # The map is read only for the weight's gradient, and the weight only for the map's.
+    with torch.no_grad():
+        for needs, each in ((1, given[0]), (0, given[1]), (3, given[2])):
+            if needs not in wanted:
+                each.add_(1)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    truth = torch.autograd.grad(expected, inputs, grad.double())
+    for i, (each, true) in enumerate(zip(given, truth, strict=True)):
+        assert (each.grad is not None) == (i in wanted)
+        assert each.grad is None or relative_error(each.grad, true) < TOLERANCE
+
+
+def test_a_map_that_a_frozen_layer_projects_is_not_kept():
+    x, weight, bias = _layer()
+    copy = x * 1
+    out = convolved(copy, weight.detach(), bias)
+    alive = weakref.ref(copy)
+    del copy
+    assert out.requires_grad
+    assert alive() is None
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -194,6 +215,19 @@ def test_the_module_computes_the_same_with_and_without():
     with mock.patch.object(linear, "_is_mkl_slow", return_value=False):
         expected = module(x)
     assert relative_error(out, expected.double()) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["NHWC", "NCHW"])
+def test_a_frozen_projection_lets_its_map_be_changed_in_place(kind):
+    x = torch.randn(2, 20, 20, 128, requires_grad=True)
+    module = _nhwc() if kind == "NHWC" else nchwBRA(128, 4, n_win=5, backend="torch")
+    axes = (0, 1, 2, 3) if kind == "NHWC" else (0, 3, 1, 2)
+    module.requires_grad_(False)
+    changed = x.permute(axes) * 1
+    assert _calls(module, changed) == 2
+    changed += module(changed)
+    changed.sum().backward()
+    assert x.grad is not None
 
 
 def test_layers_that_must_be_called_are_called():
