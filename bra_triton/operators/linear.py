@@ -27,7 +27,7 @@ def is_convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """
     return (
         x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == torch.float32
         and is_eager()
         and not is_seen((x, weight, bias))
         and _is_mkl_slow()
@@ -39,6 +39,9 @@ def is_convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.numel() > _MOST_OF_NATIVE
         and x.numel() * len(weight) >= _FEWEST_PRODUCTS
         and x.is_contiguous()
+        # A linear layer takes other parameters, too, such as sparse ones, or has an error that names them.
+        and _is_of(weight, (len(weight), x.shape[-1]))
+        and (bias is None or _is_of(bias, weight.shape[:1]))
     )
 
 
@@ -97,6 +100,15 @@ def _nchw(x: Tensor) -> Tensor:
 
 def _kernel(weight: Tensor) -> Tensor:
     return weight[:, :, None, None]
+
+
+def _is_of(parameter: Tensor, shape: tuple[int, ...]) -> bool:
+    return (
+        parameter.shape == shape
+        and parameter.dtype == torch.float32
+        and parameter.device.type == "cpu"
+        and parameter.layout == torch.strided
+    )
 
 
 @cache

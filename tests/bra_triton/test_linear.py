@@ -131,6 +131,15 @@ def test_it_is_used_for_a_large_float32_map():
         pytest.param(_layer(9, 8, 128, 1024), id="a map for which PyTorch does not call oneDNN"),
         pytest.param(_layer(20, 20, 64, 64), id="few products"),
         pytest.param(_layer(0), id="no tokens"),
+        pytest.param((*_layer()[:2], _layer()[2][:1]), id="one bias for all channels"),
+        pytest.param((*_layer()[:2], _layer()[2].double()), id="bias of another dtype"),
+        pytest.param((*_layer()[:2], _layer()[2].to("meta")), id="bias on another device"),
+        pytest.param(
+            (_layer()[0], *(each.to("meta") for each in _layer()[1:])), id="weight on another device"
+        ),
+        pytest.param((_layer()[0], _layer()[1].to_sparse(), None), id="sparse weight"),
+        pytest.param((_layer()[0], _layer(channels=64)[1], None), id="weight for other channels"),
+        pytest.param((_layer()[0], _layer()[1][0], None), id="weight of a row"),
     ],
 )
 def test_other_maps_keep_the_linear_layer(given):
