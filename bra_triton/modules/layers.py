@@ -64,7 +64,11 @@ def is_plain_convolution(layer: Any, groups: int) -> bool:
 def plain_parameters(layer: Any) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of a plain layer."""
     parameters = layer._parameters
-    return parameters["weight"], parameters["bias"]
+    try:
+        return parameters["weight"], parameters["bias"]
+    except KeyError:
+        # Replicas of `nn.DataParallel`, and layers that FSDP has flattened, hold tensors as plain attributes.
+        return layer.weight, layer.bias
 
 
 def lepe_parameters(lepe: Any, dim: int) -> tuple[Tensor | None, Tensor | None]:

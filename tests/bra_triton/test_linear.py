@@ -1,5 +1,6 @@
 """The projections' convolutions on CPUs where MKL is slow: when they are used, and what they compute."""
 
+import copy
 import weakref
 from unittest import mock
 
@@ -237,6 +238,20 @@ def test_a_frozen_projection_lets_its_map_be_changed_in_place(kind):
     changed += module(changed)
     changed.sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("lepe", [0, 3])
+@pytest.mark.parametrize("side", [5, 20], ids=["small", "large"])
+def test_parameters_may_be_plain_attributes(side, lepe):
+    """As in the replicas of `nn.DataParallel`, and in layers that FSDP has flattened."""
+    module, x = _nhwc(side_dwconv=lepe), torch.randn(2, side, side, 128)
+    replica = copy.deepcopy(module)
+    for layer in replica.modules():
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            delattr(layer, name)
+            setattr(layer, name, parameter * 1)
+    assert not list(replica.parameters())
+    assert torch.equal(replica(x), module(x))
 
 
 def test_layers_that_must_be_called_are_called():
