@@ -30,6 +30,8 @@ def is_convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.dtype == torch.float32
         and is_eager()
         and not is_seen((x, weight, bias))
+        # A `TorchFunctionMode` may count or replace linear layers.
+        and not torch._C._len_torch_function_stack()
         and _is_mkl_slow()
         # PyTorch calls oneDNN for such convolutions only if it has several threads.
         and torch.get_num_threads() > 1
