@@ -29,6 +29,9 @@ def is_convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and is_eager()
+        # The sizes come first: the other conditions would take microseconds of a call with a small map.
+        and x.numel() > _MOST_OF_NATIVE
+        and x.numel() * len(weight) >= _FEWEST_PRODUCTS
         and not is_seen((x, weight, bias))
         # A `TorchFunctionMode` may count or replace linear layers.
         and not torch._C._len_torch_function_stack()
@@ -38,8 +41,6 @@ def is_convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
         and _is_exact()
-        and x.numel() > _MOST_OF_NATIVE
-        and x.numel() * len(weight) >= _FEWEST_PRODUCTS
         and x.is_contiguous()
         # A linear layer takes other parameters, too, such as sparse ones, or has an error that names them.
         and _is_of(weight, (len(weight), x.shape[-1]))
