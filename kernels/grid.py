@@ -185,7 +185,7 @@ def is_symbol(size: Any) -> bool:
     In a trace (`torch.jit.trace`) symbols are tensors. Code may compute with a symbol but must not compare
     it: otherwise the graph would serve only sizes for which the comparison has the same result.
     """
-    return isinstance(size, torch.SymInt | Tensor)
+    return isinstance(size, (torch.SymInt, Tensor))  # PyTorch 2.8 cannot compile `torch.SymInt | Tensor`
 
 
 def is_sure(condition: Any) -> bool:
@@ -205,6 +205,8 @@ def larger(a: Any, b: Any) -> Any:
     """`max(a, b)`, also of symbols."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a + (b - a) * (b > a)  # ONNX's opset 11 has no maximum of integers
+    if isinstance(a, int) and isinstance(b, int):
+        return max(a, b)  # PyTorch 2.8 cannot compile `torch.sym_max` of numbers
     return torch.sym_max(a, b)
 
 
@@ -212,4 +214,6 @@ def smaller(a: Any, b: Any) -> Any:
     """`min(a, b)`, also of symbols."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a + (b - a) * (b < a)
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
     return torch.sym_min(a, b)
