@@ -40,7 +40,8 @@ test-compiled: setup  ## the tests that compile the kernels, for several archite
 smoke:  ## a selection of the tests in another environment, PYTHON=...: every backend, the compiler, YOLO's rows
 	TRITON_INTERPRET=1 $(PYTHON) bench/in_tree.py pytest -q $(addprefix tests/, bra_triton/test_seed.py \
 		bra_triton/test_backends.py \
-		yolo_integration/test_modules.py yolo_integration/test_counted_flops.py yolo_integration/test_yaml_rows.py)
+		yolo_integration/test_modules.py yolo_integration/test_counted_flops.py yolo_integration/test_yaml_rows.py \
+		yolo_integration/test_wrong_rows.py)
 	TRITON_INTERPRET=0 $(PYTHON) bench/in_tree.py pytest -q tests/kernels/test_plan_cache.py \
 		tests/kernels/test_compile.py -k "plan_cache or yolo_p5 and (sm_80 or sm_90) or yolo_p3 and sm_80"
 
