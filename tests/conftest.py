@@ -8,6 +8,7 @@ need not have a GPU.
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -20,6 +21,11 @@ _ultralytics_folder = tempfile.TemporaryDirectory(prefix="bra_triton_ultralytics
 os.environ["YOLO_CONFIG_DIR"] = _ultralytics_folder.name
 os.environ["YOLO_OFFLINE"] = "true"
 os.environ["YOLO_AUTOINSTALL"] = "false"
+# Inductor compiles in this process: otherwise it starts another for each core, and one that imports PyTorch.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+# Without this package OpenVINO reports nothing to its makers; with it, every conversion forks a process for
+# that, which takes two to four seconds.
+sys.modules["openvino_telemetry"] = None
 
 
 def pytest_unconfigure():

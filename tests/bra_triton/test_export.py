@@ -235,11 +235,17 @@ def test_onnx_of_pooled_keys_in_opset_11(onnx_run):
 @pytest.fixture(scope="session")
 def openvino():
     """A function that converts a module to OpenVINO in float32; OpenVINO's default is bfloat16 on processors
-    that have it."""
+    that have it.
+
+    OpenVINO also runs the module without a trace, to check the trace: not under Triton's interpreter, which
+    takes seconds.
+    """
     package = pytest.importorskip("openvino")
 
     def convert(module, x, **arguments):
-        model = package.convert_model(module, example_input=x, **arguments)
+        with pytest.MonkeyPatch.context() as environment:
+            environment.delenv("TRITON_INTERPRET", raising=False)
+            model = package.convert_model(module, example_input=x, **arguments)
         compiled = package.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return lambda x: torch.from_numpy(compiled(x.numpy())[0])
 
