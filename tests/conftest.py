@@ -67,6 +67,32 @@ def device():
 
 
 @pytest.fixture
+def no_machine_code(monkeypatch, tmp_path):
+    """Compiles kernels to Triton's intermediate code only, in an eighth of the time.
+
+    That is enough where a stand-in for the driver gets the launches, because it runs no kernel, and where
+    only the cache matters: its keys do not depend on the code.
+    """
+    from triton import knobs
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    add_stages = CUDABackend.add_stages
+    after = dict.fromkeys(("shared", "tmem_size", "global_scratch_size", "profile_scratch_size"), 0)
+    after |= dict.fromkeys(("global_scratch_align", "profile_scratch_align"), 1)
+
+    def add_the_first(self, stages, *arguments):
+        add_stages(self, stages, *arguments)
+        for name in ("ttgir", "llir", "ptx"):
+            del stages[name]
+        stages["cubin"] = lambda source, metadata: metadata.update(after, name="kernel") or b""
+
+    monkeypatch.setattr(CUDABackend, "add_stages", add_the_first)
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)  # so that no other test finds these kernels
+        yield
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A folder with room for 16 KiB."""
     folder = tmp_path / "small disk"

@@ -10,31 +10,6 @@ from bra_triton.bench import stand_in
 
 
 @pytest.fixture
-def no_machine_code(monkeypatch, tmp_path):
-    """Compiles kernels to Triton's intermediate code only, in an eighth of the time.
-
-    That is enough where a stand-in for the driver gets the launches, because it runs no kernel.
-    """
-    from triton import knobs
-    from triton.backends.nvidia.compiler import CUDABackend
-
-    add_stages = CUDABackend.add_stages
-    after = dict.fromkeys(("shared", "tmem_size", "global_scratch_size", "profile_scratch_size"), 0)
-    after |= dict.fromkeys(("global_scratch_align", "profile_scratch_align"), 1)
-
-    def add_the_first(self, stages, *arguments):
-        add_stages(self, stages, *arguments)
-        for name in ("ttgir", "llir", "ptx"):
-            del stages[name]
-        stages["cubin"] = lambda source, metadata: metadata.update(after, name="kernel") or b""
-
-    monkeypatch.setattr(CUDABackend, "add_stages", add_the_first)
-    with knobs.cache.scope():
-        knobs.cache.dir = str(tmp_path)  # so that no other test finds these kernels
-        yield
-
-
-@pytest.fixture
 def log(monkeypatch, no_machine_code):
     """A log of all launches from now on, which a stand-in for the driver gets."""
     noted = Log()

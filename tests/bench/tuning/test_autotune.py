@@ -113,6 +113,7 @@ def test_a_compiler_that_dies_does_not_end_the_run(monkeypatch, capsys):
 @pytest.mark.compiled
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("weight", ["none", "soft"])
+@pytest.mark.usefixtures("no_machine_code")
 def test_what_is_timed_finds_what_was_compiled_ahead(kernel, weight, tmp_path):
     """A stand-in for the driver launches the timed kernel, which hits Triton's cache on disk."""
     problem = Problem("", 1, 4, 4, 16, 1, 2, 2, weight)
