@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..export import is_eager
+from ..kernels.lib.precision import float32_getter
 from .library import is_seen
 
 
@@ -123,12 +124,10 @@ def _is_mkl_slow() -> bool:
     return torch.backends.mkl.is_available() and bool(found.get("avx512_f")) and not is_intel
 
 
-def _is_exact() -> bool:
-    """Whether PyTorch may not round float32 products to a shorter type.
+# A linear layer must follow PyTorch's setting for matrix products, and a convolution follows another one. One
+# may replace the other only if both settings forbid to round float32 products to a shorter type.
+_SETTINGS = [float32_getter("mkldnn", kind) for kind in ("matmul", "conv")]
 
-    It has a setting for linear layers and one for convolutions; a linear layer must follow its own.
-    """
-    read = getattr(torch._C, "_get_fp32_precision_getter", None)
-    if read is None:  # before PyTorch 2.9
-        return torch.get_float32_matmul_precision() == "highest"
-    return all(read("mkldnn", kind) in ("none", "ieee") for kind in ("matmul", "conv"))
+
+def _is_exact() -> bool:
+    return all(read() in ("none", "ieee", "highest") for read in _SETTINGS)

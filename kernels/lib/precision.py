@@ -5,14 +5,19 @@ from functools import partial
 
 import torch
 
-# PyTorch's setting for float32 products. Since PyTorch 2.9 there is a new setting, and reading the older one
-# fails once the new one has been used. Every call reads the setting, so the getter is called directly:
-# through `torch.backends.cuda.matmul` a read takes 1.7 us.
-float32_setting: Callable[[], str] = (
-    partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
-    if hasattr(torch._C, "_get_fp32_precision_getter")
-    else torch.get_float32_matmul_precision
-)
+
+def float32_getter(library: str, kind: str) -> Callable[[], str]:
+    """A function that reads PyTorch's setting for float32 products.
+
+    Since PyTorch 2.9 there is a setting for each `library` ("cuda", "mkldnn") and `kind` of product
+    ("matmul", "conv"), and reading the older, common one fails once a new one has been used. Every call reads
+    the setting, so this is PyTorch's own getter: through `torch.backends.cuda.matmul` a read takes 1.7 us.
+    """
+    getter = getattr(torch._C, "_get_fp32_precision_getter", None)
+    return torch.get_float32_matmul_precision if getter is None else partial(getter, library, kind)
+
+
+float32_setting = float32_getter("cuda", "matmul")
 
 
 def full_precision() -> str:
