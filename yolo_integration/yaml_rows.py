@@ -29,6 +29,7 @@ from ultralytics.utils import LOGGER
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.arguments import is_whole, whole
+from bra_triton.modules.downsampling import USED_BY
 
 from .modules import (
     C2BRA,
@@ -54,12 +55,6 @@ IMPORT_PATH = "bra_triton.yolo_integration."
 _ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
     BiLevelRoutingAttention2d: BiLevelRoutingAttention,
     NCHWBiLevelRoutingAttention2d: NCHWBiLevelRoutingAttention,
-}
-
-_MODES_THAT_USE = {
-    "kv_per_win": ("ada_avgpool", "ada_maxpool"),
-    "kv_downsample_ratio": ("avgpool", "maxpool", "fracpool", "conv"),
-    "kv_downsample_kernel": ("fracpool", "conv"),
 }
 
 # A larger number in the place of an argument is taken for a channel count. BiFormer's models have at most 24
@@ -158,7 +153,7 @@ def _without_effect(attention: Mapping[str, Any]) -> Iterator[str]:
     A default may be given beside a mode, because it may only keep the place of arguments by position.
     """
     mode = attention.get("kv_downsample_mode")
-    for name, modes in _MODES_THAT_USE.items():
+    for name, modes in USED_BY.items():
         default = inspect.signature(BiLevelRoutingAttention).parameters[name].default
         if name in attention and mode not in modes and (mode is None or attention[name] != default):
             yield (

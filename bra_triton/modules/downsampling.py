@@ -24,6 +24,12 @@ from ..operators.library import is_seen
 from .layers import is_plain
 
 MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool", "fracpool", "conv")
+# The modes that use each number.
+USED_BY = {
+    "kv_per_win": ("ada_avgpool", "ada_maxpool"),
+    "kv_downsample_ratio": ("avgpool", "maxpool", "fracpool", "conv"),
+    "kv_downsample_kernel": ("fracpool", "conv"),
+}
 # Random samples are multiples of 1 / SAMPLE_STEPS, which float32 adds to whole numbers without rounding.
 # Rounding could move the start of a cell by one token and so leave a token in no cell.
 SAMPLE_STEPS = 1024

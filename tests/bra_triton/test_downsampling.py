@@ -36,6 +36,15 @@ def _module(mode):
     return downsampling.build(mode, QK_DIM, DIM, **MODES[mode])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_numbers_that_a_mode_uses(mode):
+    names = {"kv_per_win": "kv_per_win", "kv_downsample_ratio": "ratio", "kv_downsample_kernel": "kernel"}
+    assert names.keys() == downsampling.USED_BY.keys()
+    for name, modes in downsampling.USED_BY.items():
+        changed = downsampling.build(mode, QK_DIM, DIM, **{**MODES[mode], names[name]: 5})
+        assert (repr(changed) != repr(_module(mode))) == (mode in modes), name
+
+
 def _packed(device, dtype=torch.float32, grid=GRID):
     """A packed projection `(1, H, W, 2*qk_dim + dim)` and the row that its padding holds."""
     qkv = torch.randn(1, grid.height, grid.width, 2 * QK_DIM + DIM, device=device, dtype=dtype)
