@@ -56,7 +56,7 @@ def measure_preset(repeats: int) -> int:
 
 
 def measure_module(problem: Problem, repeats: int) -> Row:
-    """The figures of the module on both backends; a step's memory is what it adds to a new process.
+    """The figures of the module on both backends; a step's memory is what it adds to a fresh process.
 
     Raises WrongResultError if the gradients or the outputs of the two backends differ.
     """
@@ -98,13 +98,13 @@ def _step_bytes(problem: Problem, name: str) -> int:
     A step on a map of one token per region comes first. It loads the libraries' code, some 20 MiB, which
     would otherwise count; on the smaller maps that is more than the step itself needs.
     """
-    _module_run(*_named(replace(problem, batch=1, height=problem.n_win, width=problem.n_win), name), STEP)()
-    run = _module_run(*_named(problem, name), STEP)
+    _step_of(replace(problem, batch=1, height=problem.n_win, width=problem.n_win), name)()
+    run = _step_of(problem, name)
     before = measure.process_peak_bytes()
     run()
     return measure.process_peak_bytes() - before
 
 
-def _named(problem: Problem, name: str) -> tuple[nn.Module, Tensor]:
+def _step_of(problem: Problem, name: str) -> measure.Run:
     modules, x = module_pair(problem)
-    return modules[name], x
+    return _module_run(modules[name], x, STEP)

@@ -22,7 +22,9 @@ from . import devices, efficient
 # On the CPU: the most elements of keys and values that a chunk of the backward gathers, and the most scores
 # that a chunk writes to memory, if it writes any: 2 MiB of float32. On two cores of an x86 server, with maps
 # of 14 to 80 tokens a side, twice as many elements save up to a tenth of the time of a training step of the
-# attention, but need up to a tenth more memory.
+# attention, but need up to a tenth more memory. A chunk also gathers at most as many elements as all keys and
+# values have together (the forward twice as many, as below): at YOLO's P5, batch 2, that lowers the peak of a
+# training step from 12.5 to 11.2 MiB, and costs no time.
 CHUNK_ELEMENTS = 1 << 19
 # A chunk of the forward gathers this many times as many elements. That saves up to a sixth of the forward's
 # time. A training step needs no more memory for it, because its backward needs still more.

@@ -76,7 +76,7 @@ _Derived = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def _derive_on_cpu(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> _Derived:
-    """As `derive_by_taps`, but many times as fast."""
+    """As `derive_by_taps`, but four to five times as fast."""
     # Compute the bias's gradient separately, by a sum. oneDNN takes up to 50 times as long for it as the sum
     # (8 x 56 x 56 x 64, one core).
     grad_bias = grad.sum((0, 2, 3), dtype=statistic_dtype(grad.dtype)) if wanted[1] else None
@@ -85,8 +85,8 @@ def _derive_on_cpu(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, 
         # First the weight's gradient: its copies of the map are freed before the map's gradient is made.
         grad_weight = _weight_gradient_by_columns(grad, x, weight) if wanted[0] else None
         return _convolve(grad, weight.flip(2, 3), None), grad_weight, grad_bias
-    found = _convolution_backward(grad, _channels_last(x), weight, side // 2, [True, wanted[0]])
-    grad_x, grad_weight = found
+    wanted_here = [True, wanted[0]]
+    grad_x, grad_weight = _convolution_backward(grad, _channels_last(x), weight, side // 2, wanted_here)
     assert grad_x is not None
     return grad_x, grad_weight, grad_bias
 
@@ -106,9 +106,11 @@ def _weight_gradient_by_columns(grad: Tensor, x: Tensor, weight: Tensor) -> Tens
         # A copy of the part of the padded map that these columns meet. Negative numbers remove columns.
         left = side // 2 - start
         met = F.pad(x, (left, columns.shape[-1] - 1 - left))
-        found.append(_convolution_backward(grad, met, columns, 0, [False, True])[1])
+        _, part = _convolution_backward(grad, met, columns, 0, [False, True])
+        assert part is not None
+        found.append(part)
         del met  # frees its memory before the next copy is made
-    return torch.cat([each for each in found if each is not None], -1)
+    return torch.cat(found, -1)
 
 
 def _convolution_backward(
