@@ -31,18 +31,25 @@ def fractional_cells(side: int, count: int, window: int, sample: Tensor) -> Tens
     return torch.stack((starts, starts + window), dim=1)
 
 
+def windows_of(x: Tensor, dim: int, cells: Tensor, window: int) -> Tensor:
+    """The tokens of each cell along dimension `dim` of `x`, which becomes two: cells, and `window` tokens.
+
+    No cell may have more than `window` tokens; a cell with fewer repeats its last one.
+    """
+    position = cells[:, :1] + torch.arange(window, dtype=torch.int32, device=x.device)
+    last = cells[:, 1:] - 1
+    # torch.where and reshape, because ONNX's opset 11 has no minimum of integers and no unflatten.
+    position = torch.where(position < last, position, last)
+    shape = (*x.shape[:dim], cells.shape[0], window, *x.shape[dim + 1 :])
+    return x.index_select(dim, position.flatten()).reshape(shape)
+
+
 def window_maxima(x: Tensor, dim: int, cells: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Maxima of `x` over cells along dimension `dim`, and their positions in the cells (int64).
 
     No cell may have more than `window` tokens. Of equal maxima the first one counts and gets the gradient.
     """
-    position = cells[:, :1] + torch.arange(window, dtype=torch.int32, device=x.device)
-    last = cells[:, 1:] - 1  # a cell with fewer tokens repeats its last one
-    # torch.where and reshape, because ONNX's opset 11 has no minimum of integers and no unflatten.
-    position = torch.where(position < last, position, last)
-    shape = (*x.shape[:dim], cells.shape[0], window, *x.shape[dim + 1 :])
-    windows = x.index_select(dim, position.flatten()).reshape(shape)
-    return windows.max(dim + 1)
+    return windows_of(x, dim, cells, window).max(dim + 1)
 
 
 def mean_matrix(cells: Tensor, side: int, like: Tensor) -> Tensor:
