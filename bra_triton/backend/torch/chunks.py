@@ -182,9 +182,12 @@ def flash_backward(
     scale: float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward of `flash_forward`."""
+    """The backward of `flash_forward`; the gradients are of the dtype of `lse`."""
+    # In half precision PyTorch's kernel takes 3 to 17 times as long as in float32, these copies included.
+    maps = (x.to(lse.dtype) for x in (grad_out, query, key, value, out))
+    mask = None if mask is None else mask.to(lse.dtype)
     options = {"dropout_p": 0.0, "is_causal": False, "attn_mask": mask, "scale": scale}
-    grad_query, grad_key, grad_value = _FLASH_BACKWARD(grad_out, query, key, value, out, lse, **options)
+    grad_query, grad_key, grad_value = _FLASH_BACKWARD(*maps, lse, **options)
     return grad_query, grad_key, grad_value
 
 

@@ -28,13 +28,15 @@ class LepeGradients(NamedTuple):
 
 def lepe_forward(attention: Tensor, lepe: Lepe[Tensor]) -> Tensor:
     """The sum of the attention's output `(N, H, W, dim)` and the convolution of the values."""
-    out = _convolve(_channels_last(_values_in_reach(lepe)), lepe.weight, lepe.bias).permute(0, 2, 3, 1)
+    x, weight = _in_fast_dtype(_values_in_reach(lepe)), _in_fast_dtype(lepe.weight)
+    bias = None if lepe.bias is None else _in_fast_dtype(lepe.bias)
+    out = _convolve(_channels_last(x), weight, bias).permute(0, 2, 3, 1)
     out = out[:, : lepe.grid.height, : lepe.grid.width]
     if devices.kind(out) == "cuda":  # the convolution returns NCHW memory: one launch transposes and adds
         return dense(attention + out)
     # Add in place, into the convolution's own output: a third map would cost time and memory. `.data` makes
     # the result a plain tensor: PyTorch refuses in-place changes of a view that a custom Function returns.
-    return dense(out).add_(attention).data
+    return dense(out).add_(attention).to(attention.dtype).data
 
 
 def lepe_backward(
@@ -77,11 +79,12 @@ _Derived = tuple[Tensor, Tensor | None, Tensor | None]
 
 def _derive_on_cpu(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> _Derived:
     """As `derive_by_taps`, but four to five times as fast."""
+    grad, x, weight = (_in_fast_dtype(each) for each in (grad, x, weight))
     # Compute the bias's gradient separately, by a sum. oneDNN takes up to 50 times as long for it as the sum
     # (8 x 56 x 56 x 64, one core).
     grad_bias = grad.sum((0, 2, 3), dtype=statistic_dtype(grad.dtype)) if wanted[1] else None
     side = weight.shape[-1]
-    if side > _FAST_COLUMNS and x.shape[-1] > side // 2 and grad.dtype in _FAST_DTYPES:
+    if side > _FAST_COLUMNS and x.shape[-1] > side // 2 and grad.dtype == torch.float32:
         # First the weight's gradient: its copies of the map are freed before the map's gradient is made.
         grad_weight = _weight_gradient_by_columns(grad, x, weight) if wanted[0] else None
         return _convolve(grad, weight.flip(2, 3), None), grad_weight, grad_bias
@@ -91,11 +94,21 @@ def _derive_on_cpu(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, 
     return grad_x, grad_weight, grad_bias
 
 
-# oneDNN has a fast kernel for the weight's gradient of depthwise kernels of at most this many columns, and
-# for these dtypes. At 5 x 5 the gradient of three columns and that of two take together a quarter of the time
-# of all five (8 x 56 x 56 x 64 and smaller, two cores of an x86 server, with AVX-512 or AVX2).
+# oneDNN has a fast kernel for the weight's gradient of depthwise kernels of at most this many columns, in
+# float32. At 5 x 5 the gradient of three columns and that of two take together a quarter of the time of all
+# five (8 x 56 x 56 x 64 and smaller, two cores of an x86 server, with AVX-512 or AVX2).
 _FAST_COLUMNS = 3
-_FAST_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _in_fast_dtype(x: Tensor) -> Tensor:
+    """A tensor in the dtype in which convolutions with it are fast: on the CPU, float32 for half precision.
+
+    Only some processors convolve in half precision. On all others a forward and a backward take some fifty
+    times as long as in float32, and the gradients of float16 do on every processor (8 x 28 x 28 x 128, x86
+    with AVX2 and with AVX-512). Where bfloat16 is native, a forward takes up to twice as long by float32, of
+    which most is the conversion.
+    """
+    return x.to(statistic_dtype(x.dtype)) if devices.kind(x) == "cpu" else x
 
 
 def _weight_gradient_by_columns(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
