@@ -65,8 +65,7 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
         """The tokens as an NHWC map. It is made by `reshape`: ONNX's opset 11 has no `unflatten`."""
         if dense_floats("x", x).dim() != 3:
             raise ValueError(f"x must be (N, H * W, dim), got shape {tuple(x.shape)}")
-        side = 0 if self.size else _root(x.shape[1])
-        height, width = self.size or (side, side)
+        height, width = self.size or (_root(x.shape[1]),) * 2
         if x.shape[1] != height * width:
             raise ValueError(
                 f"x must have the {height} x {width} tokens of the map, got {x.shape[1]}; for a map that is "
