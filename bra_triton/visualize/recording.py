@@ -169,6 +169,8 @@ def record(
             for handle in hooks:
                 handle.remove()
     _check_one_image(result if network is not model else [result], inputs)
+    if not seen:
+        raise ValueError(f"layers must include one that runs for this image, got {chosen}")
     return Recording(result, inputs[0][0].float().cpu(), [*seen.values()])
 
 
@@ -181,10 +183,13 @@ def choose(names: Sequence[str], layers: Sequence[str | int] | None) -> list[str
             up to a dot: `"model.10"` chooses every layer in it. None chooses all.
 
     Raises:
+        TypeError: if `layers` is a single entry: the characters of a name would be taken for entries.
         ValueError: if an entry of `layers` fits no name; lists the names.
     """
     if layers is None:
         return [*names]
+    if isinstance(layers, str | int):
+        raise TypeError(f"layers must be a list of positions and names, got {layers!r}")
     chosen = set()
     for layer in layers:
         if str(layer).isdecimal() and int(layer) < len(names):

@@ -91,6 +91,11 @@ def network(attention_module=None):
     )
 
 
+class Bypass(nn.Sequential):
+    def forward(self, x):
+        return x
+
+
 IMAGE = torch.rand(3, 80, 104)  # maps of 10 x 13 tokens
 
 
@@ -131,6 +136,11 @@ def test_layers_are_chosen_by_position_and_name(layers, names):
             ValueError,
             "layers must name some of these, by position or name, got 2.5",
         ),
+        # It chose the layers "3" and "2", as it would have chosen 1 and 0 for "10".
+        ((network(), IMAGE, "32"), TypeError, "layers must be a list of positions and names, got '32'"),
+        ((network(), IMAGE, 1), TypeError, "layers must be a list of positions and names, got 1"),
+        ((network(), IMAGE, []), ValueError, r"layers must include one that runs for this image, got \[\]"),
+        ((Bypass(network()), IMAGE), ValueError, r"layers must include one .*, got \['0.2', '0.3'\]"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(arguments, error, message):
