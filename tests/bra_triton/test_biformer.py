@@ -338,6 +338,12 @@ class TestTimm:
         with pytest.raises(ValueError, match="norm must be False and output_fmt 'NCHW', got True"):
             model.forward_intermediates(image, norm=True)
 
+    @pytest.mark.parametrize("indices", [0, -1, 5])  # gave all four stages, the last three, all four
+    def test_refuses_a_number_of_stages_that_it_does_not_have(self, indices):
+        model = timm.create_model("biformer_tiny", **TINY).eval()
+        with pytest.raises(ValueError, match=f"indices must be 1 to 4 last stages, or a list, got {indices}"):
+            model.forward_intermediates(torch.rand(1, 3, *SIZE), indices)
+
     def test_does_not_promise_weights_that_it_cannot_load(self):
         with pytest.raises(RuntimeError, match="No pretrained weights exist for biformer_tiny"):
             timm.create_model("biformer_tiny", pretrained=True, **TINY)
