@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..arguments import is_real, is_whole, whole
 from ..modules.block import Block
-from ..modules.nhwc import BiLevelRoutingAttention, depthwise_convolution
+from ..modules.layers import depthwise_convolution
+from ..modules.nhwc import BiLevelRoutingAttention
 
 # Values of `topks` that stand for dense attention instead of a number of regions.
 DENSE, DENSE_WITH_LEPE = -1, -2
