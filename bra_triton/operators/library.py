@@ -289,8 +289,3 @@ def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
             if x is not None and x.requires_grad:
                 return True
     return False
-
-
-def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """`x`, or an empty tensor instead of None, which an operator cannot return."""
-    return like.new_empty(0) if x is None else x

@@ -20,7 +20,7 @@ from ..backend.kernels import fused_kernels
 from ..kernels.arrays import dense
 from ..kernels.grid import RegionGrid
 from ..kernels.pooling.problem import MAX, RegionPooling
-from .library import differentiable, fake_of, flops_of, gradient_operator, operator, or_empty
+from .library import differentiable, fake_of, flops_of, gradient_operator, operator
 
 _CELLS = "Tensor row_cells, Tensor column_cells"
 _NUMBERS = "SymInt qk_dim, SymInt[] grid, str mode, str backend"
@@ -68,7 +68,7 @@ def pool_regions(
     pooled, argmax = fused_kernels(backend).pool(
         qkv[..., qk_dim:], _fill_of(fill, qkv, qk_dim), pooling, weight, bias
     )
-    return pooled, or_empty(argmax, qkv)
+    return pooled, qkv.new_empty(0) if argmax is None else argmax
 
 
 @fake_of(pool_regions)
@@ -76,10 +76,8 @@ def _(
     qkv: Tensor, fill: Tensor | None, row_cells: Tensor, column_cells: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     _weight, _bias, _largest, qk_dim, (*_, rows, columns), mode, _backend = rest
-    shape = (
-        *(qkv.shape[0], rows * row_cells.shape[0], columns * column_cells.shape[0]),
-        qkv.shape[-1] - qk_dim,
-    )
+    height, width = rows * row_cells.shape[0], columns * column_cells.shape[0]
+    shape = (qkv.shape[0], height, width, qkv.shape[-1] - qk_dim)
     argmax = qkv.new_empty(shape, dtype=torch.int32) if mode == MAX else qkv.new_empty(0)
     return qkv.new_empty(shape), argmax
 
