@@ -75,16 +75,12 @@ def fake_of(made: Any) -> Callable[[Callable[..., Any]], None]:
     return register
 
 
-def flops_of(made: Any) -> Callable[[Callable[..., int]], None]:
+def flops_of(made: Any) -> Callable[[Callable[..., int]], Any]:
     """Decorator: registers how PyTorch's `FlopCounterMode` counts the operator, from its arguments' shapes.
 
     A product and an addition are two operations, as everywhere in that counter.
     """
-
-    def register(function: Callable[..., int]) -> None:
-        register_flop_formula(made.overloadpacket)(function)
-
-    return register
+    return register_flop_formula(made.overloadpacket)
 
 
 def differentiable(made: Any, gradients: Callable[..., Any], save: Callable[..., None]) -> Any:
