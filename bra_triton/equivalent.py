@@ -31,11 +31,6 @@ def reason_of(error: Exception) -> str:
     return f"{kind}{error}".splitlines()[0]
 
 
-def class_name(module: nn.Module) -> str:
-    """The qualified name of a module's class, with the Python module that defines it."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
 def equivalent(original: nn.Module, backend: str) -> nn.Module:
     """Our module with the settings and the layers of the original; the two modules then share the layers.
 
