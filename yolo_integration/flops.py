@@ -23,13 +23,7 @@ def register_rule() -> None:
 
 
 def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """Adds routing and attention to `module.total_ops`; the profiler counts the layers by itself.
-
-    Args:
-        module: the attention.
-        inputs: its input.
-        output: its output.
-    """
+    """Adds routing and attention to `module.total_ops`; the profiler counts the layers by itself."""
     spec, grid, kv_down = module.spec, module.grid(inputs[0]), module._modules.get("kv_down")
     keys = kv_down.kv_grid(grid) if isinstance(kv_down, KVDownsampling) else grid
     settings = spec.settings(grid)

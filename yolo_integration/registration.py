@@ -40,8 +40,7 @@ def register() -> None:
     Afterwards
 
     - yaml rows may name `BiLevelRoutingAttention`, `nchwBRA` (or `NCHWBiLevelRoutingAttention`),
-      `BiFormerBlock`, `C2BRA` and `C3k2BRA`, which replace others of the same names, with a
-      warning;
+      `BiFormerBlock`, `C2BRA` and `C3k2BRA`, which replace others of the same names, with a warning;
     - Ultralytics finds the packaged yamls by name, in every scale, and the photographs of `photo_dataset` as
       `data="photos.yaml"`;
     - weights are also transferred between models with different rows, and under other implementations' names;
