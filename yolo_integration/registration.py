@@ -113,19 +113,17 @@ def _with_refusal(original: Callable[..., Any], model: Any, *args: Any, **kwargs
     return original(model, *args, **kwargs)
 
 
-def _wrap_once(module: ModuleType | type, name: str, wrapper: Callable[..., Any]) -> None:
-    original = getattr(module, name)
+def _wrap_once(place: ModuleType | type, name: str, wrapper: Callable[..., Any]) -> None:
+    original = getattr(place, name)
     if hasattr(original, "_bra_triton_wraps"):
         return
-    if isinstance(module, type):
 
-        def wrapped(*args: Any, **kwargs: Any) -> Any:  # not a partial: only a function becomes a method
-            return wrapper(original, *args, **kwargs)
-    else:
-        wrapped = functools.partial(wrapper, original)
-    functools.update_wrapper(wrapped, original)
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:  # not a partial: only a function becomes a method
+        return wrapper(original, *args, **kwargs)
+
     wrapped._bra_triton_wraps = original  # type: ignore[attr-defined]
-    setattr(module, name, wrapped)
+    setattr(place, name, wrapped)
 
 
 def _parse_with_expanded_rows(
