@@ -49,11 +49,14 @@ class LayerAttention:
         if call.spec.soft_routing:
             by_region = rearrange(weights, "r m s (t k) -> r m s t k", t=r_idx.shape[1])
             weights = (by_region * rearrange(r_weight, "r t -> r 1 1 t 1")).flatten(3)
-        down = call.kv_downsampling
+        sides = torch.Size((grid.region_height, grid.region_width))
+        if call.kv_downsampling is not None:  # any layer, if another was put in the place of ours
+            key_value = call.qkv.new_zeros(1, call.spec.qk_dim + call.spec.dim, *sides)
+            sides = call.kv_downsampling(key_value).shape[-2:]
         return cls(
             name,
             grid,
-            grid.pooled(grid.region_height, grid.region_width) if down is None else down.kv_grid(grid),
+            grid.pooled(*sides),
             r_idx.cpu(),
             r_weight.cpu(),
             rearrange(weights, "r m s k -> m r s k").cpu(),

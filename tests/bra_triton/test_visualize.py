@@ -22,7 +22,7 @@ def _without_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # pictures come from the reference
 
 
-def attention(kind=BiLevelRoutingAttention, **arguments):
+def attention(kind=BiLevelRoutingAttention, kv_down=None, **arguments):
     """A module without LePE and output projection, whose output is the weighted sum of the values."""
     if kind is nchwBRA:
         module = nchwBRA(16, **PLAIN)
@@ -30,6 +30,7 @@ def attention(kind=BiLevelRoutingAttention, **arguments):
         nn.init.zeros_(module.output_linear.bias)
     else:
         module = kind(16, **{**NHWC, **arguments})
+        module.kv_down = kv_down or module.kv_down
     return module.eval()
 
 
@@ -57,10 +58,11 @@ def values_of(module, image):
         (attention(n_win=(2, 3)), (1, 12, 9, 16)),  # two rows of three regions
         (attention(soft_routing=True), (1, 12, 9, 16)),
         (attention(kv_downsample_mode="ada_avgpool", kv_per_win=2), (1, 10, 13, 16)),
+        (attention(kv_down=nn.AdaptiveAvgPool2d(2)), (1, 10, 13, 16)),  # somebody else's layer
         (attention(PermutedBiLevelRoutingAttention), (1, 16, 10, 13)),
         (attention(nchwBRA), (1, 16, 10, 13)),  # regions of 3 x 4, four by four of them
     ],
-    ids=["regions", "padded", "oblong", "soft", "pooled", "permuted", "nchw"],
+    ids=["regions", "padded", "oblong", "soft", "pooled", "replaced", "permuted", "nchw"],
 )
 def test_the_weights_on_the_map_make_the_output_of_every_token(module, shape):
     image = torch.randn(shape)
