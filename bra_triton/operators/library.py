@@ -142,12 +142,8 @@ def by_sample(function: Callable[..., Any]) -> Callable[..., Any]:
             raise RuntimeError(
                 "the fused backends need at least one sample under torch.func.vmap, got an empty batch"
             )
-
-        def sample(x: Any, dim: int | None, index: int) -> Any:
-            return x if dim is None else x.select(dim, index)
-
         results = [
-            function(*(_map_pair(sample, x, dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
+            function(*(_sample(x, dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
         stacked = tree_map(lambda *samples: torch.stack(samples), *results)
@@ -156,11 +152,11 @@ def by_sample(function: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def _map_pair(function: Callable[..., Any], x: Any, dim: Any, index: int) -> Any:
-    """Calls `function(x, dim, index)`; if `dim` is a list, calls it for each pair and returns a list."""
+def _sample(x: Any, dim: Any, index: int) -> Any:
+    """One sample of an argument; of a list, for which `dim` is a list, too, a list of samples."""
     if isinstance(dim, list | tuple):
-        return [function(each, d, index) for each, d in zip(x, dim, strict=True)]
-    return function(x, dim, index)
+        return [_sample(each, d, index) for each, d in zip(x, dim, strict=True)]
+    return x if dim is None else x.select(dim, index)
 
 
 def refuse_tangents(arguments: Iterable[Any]) -> None:
