@@ -66,7 +66,7 @@ def pool_regions(
     high, wide = largest
     pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid), (high, wide))
     pooled, argmax = fused_kernels(backend).pool(
-        qkv[..., qk_dim:], _fill_of(fill, qkv, qk_dim), pooling, weight, bias
+        qkv[..., qk_dim:], _fill_of(fill, qkv, qk_dim, pooling.grid), pooling, weight, bias
     )
     return pooled, qkv.new_empty(0) if argmax is None else argmax
 
@@ -112,7 +112,7 @@ def pool_regions_backward(
     gradients = fused_kernels(backend).pool_backward(
         grad_pooled.contiguous(),
         qkv[..., qk_dim:],
-        _fill_of(fill, qkv, qk_dim),
+        _fill_of(fill, qkv, qk_dim, pooling.grid),
         argmax if mode == MAX else None,
         pooling,
         weight,
@@ -178,7 +178,8 @@ def _backward(ctx: Any, grad_pooled: Tensor | None, _grad_argmax: None) -> tuple
 pool = differentiable(pool_regions, _backward, _save_for_backward)
 
 
-def _fill_of(fill: Tensor | None, qkv: Tensor, qk_dim: int) -> Tensor:
-    """The part of `fill` for the keys and values; zeros if there is no `fill`."""
-    channels = qkv.shape[-1] - qk_dim
-    return qkv.new_zeros(channels) if fill is None else fill[qk_dim:].contiguous()
+def _fill_of(fill: Tensor | None, qkv: Tensor, qk_dim: int, grid: RegionGrid) -> Tensor | None:
+    """The part of `fill` for the keys and values, by default zeros; None if no token is past the edge."""
+    if not grid.is_padded:
+        return None
+    return qkv.new_zeros(qkv.shape[-1] - qk_dim) if fill is None else fill[qk_dim:].contiguous()
