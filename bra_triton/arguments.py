@@ -23,7 +23,7 @@ def is_whole(value: Any, least: int = 1) -> bool:
 
 
 def is_real(value: Any) -> bool:
-    """Whether it is a real number, NumPy's too; a bool is none."""
+    """Whether `value` is a real number, Python's or NumPy's, and no bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 

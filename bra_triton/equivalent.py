@@ -31,11 +31,6 @@ def reason_of(error: Exception) -> str:
     return f"{kind}{error}".splitlines()[0]
 
 
-def class_name(module: nn.Module) -> str:
-    """The qualified name of a module's class, with the Python module that defines it."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
 def equivalent(original: nn.Module, backend: str) -> nn.Module:
     """Our module with the settings and the layers of the original; the two modules then share the layers.
 
@@ -55,7 +50,7 @@ def _with_layers_of(original: nn.Module, kind: type[nn.Module], backend: str) ->
     settings.pop("attn_backend", None)
     settings |= {"backend": backend, "qk_scale": known.get("scale", settings.get("qk_scale"))}
     with torch.device("meta"):  # weights that will be replaced take no memory and no random numbers
-        ours = kind(**settings).train(original.training)
+        ours: Any = kind(**settings).train(original.training)
     layers = ["qkv_linear", "output_linear"]
     if issubclass(kind, BiLevelRoutingAttention):
         layers = ["qkv" if isinstance(original.qkv, nn.Linear) else "qkv.qkv", "wo", "router.emb"]
@@ -68,7 +63,7 @@ def _with_layers_of(original: nn.Module, kind: type[nn.Module], backend: str) ->
                 continue
             raise NotTheSameError(f"it has no layer {path}, which ours takes over") from error
         setattr(ours.get_submodule(parent), name, layer)
-    setattr(ours, "lepe", original._modules.get("lepe"))  # noqa: B010  mypy takes `ours.lepe` for a tensor
+    ours.lepe = original._modules.get("lepe")
     for name in original._modules:  # an optimizer's state_dict numbers the parameters, so their order is kept
         if name in ours._modules:
             ours._modules[name] = ours._modules.pop(name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .backend.select import check_name
-from .equivalent import NotTheSameError, class_name, equivalent, reason_of
+from .equivalent import NotTheSameError, equivalent, reason_of
 from .modules.base import Attention
 
 _CALL_HOOKS = [name for name in vars(nn.Module()) if "forward" in name or "backward" in name]
@@ -101,19 +101,24 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
     replacements: dict[nn.Module, nn.Module] = {}
     replaced, not_replaced = [], []
     for original, names in places.items():
-        found = (", ".join(names), class_name(original))
+        found = (", ".join(names), _class_name(original))
         try:
             ours, note = _replacement(original, backend, subclasses)
         except Exception as error:  # a foreign forward may raise any error; the report gives it as the reason
             not_replaced.append(Finding(*found, note=reason_of(error)))
         else:
             replacements[original] = ours
-            replaced.append(Finding(*found, class_name(ours), note))
+            replaced.append(Finding(*found, _class_name(ours), note))
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
     return Report(replacements.get(model, model), tuple(replaced), tuple(not_replaced))
+
+
+def _class_name(module: nn.Module) -> str:
+    """The qualified name of a module's class, with the Python module that defines it."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _looks_like_attention(module: nn.Module) -> bool:

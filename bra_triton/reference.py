@@ -142,7 +142,8 @@ def _attend_to(call: Call, r_idx: Tensor, factor: Tensor | None) -> tuple[Tensor
     reduce = call.kv_downsampling or nn.Identity()
     reduced = reduce(rearrange(key_value, "n r h w c -> (n r) c h w"))
     key_value = rearrange(reduced, "(n r) c h w -> n r (h w) c", r=grid.n_regions)
-    chosen = gather_regions(key_value, r_idx)
+    image = rearrange(torch.arange(r_idx.shape[0], device=r_idx.device), "n -> n 1 1")
+    chosen = key_value[image, r_idx]  # (n, r, t, s, c)
     if factor is not None:
         chosen = chosen * rearrange(factor, "n r t -> n r t 1 1").to(chosen.dtype)
     key, value = chosen.split([spec.qk_dim, spec.dim], dim=-1)
@@ -159,20 +160,6 @@ def _attend_to(call: Call, r_idx: Tensor, factor: Tensor | None) -> tuple[Tensor
         h=grid.region_height,
     )
     return out, attn_weight
-
-
-def gather_regions(x: Tensor, r_idx: Tensor) -> Tensor:
-    """Gathers for every region the tokens of the regions it chose.
-
-    Args:
-        x: `(n, r, s, c)`.
-        r_idx: `(n, r, t)`, int64.
-
-    Returns:
-        `(n, r, t, s, c)`.
-    """
-    image = rearrange(torch.arange(x.shape[0], device=x.device), "n -> n 1 1")
-    return x[image, r_idx]
 
 
 def padded(call: Call) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from ultralytics.utils.torch_utils import unwrap_model
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.modules.downsampling import KVDownsampling
@@ -23,13 +24,7 @@ def register_rule() -> None:
 
 
 def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """Adds routing and attention to `module.total_ops`; the profiler counts the layers by itself.
-
-    Args:
-        module: the attention.
-        inputs: its input.
-        output: its output.
-    """
+    """Adds routing and attention to `module.total_ops`; the profiler counts the layers by itself."""
     spec, grid, kv_down = module.spec, module.grid(inputs[0]), module._modules.get("kv_down")
     keys = kv_down.kv_grid(grid) if isinstance(kv_down, KVDownsampling) else grid
     settings = spec.settings(grid)
@@ -58,6 +53,7 @@ def at_real_size(original: Callable[..., float], model: nn.Module, imgsz: Any = 
         import thop
     except ImportError:
         return original(model, imgsz)
+    model = unwrap_model(model)  # hooks would change a compiled graph, and so what is counted
     parameter = next(model.parameters())
     size = imgsz if isinstance(imgsz, list | tuple) else (imgsz, imgsz)
     image = torch.empty((1, parameter.shape[1], *size), device=parameter.device, dtype=parameter.dtype)

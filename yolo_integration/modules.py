@@ -57,9 +57,7 @@ def default_num_heads(dim: int, qk_dim: int | None = None) -> int:
         >>> default_num_heads(128)
         4
     """
-    for name, value in (("dim", dim), ("qk_dim", qk_dim or dim)):
-        whole(name, value)
-    common = math.gcd(dim, qk_dim or dim)
+    common = math.gcd(whole("dim", dim), whole("qk_dim", qk_dim or dim))
     divisors = [heads for heads in range(1, common + 1) if common % heads == 0]
     return min(divisors, key=lambda heads: (abs(dim // heads - HEAD_DIM), -heads))
 

@@ -1,12 +1,10 @@
 """A small detection data set of real photographs that installed packages ship; nothing is downloaded.
 
-``photos/photos.json`` lists the pictures (package, licence, checksum) and the boxes drawn by hand;
-``photos/SOURCES.md`` describes them. To look at the boxes::
+`photos/photos.json` lists the pictures (package, licence, checksum) and the boxes drawn by hand;
+`photos/SOURCES.md` describes them. To look at the boxes:
 
-    python -m bra_triton.yolo_integration.photo_dataset OUT_DIR
+python -m bra_triton.yolo_integration.photo_dataset OUT_DIR
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
@@ -25,9 +23,17 @@ SUFFIXES = {".jpg", ".jpeg", ".png"}
 class Photo:
     """One photograph and its boxes.
 
-    ``package`` is the import name and ``distribution`` the pip name of the package that ships it; ``path`` is
-    relative to the package; ``width`` and ``height`` are in pixels. A box is (COCO class name, x1, y1, x2,
-    y2) in pixels, measured from the picture's top left corner.
+    Attributes:
+        package: import name of the package that ships it.
+        distribution: the package's name for pip.
+        path: the file, relative to the package.
+        author: who took it.
+        source: where it comes from.
+        licence: its licence.
+        width: in pixels.
+        height: in pixels.
+        sha256: checksum of the file on which the boxes were drawn.
+        boxes: class names of COCO, each with x1, y1, x2, y2 in pixels from the top left corner.
     """
 
     package: str
@@ -47,12 +53,12 @@ class Photo:
         return Path(self.path).name
 
     def read(self) -> bytes:
-        """Return the content of the picture's file, without importing the package.
+        """The content of the picture's file; the package is not imported.
 
         Raises:
-            ModuleNotFoundError: the package is not installed.
-            FileNotFoundError: the installed package has no such picture.
-            RuntimeError: the picture in the installed package is not the one that the boxes were drawn on.
+            ModuleNotFoundError: if the package is not installed.
+            FileNotFoundError: if the installed package has no such picture.
+            RuntimeError: if the picture in the installed package is not the one that the boxes were drawn on.
         """
         spec = find_spec(self.package)
         if spec is None or not spec.submodule_search_locations:
@@ -73,7 +79,7 @@ class Photo:
         return content
 
     def label(self, names: list[str]) -> str:
-        """Return the label file: a line ``class x y w h`` per box, as fractions of the picture's size."""
+        """The label file: a line `class x y w h` for each box, as fractions of the picture's size."""
         return "".join(
             f"{names.index(name)} {(x1 + x2) / 2 / self.width:.6f} {(y1 + y2) / 2 / self.height:.6f} "
             f"{(x2 - x1) / self.width:.6f} {(y2 - y1) / self.height:.6f}\n"
@@ -88,22 +94,22 @@ class Photo:
 
 
 def load_photos() -> tuple[list[str], list[Photo]]:
-    """Return the class names, in COCO's order, and the photographs."""
+    """The class names, in COCO's order, and the photographs."""
     content = json.loads(resources.files(__package__).joinpath("photos/photos.json").read_text("utf-8"))
     photos = [Photo(**{**item, "boxes": [tuple(box) for box in item["boxes"]]}) for item in content["photos"]]
     return content["names"], photos
 
 
 def write_photo_dataset(root: Path) -> Path:
-    """Write the data set under ``root`` and return the absolute path of its ``data.yaml``.
+    """Writes the data set to the folder `root`; returns the absolute path of its `data.yaml`.
 
-    The layout is Ultralytics' (``images/``, ``labels/``, ``data.yaml``); training and validation use the
+    The layout is Ultralytics' (`images/`, `labels/`, `data.yaml`); training and validation use the
     same pictures. Files that already have the right content stay as they are, and every other file is
     replaced in one step, so the next run completes an interrupted one.
 
     Raises:
         ModuleNotFoundError, FileNotFoundError, RuntimeError: see `Photo.read`.
-        FileExistsError: ``root/images`` holds pictures that are not part of the data set.
+        FileExistsError: if `root/images` holds pictures that are not part of the data set.
     """
     root = Path(root).resolve()
     names, photos = load_photos()
@@ -138,9 +144,9 @@ def _replace(file: Path, content: bytes) -> None:
 
 
 def draw_boxes(root: Path, out_dir: Path, scale: int = 2) -> list[Path]:
-    """Draw the boxes of the label files under ``root`` over their pictures, enlarged ``scale`` times.
+    """Draws the boxes of the label files in `root` over their pictures, enlarged `scale` times.
 
-    Returns the PNG files written to ``out_dir``, one per photograph. The data set must have been written.
+    The data set must have been written. Returns the PNG files in `out_dir`, one for each photograph.
     """
     from PIL import Image, ImageDraw
 
@@ -170,7 +176,7 @@ def draw_boxes(root: Path, out_dir: Path, scale: int = 2) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the data set and the drawings of its boxes, and print where the photographs come from."""
+    """Writes the data set and drawings of its boxes, and prints where the photographs come from."""
     command = "python -m bra_triton.yolo_integration.photo_dataset"
     parser = argparse.ArgumentParser(prog=command, description=main.__doc__)
     parser.add_argument(

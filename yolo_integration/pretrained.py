@@ -109,7 +109,7 @@ def _is_loaded(name: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]
 
 
 def report_settings(source: nn.Module, target: nn.Module) -> None:
-    """Warns of attentions whose weights have the shapes of the source's but whose settings do not agree.
+    """Warns of attentions of the same shapes in source and target, but with other settings.
 
     Training builds a checkpoint's model anew from its yaml, so what was set on its attentions is lost.
     """

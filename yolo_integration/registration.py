@@ -40,8 +40,7 @@ def register() -> None:
     Afterwards
 
     - yaml rows may name `BiLevelRoutingAttention`, `nchwBRA` (or `NCHWBiLevelRoutingAttention`),
-      `BiFormerBlock`, `C2BRA` and `C3k2BRA`, which replace others of the same names, with a
-      warning;
+      `BiFormerBlock`, `C2BRA` and `C3k2BRA`, which replace others of the same names, with a warning;
     - Ultralytics finds the packaged yamls by name, in every scale, and the photographs of `photo_dataset` as
       `data="photos.yaml"`;
     - weights are also transferred between models with different rows, and under other implementations' names;
@@ -114,19 +113,17 @@ def _with_refusal(original: Callable[..., Any], model: Any, *args: Any, **kwargs
     return original(model, *args, **kwargs)
 
 
-def _wrap_once(module: ModuleType | type, name: str, wrapper: Callable[..., Any]) -> None:
-    original = getattr(module, name)
+def _wrap_once(place: ModuleType | type, name: str, wrapper: Callable[..., Any]) -> None:
+    original = getattr(place, name)
     if hasattr(original, "_bra_triton_wraps"):
         return
-    if isinstance(module, type):
 
-        def wrapped(*args: Any, **kwargs: Any) -> Any:  # not a partial: only a function becomes a method
-            return wrapper(original, *args, **kwargs)
-    else:
-        wrapped = functools.partial(wrapper, original)
-    functools.update_wrapper(wrapped, original)
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:  # not a partial: only a function becomes a method
+        return wrapper(original, *args, **kwargs)
+
     wrapped._bra_triton_wraps = original  # type: ignore[attr-defined]
-    setattr(module, name, wrapped)
+    setattr(place, name, wrapped)
 
 
 def _parse_with_expanded_rows(

@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {name: getattr(options, name) for name in ("imgsz", "device")}
     given = {name: value for name, value in settings.items() if value is not None}
     out = options.out or Path(f"{options.image.stem}-attention.{'html' if options.html else 'png'}")
+    if not out.parent.is_dir():
+        parser.error(f"--out must be in a folder that exists, got {out}")
     look = {"point": options.point, "layers": options.layer, "verbose": False, **given}
     model = YOLO(options.weights)
     try:

@@ -141,9 +141,9 @@ def _expand_row(index: int, row: Sequence[Any]) -> Sequence[Any]:
         whole("repeats", repeats)
         expanded = _expand_arguments(name, source, _as_list(arguments))
     except ValueError as error:
-        raise _naming_the_row(error, index, row) from None
+        raise ValueError(_about_row(error, index, row)) from None
     for reason in _without_effect(expanded[1]):
-        LOGGER.warning(str(_naming_the_row(reason, index, row)))
+        LOGGER.warning(_about_row(reason, index, row))
     return [source, repeats, name, expanded]
 
 
@@ -293,8 +293,8 @@ def _literal(value: Any) -> Any:
     return value
 
 
-def _naming_the_row(error: object, index: int, row: Sequence[Any]) -> ValueError:
-    return ValueError(f"row {index}, {list(row)}: {error}")
+def _about_row(message: object, index: int, row: Sequence[Any]) -> str:
+    return f"row {index}, {list(row)}: {message}"
 
 
 @contextlib.contextmanager
@@ -314,9 +314,9 @@ def errors_name_the_row(yaml_of: Callable[[], Mapping[str, Any]]) -> Iterator[No
         # Not torch.OutOfMemoryError and other derived classes, which callers look for by their class.
         is_plain = not isinstance(error, RuntimeError) or type(error) is RuntimeError
         index, trial = _row_of(error) if is_plain else (None, "")
-        if index is None or _block_name(_rows(yaml_of())[index]) not in YAML_MODULES:
+        if index is None or _block_name(row := _rows(yaml_of())[index]) not in YAML_MODULES:
             raise
-        raise _naming_the_row(f"{error}{trial}", index, _rows(yaml_of())[index]) from error
+        raise ValueError(_about_row(f"{error}{trial}", index, row)) from error
 
 
 def _row_of(error: Exception) -> tuple[int | None, str]:

@@ -29,9 +29,7 @@ class FusedBackend:
     def attend(self, call: Call) -> Tensor:
         """See `Backend`."""
         settings, qkv = call.settings, call.qkv.contiguous()
-        weight, bias, padding = call.lepe_weight, call.lepe_bias, call.padding
-        if padding is not None:
-            padding = _like(padding, qkv) if settings.grid.is_padded else None
+        weight, bias, padding = call.lepe_weight, call.lepe_bias, _padding(call, qkv)
         if weight is not None:
             weight, bias = _like(weight, qkv), None if bias is None else _like(bias, qkv)
         kv = means = None
@@ -55,9 +53,7 @@ class FusedBackend:
     def route(self, call: Call) -> tuple[Tensor, Tensor]:
         """See `Backend`."""
         settings, qkv = call.settings, call.qkv.contiguous()
-        padding = call.padding
-        if padding is not None:
-            padding = _like(padding, qkv) if settings.grid.is_padded else None
+        padding = _padding(call, qkv)
         if not call.spec.diff_routing:
             qkv, padding = qkv.detach(), None if padding is None else padding.detach()
         query, key = self._region_means(call, qkv, padding).split(settings.qk_dim, dim=-1)
@@ -93,6 +89,13 @@ class FusedBackend:
         if not call.has_router_layer:
             return means
         return torch.cat([call.emb(x) for x in means.split(settings.qk_dim, dim=-1)], dim=-1)
+
+
+def _padding(call: Call, qkv: Tensor) -> Tensor | None:
+    """The call's padding as kernels take it; None also if the map does not need the one that was given."""
+    if call.padding is None or not call.grid.is_padded:
+        return None
+    return _like(call.padding, qkv)
 
 
 def _like(x: Tensor, qkv: Tensor) -> Tensor:

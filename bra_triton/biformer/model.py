@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..arguments import is_real, is_whole, whole
 from ..modules.block import Block
-from ..modules.nhwc import BiLevelRoutingAttention, depthwise_convolution
+from ..modules.layers import depthwise_convolution
+from ..modules.nhwc import BiLevelRoutingAttention
 
 # Values of `topks` that stand for dense attention instead of a number of regions.
 DENSE, DENSE_WITH_LEPE = -1, -2
@@ -305,7 +306,8 @@ def _check_stages(
     depth: Sequence[int], embed_dim: Sequence[int], topks: Sequence[int], head_dim: int
 ) -> None:
     """Raises ValueError if the arguments do not describe stages."""
-    if not len(depth) == len(embed_dim) == len(topks) >= 1:
+    lengths = {len(given) if isinstance(given, Sized) else 0 for given in (depth, embed_dim, topks)}
+    if len(lengths) > 1 or 0 in lengths:
         raise ValueError(
             "depth, embed_dim and topks must have one entry for each stage, "
             f"got {depth}, {embed_dim} and {topks}"
@@ -319,6 +321,8 @@ def _check_stages(
                 raise ValueError(f"topks[{stage}] must be an int of at least 1, or -1 or -2, got {topk!r}")
             if dim % head_dim:
                 raise ValueError(f"embed_dim[{stage}] must be a multiple of head_dim={head_dim}, got {dim}")
+        elif dim % DENSE_HEADS:
+            raise ValueError(f"embed_dim[{stage}] must be a multiple of the {DENSE_HEADS} heads, got {dim}")
 
 
 def _check_number(name: str, value: Any, least: float, under: float) -> None:

@@ -62,6 +62,9 @@ class TimmBiFormer(BiFormer):
         """
         if norm or output_fmt != "NCHW":
             raise ValueError(f"norm must be False and output_fmt 'NCHW', got {norm!r} and {output_fmt!r}")
+        stages = len(self.stages)
+        if isinstance(indices, int) and not 1 <= indices <= stages:
+            raise ValueError(f"indices must be 1 to {stages} last stages, or a list, got {indices}")
         maps = self.stage_maps(x)
         if indices is None or isinstance(indices, int):
             intermediates = maps[-(indices or len(maps)) :]

@@ -106,15 +106,7 @@ class KVDownsampling(nn.Module, ABC):
         """Weight `(qk_dim + dim, kernel, kernel)` and bias `(qk_dim + dim,)`, keys first; or None, None."""
         return None, None
 
-    def pool(
-        self,
-        qkv: Tensor,
-        grid: RegionGrid,
-        fill: Tensor | None = None,
-        *,
-        backend: str,
-        cells: Cells | None = None,
-    ) -> Tensor:
+    def pool(self, qkv: Tensor, grid: RegionGrid, fill: Tensor | None = None, *, backend: str) -> Tensor:
         """Reduces keys and values, which it reads from the packed projection without a copy; differentiable.
 
         Args:
@@ -122,13 +114,12 @@ class KVDownsampling(nn.Module, ABC):
             grid: the regions of the map.
             fill: `(2*qk_dim + dim,)`: the packed row of every token past the map's edge; zeros by default.
             backend: "triton" or "torch".
-            cells: a result of `cells` for these regions; by default `cells` is called.
 
         Returns:
             Keys and values side by side, `(N, H', W', qk_dim + dim)` under `kv_grid(grid)`, contiguous.
         """
         try:
-            row_cells, column_cells = cells or self.cells(grid.region_height, grid.region_width, qkv.device)
+            row_cells, column_cells = self.cells(grid.region_height, grid.region_width, qkv.device)
         except ValueError as error:
             size, regions = f"{grid.height} x {grid.width}", f"{grid.rows} x {grid.columns}"
             raise ValueError(f"{error}; the map has {size} tokens and {regions} regions (n_win)") from None
@@ -145,12 +136,11 @@ class KVDownsampling(nn.Module, ABC):
         return pooled
 
     @abstractmethod
-    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Reduces regions that were cut out of the map, in plain differentiable PyTorch.
 
         Args:
             x: `(B, qk_dim + dim, h, w)`: keys and values of regions.
-            cells: a result of `cells` for `h` and `w`; by default `cells` is called.
 
         Returns:
             `(B, qk_dim + dim, h', w')`.
@@ -221,7 +211,7 @@ class AdaptivePooling(FixedCells):
         ends = (index * side + (side + self.kv_per_win - 1)) // self.kv_per_win
         return torch.stack((index * side // self.kv_per_win, ends), dim=1)
 
-    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """See `KVDownsampling`."""
         if being_exported():
             return self._exportable(x)
@@ -267,7 +257,7 @@ class WindowPooling(FixedCells):
         starts = torch.arange(self.count(side), dtype=torch.int32, device=device) * self.ratio
         return torch.stack((starts, starts + self.ratio), dim=1)
 
-    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """See `KVDownsampling`."""
         _check_fits("kv_downsample_ratio", self.ratio, min(x.shape[-2:]))
         return F.avg_pool2d(x, self.ratio) if self.mode == MEAN else F.max_pool2d(x, self.ratio)
@@ -325,10 +315,10 @@ class FractionalMaxPooling(KVDownsampling):
             fractional_cells(width, self.count(width), self.window(width), samples[1]),
         )
 
-    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """See `KVDownsampling`."""
         # Not F.fractional_max_pool2d: it computes the cells in the dtype of x, and cannot be exported.
-        row_cells, column_cells = cells or self.cells(x.shape[-2], x.shape[-1], x.device)
+        row_cells, column_cells = self.cells(x.shape[-2], x.shape[-1], x.device)
         x, _ = window_maxima(x, 3, column_cells, self.window(x.shape[3]))
         return window_maxima(x, 2, row_cells, self.window(x.shape[2]))[0]
 
@@ -374,7 +364,7 @@ class DepthwiseConvolution(FixedCells):
         assert value.bias is not None
         return torch.cat((key.weight, value.weight)).squeeze(1), torch.cat((key.bias, value.bias))
 
-    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """See `KVDownsampling`."""
         _check_fits("kv_downsample_kernel", self.kernel, min(x.shape[-2:]))
         key, value = x.split([self.qk_dim, self.dim], dim=1)

@@ -51,7 +51,7 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
             ValueError: for a mask, or if `x` does not have as many tokens as the map; and as the base class.
         """
         if not isinstance(x, Tensor):
-            return self._leaf(x)
+            return self._leaf(x, attn_mask, is_causal, ret_attn_mask)
         if is_eager():  # not in an export: ONNX's legacy exporter passes a tensor
             is_causal = flag("is_causal", is_causal)
         if attn_mask is not None or is_causal:
@@ -65,8 +65,7 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
         """The tokens as an NHWC map. It is made by `reshape`: ONNX's opset 11 has no `unflatten`."""
         if dense_floats("x", x).dim() != 3:
             raise ValueError(f"x must be (N, H * W, dim), got shape {tuple(x.shape)}")
-        side = 0 if self.size else _root(x.shape[1])
-        height, width = self.size or (side, side)
+        height, width = self.size or (_root(x.shape[1]),) * 2
         if x.shape[1] != height * width:
             raise ValueError(
                 f"x must have the {height} x {width} tokens of the map, got {x.shape[1]}; for a map that is "

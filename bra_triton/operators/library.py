@@ -75,16 +75,12 @@ def fake_of(made: Any) -> Callable[[Callable[..., Any]], None]:
     return register
 
 
-def flops_of(made: Any) -> Callable[[Callable[..., int]], None]:
+def flops_of(made: Any) -> Callable[[Callable[..., int]], Any]:
     """Decorator: registers how PyTorch's `FlopCounterMode` counts the operator, from its arguments' shapes.
 
     A product and an addition are two operations, as everywhere in that counter.
     """
-
-    def register(function: Callable[..., int]) -> None:
-        register_flop_formula(made.overloadpacket)(function)
-
-    return register
+    return register_flop_formula(made.overloadpacket)
 
 
 def differentiable(made: Any, gradients: Callable[..., Any], save: Callable[..., None]) -> Any:
@@ -146,12 +142,8 @@ def by_sample(function: Callable[..., Any]) -> Callable[..., Any]:
             raise RuntimeError(
                 "the fused backends need at least one sample under torch.func.vmap, got an empty batch"
             )
-
-        def sample(x: Any, dim: int | None, index: int) -> Any:
-            return x if dim is None else x.select(dim, index)
-
         results = [
-            function(*(_map_pair(sample, x, dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
+            function(*(_sample(x, dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
         stacked = tree_map(lambda *samples: torch.stack(samples), *results)
@@ -160,11 +152,11 @@ def by_sample(function: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def _map_pair(function: Callable[..., Any], x: Any, dim: Any, index: int) -> Any:
-    """Calls `function(x, dim, index)`; if `dim` is a list, calls it for each pair and returns a list."""
+def _sample(x: Any, dim: Any, index: int) -> Any:
+    """One sample of an argument; of a list, for which `dim` is a list, too, a list of samples."""
     if isinstance(dim, list | tuple):
-        return [function(each, d, index) for each, d in zip(x, dim, strict=True)]
-    return function(x, dim, index)
+        return [_sample(each, d, index) for each, d in zip(x, dim, strict=True)]
+    return x if dim is None else x.select(dim, index)
 
 
 def refuse_tangents(arguments: Iterable[Any]) -> None:
@@ -289,8 +281,3 @@ def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
             if x is not None and x.requires_grad:
                 return True
     return False
-
-
-def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """`x`, or an empty tensor instead of None, which an operator cannot return."""
-    return like.new_empty(0) if x is None else x

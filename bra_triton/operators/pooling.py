@@ -20,7 +20,7 @@ from ..backend.kernels import fused_kernels
 from ..kernels.arrays import dense
 from ..kernels.grid import RegionGrid
 from ..kernels.pooling.problem import MAX, RegionPooling
-from .library import differentiable, fake_of, flops_of, gradient_operator, operator, or_empty
+from .library import differentiable, fake_of, flops_of, gradient_operator, operator
 
 _CELLS = "Tensor row_cells, Tensor column_cells"
 _NUMBERS = "SymInt qk_dim, SymInt[] grid, str mode, str backend"
@@ -66,9 +66,9 @@ def pool_regions(
     high, wide = largest
     pooling = RegionPooling(row_cells, column_cells, mode, RegionGrid(*grid), (high, wide))
     pooled, argmax = fused_kernels(backend).pool(
-        qkv[..., qk_dim:], _fill_of(fill, qkv, qk_dim), pooling, weight, bias
+        qkv[..., qk_dim:], _fill_of(fill, qkv, qk_dim, pooling.grid), pooling, weight, bias
     )
-    return pooled, or_empty(argmax, qkv)
+    return pooled, qkv.new_empty(0) if argmax is None else argmax
 
 
 @fake_of(pool_regions)
@@ -76,10 +76,8 @@ def _(
     qkv: Tensor, fill: Tensor | None, row_cells: Tensor, column_cells: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     _weight, _bias, _largest, qk_dim, (*_, rows, columns), mode, _backend = rest
-    shape = (
-        *(qkv.shape[0], rows * row_cells.shape[0], columns * column_cells.shape[0]),
-        qkv.shape[-1] - qk_dim,
-    )
+    height, width = rows * row_cells.shape[0], columns * column_cells.shape[0]
+    shape = (qkv.shape[0], height, width, qkv.shape[-1] - qk_dim)
     argmax = qkv.new_empty(shape, dtype=torch.int32) if mode == MAX else qkv.new_empty(0)
     return qkv.new_empty(shape), argmax
 
@@ -114,7 +112,7 @@ def pool_regions_backward(
     gradients = fused_kernels(backend).pool_backward(
         grad_pooled.contiguous(),
         qkv[..., qk_dim:],
-        _fill_of(fill, qkv, qk_dim),
+        _fill_of(fill, qkv, qk_dim, pooling.grid),
         argmax if mode == MAX else None,
         pooling,
         weight,
@@ -180,7 +178,8 @@ def _backward(ctx: Any, grad_pooled: Tensor | None, _grad_argmax: None) -> tuple
 pool = differentiable(pool_regions, _backward, _save_for_backward)
 
 
-def _fill_of(fill: Tensor | None, qkv: Tensor, qk_dim: int) -> Tensor:
-    """The part of `fill` for the keys and values; zeros if there is no `fill`."""
-    channels = qkv.shape[-1] - qk_dim
-    return qkv.new_zeros(channels) if fill is None else fill[qk_dim:].contiguous()
+def _fill_of(fill: Tensor | None, qkv: Tensor, qk_dim: int, grid: RegionGrid) -> Tensor | None:
+    """The part of `fill` for the keys and values, by default zeros; None if no token is past the edge."""
+    if not grid.is_padded:
+        return None
+    return qkv.new_zeros(qkv.shape[-1] - qk_dim) if fill is None else fill[qk_dim:].contiguous()

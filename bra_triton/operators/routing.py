@@ -25,7 +25,7 @@ from ..backend.kernels import fused_kernels
 from ..kernels.grid import RegionGrid
 from ..kernels.padding import region_means_gradient, share_of_means
 from ..kernels.problem import statistic_dtype
-from .library import differentiable, fake_of, flops_of, gradient_operator, operator, or_empty
+from .library import differentiable, fake_of, flops_of, gradient_operator, operator
 
 
 @operator(
@@ -59,7 +59,7 @@ def region_means_backward(
     grad_qkv = qkv.new_zeros(qkv.shape)
     grad_qkv[..., :width] = region_means_gradient(grad, padding is not None, regions)
     if padding is None:
-        return grad_qkv, or_empty(None, qkv)
+        return grad_qkv, qkv.new_empty(0)
     grad_padding = padding.new_zeros(padding.shape)
     grad_padding[:width] = share_of_means(grad, regions)
     return grad_qkv, grad_padding
@@ -67,7 +67,8 @@ def region_means_backward(
 
 @fake_of(region_means_backward)
 def _(grad: Tensor, qkv: Tensor, padding: Tensor | None, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), or_empty(None if padding is None else torch.empty_like(padding), qkv)
+    grad_padding = qkv.new_empty(0) if padding is None else torch.empty_like(padding)
+    return qkv.new_empty(qkv.shape), grad_padding
 
 
 def _save_means(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

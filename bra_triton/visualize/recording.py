@@ -49,11 +49,14 @@ class LayerAttention:
         if call.spec.soft_routing:
             by_region = rearrange(weights, "r m s (t k) -> r m s t k", t=r_idx.shape[1])
             weights = (by_region * rearrange(r_weight, "r t -> r 1 1 t 1")).flatten(3)
-        down = call.kv_downsampling
+        sides = torch.Size((grid.region_height, grid.region_width))
+        if call.kv_downsampling is not None:  # any layer, if another was put in the place of ours
+            key_value = call.qkv.new_zeros(1, call.spec.qk_dim + call.spec.dim, *sides)
+            sides = call.kv_downsampling(key_value).shape[-2:]
         return cls(
             name,
             grid,
-            grid.pooled(grid.region_height, grid.region_width) if down is None else down.kv_grid(grid),
+            grid.pooled(*sides),
             r_idx.cpu(),
             r_weight.cpu(),
             rearrange(weights, "r m s k -> m r s k").cpu(),
@@ -169,6 +172,8 @@ def record(
             for handle in hooks:
                 handle.remove()
     _check_one_image(result if network is not model else [result], inputs)
+    if not seen:
+        raise ValueError(f"layers must include one that runs for this image, got {chosen}")
     return Recording(result, inputs[0][0].float().cpu(), [*seen.values()])
 
 
@@ -181,10 +186,13 @@ def choose(names: Sequence[str], layers: Sequence[str | int] | None) -> list[str
             up to a dot: `"model.10"` chooses every layer in it. None chooses all.
 
     Raises:
+        TypeError: if `layers` is a single entry: the characters of a name would be taken for entries.
         ValueError: if an entry of `layers` fits no name; lists the names.
     """
     if layers is None:
         return [*names]
+    if isinstance(layers, str | int):
+        raise TypeError(f"layers must be a list of positions and names, got {layers!r}")
     chosen = set()
     for layer in layers:
         if str(layer).isdecimal() and int(layer) < len(names):

@@ -291,7 +291,8 @@ def test_arguments_of_the_attention_reach_every_routed_stage():
         ({"depth": (1, 1, 1)}, r"one entry for each stage, got \(1, 1, 1\)"),
         ({"depth": (1, 0, 1, 1)}, r"depth\[1\] must be an int of at least 1, got 0"),
         ({"embed_dim": (16, 12, 32, 24)}, r"embed_dim\[1\] must be a multiple of head_dim=8, got 12"),
-        ({"embed_dim": (16, 16, 32, 20)}, "dim must be a multiple of the 8 heads, got 20"),
+        ({"embed_dim": (16, 16, 32, 20)}, r"embed_dim\[3\] must be a multiple of the 8 heads, got 20"),
+        ({"depth": 2}, "depth, embed_dim and topks must have one entry for each stage, got 2, "),
         ({"topks": (1, 0, 4, -2)}, r"topks\[1\] must be an int of at least 1, or -1 or -2, got 0"),
         ({"topks": (1, 5, 4, -2)}, "topk"),
         ({"head_dim": 0}, "head_dim must be an int of at least 1, got 0"),
@@ -337,6 +338,12 @@ class TestTimm:
         assert model.pretrained_cfg["classifier"] == "head"
         with pytest.raises(ValueError, match="norm must be False and output_fmt 'NCHW', got True"):
             model.forward_intermediates(image, norm=True)
+
+    @pytest.mark.parametrize("indices", [0, -1, 5])  # gave all four stages, the last three, all four
+    def test_refuses_a_number_of_stages_that_it_does_not_have(self, indices):
+        model = timm.create_model("biformer_tiny", **TINY).eval()
+        with pytest.raises(ValueError, match=f"indices must be 1 to 4 last stages, or a list, got {indices}"):
+            model.forward_intermediates(torch.rand(1, 3, *SIZE), indices)
 
     def test_does_not_promise_weights_that_it_cannot_load(self):
         with pytest.raises(RuntimeError, match="No pretrained weights exist for biformer_tiny"):

@@ -36,6 +36,16 @@ def test_symbolic_trace_keeps_it_as_a_leaf(kind):
 
 
 @every_kind
+def test_symbolic_trace_keeps_the_arguments_of_the_leaf(kind):
+    class Mapped(Block):
+        def forward(self, x):
+            return self.attn(x, ret_attn_mask=True)[-1]
+
+    model, x = Mapped(kind(**SIZE)), torch.randn(MAPS[kind])
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@every_kind
 def test_features_can_be_taken_from_it(kind):
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
     model, x = nn.Sequential(Block(kind(**SIZE)), nn.ReLU()), torch.randn(MAPS[kind])

@@ -22,7 +22,7 @@ def _without_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # pictures come from the reference
 
 
-def attention(kind=BiLevelRoutingAttention, **arguments):
+def attention(kind=BiLevelRoutingAttention, kv_down=None, **arguments):
     """A module without LePE and output projection, whose output is the weighted sum of the values."""
     if kind is nchwBRA:
         module = nchwBRA(16, **PLAIN)
@@ -30,6 +30,7 @@ def attention(kind=BiLevelRoutingAttention, **arguments):
         nn.init.zeros_(module.output_linear.bias)
     else:
         module = kind(16, **{**NHWC, **arguments})
+        module.kv_down = kv_down or module.kv_down
     return module.eval()
 
 
@@ -57,10 +58,11 @@ def values_of(module, image):
         (attention(n_win=(2, 3)), (1, 12, 9, 16)),  # two rows of three regions
         (attention(soft_routing=True), (1, 12, 9, 16)),
         (attention(kv_downsample_mode="ada_avgpool", kv_per_win=2), (1, 10, 13, 16)),
+        (attention(kv_down=nn.AdaptiveAvgPool2d(2)), (1, 10, 13, 16)),  # somebody else's layer
         (attention(PermutedBiLevelRoutingAttention), (1, 16, 10, 13)),
         (attention(nchwBRA), (1, 16, 10, 13)),  # regions of 3 x 4, four by four of them
     ],
-    ids=["regions", "padded", "oblong", "soft", "pooled", "permuted", "nchw"],
+    ids=["regions", "padded", "oblong", "soft", "pooled", "replaced", "permuted", "nchw"],
 )
 def test_the_weights_on_the_map_make_the_output_of_every_token(module, shape):
     image = torch.randn(shape)
@@ -89,6 +91,11 @@ def network(attention_module=None):
         attention_module or nchwBRA(16, **PLAIN),
         nn.ModuleDict({"b": nchwBRA(16, num_heads=4, n_win=2, topk=1)})["b"],
     )
+
+
+class Bypass(nn.Sequential):
+    def forward(self, x):
+        return x
 
 
 IMAGE = torch.rand(3, 80, 104)  # maps of 10 x 13 tokens
@@ -131,6 +138,11 @@ def test_layers_are_chosen_by_position_and_name(layers, names):
             ValueError,
             "layers must name some of these, by position or name, got 2.5",
         ),
+        # It chose the layers "3" and "2", as it would have chosen 1 and 0 for "10".
+        ((network(), IMAGE, "32"), TypeError, "layers must be a list of positions and names, got '32'"),
+        ((network(), IMAGE, 1), TypeError, "layers must be a list of positions and names, got 1"),
+        ((network(), IMAGE, []), ValueError, r"layers must include one that runs for this image, got \[\]"),
+        ((Bypass(network()), IMAGE), ValueError, r"layers must include one .*, got \['0.2', '0.3'\]"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(arguments, error, message):

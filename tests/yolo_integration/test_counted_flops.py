@@ -69,6 +69,15 @@ def test_the_summary_counts_every_size() -> None:
     assert torch_utils.get_flops(nn.Sequential(model[0]), 64) == pytest.approx(2e-9 * 3 * 32 * 32**2 * 4)
 
 
+def test_a_compiled_model_counts_as_much_as_the_model() -> None:
+    """Loggers ask for the count of the model in training, which `compile=True` has wrapped."""
+    pytest.importorskip("thop")
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), BiLevelRoutingAttention2d(32))
+    compiled = torch.compile(model, backend="eager")
+    compiled(torch.zeros(1, 3, 10, 10))
+    assert torch_utils.get_flops(compiled, 10) == torch_utils.get_flops(model, 10)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("kind", [BiLevelRoutingAttention2d, NCHWBiLevelRoutingAttention2d])
 def test_profiler_counts_the_projections_and_lepe_once(kind: type[nn.Module], backend: str) -> None:

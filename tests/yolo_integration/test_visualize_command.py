@@ -96,6 +96,8 @@ def test_the_command_writes_a_page(image, trained, tmp_path):
             "layers must name some of these, by position or name, got '12':\n  0: model.10.m.0",
         ),
         (["--weights", "none.pt"], "--weights must be a file, got none.pt"),
+        # Said before the model runs, not by a traceback after it.
+        (["--out", "none/x.png"], "--out must be in a folder that exists, got none/x.png"),
     ],
 )
 def test_wrong_arguments_are_named(image, trained, capsys, arguments, message):

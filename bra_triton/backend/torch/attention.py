@@ -25,7 +25,7 @@ def attend_routed(problem: RoutedAttention[Tensor]) -> tuple[Tensor, Tensor]:
     lse = out.new_empty((len(out), problem.num_heads, *out.shape[1:3]), dtype=statistic_dtype(out.dtype))
     most = chunks.regions_at_once(problem, kernel)
     _attend(problem, kernel.forward, most, out, lse, masked.is_cheaper(problem, kernel))
-    if not (kernel.checked is None or chunks.is_softmax(lse)):
+    if kernel.checked is not None and not chunks.is_softmax(lse):
         _attend(problem, kernel.checked, most, out, lse, is_masked=False)
     return out, lse
 

@@ -88,8 +88,7 @@ def _derive_on_cpu(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, 
         # First the weight's gradient: its copies of the map are freed before the map's gradient is made.
         grad_weight = _weight_gradient_by_columns(grad, x, weight) if wanted[0] else None
         return _convolve(grad, weight.flip(2, 3), None), grad_weight, grad_bias
-    wanted_here = [True, wanted[0]]
-    grad_x, grad_weight = _convolution_backward(grad, _channels_last(x), weight, side // 2, wanted_here)
+    grad_x, grad_weight = _convolution_backward(grad, _channels_last(x), weight, side // 2, [True, wanted[0]])
     assert grad_x is not None
     return grad_x, grad_weight, grad_bias
 

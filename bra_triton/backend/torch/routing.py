@@ -16,17 +16,7 @@ from .sums import Bags, add_rows, bag_sums, has_bags
 
 @outside_autocast
 def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels: int) -> Tensor:
-    """Means over every region's tokens.
-
-    Args:
-        qkv: `(N, H, W, packed_dim)`.
-        padding: `(packed_dim,)`, what tokens past the map's edge hold; None to leave them out.
-        grid: the regions; without `padding`, each must contain a token of the map.
-        channels: number of channels to average, counted from the first.
-
-    Returns:
-        `(N, P, channels)`: float32; float64 for float64.
-    """
+    """See `FusedKernels`."""
     x = whole_map(qkv[..., :channels], grid, None if padding is None else padding[:channels])
     sides = (grid.rows, grid.region_height, grid.columns, grid.region_width)
     tokens = x.view(x.shape[0], *sides, channels)
@@ -37,18 +27,7 @@ def region_means(qkv: Tensor, padding: Tensor | None, grid: RegionGrid, channels
 
 @outside_autocast
 def route(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Chooses the `topk` key regions with the largest logits for every query region.
-
-    Args:
-        query: `(N, P, qk_dim)`, region queries.
-        key: `(N, P, qk_dim)`, region keys.
-        topk: regions to choose.
-        scale: factor of the logits.
-
-    Returns:
-        `r_weight`, the softmax over the chosen logits, of the dtype of `query`, and `r_idx` (int32), both
-        `(N, P, topk)`; largest logit first, among equal logits the smaller region number first.
-    """
+    """See `FusedKernels`."""
     r_weight, r_idx = choose(query, key, topk, scale, weighs=True)
     assert r_weight is not None
     return r_weight, r_idx
@@ -75,7 +54,7 @@ def _select_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 def route_backward(
     grad_weight: Tensor, r_weight: Tensor, r_idx: Tensor, query: Tensor, key: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `route`'s `query` and `key`, `(N, P, qk_dim)`; `grad_weight` is that of `r_weight`."""
+    """See `FusedKernels`."""
     grad_logits = r_weight * (grad_weight - (r_weight * grad_weight).sum(-1, keepdim=True)) * scale
     rows, keys = query.flatten(0, 1), key.flatten(0, 1)
     index, weight = flat_index(r_idx[:, None], key.shape[1]).flatten(0, 2), grad_logits.flatten(0, 1)

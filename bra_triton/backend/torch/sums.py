@@ -28,7 +28,7 @@ class Bags(NamedTuple):
 
     @classmethod
     def of(cls, index: Tensor, regions: range) -> "Bags":
-        """Bags of the key regions `regions`; `index`, `(R*topk,)`, is each choice's, all in `regions`."""
+        """A bag for each region of `regions`; `index` `(R*topk,)` has each choice's region, one of these."""
         chosen, choices = index.sort(stable=True)
         bags = torch.arange(regions.start, regions.stop, dtype=chosen.dtype, device=chosen.device)
         return cls(choices, torch.searchsorted(chosen, bags))
