@@ -48,7 +48,7 @@ def measure_exports(
     problem: Problem, export: Callable[[nn.Module, Tensor], Callable[[], Tensor]], repeats: int
 ) -> Row:
     """Milliseconds of our export and of the reference's; raises WrongResultError if an output is wrong."""
-    modules, x = module_pair(problem)
+    modules, x = module_pair(problem, torch.float32)
     with torch.no_grad():
         expected = modules[REFERENCE].eval()(x)
     runs = {name: export(module.eval(), x) for name, module in modules.items()}

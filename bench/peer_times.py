@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints every row as soon as it is known, and returns 1 if something is wrong."""
     options = _parse(arguments)
     if options.preset:
-        return modules_alone.measure_preset(options.repeats)
+        return modules_alone.measure_preset(options.repeats, options.dtype)
     rows: list[Row] = []
     is_compact = set(options.peers or ()) == set(COMPACT)
     problems = [PROBLEMS[name] for name in options.problem]
@@ -212,12 +212,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("peers", __doc__, repeats=30)
     add = parser.add_argument
     add("--problem", nargs="+", choices=CHOICES, metavar="PROBLEM", default=["tiny"])
-    add("--preset", choices=["cpu"], help="whole modules on the CPU, compared with their targets")
+    add("--preset", choices=["cpu"], help="whole modules on the CPU; in float32, compared with their targets")
     add("--batch", nargs="+", type=count, help="images in a batch (default: the problem's)")
-    add("--dtype", choices=measure.DTYPES, default="float16" if on_gpu else "float32")
+    add("--dtype", choices=measure.DTYPES, help="default: float32 on a CPU, float16 on a GPU")
     add("--peers", nargs="+", choices=NAMES, metavar="PEER", help="only these (default: all)")
     add("--check-only", action="store_true", help="check every peer, time none")
     options = parser.parse_args(arguments)
+    if options.preset:
+        for name in ("json", "problem", "batch", "peers", "check_only"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--preset sets what is measured; it takes no --{name.replace('_', '-')}")
     if "torch" in (options.peers or ()) and not on_gpu:
         parser.error("--peers torch needs a GPU: without one, the torch backend is the fused peer")
+    options.dtype = options.dtype or ("float16" if on_gpu and not options.preset else "float32")
     return options
