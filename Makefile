@@ -34,7 +34,7 @@ test-compiled: setup  ## the tests that compile the kernels, for several archite
 	TRITON_INTERPRET=0 $(PYTEST) -m compiled
 
 # The environment of PYTHON needs pytest, hypothesis and Ultralytics besides the package's own requirements.
-# With Triton 3.6 it needs a NumPy before 2.4, which removed functions that Triton's interpreter uses.
+# With Triton 3.5 and 3.6 it needs a NumPy before 2.4, which removed functions that Triton's interpreter uses.
 # This target has passed with Python 3.10, PyTorch 2.8.0, Triton 3.4.0, einops 0.8.0; with 3.12, 2.10.0,
 # 3.6.0, 0.8.2; and with 3.13, 2.14.1, 3.8.0, 0.8.2.
 smoke:  ## a selection of the tests in another environment, PYTHON=...: every backend, the compiler, YOLO's rows

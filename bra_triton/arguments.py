@@ -13,6 +13,7 @@ from .export import is_eager
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Kernels multiply a scale by log2(e). The product must be finite in float32.
 LARGEST_SCALE = 1e38
+_SEQUENCES = (tuple, list)  # PyTorch 2.8 cannot compile `isinstance(value, tuple | list)`
 
 
 def is_whole(value: Any, least: int = 1) -> bool:
@@ -44,7 +45,7 @@ def whole_pair(name: str, value: Any) -> tuple[int, int]:
     Raises:
         ValueError: if it is anything else.
     """
-    is_pair = isinstance(value, tuple | list) and len(value) == 2
+    is_pair = isinstance(value, _SEQUENCES) and len(value) == 2
     if not is_pair or not all(is_whole(side) for side in value):
         raise ValueError(f"{name} must be two ints of at least 1, got {value!r}")
     return whole(name, value[0]), whole(name, value[1])
@@ -56,7 +57,7 @@ def windows(name: str, value: Any) -> int | tuple[int, int]:
     Raises:
         ValueError: if it is neither an int of at least 1 nor two of them.
     """
-    if not isinstance(value, tuple | list):
+    if not isinstance(value, _SEQUENCES):
         return whole(name, value)
     rows, columns = whole_pair(name, value)
     return rows if rows == columns else (rows, columns)

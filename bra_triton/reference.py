@@ -75,7 +75,8 @@ def attend(call: Call) -> Scored:
         side = call.lepe_weight.shape[-1]
         bias = None if call.lepe_bias is None else call.lepe_bias.to(value.dtype)
         weight = call.lepe_weight.to(value.dtype)
-        lepe = F.conv2d(value, weight, bias, padding=side // 2, groups=spec.dim)
+        # A pair of sizes, because PyTorch 2.8 mistakes a single traced size for a missing one.
+        lepe = F.conv2d(value, weight, bias, padding=(side // 2, side // 2), groups=spec.dim)
         out = out + rearrange(lepe, "n c h w -> n h w c")
     return Scored(out[:, : grid.height, : grid.width], r_weight, r_idx, attn_weight)
 
