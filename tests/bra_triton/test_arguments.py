@@ -76,6 +76,11 @@ def _set(kind=BiLevelRoutingAttention, **attribute):
         setattr(module, name, value)
 
 
+def _reduced(**attribute):
+    for name, value in attribute.items():
+        setattr(downsampling.build("avgpool", 16, 16), name, value)
+
+
 def _called(**layer):
     module = BiLevelRoutingAttention(16, 2, 2, topk=2, backend="torch")
     for name, value in layer.items():
@@ -236,6 +241,7 @@ TABLE = [
     (_set, "dim", (16, nn.Parameter(torch.ones(()))), {}),
     (_set, "backend", NOT_NAMES, {}),
     (_set, "lepe", (torch.zeros_like, "lepe"), {}),
+    (_reduced, "ratio", (2, 0, None, "2"), {}),
     (_called, "lepe", (nn.Conv2d(16, 16, 3), nn.Linear(2, 2)), {}),
     (_called, "qkv", (nn.Linear(16, 32), nn.Linear(2, 2)), {}),
     (_called, "wo", (nn.Linear(2, 2),), {}),
