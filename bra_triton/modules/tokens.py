@@ -51,7 +51,7 @@ class TokenBiLevelRoutingAttention(BiLevelRoutingAttention):
             ValueError: for a mask, or if `x` does not have as many tokens as the map; and as the base class.
         """
         if not isinstance(x, Tensor):
-            return self._leaf(x)
+            return self._leaf(x, attn_mask, is_causal, ret_attn_mask)
         if is_eager():  # not in an export: ONNX's legacy exporter passes a tensor
             is_causal = flag("is_causal", is_causal)
         if attn_mask is not None or is_causal:
