@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .autocast import without_autocast
 from .call import Call, RegionalCall, Request
 from .kernels.grid import RegionGrid
 from .topk import select_topk
@@ -101,7 +102,7 @@ def route(call: Call) -> tuple[Tensor, Tensor]:
 
 def choose_regions(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
     """Chooses regions for region queries and keys `(N, P, qk_dim)`; returns the same as `route`."""
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         logits = (query * scale) @ rearrange(key, "n r c -> n c r")
     top_logits, r_idx = select_topk(logits, topk)
     return top_logits.softmax(dim=-1), r_idx
