@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import re
 import sys
 from collections import OrderedDict
 
@@ -337,6 +338,12 @@ class TestTimm:
         assert model.pretrained_cfg["classifier"] == "head"
         with pytest.raises(ValueError, match="norm must be False and output_fmt 'NCHW', got True"):
             model.forward_intermediates(image, norm=True)
+
+    @pytest.mark.parametrize("indices", [0, 5, True, [4], [0, -5]])
+    def test_takes_only_stages_that_there_are(self, indices):
+        model = timm.create_model("biformer_tiny", **TINY).eval()
+        with pytest.raises(ValueError, match=rf"indices must be .*, got {re.escape(repr(indices))}"):
+            model.forward_intermediates(torch.rand(1, 3, *SIZE), indices)
 
     def test_does_not_promise_weights_that_it_cannot_load(self):
         with pytest.raises(RuntimeError, match="No pretrained weights exist for biformer_tiny"):
