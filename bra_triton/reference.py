@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .autocast import without_autocast
-from .call import Call, RegionalCall, Request
+from .call import Call, RegionalCall, Request, in_dtype_of
 from .kernels.grid import RegionGrid
 from .topk import select_topk
 
@@ -141,7 +141,7 @@ def _attend_to(call: Call, r_idx: Tensor, factor: Tensor | None) -> tuple[Tensor
     query, key_value = _split_regions(padded(call), grid).split([spec.qk_dim, spec.qk_dim + spec.dim], dim=-1)
     # Reduce keys and values together, because they share the random samples of fractional pooling.
     reduce = call.kv_downsampling or nn.Identity()
-    reduced = reduce(rearrange(key_value, "n r h w c -> (n r) c h w"))
+    reduced = in_dtype_of(reduce, rearrange(key_value, "n r h w c -> (n r) c h w")).to(key_value.dtype)
     key_value = rearrange(reduced, "(n r) c h w -> n r (h w) c", r=grid.n_regions)
     chosen = gather_regions(key_value, r_idx)
     if factor is not None:

@@ -284,42 +284,6 @@ def test_dynamic_quantisation_of_every_linear_layer(monkeypatch):
     assert relative_error(ours(x), outs[0].double()) > 1e-4
 
 
-def test_a_layer_of_the_pooling_convolution_is_called():
-    """The kernels would read the weight without running the layer's hooks; the reference calls the layer."""
-    module = BiLevelRoutingAttention(**SIZE, kv_downsample_mode="conv", kv_downsample_ratio=2).double()
-    x, called = torch.randn(1, 4, 4, 12, dtype=torch.float64), []
-    expected = module(x)
-    module.kv_down.value.register_forward_hook(lambda *_: called.append(1))
-    assert relative_error(module(x), expected) < TOLERANCE
-    assert called == [1]
-
-
-@pytest.mark.parametrize(
-    "numbers",
-    [
-        *({name: value} for name, value in {"stride": 1, "padding": 1, "dilation": 2, "groups": 1}.items()),
-        {"kernel_size": 3},  # the kernels would read past the cells
-        {"bias": False},
-    ],
-    ids=str,
-)
-def test_a_pooling_convolution_with_other_numbers_is_called(numbers):
-    """The kernels take stride and kernel from `kv_down`, not from the layer that replaced one of its."""
-    modules = [
-        BiLevelRoutingAttention(
-            **SIZE, kv_downsample_mode="conv", kv_downsample_ratio=2, backend=backend
-        ).double()
-        for backend in ("reference", "auto")
-    ]
-    for module in modules:
-        for name in ("key", "value"):
-            layer = nn.Conv2d(12, 12, **{"kernel_size": 2, "stride": 2, "groups": 12, **numbers})
-            setattr(module.kv_down, name, layer.double())
-    modules[1].load_state_dict(modules[0].state_dict())
-    x, grad_out = torch.randn(2, 2, 8, 8, 12, dtype=torch.float64)
-    _assert_same(*(run(module, x, grad_out) for module in reversed(modules)))
-
-
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_the_reference_serves_and_says_so(backend, caplog, monkeypatch):
     """Also if another backend is named, because profilers put hooks on every layer."""
