@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .autocast import without_autocast
-from .call import Call, RegionalCall, Request, in_dtype_of
+from .call import Call, RegionalCall, Request
 from .kernels.grid import RegionGrid
 from .topk import select_topk
 
@@ -140,8 +140,7 @@ def _attend_to(call: Call, r_idx: Tensor, factor: Tensor | None) -> tuple[Tensor
     spec, grid, heads = call.spec, call.grid, {"m": call.spec.num_heads}
     query, key_value = _split_regions(padded(call), grid).split([spec.qk_dim, spec.qk_dim + spec.dim], dim=-1)
     # Reduce keys and values together, because they share the random samples of fractional pooling.
-    reduce = call.kv_downsampling or nn.Identity()
-    reduced = in_dtype_of(reduce, rearrange(key_value, "n r h w c -> (n r) c h w")).to(key_value.dtype)
+    reduced = _reduced(call.kv_downsampling, rearrange(key_value, "n r h w c -> (n r) c h w"))
     key_value = rearrange(reduced, "(n r) c h w -> n r (h w) c", r=grid.n_regions)
     chosen = gather_regions(key_value, r_idx)
     if factor is not None:
@@ -160,6 +159,15 @@ def _attend_to(call: Call, r_idx: Tensor, factor: Tensor | None) -> tuple[Tensor
         h=grid.region_height,
     )
     return out, attn_weight
+
+
+def _reduced(kv_down: nn.Module | None, x: Tensor) -> Tensor:
+    """Keys and values of regions, `(B, qk_dim + dim, h, w)`, reduced in the dtype of `kv_down`, then cast."""
+    if kv_down is None:
+        return x
+    parameters = [*kv_down.parameters()]  # PyTorch 2.8 cannot compile `next` with a default
+    reduced: Tensor = kv_down(x.to(parameters[0].dtype) if parameters else x)
+    return reduced.to(x.dtype)
 
 
 def gather_regions(x: Tensor, r_idx: Tensor) -> Tensor:
