@@ -5,7 +5,9 @@ import torch
 
 def being_exported() -> bool:
     """True inside `torch.jit.trace`, `torch.export` and ONNX export, not inside `torch.compile`."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    # Not `torch.compiler.is_exporting()`, which returns this flag: the compiler of PyTorch 2.8 takes that for
+    # True in every graph.
+    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
 
 
 def is_eager() -> bool:

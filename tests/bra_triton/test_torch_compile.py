@@ -197,3 +197,16 @@ def test_a_number_that_is_set_and_a_hook_are_noticed():
     for change in (lambda: None, lambda: setattr(module, "topk", 4), hook):
         change()
         assert relative_error(compiled(x), module(x).double()) < 1e-5
+
+
+def test_a_compiled_graph_holds_the_operator():
+    """PyTorch 2.8 takes `torch.compiler.is_exporting()` for True in it; then the export would be compiled."""
+    module, called = BiLevelRoutingAttention(12, 2, 2, topk=2, auto_pad=True, backend="torch"), []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad():
+        torch.compile(module, backend=backend, fullgraph=True)(torch.randn(1, 7, 8, 12))
+    assert "bra_triton.attend" in called
