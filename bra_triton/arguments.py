@@ -129,6 +129,7 @@ def dense_floats(name: str, x: Any) -> Tensor:
         raise TypeError(f"{name} must be a tensor, got {x!r}")
     if x.dtype not in FLOATS:
         raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise ValueError(f"{name} must be dense (torch.strided), got {x.layout}")
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor" if x.is_nested else x.layout
+        raise ValueError(f"{name} must be dense (torch.strided), got {kind}")
     return x

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .autocast import without_autocast
 from .call import Call, RegionalCall, Request
 from .kernels.grid import RegionGrid
 from .topk import select_topk
@@ -102,7 +103,7 @@ def route(call: Call) -> tuple[Tensor, Tensor]:
 
 def choose_regions(query: Tensor, key: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
     """Chooses regions for region queries and keys `(N, P, qk_dim)`; returns the same as `route`."""
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         logits = (query * scale) @ rearrange(key, "n r c -> n c r")
     top_logits, r_idx = select_topk(logits, topk)
     return top_logits.softmax(dim=-1), r_idx
@@ -140,8 +141,7 @@ def _attend_to(call: Call, r_idx: Tensor, factor: Tensor | None) -> tuple[Tensor
     spec, grid, heads = call.spec, call.grid, {"m": call.spec.num_heads}
     query, key_value = _split_regions(padded(call), grid).split([spec.qk_dim, spec.qk_dim + spec.dim], dim=-1)
     # Reduce keys and values together, because they share the random samples of fractional pooling.
-    reduce = call.kv_downsampling or nn.Identity()
-    reduced = reduce(rearrange(key_value, "n r h w c -> (n r) c h w"))
+    reduced = _reduced(call.kv_downsampling, rearrange(key_value, "n r h w c -> (n r) c h w"))
     key_value = rearrange(reduced, "(n r) c h w -> n r (h w) c", r=grid.n_regions)
     image = rearrange(torch.arange(r_idx.shape[0], device=r_idx.device), "n -> n 1 1")
     chosen = key_value[image, r_idx]  # (n, r, t, s, c)
@@ -161,6 +161,15 @@ def _attend_to(call: Call, r_idx: Tensor, factor: Tensor | None) -> tuple[Tensor
         h=grid.region_height,
     )
     return out, attn_weight
+
+
+def _reduced(kv_down: nn.Module | None, x: Tensor) -> Tensor:
+    """Keys and values of regions, `(B, qk_dim + dim, h, w)`, reduced in the dtype of `kv_down`, then cast."""
+    if kv_down is None:
+        return x
+    parameters = [*kv_down.parameters()]  # PyTorch 2.8 cannot compile `next` with a default
+    reduced: Tensor = kv_down(x.to(parameters[0].dtype) if parameters else x)
+    return reduced.to(x.dtype)
 
 
 def padded(call: Call) -> Tensor:

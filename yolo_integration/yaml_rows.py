@@ -131,11 +131,11 @@ def _rows(model: Mapping[str, Any]) -> list[Sequence[Any]]:
 def _expand_row(index: int, row: Sequence[Any]) -> Sequence[Any]:
     name = _block_name(row)
     try:
-        if name not in YAML_MODULES:
+        if name not in YAML_MODULES and not _has_block(row):
             _refuse_relative(row)
             return row
-        if len(row) != 4:
-            raise ValueError(f"a row is [from, repeats, module, args], got {len(row)} entries")
+        if name not in YAML_MODULES or len(row) != 4:
+            raise ValueError(f"a row is [from, repeats, module, args], in this order, got {len(row)} entries")
         source, repeats, _, arguments = row
         _check_source(index, source)
         whole("repeats", repeats)
@@ -166,6 +166,12 @@ def _block_name(row: Sequence[Any]) -> str:
     """The name in a row, without `IMPORT_PATH`; empty if `row` is not a row."""
     is_row = isinstance(row, Sequence) and len(row) > 2 and isinstance(row[2], str)
     return row[2].removeprefix(IMPORT_PATH) if is_row else ""
+
+
+def _has_block(row: Any) -> bool:
+    """Whether any entry of a row, wherever it stands, is the name of a block."""
+    entries = row if isinstance(row, list | tuple) else ()
+    return any(isinstance(x, str) and x.removeprefix(IMPORT_PATH) in YAML_MODULES for x in entries)
 
 
 def _refuse_relative(row: Sequence[Any]) -> None:

@@ -6,6 +6,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
+from ..arguments import whole
 from .model import VARIANTS, BiFormer
 
 # No addresses of weights: the authors release them on a file host that has no stable addresses.
@@ -62,14 +63,15 @@ class TimmBiFormer(BiFormer):
         """
         if norm or output_fmt != "NCHW":
             raise ValueError(f"norm must be False and output_fmt 'NCHW', got {norm!r} and {output_fmt!r}")
-        stages = len(self.stages)
-        if isinstance(indices, int) and not 1 <= indices <= stages:
-            raise ValueError(f"indices must be 1 to {stages} last stages, or a list, got {indices}")
-        maps = self.stage_maps(x)
+        count = len(self.stages)
         if indices is None or isinstance(indices, int):
-            intermediates = maps[-(indices or len(maps)) :]
+            wanted = [*range(count)][-(count if indices is None else whole("indices", indices)) :]
         else:
-            intermediates = [maps[stage] for stage in indices]
+            wanted = [*indices]
+        if (isinstance(indices, int) and indices > count) or any(not -count <= i < count for i in wanted):
+            raise ValueError(f"indices must be numbers of the {count} stages, or how many, got {indices!r}")
+        maps = self.stage_maps(x)
+        intermediates = [maps[stage] for stage in wanted]
         return intermediates if intermediates_only else (self.norm(maps[-1]), intermediates)
 
 

@@ -21,7 +21,7 @@ from ..kernels.grid import RegionGrid, is_sure, larger
 from ..kernels.pooling.problem import MAX, MEAN, WEIGHTED
 from ..operators import pooling as operators
 from ..operators.library import is_seen
-from .layers import is_plain
+from .layers import is_plain, is_plain_window
 
 MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool", "fracpool", "conv")
 # The modes that use each number.
@@ -30,6 +30,8 @@ USED_BY = {
     "kv_downsample_ratio": ("avgpool", "maxpool", "fracpool", "conv"),
     "kv_downsample_kernel": ("fracpool", "conv"),
 }
+# Attributes of the modules that determine their parameters, or other attributes.
+FIXED = ("qk_dim", "dim", "mode", "kv_per_win", "ratio", "kernel")
 # Random samples are multiples of 1 / SAMPLE_STEPS, which float32 adds to whole numbers without rounding.
 # Rounding could move the start of a cell by one token and so leave a token in no cell.
 SAMPLE_STEPS = 1024
@@ -68,7 +70,7 @@ def build(
 
 
 class KVDownsampling(nn.Module, ABC):
-    """The base class of the modes.
+    """The base class of the modes. Setting an attribute that `FIXED` names raises AttributeError.
 
     Args:
         qk_dim: channels of the keys.
@@ -81,6 +83,13 @@ class KVDownsampling(nn.Module, ABC):
         self.qk_dim = whole("qk_dim", qk_dim)
         self.dim = whole("dim", dim)
         self.mode = mode
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED and name in vars(self):
+            raise AttributeError(
+                f"{name} cannot be set, got {value!r}: make a new module by downsampling.build(...)"
+            )
+        super().__setattr__(name, value)
 
     @abstractmethod
     def count(self, side: int) -> int:
@@ -373,8 +382,11 @@ class DepthwiseConvolution(FixedCells):
 
 def may_be_bypassed(kv_down: Any) -> bool:
     """Whether a fused backend may compute the down-sampling without calling `kv_down` and its layers."""
-    return isinstance(kv_down, KVDownsampling) and all(
-        is_plain(layer, type(kv_down) if layer is kv_down else nn.Conv2d) for layer in kv_down.modules()
+    if not isinstance(kv_down, KVDownsampling) or not is_plain(kv_down, type(kv_down)):
+        return False
+    return not isinstance(kv_down, DepthwiseConvolution) or all(
+        is_plain_window(layer, width, kv_down.kernel, kv_down.ratio)
+        for layer, width in ((kv_down.key, kv_down.qk_dim), (kv_down.value, kv_down.dim))
     )
 
 

@@ -61,6 +61,22 @@ def is_plain_convolution(layer: Any, groups: int) -> bool:
     )
 
 
+def is_plain_window(layer: Any, dim: int, kernel: int, stride: int) -> bool:
+    """Whether a layer is a plain depthwise convolution of `dim` channels with a bias and without padding.
+
+    It must have a kernel of `kernel` x `kernel` and the given stride.
+    """
+    if not is_plain(layer, nn.Conv2d):
+        return False
+    state = layer.__dict__
+    return (
+        (state["in_channels"], state["out_channels"], state["groups"]) == (dim, dim, dim)
+        and (state["kernel_size"], state["stride"]) == ((kernel, kernel), (stride, stride))
+        and (state["padding"], state["dilation"]) == ((0, 0), (1, 1))
+        and plain_parameters(layer)[1] is not None
+    )
+
+
 def plain_parameters(layer: Any) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of a plain layer."""
     parameters = layer._parameters

@@ -1,8 +1,10 @@
 """The drop-in module for NHWC maps, with the original's arguments and `state_dict` keys."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -219,13 +221,14 @@ class BiLevelRoutingAttention(Attention):
             ret_attn_mask = flag("ret_attn_mask", ret_attn_mask)
         x = self._map_of(x)
         check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
+        given, padding, grid = self._padded(x)
         # `x += attention(x)` must work in training, as it does with the original, which projects a copy of x.
-        kept = for_keeping(x, self._modules["qkv"])
-        call = self._call(self._project(kept), self._padding(x))
+        kept = for_keeping(x, self._modules["qkv"]) if given is x else given
+        call = self._call(self._project(kept), padding, grid)
         if ret_attn_mask:
             scored = reference.attend(call)
-            return self._out(scored.out, call), *scored[1:]
-        return self._out(attend(call, self._backend), call)
+            return self._out(scored.out, call, x), *scored[1:]
+        return self._out(attend(call, self._backend), call, x)
 
     def grid(self, x: Tensor) -> RegionGrid:
         """The regions of a map, as `forward` takes it; raises ValueError if it cannot be cut into regions."""
@@ -246,9 +249,11 @@ class BiLevelRoutingAttention(Attention):
         # The original's projection returns two tensors: queries, and keys and values side by side.
         return torch.cat(qkv, dim=-1) if isinstance(qkv, tuple) else qkv
 
-    def _out(self, out: Tensor, call: Call) -> Tensor:
+    def _out(self, out: Tensor, call: Call, x: Tensor) -> Tensor:
         if call.lepe_weight is None:
             out = self._with_lepe(out, call)
+        if call.given_grid is not None:  # `_padded` has padded the map
+            out = out[:, : x.shape[1], : x.shape[2]]
         return self._of_map(apply("wo", self._modules["wo"], out, self._call_linear))
 
     def _call_linear(self, layer: Any, x: Tensor) -> Any:
@@ -266,17 +271,24 @@ class BiLevelRoutingAttention(Attention):
         return layer(x)
 
     def call_of(self, x: Tensor) -> Call:
-        """The `Call` that `forward` hands to a backend, for tools that inspect it."""
+        """The `Call` of a map, for tools that inspect it; its padding is never a part of the map itself.
+
+        `forward` hands the same call to a backend, unless it pads the map (`_padded`).
+        """
         x = self._map_of(x)
         check_shape(x, "(N, H, W, dim)", 3, self.spec.dim)
-        return self._call(self._project(x), self._padding(x))
+        given, padding, _ = self._padded(x)
+        qkv = self._project(given)
+        if given is not x:
+            qkv, padding = qkv[:, : x.shape[1], : x.shape[2]], self._zero_token(x)
+        return self._call(qkv, padding)
 
-    def _call(self, qkv: Tensor, padding: Tensor | None) -> Call:
+    def _call(self, qkv: Tensor, padding: Tensor | None, grid: RegionGrid | None = None) -> Call:
         """Makes a `Call`. It holds a layer's parameters or, if the layer must be called, the layer itself."""
         modules: dict[str, Any] = self._modules
         router, kv_down = modules["router"], modules["kv_down"]
         weight, bias = lepe_parameters(modules.get("lepe"), self.spec.dim)
-        call = Call(qkv, self.spec, weight, bias, padding)
+        call = Call(qkv, self.spec, weight, bias, padding, given_grid=grid)
         if not is_plain(router, TopkRouting):
             call.router, call.calls = self._route, "router"
         elif not is_plain(emb := router._modules["emb"], nn.Identity):
@@ -297,8 +309,18 @@ class BiLevelRoutingAttention(Attention):
         r_weight, r_idx = in_dtype_of(self.router, query, key)
         return r_weight, r_idx.long()
 
-    def _padding(self, x: Tensor) -> Tensor | None:
-        """The packed row `(2*qk_dim + dim,)` of a padding token, projected from zeros; None without padding.
+    def _padded(self, x: Tensor) -> tuple[Tensor, Tensor | None, RegionGrid | None]:
+        """What to project for a map `(N, H, W, dim)`, and how it is padded.
+
+        If the projection is a plain linear layer, its bias is what padding tokens hold, and no map is padded.
+        Any other projection, such as an adapter or a hooked layer, is called on the padded map, as in the
+        original: only once, so that a hook sees one call, and a layer that changes in every call (spectral
+        norm) is the same for all tokens. A recorded graph calls it on a zero token instead, because the graph
+        must serve sizes that need padding and sizes that do not.
+
+        Returns:
+            `x` or the padded map; the packed row `(2*qk_dim + dim,)` of padding tokens outside of this map,
+            or None; and the regions of the map, if it was padded.
 
         Raises:
             ValueError: if the map needs padding and `auto_pad` is False.
@@ -306,12 +328,20 @@ class BiLevelRoutingAttention(Attention):
         _, height, width, _ = x.shape
         rows, columns = self.spec.windows
         if is_sure(height % rows == 0) and is_sure(width % columns == 0):
-            return None
+            return x, None, None
         if not self.auto_pad:
             RegionGrid.of_windows(height, width, self.spec.n_win, auto_pad=False)
-            return None
+            return x, None, None
         layer: Any = self.qkv.qkv if is_plain(self.qkv, QKVLinear) else None
-        if is_plain(layer, nn.Linear) and layer.bias is not None:
-            return layer.bias
-        # Any other projection, such as an adapter or a quantised layer, is called on a zero token.
-        return self._project(torch.zeros(1, self.spec.dim, dtype=x.dtype, device=x.device))[0]
+        if is_plain(layer, nn.Linear):
+            return x, x.new_zeros(self.spec.packed_dim) if layer.bias is None else layer.bias, None
+        if not is_eager():
+            return x, self._zero_token(x), None
+        grid = RegionGrid.of_windows(height, width, self.spec.n_win)
+        bottom, right = grid.padding
+        whole = replace(grid, height=height + bottom, width=width + right)
+        return F.pad(x, (0, 0, 0, right, 0, bottom)), None, whole
+
+    def _zero_token(self, x: Tensor) -> Tensor:
+        """What the projection makes of a zero token, `(2*qk_dim + dim,)`."""
+        return self._project(x.new_zeros(1, 1, 1, self.spec.dim))[0, 0, 0]

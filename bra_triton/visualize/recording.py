@@ -87,7 +87,7 @@ class LayerAttention:
             `(num_heads, H_kv, W_kv)` float32.
         """
         high, wide = self.kv_grid.region_height, self.kv_grid.region_width
-        heat = torch.full((self.num_heads, self.kv_grid.n_regions, high, wide), torch.nan)
+        heat = self.weights.new_full((self.num_heads, self.kv_grid.n_regions, high, wide), torch.nan)
         heat[:, self.r_idx[region]] = self.weights[:, region, token].unflatten(-1, (self.topk, high, wide))
         return rearrange(heat, "m (j i) h w -> m (j h) (i w)", j=self.kv_grid.rows)
 

@@ -76,6 +76,11 @@ def _set(kind=BiLevelRoutingAttention, **attribute):
         setattr(module, name, value)
 
 
+def _reduced(**attribute):
+    for name, value in attribute.items():
+        setattr(downsampling.build("avgpool", 16, 16), name, value)
+
+
 def _called(**layer):
     module = BiLevelRoutingAttention(16, 2, 2, topk=2, backend="torch")
     for name, value in layer.items():
@@ -127,6 +132,7 @@ def _without(values, *allowed):
     return tuple(x for x in values if not any(x is a for a in allowed))
 
 
+MAPS_OF = ((_nhwc, MAP), (_nchw, NCHW_MAP), (_tokens, TOKENS))
 # Rows: the call, an argument, bad values for it, and other arguments without which it would not be used.
 TABLE = [
     *((_nhwc, name, NOT_WHOLE, {}) for name in ("dim", "num_heads", "n_win", "topk")),
@@ -154,6 +160,7 @@ TABLE = [
     (_nhwc, "param_routing", (True,), {"diff_routing": False}),
     (_nhwc, "backend", NOT_NAMES, {}),
     (_nhwc, "x", _not_tensors(1, 4, 4, 16), {}),
+    *((call, "x", (x.to_mkldnn(), torch.nested.nested_tensor([*x])), {}) for call, x in MAPS_OF),
     (_nhwc, "x", (torch.ones(1, 4, 4, 16).half(), torch.ones(1, 4, 4, 16).double()), {}),
     *((_nchw, name, NOT_WHOLE, {}) for name in ("dim", "num_heads", "n_win", "topk")),
     (_nchw, "n_win", (5,), {}),
@@ -203,7 +210,7 @@ TABLE = [
     (_attend, "kv_downsampling", ("avgpool", nn.AvgPool2d(2), 2, torch.ones(2)), {}),
     (_attend, "kv_downsampling", (downsampling.build("avgpool", 8, 16, ratio=2),), {}),
     (_attend, "kv_downsampling", (downsampling.build("conv", 16, 16, ratio=2).to("meta"),), {}),
-    (_regional, "query", _not_tensors(1, 8, 4, 4), {}),
+    (_regional, "query", (*_not_tensors(1, 8, 4, 4), torch.nested.nested_tensor([torch.ones(8, 4, 4)])), {}),
     *((_regional, name, _not_beside_others(1, 8, 4, 4), {}) for name in ("key", "value")),
     *((_regional, name, (torch.ones(1, 8, 4, 4).half(), None), {}) for name in ("key", "value")),
     (_regional, "key", (torch.ones(1, 6, 4, 4), torch.ones(2, 8, 4, 4)), {}),
@@ -236,6 +243,7 @@ TABLE = [
     (_set, "dim", (16, nn.Parameter(torch.ones(()))), {}),
     (_set, "backend", NOT_NAMES, {}),
     (_set, "lepe", (torch.zeros_like, "lepe"), {}),
+    (_reduced, "ratio", (2, 0, None, "2"), {}),
     (_called, "lepe", (nn.Conv2d(16, 16, 3), nn.Linear(2, 2)), {}),
     (_called, "qkv", (nn.Linear(16, 32), nn.Linear(2, 2)), {}),
     (_called, "wo", (nn.Linear(2, 2),), {}),

@@ -9,6 +9,7 @@ from problems import relative_error
 from torch import nn
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bra_triton.modules import downsampling
 
 SIZE = {"dim": 12, "num_heads": 2, "n_win": 2, "topk": 2}
 # Not compared: two modules of the original's that only its gathering and softmax use.
@@ -130,6 +131,23 @@ def test_what_would_have_no_effect_is_refused(path, message):
 def test_what_would_have_no_effect_on_the_nchw_form_is_refused(name):
     with pytest.raises(AttributeError, match=f"{name} cannot be set"):
         setattr(NCHWBiLevelRoutingAttention(12, 2), name, True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        *(("ada_avgpool", name) for name in ("kv_per_win", "mode", "qk_dim", "dim")),
+        ("avgpool", "ratio"),
+        ("fracpool", "ratio"),  # another attribute holds the ratio as a fraction
+        ("fracpool", "kernel"),
+        ("conv", "ratio"),  # the layers' strides would stay
+        ("conv", "kernel"),
+    ],
+)
+def test_a_down_sampling_is_made_anew_not_set(mode, name):
+    module = downsampling.build(mode, 12, 12, ratio=2)
+    with pytest.raises(AttributeError, match=f"{name} cannot be set, got 3: make a new module by downsam"):
+        setattr(module, name, 3)
 
 
 def test_a_routers_layer_needs_gradients_through_the_routing():

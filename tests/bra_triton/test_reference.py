@@ -119,3 +119,9 @@ class TestModes:
         module = self._module(kv_downsample_mode=mode, kv_per_win=2, kv_downsample_ratio=2)
         _, _, _, attn_weight = module(self.x, ret_attn_mask=True)
         assert attn_weight.shape == (4, 2, 16, 2 * keys)
+
+
+def test_a_map_without_data_is_taken():
+    """As summaries and initialisation on the device "meta" do it; autocast does not know this device."""
+    module = BiLevelRoutingAttention(12, 2, n_win=2, topk=2, backend="reference").to("meta")
+    assert module(torch.empty(1, 4, 6, 12, device="meta")).shape == (1, 4, 6, 12)

@@ -35,6 +35,29 @@ def test_symbolic_trace_keeps_it_as_a_leaf(kind):
     assert torch.equal(traced(x), model(x))
 
 
+class WithArguments(nn.Module):
+    def __init__(self, attn, arguments):
+        super().__init__()
+        self.attn, self.arguments = attn, arguments
+
+    def forward(self, x):
+        return self.attn(x, **self.arguments)
+
+
+@every_kind
+def test_a_trace_passes_the_other_arguments_on(kind):
+    model, x = WithArguments(kind(**SIZE), {"ret_attn_mask": True}), torch.randn(MAPS[kind])
+    traced = torch.fx.symbolic_trace(model)(x)
+    assert all(torch.equal(a, b) for a, b in zip(traced, model(x), strict=True))
+
+
+@pytest.mark.parametrize("arguments", [{"attn_mask": torch.ones(16, 16)}, {"is_causal": True}], ids=[*"mc"])
+def test_a_traced_mask_is_refused_as_any_other(arguments):
+    traced = torch.fx.symbolic_trace(WithArguments(TokenBiLevelRoutingAttention(**SIZE), arguments))
+    with pytest.raises(ValueError, match="attn_mask must be None and is_causal False"):
+        traced(torch.randn(1, 16, 12))
+
+
 @every_kind
 def test_symbolic_trace_keeps_the_arguments_of_the_leaf(kind):
     class Mapped(Block):

@@ -123,6 +123,21 @@ def test_no_setting_of_the_process_is_touched(name, backend, device, monkeypatch
 
 
 @every_module
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_no_tensor_is_made_with_the_defaults_of_the_process(name, backend, device):
+    """`torch.set_default_device("cuda")` stands in many scripts, also where a model is on the CPU."""
+    module, x, grad_out = _problem(name, backend, device)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            actual = run(module, x, grad_out)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = run(module, x, grad_out)  # the second, so that it makes no tensor that is kept for the first
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+@every_module
 @every_backend
 @pytest.mark.parametrize("path", ["eager", "operators"])
 def test_a_second_derivative_is_refused_not_zero(path, name, backend, device):

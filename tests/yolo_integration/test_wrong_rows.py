@@ -143,7 +143,7 @@ def test_without_the_import_the_error_of_a_packaged_yaml_says_what_to_import(fre
             ([-1, repeats, "C2BRA", [64]], "repeats must be an int of at least 1, got ")
             for repeats in (0, -1, 1.5, True, "2", None)
         ),
-        ([-1, 1, "nchwBRA"], r"a row is \[from, repeats, module, args\], got 3 entries"),
+        ([-1, 1, "nchwBRA"], r"a row is \[from, repeats, module, args\], in this order, got 3 entries"),
     ],
 )
 def test_wrong_rows_are_explained(row: list, message: str) -> None:
@@ -156,6 +156,20 @@ def test_errors_name_the_row_that_is_wrong_in_the_head_too() -> None:
     yaml = {"nc": 1, "backbone": [right], "head": [right, [-1, 1, "C2BRA", [64, {"e": 0}]]]}
     with pytest.raises(ValueError, match=r"^row 2, \[-1, 1, 'C2BRA', \[64, \{'e': 0\}\]\]: e must be"):
         tasks.parse_model(yaml, ch=3, verbose=False)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [-1, "C2BRA", [64]],  # no repeats; parse_model's own error names no row
+        ["C2BRA", [64]],
+        [-1, 1, [64], "C2BRA"],
+        [-1, 1, "C2BRA"],
+        [-1, 1, "C2BRA", [64], {"topk": 4}],
+    ],
+)
+def test_a_row_of_a_block_has_four_entries_in_their_order(row: list) -> None:
+    assert refusal(row) == f"a row is [from, repeats, module, args], in this order, got {len(row)} entries"
 
 
 def test_errors_of_other_rows_stay_as_they_are() -> None:

@@ -143,10 +143,11 @@ def _region_mask(problem: RoutedAttention[Tensor], hidden: float) -> Tensor:
 
 def _mask(problem: RoutedAttention[Tensor]) -> Tensor:
     """The mask for the CPU, `(n, 1, H*W, L)`: 0 for keys of chosen regions, else minus infinity."""
-    grid = problem.query_grid
-    of_query = _regions(grid)[: grid.height, : grid.width].flatten()
+    grid, device = problem.query_grid, problem.query.device
+    of_query = _regions(grid, device)[: grid.height, : grid.width].flatten()
     # Expand the keys first, while the mask has only one row for each query region, and then the queries.
-    mask = _region_mask(problem, -math.inf).index_select(2, _regions(problem.kv_grid).flatten())
+    of_key = _regions(problem.kv_grid, device).flatten()
+    mask = _region_mask(problem, -math.inf).index_select(2, of_key)
     return mask.index_select(1, of_query)[:, None]
 
 
@@ -194,7 +195,7 @@ def _is_finite(x: Tensor) -> bool:
     return math.isfinite(x.sum(dtype=statistic_dtype(x.dtype)).item())
 
 
-def _regions(grid: RegionGrid) -> Tensor:
+def _regions(grid: RegionGrid, device: torch.device) -> Tensor:
     """The region number of every token of a map with its padding: `(rows*h, columns*w)`."""
-    regions = torch.arange(grid.n_regions).view(grid.rows, grid.columns)
+    regions = torch.arange(grid.n_regions, device=device).view(grid.rows, grid.columns)
     return regions.repeat_interleave(grid.region_height, 0).repeat_interleave(grid.region_width, 1)
