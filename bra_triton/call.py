@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import dense_floats, factor, flag, whole_pair
+from .autocast import without_autocast
 from .export import is_eager
 from .kernels.grid import RegionGrid
 from .kernels.problem import Settings
@@ -155,13 +156,20 @@ class Call:
         return self.router_weight is not None or self.router_layer is not None
 
     def emb(self, means: Tensor) -> Tensor:
-        """Applies the router's layer to region queries or keys `(..., qk_dim)`; keeps their dtype."""
+        """Applies the router's layer to region queries or keys `(..., qk_dim)`; keeps their dtype.
+
+        Raises:
+            ValueError: if the layer returns another shape.
+        """
         if self.router_layer is not None:
-            return in_dtype_of(self.router_layer, means).to(means.dtype)
+            out: Tensor = in_dtype_of(self.router_layer, means).to(means.dtype)
+            if out.shape != means.shape:
+                raise ValueError(f"router.emb must return {tuple(means.shape)}, got {tuple(out.shape)}")
+            return out
         if self.router_weight is None:
             return means
         bias = None if self.router_bias is None else self.router_bias.to(means.dtype)
-        with torch.autocast(means.device.type, enabled=False):
+        with without_autocast(means):
             return F.linear(means, self.router_weight.to(means.dtype), bias)
 
     def check(self) -> None:
@@ -309,6 +317,8 @@ def _check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
         dense_floats(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name} must be (N, C, H, W), got shape {tuple(x.shape)}")
+        if 0 in x.shape[2:]:
+            raise ValueError(f"{name} must have a token, got shape {tuple(x.shape)}")
         for attribute in ("dtype", "device"):
             if getattr(x, attribute) != getattr(query, attribute):
                 raise ValueError(

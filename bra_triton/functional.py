@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from . import reference
-from .arguments import factor, flag, whole
+from .arguments import dense_floats, factor, flag, whole
 from .backend.protocol import Backend
 from .backend.select import check_name, select
 from .call import Call, Known, regional_call
 from .export import is_eager
 from .kernels.bounded import MOST_ENTRIES, Bounded
-from .modules.downsampling import KVDownsampling
+from .modules.downsampling import KVDownsampling, may_be_bypassed
 from .spec import AttentionSpec
 
 T = TypeVar("T")
@@ -79,6 +79,8 @@ def bi_level_routing_attention(
     spec = _made(_spec_of, *dims, num_heads, n_win, topk, scale, soft_routing, diff_routing)
     down = None if type(kv_downsampling) is nn.Identity else kv_downsampling
     call = Call(qkv, spec, lepe_weight, lepe_bias, padding, router_weight, router_bias, down)
+    if isinstance(down, KVDownsampling) and not may_be_bypassed(down):
+        call.calls = "kv_downsampling"
     return attend(call, backend)
 
 
@@ -218,9 +220,7 @@ def _backend_of(call: Call, name: str) -> Backend:
 
 
 def _channels_of(qkv: Tensor) -> int:
-    if not isinstance(qkv, Tensor):
-        raise TypeError(f"qkv must be a tensor, got {qkv!r}")
-    if qkv.dim() != 4:
+    if dense_floats("qkv", qkv).dim() != 4:
         raise ValueError(f"qkv must be (N, H, W, 2*qk_dim + dim), got shape {tuple(qkv.shape)}")
     return qkv.shape[-1]
 

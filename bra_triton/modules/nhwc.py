@@ -294,8 +294,10 @@ class BiLevelRoutingAttention(Attention):
         elif not is_plain(emb := router._modules["emb"], nn.Identity):
             if is_plain(emb, nn.Linear):
                 call.router_weight, call.router_bias = plain_parameters(emb)
-            else:
+            elif self.spec.diff_routing or not any(x.requires_grad for x in emb.parameters()):
                 call.router_layer = emb
+            else:
+                raise ValueError("router.emb needs diff_routing=True, or its parameters get no gradient")
         if not is_plain(kv_down, nn.Identity):
             call.kv_downsampling = kv_down
             if not downsampling.may_be_bypassed(kv_down):

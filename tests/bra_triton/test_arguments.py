@@ -88,6 +88,12 @@ def _called(**layer):
     module(MAP)
 
 
+def _routed_by(emb, **flags):
+    module = BiLevelRoutingAttention(16, 2, 2, topk=2, backend="torch", **flags)
+    module.router.emb = emb
+    module(MAP)
+
+
 def _traced(attention):
     return attention(BiLevelRoutingAttention(16, 2, 2, topk=2))
 
@@ -210,7 +216,9 @@ TABLE = [
     (_attend, "kv_downsampling", ("avgpool", nn.AvgPool2d(2), 2, torch.ones(2)), {}),
     (_attend, "kv_downsampling", (downsampling.build("avgpool", 8, 16, ratio=2),), {}),
     (_attend, "kv_downsampling", (downsampling.build("conv", 16, 16, ratio=2).to("meta"),), {}),
+    (_attend, "qkv", (torch.nested.nested_tensor([torch.ones(4, 4, 48)]),), {}),
     (_regional, "query", (*_not_tensors(1, 8, 4, 4), torch.nested.nested_tensor([torch.ones(8, 4, 4)])), {}),
+    *((_regional, name, (torch.ones(1, 8, 0, 4), torch.ones(1, 8, 4, 0)), {}) for name in ("query", "key")),
     *((_regional, name, _not_beside_others(1, 8, 4, 4), {}) for name in ("key", "value")),
     *((_regional, name, (torch.ones(1, 8, 4, 4).half(), None), {}) for name in ("key", "value")),
     (_regional, "key", (torch.ones(1, 6, 4, 4), torch.ones(2, 8, 4, 4)), {}),
@@ -247,6 +255,8 @@ TABLE = [
     (_called, "lepe", (nn.Conv2d(16, 16, 3), nn.Linear(2, 2)), {}),
     (_called, "qkv", (nn.Linear(16, 32), nn.Linear(2, 2)), {}),
     (_called, "wo", (nn.Linear(2, 2),), {}),
+    (_routed_by, "emb", (nn.Sequential(nn.Linear(16, 16)),), {}),
+    (_routed_by, "emb", (nn.Sequential(nn.Linear(16, 32)),), {"diff_routing": True}),
     (_traced, "attention", (torch.fx.symbolic_trace, torch.jit.script), {}),
 ]
 # Arguments that the error message calls by another name.

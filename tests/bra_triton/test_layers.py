@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize, prune
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.backend import select
+from bra_triton.functional import bi_level_routing_attention
 from bra_triton.modules import downsampling
 from bra_triton.modules.layers import is_plain_convolution
 
@@ -330,6 +331,38 @@ def test_a_projection_of_another_width_is_refused():
     module.qkv = nn.Linear(12, 48)
     with pytest.raises(ValueError, match=r"qkv must have 2\*qk_dim \+ dim = 36 channels, got 48"):
         module(torch.randn(1, 4, 4, 12))
+
+
+def test_a_layer_of_the_router_that_would_get_no_gradient_is_refused():
+    """As a plain one is. A layer without parameters, or with frozen ones, has none to get."""
+    module = BiLevelRoutingAttention(**SIZE, soft_routing=True, backend="torch")
+    module.router.emb = nn.Sequential(nn.Linear(12, 12))
+    with pytest.raises(ValueError, match=r"router\.emb needs diff_routing=True"):
+        module(torch.randn(1, 4, 4, 12))
+    module.router.emb.requires_grad_(False)
+    module(torch.randn(1, 4, 4, 12))
+
+
+@pytest.mark.parametrize("router", [{}, SOFT], ids=["no layer", "router.emb"])
+def test_shapes_alone_are_computed_on_the_device_meta(router):
+    module = BiLevelRoutingAttention(**SIZE, **router, backend="reference").to("meta")
+    assert module(torch.empty(2, 4, 4, 12, device="meta")).shape == (2, 4, 4, 12)
+
+
+@pytest.mark.parametrize("change", ["hooked", "replaced"])
+def test_the_function_calls_a_down_sampling_that_is_not_plain(change):
+    kv_down, called = downsampling.build("conv", 12, 12, ratio=2), []
+    if change == "replaced":
+        kv_down.key = nn.Conv2d(12, 12, 2, stride=2, padding=1, groups=12)
+        kv_down.value = nn.Conv2d(12, 12, 2, stride=2, padding=1, groups=12)
+    kv_down.key.register_forward_hook(lambda *_: called.append("key"))
+    qkv, numbers = torch.randn(1, 8, 8, 36), {"num_heads": 2, "n_win": 2, "topk": 2}
+    fused, expected = (
+        bi_level_routing_attention(qkv, **numbers, kv_downsampling=kv_down, backend=backend)
+        for backend in ("torch", "reference")
+    )
+    assert torch.equal(fused, expected)
+    assert called == ["key", "key"]
 
 
 def test_the_originals_projection_in_ours():
