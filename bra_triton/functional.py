@@ -11,10 +11,11 @@ from . import reference
 from .arguments import dense_floats, factor, flag, whole
 from .backend.protocol import Backend
 from .backend.select import check_name, select
-from .call import Call, Known, regional_call
+from .call import Call, Known
 from .export import is_eager
 from .kernels.bounded import MOST_ENTRIES, Bounded
 from .modules.downsampling import KVDownsampling, may_be_bypassed
+from .regional_call import regional_call
 from .spec import AttentionSpec
 
 T = TypeVar("T")

@@ -18,8 +18,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .autocast import without_autocast
-from .call import Call, RegionalCall, Request
+from .call import Call, Request
 from .kernels.grid import RegionGrid
+from .regional_call import RegionalCall
 from .topk import select_topk
 
 

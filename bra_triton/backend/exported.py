@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..call import Call, RegionalCall, Request
+from ..call import Call, Request
 from ..kernels.grid import RegionGrid
+from ..regional_call import RegionalCall
 from .torch.masked import is_cheaper_for
 
 # A mask is used only if the map has at most this many regions for each chosen one. With `n_win` regions a

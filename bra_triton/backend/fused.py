@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..call import Call, RegionalCall, Request
+from ..call import Call, Request
 from ..kernels.problem import PackedAttention
 from ..operators import routing as routing_operators
 from ..operators.attention import attend
 from ..operators.regional import attend_regional
+from ..regional_call import RegionalCall
 from .availability import why_not_triton
 
 

@@ -4,7 +4,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..call import Call, RegionalCall, Request
+from ..call import Call, Request
+from ..regional_call import RegionalCall
 
 
 class Backend(Protocol):

@@ -10,10 +10,11 @@ import torch
 from bra_triton import functional
 from bra_triton.backend import availability
 from bra_triton.backend import select as selection
-from bra_triton.call import Call, RegionalCall
+from bra_triton.call import Call
 from bra_triton.kernels.bounded import Bounded
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.modules import downsampling
+from bra_triton.regional_call import RegionalCall
 from bra_triton.spec import AttentionSpec
 
 

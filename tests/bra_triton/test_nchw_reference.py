@@ -7,8 +7,9 @@ from regional_problems import REGIONAL_CASES
 from torch import nn
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, reference
-from bra_triton.call import Call, regional_call
+from bra_triton.call import Call
 from bra_triton.kernels.grid import RegionGrid
+from bra_triton.regional_call import regional_call
 from bra_triton.spec import AttentionSpec
 
 # Rounding of float64 gives some 1e-16 at these sizes.
