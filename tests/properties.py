@@ -104,12 +104,12 @@ def judge(errors, drawn):
 
 
 class WithValues(nn.Module):
-    """A projection whose results are given, for the map and for padding; its gradients are those of `exact`.
+    """A projection whose results are given; its gradients are those of `exact`.
 
     Args:
         exact: the projection.
         values: the result for the map.
-        padding: the result for a token of zeros; None if the module never projects one.
+        padding: the result for a token of zeros; None if the module pads no map before the projection.
     """
 
     def __init__(self, exact, values, padding=None):
@@ -117,8 +117,10 @@ class WithValues(nn.Module):
         self.exact, self.values, self.padding = exact, values, padding
 
     def forward(self, x):
-        exact = self.exact(x)
-        values = self.values if exact.dim() == self.values.dim() else self.padding
+        exact, values = self.exact(x), self.values
+        if exact.shape != values.shape:
+            values = self.padding.expand(exact.shape).clone()
+            values[:, : self.values.shape[1], : self.values.shape[2]] = self.values
         return exact + (values - exact).detach()
 
 

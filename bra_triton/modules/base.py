@@ -21,7 +21,7 @@ FIXED_BY_PARAMETERS = "it determines the parameters' shapes; pass it to the cons
 NEVER_CALLED = "no backend calls it, so it would have no effect"
 # Attributes that must hold a module. Only `lepe` can also be None: no LePE, for which the original stores a
 # function.
-_LAYERS = ("lepe", "qkv", "wo", "router", "kv_down", "qkv_linear", "output_linear")
+_LAYERS = ("lepe", "qkv", "wo", "router", "emb", "kv_down", "qkv_linear", "output_linear")
 
 
 def number(name: str) -> property:
@@ -37,7 +37,10 @@ def number(name: str) -> property:
 
 
 class Specified(nn.Module):
-    """A module with a specification. Setting an attribute that `_fixed` names raises AttributeError.
+    """A module with a specification.
+
+    Setting an attribute that `_fixed` names raises AttributeError; setting a layer to anything but a module
+    raises TypeError.
 
     Attributes:
         spec: the numbers that define the attention.
@@ -51,6 +54,8 @@ class Specified(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._fixed:
             raise AttributeError(f"{name} cannot be set, got {value!r}: {self._fixed[name]}")
+        if name in _LAYERS and not isinstance(value, nn.Module) and not (name == "lepe" and value is None):
+            raise TypeError(f"{name} must be an nn.Module, got {value!r}")
         if isinstance(getattr(type(self), name, None), property):
             # nn.Module would register a parameter or a module under this name and not call the setter.
             object.__setattr__(self, name, value)
@@ -102,8 +107,6 @@ class Attention(Specified, TakesNames):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "auto_pad":
             value = flag(name, value)
-        if name in _LAYERS and not isinstance(value, nn.Module) and not (name == "lepe" and value is None):
-            raise TypeError(f"{name} must be an nn.Module, got {value!r}")
         super().__setattr__(name, value)
 
     def settable(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from properties import (
     run,
 )
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from bra_triton import BiLevelRoutingAttention, functional, reference
 from bra_triton.backend.select import BACKENDS
@@ -157,12 +158,21 @@ def _module_errors(drawn, backend):
     grad_out = drawn.grad_layout.of(torch.randn(x.shape).to(drawn.dtype).double())
 
     projections = []
-    module.qkv.register_forward_hook(lambda _module, _inputs, output: projections.append(output.detach()))
-    actual = run(
-        module, drawn.layout.of(x.to(drawn.dtype)), drawn.grad_layout.of(grad_out.to(drawn.dtype)), drawn.seed
-    )
-    # Because of the hook the module calls its projection twice: for the map, then for a padding token.
-    projected, padding = projections[0], projections[1][0] if drawn.grid.is_padded else None
+
+    def seen(layer, inputs, output):
+        if layer is module.qkv:
+            projections.append(output.detach())
+
+    # A hook on the projection itself would make the module pad the map, as the oracle does below.
+    with register_module_forward_hook(seen):
+        actual = run(
+            module,
+            drawn.layout.of(x.to(drawn.dtype)),
+            drawn.grad_layout.of(grad_out.to(drawn.dtype)),
+            drawn.seed,
+        )
+    (projected,) = projections
+    padding = module.qkv.qkv.bias.detach() if drawn.grid.is_padded else None
     errors = {"projection": relative_error(projected, oracle.qkv(x))}
 
     # Use the rounded projection from here on: the exact one may have other routes and other maxima.

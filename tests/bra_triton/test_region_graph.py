@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bra_triton import call
+from bra_triton import regional_call
 from bra_triton.functional import regional_routing_attention
 
 BACKENDS = ("torch", "triton", "reference")
@@ -52,7 +52,7 @@ def test_an_entry_outside_is_an_error(entry, dtype, backend, device, monkeypatch
 @every_backend
 @pytest.mark.parametrize("entry", [2**32, -1, 9])
 def test_where_values_are_not_looked_at_it_counts_as_the_nearest_region(entry, backend, device, monkeypatch):
-    monkeypatch.setattr(call, "_has_values", lambda x: False)
+    monkeypatch.setattr(regional_call, "_has_values", lambda x: False)
     maps = _maps(device)
     expected = _results(maps, _graph(device, min(max(entry, 0), 3)), backend)
     actual = _results(maps, _graph(device, entry), backend)
