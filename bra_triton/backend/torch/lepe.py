@@ -1,5 +1,6 @@
 """LePE of the torch backend: PyTorch's convolution, on any device and in any floating dtype."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -28,8 +29,9 @@ class LepeGradients(NamedTuple):
 
 def lepe_forward(attention: Tensor, lepe: Lepe[Tensor]) -> Tensor:
     """The sum of the attention's output `(N, H, W, dim)` and the convolution of the values."""
-    x, weight = _in_fast_dtype(_values_in_reach(lepe)), _in_fast_dtype(lepe.weight)
-    bias = None if lepe.bias is None else _in_fast_dtype(lepe.bias)
+    x, weight, bias = _values_in_reach(lepe), lepe.weight, lepe.bias
+    if devices.kind(x) == "cpu" and not _is_native(x.dtype):
+        x, weight, bias = _in_float32(x), _in_float32(weight), None if bias is None else _in_float32(bias)
     out = _convolve(_channels_last(x), weight, bias).permute(0, 2, 3, 1)
     out = out[:, : lepe.grid.height, : lepe.grid.width]
     if devices.kind(out) == "cuda":  # the convolution returns NCHW memory: one launch transposes and adds
@@ -79,7 +81,8 @@ _Derived = tuple[Tensor, Tensor | None, Tensor | None]
 
 def _derive_on_cpu(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> _Derived:
     """As `derive_by_taps`, but four to five times as fast."""
-    grad, x, weight = (_in_fast_dtype(each) for each in (grad, x, weight))
+    # In float16 these gradients take fifty times as long on every processor.
+    grad, x, weight = (_in_float32(each) for each in (grad, x, weight))
     # Compute the bias's gradient separately, by a sum. oneDNN takes up to 50 times as long for it as the sum
     # (8 x 56 x 56 x 64, one core).
     grad_bias = grad.sum((0, 2, 3), dtype=statistic_dtype(grad.dtype)) if wanted[1] else None
@@ -99,15 +102,23 @@ def _derive_on_cpu(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, 
 _FAST_COLUMNS = 3
 
 
-def _in_fast_dtype(x: Tensor) -> Tensor:
-    """A tensor in the dtype in which convolutions with it are fast: on the CPU, float32 for half precision.
+def _in_float32(x: Tensor) -> Tensor:
+    return x.to(statistic_dtype(x.dtype))
 
-    Only some processors convolve in half precision. On all others a forward and a backward take some fifty
-    times as long as in float32, and the gradients of float16 do on every processor (8 x 28 x 28 x 128, x86
-    with AVX2 and with AVX-512). Where bfloat16 is native, a forward takes up to twice as long by float32, of
-    which most is the conversion.
+
+@cache
+def _is_native(dtype: torch.dtype) -> bool:
+    """Whether oneDNN convolves in this dtype on this processor.
+
+    If not, PyTorch's own convolution in half precision takes fifty times as long as in float32 (x86, AVX2,
+    8 x 28 x 28 x 128). If it does, a forward takes up to twice as long in float32, mostly for the conversion.
     """
-    return x.to(statistic_dtype(x.dtype)) if devices.kind(x) == "cpu" else x
+    if dtype not in _HALVES:
+        return True
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, _HALVES[dtype])())
+
+
+_HALVES = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 
 def _weight_gradient_by_columns(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
