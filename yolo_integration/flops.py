@@ -10,6 +10,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.modules.downsampling import KVDownsampling
+from bra_triton.modules.nhwc import QKVLinear
 
 from .modules import has_attention
 
@@ -31,6 +32,10 @@ def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> 
     routing = settings.region_logits * spec.qk_dim
     attention = settings.token_scores(keys.region_tokens) * (spec.qk_dim + spec.dim)
     module.total_ops += len(inputs[0]) * (routing + attention)
+    if isinstance(module, BiLevelRoutingAttention) and type(module.qkv) is QKVLinear:
+        # The profiler's hooks make the module project its padding, too; without them it projects none.
+        padding = grid.n_regions * grid.region_tokens - grid.height * grid.width
+        module.total_ops -= len(inputs[0]) * padding * spec.dim * spec.packed_dim
 
 
 def at_real_size(original: Callable[..., float], model: nn.Module, imgsz: Any = 640) -> float:

@@ -171,7 +171,7 @@ def _module_errors(drawn, backend):
             drawn.grad_layout.of(grad_out.to(drawn.dtype)),
             drawn.seed,
         )
-    (projected,) = projections
+    projected = projections[0]  # there are more if the call is checkpointed
     padding = module.qkv.qkv.bias.detach() if drawn.grid.is_padded else None
     errors = {"projection": relative_error(projected, oracle.qkv(x))}
 

@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 from modes import INTERPRETED, MODES, ON_GPU, Mode
-from modules import nchw_call, region_means, run
+from modules import region_means, run
 from problems import relative_error, worst
 
 # Rounding of float32 gives 1e-7 to 1e-6, and so should tf32x3 on tensor cores; a wrong tail, mask or scale
@@ -81,11 +81,7 @@ def routing_margin(oracle, x, topk):
 
 
 def region_logits(oracle, x):
-    if hasattr(oracle, "qkv_linear"):
-        call = nchw_call(oracle, oracle.qkv_linear(x))
-    else:
-        call = oracle._call(oracle.qkv(x), oracle._padding(x))
-    query, key = region_means(call)
+    query, key = region_means(oracle.call_of(x))
     return query @ key.transpose(1, 2)
 
 
