@@ -20,7 +20,7 @@ def register_rule() -> None:
     with contextlib.suppress(ImportError):
         from thop.profile import register_hooks
 
-        register_hooks[BiLevelRoutingAttention] = count_attention
+        register_hooks[BiLevelRoutingAttention] = _count_profiled
         register_hooks[NCHWBiLevelRoutingAttention] = count_attention
 
 
@@ -32,8 +32,13 @@ def count_attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> 
     routing = settings.region_logits * spec.qk_dim
     attention = settings.token_scores(keys.region_tokens) * (spec.qk_dim + spec.dim)
     module.total_ops += len(inputs[0]) * (routing + attention)
-    if isinstance(module, BiLevelRoutingAttention) and type(module.qkv) is QKVLinear:
-        # The profiler's hooks make the module project its padding, too; without them it projects none.
+
+
+def _count_profiled(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """As `count_attention`, less the projection of padding, which only the profiler's hooks cause."""
+    count_attention(module, inputs, output)
+    if type(module.qkv) is QKVLinear:
+        grid, spec = module.grid(inputs[0]), module.spec
         padding = grid.n_regions * grid.region_tokens - grid.height * grid.width
         module.total_ops -= len(inputs[0]) * padding * spec.dim * spec.packed_dim
 
