@@ -129,7 +129,12 @@ def dense_floats(name: str, x: Any) -> Tensor:
         raise TypeError(f"{name} must be a tensor, got {x!r}")
     if x.dtype not in FLOATS:
         raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    check_dense(name, x)
+    return x
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """Raises ValueError for a tensor of another layout; a nested tensor, too, says that it is strided."""
     if x.is_nested or x.layout != torch.strided:
         kind = "a nested tensor" if x.is_nested else x.layout
         raise ValueError(f"{name} must be dense (torch.strided), got {kind}")
-    return x

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_dense
 from ..export import is_eager
 
 
 def check_shape(x: Tensor, axes: str, channel_axis: int, dim: int) -> None:
     """Raises ValueError unless `x` is dense, with four axes, `axes`, and `dim` channels."""
-    if x.is_nested or x.layout != torch.strided:
-        kind = "a nested tensor" if x.is_nested else x.layout
-        raise ValueError(f"x must be dense (torch.strided), {axes}, got {kind}")
+    check_dense("x", x)
     if x.dim() != 4 or x.shape[channel_axis] != dim:
         raise ValueError(f"x must be {axes} with dim={dim}, got shape {tuple(x.shape)}")
 
