@@ -125,7 +125,9 @@ def _maximum_along(x: Tensor, dim: int, cells: Tensor, largest: int | None) -> t
 
 
 def _window_maxima_on_cpu(x: Tensor, dim: int, cells: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """As `window_maxima`, but 3 to 20 times as fast: on the CPU `max_pool2d` is vectorised, and `max` is not.
+    """As `window_maxima`, but faster: on the CPU `max_pool2d` is vectorised, and `max` is not.
+
+    It takes a fourth to a twentieth of the time, in float64 half to a fifth (maps of 40 to 56 tokens a side).
 
     Of several NaN in a cell the last one is the maximum, not the first.
     """
