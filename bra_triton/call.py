@@ -142,10 +142,14 @@ class Call:
             None if self.padding is None else _kind(self.padding),
             None if self.router_weight is None else _kind(self.router_weight),
             None if self.router_bias is None else _kind(self.router_bias),
-            None if down is None or self.calls else (down.qk_dim, down.dim),
+            None if down is None or self._is_foreign(down) else (down.qk_dim, down.dim),
             self.given_grid,
             self.calls,
         )
+
+    def _is_foreign(self, down: nn.Module) -> bool:
+        """Whether somebody else's layer, which has no numbers to check, is to be called for down-sampling."""
+        return bool(self.calls) and not isinstance(down, KVDownsampling)
 
     @property
     def has_router_layer(self) -> bool:
@@ -182,31 +186,31 @@ class Call:
                 f"qkv must have 2*qk_dim + dim = {spec.packed_dim} channels, got {qkv.shape[-1]}"
             )
         _check_shape("padding", self.padding, (spec.packed_dim,))
-        _check_shape("router_weight", self.router_weight, (spec.qk_dim, spec.qk_dim))
-        _check_shape("router_bias", self.router_bias, (spec.qk_dim,))
+        # Modules pass the parameters of their router's layer under these names.
+        _check_shape("router_weight (router.emb.weight)", self.router_weight, (spec.qk_dim, spec.qk_dim))
+        _check_shape("router_bias (router.emb.bias)", self.router_bias, (spec.qk_dim,))
         _check_lepe(self.lepe_weight, self.lepe_bias, spec.dim)
         if self.router_weight is not None and not spec.diff_routing:
             raise ValueError("router_weight needs diff_routing=True, or it gets no gradient")
         if self.router_weight is None and self.router_bias is not None:
             raise ValueError("router_bias needs router_weight, got router_weight=None")
         down = self.kv_downsampling
-        if self.calls:
+        if down is None or self._is_foreign(down):
             return
-        # PyTorch 2.8 cannot compile `KVDownsampling | None`.
-        if down is not None and not isinstance(down, KVDownsampling):
+        if not isinstance(down, KVDownsampling):
             raise TypeError(f"kv_downsampling must be a module made by downsampling.build, got {down!r}")
-        if down is not None and (down.qk_dim, down.dim) != (spec.qk_dim, spec.dim):
+        if (down.qk_dim, down.dim) != (spec.qk_dim, spec.dim):
             raise ValueError(
                 f"kv_downsampling must be for qk_dim={spec.qk_dim} and dim={spec.dim}, got {down.qk_dim} and "
                 f"{down.dim}"
             )
 
 
-def in_dtype_of(layer: nn.Module, *means: Tensor) -> Any:
-    """Calls a layer with region queries or keys, cast to its parameters' dtype, which may be less precise."""
-    dtypes = (p.dtype for p in layer.parameters() if p.is_floating_point())
-    dtype = next(dtypes, means[0].dtype)
-    return layer(*(x.to(dtype) for x in means))
+def in_dtype_of(layer: nn.Module, *tensors: Tensor) -> Any:
+    """Calls a layer with tensors cast to its parameters' dtype, which may be less precise than theirs."""
+    # PyTorch 2.8 cannot compile `next` with a default.
+    dtypes = [p.dtype for p in layer.parameters() if p.is_floating_point()]
+    return layer(*(x.to(dtypes[0]) if dtypes else x for x in tensors))
 
 
 def _kind(x: Tensor) -> tuple[Any, ...]:

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from .autocast import without_autocast
-from .call import Call, Request
+from .call import Call, Request, in_dtype_of
 from .kernels.grid import RegionGrid
 from .regional_call import RegionalCall
 from .topk import select_topk
@@ -142,7 +142,9 @@ def _attend_to(call: Call, r_idx: Tensor, factor: Tensor | None) -> tuple[Tensor
     spec, grid, heads = call.spec, call.grid, {"m": call.spec.num_heads}
     query, key_value = _split_regions(padded(call), grid).split([spec.qk_dim, spec.qk_dim + spec.dim], dim=-1)
     # Reduce keys and values together, because they share the random samples of fractional pooling.
-    reduced = _reduced(call.kv_downsampling, rearrange(key_value, "n r h w c -> (n r) c h w"))
+    reduced = rearrange(key_value, "n r h w c -> (n r) c h w")
+    if call.kv_downsampling is not None:
+        reduced = in_dtype_of(call.kv_downsampling, reduced).to(key_value.dtype)
     key_value = rearrange(reduced, "(n r) c h w -> n r (h w) c", r=grid.n_regions)
     image = rearrange(torch.arange(r_idx.shape[0], device=r_idx.device), "n -> n 1 1")
     chosen = key_value[image, r_idx]  # (n, r, t, s, c)
@@ -162,15 +164,6 @@ def _attend_to(call: Call, r_idx: Tensor, factor: Tensor | None) -> tuple[Tensor
         h=grid.region_height,
     )
     return out, attn_weight
-
-
-def _reduced(kv_down: nn.Module | None, x: Tensor) -> Tensor:
-    """Keys and values of regions, `(B, qk_dim + dim, h, w)`, reduced in the dtype of `kv_down`, then cast."""
-    if kv_down is None:
-        return x
-    parameters = [*kv_down.parameters()]  # PyTorch 2.8 cannot compile `next` with a default
-    reduced: Tensor = kv_down(x.to(parameters[0].dtype) if parameters else x)
-    return reduced.to(x.dtype)
 
 
 def padded(call: Call) -> Tensor:

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import reference
-from ..call import Call
+from ..call import Call, in_dtype_of
 from ..kernels.grid import RegionGrid
 from ..modules.base import Attention
 
@@ -52,7 +52,7 @@ class LayerAttention:
         sides = torch.Size((grid.region_height, grid.region_width))
         if call.kv_downsampling is not None:  # any layer, if another was put in the place of ours
             key_value = call.qkv.new_zeros(1, call.spec.qk_dim + call.spec.dim, *sides)
-            sides = call.kv_downsampling(key_value).shape[-2:]
+            sides = in_dtype_of(call.kv_downsampling, key_value).shape[-2:]
         return cls(
             name,
             grid,

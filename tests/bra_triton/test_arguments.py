@@ -256,7 +256,7 @@ TABLE = [
     (_called, "qkv", (nn.Linear(16, 32), nn.Linear(2, 2)), {}),
     (_called, "wo", (nn.Linear(2, 2),), {}),
     (_routed_by, "emb", (nn.Sequential(nn.Linear(16, 16)), None, torch.zeros_like), {}),
-    (_routed_by, "emb", (nn.Sequential(nn.Linear(16, 32)),), {"diff_routing": True}),
+    (_routed_by, "emb", (nn.Sequential(nn.Linear(16, 32)), nn.Linear(16, 32)), {"diff_routing": True}),
     (_traced, "attention", (torch.fx.symbolic_trace, torch.jit.script), {}),
 ]
 # Arguments that the error message calls by another name.

@@ -154,7 +154,7 @@ class TestFunctionalErrors:
             ({"router_weight": torch.zeros(32, 32)}, r"router_weight needs diff_routing=True"),
             (
                 {"router_weight": torch.zeros(32, 3), "diff_routing": True},
-                r"router_weight must be \(32, 32\), got \(32, 3\)",
+                r"router_weight \(router.emb.weight\) must be \(32, 32\), got \(32, 3\)",
             ),
             ({"router_bias": torch.zeros(32)}, r"router_bias needs router_weight"),
             (

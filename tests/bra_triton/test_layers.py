@@ -365,6 +365,14 @@ def test_the_function_calls_a_down_sampling_that_is_not_plain(change):
     assert called == ["key", "key"]
 
 
+def test_a_hooked_down_sampling_for_other_channels_is_refused():
+    kv_down, numbers = downsampling.build("conv", 6, 12, ratio=2), {"num_heads": 2, "n_win": 2, "topk": 2}
+    kv_down.key.register_forward_hook(lambda *_: None)
+    bi_level_routing_attention(torch.randn(1, 8, 8, 24), **numbers, qk_dim=6, kv_downsampling=kv_down)
+    with pytest.raises(ValueError, match="kv_downsampling must be for qk_dim=12 and dim=12, got 6 and 12"):
+        bi_level_routing_attention(torch.randn(1, 8, 8, 36), **numbers, kv_downsampling=kv_down)
+
+
 def test_the_originals_projection_in_ours():
     """The original's projection returns two tensors: queries, and keys with values."""
     module = BiLevelRoutingAttention(**SIZE, auto_pad=True, backend="torch")
