@@ -63,8 +63,8 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
     """Replaces, in place, every bi-level routing attention of another implementation by this package's.
 
     A module is looked at if it has `n_win`, `topk`, and `qkv` or `qkv_linear`, whatever its class is called.
-    It is replaced if ours gives the same outputs and gradients: copies of both are run on the CPU, on a small
-    map, in float64, with random weights, in training and in eval. This takes as much memory as a training
+    It is replaced if ours gives the same outputs and gradients: copies of both are run on the CPU, on small
+    maps, in float64, with random weights, in training and in eval. This takes as much memory as a training
     step of the original on two maps with about six tokens in each region.
 
     Ours takes over the original's layers themselves, so parameters (also in an optimizer), dtypes, devices,

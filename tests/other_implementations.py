@@ -40,10 +40,14 @@ class Permuting(nn.Module):
 
 
 class AuthorsNCHW(nn.Module):
-    """A module like the authors' NCHW class, which computes the same by masked dense attention."""
+    """A module like the authors' NCHW class, which computes the same by masked dense attention.
 
-    def __init__(self, dim, num_heads, n_win, topk, lepe=torch.zeros_like):
+    With `least` 1 it also takes maps with fewer tokens than `n_win`, as some pasted copies do.
+    """
+
+    def __init__(self, dim, num_heads, n_win, topk, lepe=torch.zeros_like, least=0):
         super().__init__()
+        self.least = least
         self.dim, self.num_heads, self.n_win, self.topk = dim, num_heads, n_win, topk
         self.scale = dim**-0.5
         self.lepe = lepe
@@ -53,7 +57,7 @@ class AuthorsNCHW(nn.Module):
     def forward(self, x, ret_attn_mask=False):
         height, width = x.shape[-2:]
         rows, columns = self.n_win if isinstance(self.n_win, tuple) else (self.n_win, self.n_win)
-        sides = (height // rows, width // columns)
+        sides = (max(height // rows, self.least), max(width // columns, self.least))
         q, k, v = self.qkv_linear(x).chunk(3, 1)
         means = [
             F.avg_pool2d(t.detach(), sides, ceil_mode=True, count_include_pad=False).flatten(2)

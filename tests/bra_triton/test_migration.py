@@ -86,6 +86,11 @@ class TestNumbers:
         attn = AuthorsNCHW(**SIZE, lepe=copy.deepcopy(lepe))
         assert_replaced_by(NCHWBiLevelRoutingAttention, attn, clear_map(size).permute(0, 3, 1, 2))
 
+    def test_of_an_nchw_class_that_takes_small_maps(self):
+        """Three rows of tokens are fewer than the regions; the authors' class raises an error for them."""
+        attn = AuthorsNCHW(**SIZE | {"n_win": 4}, least=1).double()
+        assert_replaced_by(NCHWBiLevelRoutingAttention, attn, torch.randn(2, 12, 3, 9, dtype=torch.float64))
+
     def test_of_a_projection_without_bias(self):
         attn = original(**SIZE, auto_pad=True)
         attn.qkv.qkv = nn.Linear(12, 36, bias=False)

@@ -33,6 +33,17 @@ def pads_always(self, x):
     return out[:, : x.shape[1], : x.shape[2]]
 
 
+def pads_whole_maps(self, x):
+    """Forgets that a map of whole regions needs no padding; all other maps are padded as in the original."""
+    bottom, right = (self.n_win - side % self.n_win for side in x.shape[1:3])
+    out = original.forward(self, F.pad(x, (0, 0, 0, right, 0, bottom)))
+    return out[:, : x.shape[1], : x.shape[2]]
+
+
+def skips_small_maps(self, x):
+    return x if min(x.shape[1:3]) < self.n_win else original.forward(self, x)
+
+
 def routes_to_the_first(self, x):
     def route(query, key):
         return None, torch.arange(3).expand(*query.shape[:2], 3)
@@ -112,7 +123,19 @@ NOT_REPLACED = {
     ),
     "padding without auto_pad=True": (
         lambda: paste(pads_always),
-        "it takes maps that need padding, although it has no auto_pad=True",
+        "on a map (2, 3, 5, 12), it raises no error, although it has no auto_pad=True",
+    ),
+    "padding of maps that need none": (
+        lambda: paste(pads_whole_maps, auto_pad=True),
+        "on a map (2, 4, 6, 12), the output differs in training",
+    ),
+    "another result on small maps": (
+        lambda: paste(skips_small_maps, auto_pad=True),
+        "on a map (2, 1, 1, 12), the output differs in training",
+    ),
+    "small maps without auto_pad=True": (
+        lambda: paste(skips_small_maps),
+        "on a map (2, 1, 1, 12), it raises no error, although it has no auto_pad=True",
     ),
     "weights that are not there yet": (
         lambda: original(**SIZE).to("meta"),
@@ -124,12 +147,13 @@ NOT_REPLACED = {
     ),
     "NHWC in, NCHW out": (
         lambda: paste(lambda self, x: original.forward(self, x).permute(0, 3, 1, 2)),
-        "compared with BiLevelRoutingAttention, the output has shape (2, 12, 4, 6), ours (2, 4, 6, 12); "
-        "compared with PermutedBiLevelRoutingAttention, RuntimeError: mat1 and mat2",
+        "compared with BiLevelRoutingAttention on a map (2, 4, 6, 12), the output has shape (2, 12, 4, 6), "
+        "ours (2, 4, 6, 12); compared with PermutedBiLevelRoutingAttention on a map (2, 12, 4, 6), "
+        "RuntimeError: mat1 and mat2",
     ),
     "the authors' NCHW class with another LePE": (
         lambda: AuthorsNCHW(**SIZE, lepe=torch.ones_like),
-        "compared with NCHWBiLevelRoutingAttention, the output differs",
+        "compared with NCHWBiLevelRoutingAttention on a map (2, 12, 4, 6), the output differs",
     ),
 }
 
