@@ -5,6 +5,7 @@ Here "the original" is the other implementation's module, and "ours" the module 
 
 import copy
 import inspect
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .modules.permuted import PermutedBiLevelRoutingAttention
 
 # Rounding errors here are about 1e-13 in float64, and 1e-7 if the original casts to float32 inside.
 TOLERANCE = 1e-5
+MOST_NAMES = 4
 # Modules of the original that ours need not contain: they hold no parameters themselves, and ours does their
 # work in another way.
 _OTHERWISE = {"", "qkv", "router", "kv_gather", "kv_down"}
@@ -75,16 +77,24 @@ def _with_layers_of(original: nn.Module, kind: type[nn.Module], backend: str) ->
 
 def _check_layers(original: nn.Module, ours: nn.Module) -> None:
     """Raises NotTheSameError if names of parameters or buffers differ, or ours lacks a layer."""
-    tensors = [dict(m.named_parameters()).keys() | dict(m.named_buffers()).keys() for m in (original, ours)]
-    if different := sorted(tensors[0] ^ tensors[1]):
-        raise NotTheSameError(
-            f"only the original or only our module has these parameters or buffers: {', '.join(different)}"
-        )
+    theirs, own = (
+        dict(module.named_parameters()).keys() | dict(module.named_buffers()).keys()
+        for module in (original, ours)
+    )
+    if theirs - own:
+        raise NotTheSameError(f"ours does not have its parameters or buffers {_listed(theirs - own)}")
+    if own - theirs:
+        raise NotTheSameError(f"it does not have our parameters or buffers {_listed(own - theirs)}")
     shared = dict(ours.named_modules())
     for name, layer in original.named_modules():
         is_inert = type(layer) in (nn.Identity, nn.Softmax) or (type(layer) is nn.Dropout and layer.p == 0)
         if name not in _OTHERWISE and shared.get(name) is not layer and not is_inert:
             raise NotTheSameError(f"ours has no {name} = {layer}")
+
+
+def _listed(names: Set[str]) -> str:
+    rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(sorted(names)[:MOST_NAMES]) + rest
 
 
 def _class_for(original: nn.Module) -> type[nn.Module]:

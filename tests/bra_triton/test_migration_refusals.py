@@ -85,11 +85,19 @@ NOT_REPLACED = {
     ),
     "one more parameter": (
         lambda: with_(lambda m: m.register_parameter("gamma", nn.Parameter(torch.ones(12)))),
-        "these parameters or buffers: gamma",
+        "ours does not have its parameters or buffers gamma",
+    ),
+    "a few more layers": (
+        lambda: with_(lambda m: setattr(m, "offset", nn.Sequential(nn.Linear(12, 2), nn.BatchNorm1d(2)))),
+        "buffers offset.0.bias, offset.0.weight, offset.1.bias, offset.1.num_batches_tracked and 3 more",
+    ),
+    "fewer parameters": (
+        lambda: with_(lambda m: setattr(m, "kv_downsample_mode", "conv")),
+        "it does not have our parameters or buffers kv_down.",
     ),
     "one more buffer": (
         lambda: with_(lambda m: m.register_buffer("mean", torch.ones(12), persistent=False)),
-        "these parameters or buffers: mean",
+        "ours does not have its parameters or buffers mean",
     ),
     "LePE by a function": (
         lambda: with_(lambda m: setattr(m, "lepe", torch.ones_like), side_dwconv=0),
@@ -105,7 +113,7 @@ NOT_REPLACED = {
     ),
     "a scale that is learnt": (
         lambda: with_(lambda m: (delattr(m, "scale"), setattr(m, "scale", nn.Parameter(torch.ones(()))))),
-        "these parameters or buffers: scale",
+        "ours does not have its parameters or buffers scale",
     ),
     "a setting that ours does not have": (
         lambda: with_(lambda m: setattr(m, "param_attention", "none")),
