@@ -72,7 +72,7 @@ _PARSED_AS = {"C2BRA": _PLAIN_CSP_CLASSES, "C3k2BRA": ("C2fCIB", *_PLAIN_CSP_CLA
 # Names of similar blocks in other projects: C2f_BiFormer, BRA, BiLevelRoutingAttention_nchw.
 _RELATIVE = re.compile(r"BRA|(?i:(?<![a-z])bra(?![a-z])|nchw_?bra|bi_?former|bi_?level|routing_?attention)")
 _NEAREST = (
-    ("C2f|C3", "C3k2BRA"),
+    ("C2f|C3|CSP", "C3k2BRA"),
     ("C2|PSA", "C2BRA"),
     ("nchw", "nchwBRA"),
     ("former|block|stage", "BiFormerBlock"),

@@ -76,6 +76,7 @@ def test_blocks_take_names_only_and_say_what_to_write(name: str, arguments: list
         ("C2f_BiFormer", "C3k2BRA"),
         ("C3_Biformer", "C3k2BRA"),
         ("C3k2_BRA", "C3k2BRA"),
+        ("BiFormerCSPBlock", "C3k2BRA"),
     ],
 )
 def test_unknown_relatives_are_told_the_nearest_block(name: str, nearest: str) -> None:
