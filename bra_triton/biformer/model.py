@@ -207,6 +207,9 @@ class BiFormerBackbone(BiFormer):
         auto_pad: pad maps to multiples of `n_win`; by default True, since detectors take images of any size.
         **arguments: those of `BiFormer`, except `num_classes`.
 
+    Raises:
+        ValueError, TypeError: as `BiFormer`.
+
     Example:
         >>> backbone = BiFormerBackbone(depth=(1, 1, 1, 1), n_win=8)
         >>> [tuple(map.shape) for map in backbone(torch.randn(1, 3, 96, 128))]
@@ -214,6 +217,11 @@ class BiFormerBackbone(BiFormer):
     """
 
     def __init__(self, *, auto_pad: bool = True, **arguments: Any) -> None:
+        if "num_classes" in arguments:
+            raise TypeError(
+                "BiFormerBackbone has no classifier and no argument num_classes, got "
+                f"{arguments['num_classes']!r}; leave it out"
+            )
         super().__init__(num_classes=0, auto_pad=auto_pad, **arguments)
         del self.norm, self.head
         self.extra_norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in self.embed_dim)

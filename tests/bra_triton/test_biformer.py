@@ -317,6 +317,11 @@ def test_an_argument_that_the_attention_does_not_take_here_is_refused(name):
         BiFormer(**TINY, **{name: 1})
 
 
+def test_a_backbone_refuses_the_number_of_classes_that_the_authors_configs_give_it():
+    with pytest.raises(TypeError, match="no argument num_classes, got 80; leave it out"):
+        BiFormerBackbone(num_classes=80)
+
+
 class TestTimm:
     """timm is a development dependency; users need not have it."""
 
