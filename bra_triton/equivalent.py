@@ -48,6 +48,8 @@ def equivalent(original: nn.Module, backend: str) -> nn.Module:
 def _with_layers_of(original: nn.Module, kind: type[nn.Module], backend: str) -> Any:
     """Ours with the original's settings and layers; raises NotTheSameError if they do not fit."""
     known = vars(original)
+    if missing := [name for name in ("dim", "n_win", "topk") if name not in known]:
+        raise NotTheSameError(f"it has no attribute {' and no '.join(missing)}, which ours needs")
     settings = {name: known[name] for name in inspect.signature(kind).parameters if name in known}
     settings.pop("attn_backend", None)
     settings |= {"backend": backend, "qk_scale": known.get("scale", settings.get("qk_scale"))}
@@ -57,7 +59,11 @@ def _with_layers_of(original: nn.Module, kind: type[nn.Module], backend: str) ->
         ours: Any = kind(**settings).train(original.training)
     layers = ["qkv_linear", "output_linear"]
     if issubclass(kind, BiLevelRoutingAttention):
-        layers = ["qkv" if isinstance(original.qkv, nn.Linear) else "qkv.qkv", "wo", "router.emb"]
+        layers = [
+            "qkv" if isinstance(original._modules.get("qkv"), nn.Linear) else "qkv.qkv",
+            "wo",
+            "router.emb",
+        ]
     for path in layers:
         parent, _, name = path.rpartition(".")
         try:

@@ -62,7 +62,8 @@ class Report:
 def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bool = False) -> Report:
     """Replaces, in place, every bi-level routing attention of another implementation by this package's.
 
-    A module is looked at if it has `n_win`, `topk`, and `qkv` or `qkv_linear`, whatever its class is called.
+    A module is looked at if it has `n_win`, `topk`, and `qkv` or `qkv_linear`, whatever its class is called,
+    or if the name of its class contains `BiLevelRoutingAttention`.
     It is replaced if ours gives the same outputs and gradients: copies of both are run on the CPU, on small
     maps, in float64, with random weights, in training and in eval. This takes as much memory as a training
     step of the original on two maps with about six tokens in each region.
@@ -126,7 +127,12 @@ def _looks_like_attention(module: nn.Module) -> bool:
         return False
     # Not hasattr: a wrapper, such as that of torch.compile, has the attributes of the module inside, too.
     own = vars(module).keys() | module._modules.keys()
-    return {"n_win", "topk"} <= own and not own.isdisjoint({"qkv", "qkv_linear"})
+    if {"n_win", "topk"} <= own and not own.isdisjoint({"qkv", "qkv_linear"}):
+        return True
+    # Other classes of this name cannot be replaced. They are looked at because the report should say why.
+    is_named_so = "bilevelroutingattention" in type(module).__name__.lower().replace("_", "")
+    _, *inner = module.modules()
+    return is_named_so and not any(isinstance(x, Attention) or _looks_like_attention(x) for x in inner)
 
 
 def _replacement(original: nn.Module, backend: str, subclasses: bool) -> tuple[nn.Module, str]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from other_implementations import SIZE, AuthorsNCHW, original, paste, with_parts_of
+from other_implementations import SIZE, AuthorsNCHW, Block, original, paste, with_parts_of
 from torch import nn
 
 from bra_triton import BiLevelRoutingAttention, replace_attention
@@ -124,6 +124,11 @@ NOT_REPLACED = {
         "NotImplementedError: differentiable hard routing TBA",
     ),
     "a forward that raises": (lambda: paste(raises), "RuntimeError: the first line"),
+    "other names for its settings": (
+        lambda: with_(lambda m: [setattr(m, f"its_{n}", vars(m).pop(n)) for n in ("n_win", "topk")]),
+        "it has no attribute n_win and no topk, which ours needs",
+    ),
+    "no projection": (lambda: with_(lambda m: delattr(m, "qkv")), "it has no layer qkv.qkv, which ours"),
     "no output projection": (lambda: with_(lambda m: delattr(m, "wo")), "it has no layer wo, which ours"),
     "another routing, without a router": (
         lambda: paste(routes_to_the_first, router=None),
@@ -201,8 +206,9 @@ def test_layers_that_do_nothing_are_no_obstacle():
 def test_our_own_modules_and_what_holds_one_are_not_looked_at():
     """torch.compile's wrapper has the attributes of the module inside, but only that module is replaced."""
     compiled = torch.compile(original(**SIZE))
-    report = replace_attention(nn.ModuleList([BiLevelRoutingAttention(**SIZE), compiled]))
-    assert [finding.name for finding in report.replaced] == ["1._orig_mod"]
+    block = type("BiLevelRoutingAttentionBlock", (Block,), {})(original(**SIZE))
+    report = replace_attention(nn.ModuleList([BiLevelRoutingAttention(**SIZE), compiled, block]))
+    assert [finding.name for finding in report.replaced] == ["1._orig_mod", "2.attn"]
     assert replace_attention(report.model).replaced == replace_attention(report.model).not_replaced == ()
 
 
