@@ -104,6 +104,7 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
     for original, names in places.items():
         found = (", ".join(names), _class_name(original))
         try:
+            _check_not_compiled(original, names)
             ours, note = _replacement(original, backend, subclasses)
         except Exception as error:  # a foreign forward may raise any error; the report gives it as the reason
             not_replaced.append(Finding(*found, note=reason_of(error)))
@@ -156,6 +157,13 @@ def _replacement(original: nn.Module, backend: str, subclasses: bool) -> tuple[n
 
 def _has_hooks(module: nn.Module) -> bool:
     return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
+
+
+def _check_not_compiled(original: nn.Module, names: list[str]) -> None:
+    """Raises NotTheSameError if a compiled function calls the original, which it would go on doing."""
+    is_wrapped = any(name.rpartition(".")[2] == "_orig_mod" for name in names)  # by torch.compile(original)
+    if is_wrapped or original._compiled_call_impl is not None:
+        raise NotTheSameError("it is compiled by itself; call replace_attention before it is compiled")
 
 
 def _check_forward(original: nn.Module, subclasses: bool) -> None:

@@ -184,6 +184,15 @@ def test_what_is_not_the_same_is_left_alone_and_says_why(case):
     assert "\n" not in finding.note
 
 
+@pytest.mark.parametrize("compiled", [torch.compile, lambda m: m.compile() or m], ids=["wrapper", "method"])
+def test_a_compiled_module_is_left_alone_because_it_would_still_be_called(compiled):
+    """A model or a block that is compiled as a whole is another case: it calls the modules that it holds."""
+    report = replace_attention(nn.Sequential(compiled(original(**SIZE))))
+    assert report.replaced == ()
+    (finding,) = report.not_replaced
+    assert finding.note == "it is compiled by itself; call replace_attention before it is compiled"
+
+
 class TestSubclasses:
     def test_are_replaced_if_told_so_and_equal(self):
         report = replace_attention(Subclass(**SIZE), subclasses=True)
@@ -204,11 +213,11 @@ def test_layers_that_do_nothing_are_no_obstacle():
 
 
 def test_our_own_modules_and_what_holds_one_are_not_looked_at():
-    """torch.compile's wrapper has the attributes of the module inside, but only that module is replaced."""
-    compiled = torch.compile(original(**SIZE))
+    """The wrapper that torch.compile makes has the attributes of the module inside."""
+    compiled = torch.compile(Block(original(**SIZE)))
     block = type("BiLevelRoutingAttentionBlock", (Block,), {})(original(**SIZE))
     report = replace_attention(nn.ModuleList([BiLevelRoutingAttention(**SIZE), compiled, block]))
-    assert [finding.name for finding in report.replaced] == ["1._orig_mod", "2.attn"]
+    assert [finding.name for finding in report.replaced] == ["1._orig_mod.attn", "2.attn"]
     assert replace_attention(report.model).replaced == replace_attention(report.model).not_replaced == ()
 
 
