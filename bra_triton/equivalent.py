@@ -110,7 +110,12 @@ def _class_for(original: nn.Module) -> type[nn.Module]:
         kinds = (NCHWBiLevelRoutingAttention,)
     _with_layers_of(original, kinds[0], "auto")  # raises, without a trial, if no class of ours can fit
     failures = []
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.device("cpu"),
+    ):
         trial = _trial_copy(original)
         for kind in kinds:
             ours = _with_layers_of(trial, kind, "torch")

@@ -209,6 +209,12 @@ class TestWhatIsKept:
             assert type(ours) is BiLevelRoutingAttention
             ours(clear_map((6, 8)))
 
+    def test_nothing_is_lost_by_another_default_device(self):
+        """The trial run is on the CPU. "meta" stands for a GPU, as many scripts set it."""
+        attn = original(**SIZE)
+        with torch.device("meta"):
+            assert type(replace_attention(attn).model) is BiLevelRoutingAttention
+
     def test_nothing_of_the_original_prevents_pickling(self):
         """Without LePE the original holds a lambda, which cannot be pickled."""
         ours = replace_attention(original(**SIZE, side_dwconv=0)).model
