@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from other_implementations import SIZE, AuthorsNCHW, Block, original, paste, with_parts_of
+from seed_module import KVGather
 from torch import nn
 
 from bra_triton import BiLevelRoutingAttention, replace_attention
@@ -64,11 +65,11 @@ NOT_REPLACED = {
     ),
     "dropout as a layer": (
         lambda: paste(lambda self, x: self.drop(original.forward(self, x)), drop=nn.Dropout(1e-6)),
-        "ours has no drop = Dropout(p=1e-06",
+        "its forward draws random numbers, as dropout does",
     ),
     "dropout as a function": (
-        lambda: paste(lambda self, x: F.dropout(original.forward(self, x), 0.1, self.training)),
-        "the output differs in training",
+        lambda: paste(lambda self, x: F.dropout(original.forward(self, x), 1e-6, self.training)),
+        "its forward draws random numbers, as dropout does",
     ),
     "another result in eval": (
         lambda: paste(lambda self, x: original.forward(self, x) * (1 if self.training else 2)),
@@ -207,9 +208,18 @@ class TestSubclasses:
         assert "the output differs" in report.not_replaced[0].note
 
 
-def test_layers_that_do_nothing_are_no_obstacle():
-    attn = paste(lambda self, x: self.drop(original.forward(self, x)), drop=nn.Dropout(0.0))
-    assert len(replace_attention(attn).replaced) == 1
+@pytest.mark.parametrize(
+    ("name", "layer"), [("drop", nn.Dropout(0.0)), ("gather", KVGather()), ("unused", nn.GELU())]
+)
+def test_layers_without_parameters_are_no_obstacle(name, layer):
+    """A pasted copy may name them in another way; the trial shows whether they change the result."""
+
+    def forward(self, x):
+        if name == "gather":
+            return with_parts_of(self, x, kv_gather=self.gather)
+        return self.drop(original.forward(self, x)) if name == "drop" else original.forward(self, x)
+
+    assert len(replace_attention(paste(forward, **{name: layer})).replaced) == 1
 
 
 def test_our_own_modules_and_what_holds_one_are_not_looked_at():
