@@ -7,6 +7,7 @@ same.
 
 import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -66,7 +67,8 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
     or if the name of its class contains `BiLevelRoutingAttention`.
     It is replaced if ours gives the same outputs and gradients: copies of both are run on the CPU, on small
     maps, in float64, with random weights, in training and in eval. This takes as much memory as a training
-    step of the original on two maps with about six tokens in each region.
+    step of the original on two maps with about six tokens in each region. Modules that differ in their
+    weights alone are tried once.
 
     Ours takes over the original's layers themselves, so parameters (also in an optimizer), dtypes, devices,
     `requires_grad` and `state_dict` are unchanged. It also takes over the training mode, the forward and
@@ -100,12 +102,13 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
         if _looks_like_attention(module):
             places.setdefault(module, []).append(name)
     replacements: dict[nn.Module, nn.Module] = {}
+    tried: dict[Any, Any] = {}
     replaced, not_replaced = [], []
     for original, names in places.items():
         found = (", ".join(names), _class_name(original))
         try:
             _check_not_compiled(original, names)
-            ours, note = _replacement(original, backend, subclasses)
+            ours, note = _replacement(original, backend, subclasses, tried)
         except Exception as error:  # a foreign forward may raise any error; the report gives it as the reason
             not_replaced.append(Finding(*found, note=reason_of(error)))
         else:
@@ -136,10 +139,12 @@ def _looks_like_attention(module: nn.Module) -> bool:
     return is_named_so and not any(isinstance(x, Attention) or _looks_like_attention(x) for x in inner)
 
 
-def _replacement(original: nn.Module, backend: str, subclasses: bool) -> tuple[nn.Module, str]:
+def _replacement(
+    original: nn.Module, backend: str, subclasses: bool, tried: dict[Any, Any]
+) -> tuple[nn.Module, str]:
     """Our module, ready to take the original's place, and a note on hooks that are not called any more."""
     _check_forward(original, subclasses)
-    ours = equivalent(original, backend)
+    ours = equivalent(original, backend, tried)
     taken = vars(ours).keys() | ours._modules.keys() | {"forward"}
     for name, value in vars(original).items():
         is_free = name not in taken and not isinstance(getattr(type(ours), name, None), property)

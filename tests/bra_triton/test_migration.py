@@ -11,7 +11,7 @@ from problems import relative_error, worst
 from seed_module import TopkRouting
 from torch import nn
 
-from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, replace_attention
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, equivalent, replace_attention
 from bra_triton.modules.permuted import PermutedBiLevelRoutingAttention
 
 # For the norm of the difference divided by the norm of the result; rounding of float32 gives 1 to 4e-7.
@@ -165,6 +165,44 @@ def test_a_shared_module_stays_one_object():
     assert first is block.attn
     assert first is not other
     assert [finding.name for finding in report.replaced] == ["0, 1.attn", "2"]
+
+
+class TestTrials:
+    """A trial takes seconds where maps are large, and a network has many modules that are alike."""
+
+    @pytest.fixture
+    def trials(self, monkeypatch):
+        made, copy_of = [], equivalent._trial_copy
+        monkeypatch.setattr(equivalent, "_trial_copy", lambda module: made.append(module) or copy_of(module))
+        return made
+
+    def test_serve_modules_that_differ_in_their_weights_alone(self, trials):
+        alike = [original(**SIZE), original(**SIZE).half().eval(), original(**SIZE)]
+        alike[2].register_forward_hook(lambda module, args, out: None)
+        assert len(replace_attention(nn.ModuleList(alike)).replaced) == 3
+        assert len(trials) == 1
+
+    def test_do_not_serve_others(self, trials):
+        """Of the pastes, which have the same class, the second gives another result."""
+
+        class Factor(nn.Module):
+            def forward(self, x):
+                return self.factor * original.forward(self, x)
+
+        pastes = [Factor() for _ in range(2)]
+        for attn, factor in zip(pastes, (1, 2), strict=True):
+            vars(attn).update(vars(original(**SIZE)), factor=factor)
+        others = [
+            original(**SIZE),
+            original(**SIZE | {"topk": 2}),
+            original(**SIZE, side_dwconv=5),
+            original(**SIZE),
+            AuthorsNCHW(**SIZE),
+        ]
+        others[3].lepe.padding_mode = "circular"
+        report = replace_attention(nn.ModuleList([*pastes, *others]))
+        assert len(trials) == 7
+        assert [finding.name for finding in report.not_replaced] == ["1"]
 
 
 class TestWhatIsKept:
