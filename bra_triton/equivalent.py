@@ -28,7 +28,7 @@ class NotTheSameError(Exception):
 def reason_of(error: Exception) -> str:
     """An error in one line, with its class unless it is a `NotTheSameError`."""
     kind = "" if isinstance(error, NotTheSameError) else f"{type(error).__name__}: "
-    return f"{kind}{error}".splitlines()[0]
+    return f"{kind}{error}".splitlines()[0].removesuffix(": ")
 
 
 def equivalent(original: nn.Module, backend: str, tried: dict[Any, Any]) -> nn.Module:

@@ -29,6 +29,10 @@ def raises(self, x):
     raise RuntimeError("the first line\nand more")
 
 
+def asserts(self, x):
+    raise AssertionError
+
+
 def pads_always(self, x):
     out = original.forward(self, F.pad(x, (0, 0, 0, -x.shape[2] % 2, 0, -x.shape[1] % 2)))
     return out[:, : x.shape[1], : x.shape[2]]
@@ -124,6 +128,7 @@ NOT_REPLACED = {
         lambda: original(**SIZE, diff_routing=True),
         "NotImplementedError: differentiable hard routing TBA",
     ),
+    "an assertion without a text": (lambda: paste(asserts), "(2, 12, 4, 6), AssertionError"),
     "a forward that raises": (lambda: paste(raises), "RuntimeError: the first line"),
     "other names for its settings": (
         lambda: with_(lambda m: [setattr(m, f"its_{n}", vars(m).pop(n)) for n in ("n_win", "topk")]),
@@ -183,6 +188,7 @@ def test_what_is_not_the_same_is_left_alone_and_says_why(case):
     (finding,) = report.not_replaced
     assert reason in finding.note
     assert "\n" not in finding.note
+    assert not finding.note.endswith(": ")
 
 
 @pytest.mark.parametrize("compiled", [torch.compile, lambda m: m.compile() or m], ids=["wrapper", "method"])
