@@ -66,7 +66,8 @@ def latency(resident_warps: int) -> float:
 # Targets that kernels can be compiled for; the last number is the threads of a warp.
 TARGETS = {
     **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)},
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    **{arch: GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")},
+    **{arch: GPUTarget("hip", arch, 32) for arch in ("gfx1100", "gfx1201")},
 }
 HARDWARE = {
     "sm_80": Hardware("A100 SXM4 80 GB", 108, 1.41e9, 2039e9, 1024, 512, 64, 32, 164 << 10),
@@ -78,7 +79,8 @@ HARDWARE = {
 # Shared memory that one thread block may ask for, in bytes, by architecture.
 BLOCK_SHARED_BYTES = {
     **{arch: card.shared_bytes - card.reserved_shared_bytes for arch, card in HARDWARE.items()},
-    **{"sm_86": 99 << 10, "sm_89": 99 << 10, "gfx942": 64 << 10},
+    **dict.fromkeys(("sm_86", "sm_89"), 99 << 10),
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx1100", "gfx1201"), 64 << 10),
 }
 
 
