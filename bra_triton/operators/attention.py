@@ -120,7 +120,8 @@ class _AttendByOperator(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensors, ctx.numbers = inputs[:_N_TENSORS], inputs[_N_TENSORS:]
         out, *saved = output
-        ctx.save_for_backward(*tensors, out if tensors[4] is None else None, *saved)
+        *_, lepe_weight, _ = tensors
+        ctx.save_for_backward(*tensors, out if lepe_weight is None else None, *saved)
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
 
