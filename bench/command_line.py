@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import bra_triton
 
@@ -36,9 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = parser.parse_args(given[:1]).command
-    module = importlib.import_module(f"bra_triton.bench.{COMMANDS[command][0]}")
-    status: int = module.main(given[1:])
+    status: int = _module(COMMANDS[command][0], parser.prog + " " + command).main(given[1:])
     return status
+
+
+def autotune() -> int:
+    """Entry point of `bra-autotune`; returns its exit status."""
+    status: int = _module("autotune", "bra-autotune").main()
+    return status
+
+
+def _module(name: str, command: str) -> Any:
+    """The module of a command; exits with a message if a package that it imports is not installed."""
+    try:
+        return importlib.import_module(f"bra_triton.bench.{name}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"{command} needs a package that is not installed: {error}")
 
 
 if __name__ == "__main__":

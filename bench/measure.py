@@ -6,7 +6,6 @@ import os
 import platform
 import random
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -183,6 +182,12 @@ def process_peak_bytes() -> int:
     """The most memory that this process has held resident so far, libraries included."""
     if sys.platform == "linux":  # where ru_maxrss is at least the parent process's
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+    if sys.platform == "win32":
+        import psutil  # Ultralytics requires it
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,5 +1,6 @@
 """Registers operators in PyTorch's dispatcher, and defines what all operators of the package share."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import register_flop_formula
 
 from ..export import is_eager
 
@@ -80,6 +80,11 @@ def flops_of(made: Any) -> Callable[[Callable[..., int]], Any]:
 
     A product and an addition are two operations, as everywhere in that counter.
     """
+    logger = logging.getLogger("torch.utils.flop_counter")
+    was_disabled, logger.disabled = logger.disabled, True  # the import logs a warning if there is no Triton
+    from torch.utils.flop_counter import register_flop_formula
+
+    logger.disabled = was_disabled
     return register_flop_formula(made.overloadpacket)
 
 

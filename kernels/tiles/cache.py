@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -209,11 +209,9 @@ def _warn(message: str) -> None:
         logger.warning(message if len(message) < 1000 else f"{message[:1000]} ...")
 
 
-@contextmanager
-def _lock() -> Iterator[None]:
-    # Imported here because it exists on Unix only. The system releases the lock of a process that dies.
-    import fcntl
+def _lock() -> AbstractContextManager[Any]:
+    # Imported here, because only an update needs it. PyTorch requires this package. If a process dies, the
+    # system releases its lock.
+    from filelock import FileLock
 
-    with open(path().with_suffix(".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return FileLock(path().with_suffix(".lock"))

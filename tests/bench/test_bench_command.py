@@ -63,6 +63,22 @@ def test_help_imports_no_bench():
     assert done.stdout.splitlines()[-1] == "['bra_triton.bench.command_line']"
 
 
+def test_windows_without_triton_runs_what_needs_no_kernels():
+    """`resource`, a module for Unix, and Triton are missing there."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('resource', 'triton'))\n"
+        "from bra_triton.bench import command_line\n"
+        "for name in ('peer_times', 'growth', 'models', 'exports', 'large_map', 'yolo_costs', 'check'):\n"
+        "    command_line._module(name, name)\n"
+        "command_line.main(['report'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("bra-bench report needs a package that is not installed: ")
+    assert "triton" in message
+
+
 def test_large_map_prints_time_and_peak_and_fails_past_the_limit(monkeypatch, capsys):
     """On a map small enough for a test."""
     small = replace(large_map.PROBLEMS["issue_21"], height=60, width=50)
