@@ -145,7 +145,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
         backend: `"auto"`, or a name that `bra_triton.BiLevelRoutingAttention` takes.
 
     Raises:
-        ValueError: if there is no such backend.
+        ValueError: if there is no such backend, or if the model holds no attention of this package.
 
     Example:
         >>> model = nn.Sequential(BiFormerBlock(64))
@@ -154,9 +154,14 @@ def set_backend(model: nn.Module, backend: str) -> None:
         'torch'
     """
     select.check_name(backend)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.backend = backend
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    if not attentions:
+        raise ValueError(
+            "model must hold a bi-level routing attention of this package, got a "
+            f"{type(model).__name__} without one; bra_triton.replace_attention replaces other implementations"
+        )
+    for attention in attentions:
+        attention.backend = backend
 
 
 def has_attention(model: nn.Module) -> bool:

@@ -338,3 +338,9 @@ def test_set_backend_reaches_every_attention() -> None:
 def test_set_backend_refuses_an_unknown_name() -> None:
     with pytest.raises(ValueError, match=r"backend.*'nonesuch'"):
         set_backend(BLOCKS["attention"](), "nonesuch")
+
+
+def test_set_backend_refuses_a_model_without_the_attention() -> None:
+    """A stock model, by mistake: without an error the caller would measure the wrong thing."""
+    with pytest.raises(ValueError, match=r"model must hold a bi-level.*got a Sequential"):
+        set_backend(nn.Sequential(nn.Conv2d(3, 8, 1)), "torch")
