@@ -141,7 +141,8 @@ def set_backend(model: nn.Module, backend: str) -> None:
     was built from a yaml loads nothing when it trains, so there is no warning.
 
     Args:
-        model: any module, or a `YOLO` of Ultralytics.
+        model: any module, or a `YOLO` of Ultralytics. A `YOLO` that has predicted sets up its predictor anew,
+            and so forgets the objects that it was tracking.
         backend: `"auto"`, or a name that `bra_triton.BiLevelRoutingAttention` takes.
 
     Raises:
@@ -162,6 +163,9 @@ def set_backend(model: nn.Module, backend: str) -> None:
         )
     for attention in attentions:
         attention.backend = backend
+    yolo: Any = model
+    if getattr(yolo, "predictor", None) is not None:
+        yolo.predictor = None  # it predicts with a copy of the network, whose attentions are not among these
 
 
 def has_attention(model: nn.Module) -> bool:

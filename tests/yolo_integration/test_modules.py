@@ -1,8 +1,10 @@
 """The blocks as modules: shapes, layouts, what they compute, and that they train."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from ultralytics import YOLO
 from ultralytics.nn.modules import C2PSA, C3k2
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
@@ -344,3 +346,12 @@ def test_set_backend_refuses_a_model_without_the_attention() -> None:
     """A stock model, by mistake: without an error the caller would measure the wrong thing."""
     with pytest.raises(ValueError, match=r"model must hold a bi-level.*got a Sequential"):
         set_backend(nn.Sequential(nn.Conv2d(3, 8, 1)), "torch")
+
+
+def test_set_backend_reaches_the_next_prediction_of_a_yolo() -> None:
+    """A `YOLO` predicts with a copy of its network, which the first prediction makes."""
+    model, image = YOLO("yolo26n-bra.yaml", verbose=False), np.zeros((32, 32, 3), np.uint8)
+    model.predict(image, imgsz=32, verbose=False)
+    set_backend(model, "triton")  # which refuses tensors on a CPU
+    with pytest.raises(RuntimeError, match="backend='triton' cannot serve"):
+        model.predict(image, imgsz=32, verbose=False)
