@@ -93,7 +93,7 @@ class BiFormer(nn.Module):
         num_classes: outputs of the classifier; with 0 there is none, and `forward` returns pooled features.
         head_dim: width of a head of the routed attentions; divides their stages' channels.
         mlp_ratio: width of an MLP's hidden layer, divided by the channels.
-        n_win: regions along each side of a map.
+        n_win: regions along each side of a map; or two numbers, `(rows, columns)`.
         topks: for each stage the number of regions that every region attends to; -1 for dense attention, -2
             for dense attention with LePE.
         side_dwconv: kernel size (odd) of LePE; 0 for none.
@@ -122,7 +122,7 @@ class BiFormer(nn.Module):
         num_classes: int = 1000,
         head_dim: int = 32,
         mlp_ratio: float = 3.0,
-        n_win: int = 7,
+        n_win: int | tuple[int, int] = 7,
         topks: Sequence[int] = (1, 4, 16, DENSE_WITH_LEPE),
         side_dwconv: int = 5,
         drop_path_rate: float = 0.0,
@@ -132,11 +132,8 @@ class BiFormer(nn.Module):
         super().__init__()
         _check_names(attention)
         _check_stages(depth, embed_dim, topks, head_dim)
-        if attention and max(topks) < 1:
-            raise ValueError(
-                f"no stage of topks={topks} is routed, so these attention arguments have no effect: "
-                f"{[*attention]}"
-            )
+        numbers = {"n_win": n_win, "head_dim": head_dim, "side_dwconv": side_dwconv}
+        _check_effect(topks, {**numbers, **attention}, type(self))
         _check_number("drop_path_rate", drop_path_rate, 0, 1)
         _check_number("layer_scale_init_value", layer_scale_init_value, -math.inf, math.inf)
         _check_number("mlp_ratio", mlp_ratio, 1 / min(embed_dim), math.inf)
@@ -331,6 +328,23 @@ def _check_stages(
                 raise ValueError(f"embed_dim[{stage}] must be a multiple of head_dim={head_dim}, got {dim}")
         elif dim % DENSE_HEADS:
             raise ValueError(f"embed_dim[{stage}] must be a multiple of the {DENSE_HEADS} heads, got {dim}")
+
+
+def _check_effect(topks: Sequence[int], given: Mapping[str, Any], kind: type[BiFormer]) -> None:
+    """Raises ValueError if no stage uses an argument of the attention; the default of `kind` may be given."""
+    if max(topks) >= 1:
+        return
+    defaults = {**inspect.signature(BiFormer).parameters, **inspect.signature(kind).parameters}
+    used = {"side_dwconv"} if DENSE_WITH_LEPE in topks else set()
+    idle = [
+        name
+        for name, value in given.items()
+        if name not in used and (name not in defaults or value != defaults[name].default)
+    ]
+    if idle:
+        raise ValueError(
+            f"no stage of topks={topks} is routed, so these attention arguments have no effect: {idle}"
+        )
 
 
 def _check_number(name: str, value: Any, least: float, under: float) -> None:

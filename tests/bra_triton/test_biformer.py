@@ -303,12 +303,23 @@ def test_arguments_of_the_attention_reach_every_routed_stage():
         ({"mlp_ratio": 0.01}, "mlp_ratio must be a number from 0.0625 to under inf, got 0.01"),
         ({"layer_scale_init_value": float("nan")}, "layer_scale_init_value must be .* got nan"),
         ({"side_dwconv": 2}, "side_dwconv must be 0 or an odd kernel size, got 2"),
-        ({"topks": (-1, -1, -2, -2), "soft_routing": True}, r"no stage of .* is routed.*\['soft_routing'\]"),
+        (
+            {"topks": (-1, -1, -1, -1), "soft_routing": True, "side_dwconv": 3},
+            r"no stage of .* is routed.*\['n_win', 'head_dim', 'side_dwconv', 'soft_routing'\]",
+        ),
+        ({"topks": (-1, -1, -2, -2), "head_dim": 32}, r"no stage of .* is routed.*: \['n_win'\]"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         BiFormer(**{**TINY, **change})
+
+
+def test_a_backbone_without_a_routed_stage_has_no_padding_to_switch_off():
+    dense = {"topks": (-2, -2, -2, -2), "depth": (1, 1, 1, 1)}
+    assert len(BiFormerBackbone(**dense)(torch.rand(1, 3, *SIZE))) == 4
+    with pytest.raises(ValueError, match=r"no stage of .* is routed.*: \['auto_pad'\]"):
+        BiFormerBackbone(**dense, auto_pad=False)
 
 
 @pytest.mark.parametrize("name", ["pretrained", "topk", "num_heads"])
