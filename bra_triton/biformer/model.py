@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..arguments import is_real, is_whole, whole
+from ..arguments import flag, is_real, is_whole, whole
 from ..modules.block import Block
 from ..modules.layers import depthwise_convolution
 from ..modules.nhwc import BiLevelRoutingAttention
@@ -83,8 +84,8 @@ class BiFormer(nn.Module):
     `model.load_state_dict(torch.load(path)["model"])`.
 
     Some of the authors' arguments have the same value in every released model, and do not exist here:
-    `pre_norm` (True), `before_attn_dwconv` (3), `mlp_dwconv` (False), `pe`, `representation_size` and
-    `use_checkpoint_stages` (none). `qk_dims` is `embed_dim`.
+    `pre_norm` (True), `before_attn_dwconv` (3), `mlp_dwconv` (False), `pe` and `representation_size` (none).
+    `qk_dims` is `embed_dim`. `set_grad_checkpointing` replaces `use_checkpoint_stages`.
 
     Args:
         depth: blocks of each stage.
@@ -114,6 +115,8 @@ class BiFormer(nn.Module):
         torch.Size([2, 10])
     """
 
+    grad_checkpointing = False
+
     def __init__(
         self,
         depth: Sequence[int] = VARIANTS["biformer_tiny"]["depth"],
@@ -134,9 +137,9 @@ class BiFormer(nn.Module):
         _check_stages(depth, embed_dim, topks, head_dim)
         numbers = {"n_win": n_win, "head_dim": head_dim, "side_dwconv": side_dwconv}
         _check_effect(topks, {**numbers, **attention}, type(self))
-        _check_number("drop_path_rate", drop_path_rate, 0, 1)
-        _check_number("layer_scale_init_value", layer_scale_init_value, -math.inf, math.inf)
-        _check_number("mlp_ratio", mlp_ratio, 1 / min(embed_dim), math.inf)
+        check_number("drop_path_rate", drop_path_rate, 0, 1)
+        check_number("layer_scale_init_value", layer_scale_init_value, -math.inf, math.inf)
+        check_number("mlp_ratio", mlp_ratio, 1 / min(embed_dim), math.inf)
         self.num_classes = whole("num_classes", num_classes, 0)
         self.embed_dim = list(embed_dim)
         self.downsample_layers = nn.ModuleList(_downsampling_layers(whole("in_chans", in_chans), embed_dim))
@@ -172,11 +175,26 @@ class BiFormer(nn.Module):
         self.head: nn.Module = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self.head.apply(_initialise)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps only the input of each block, and computes the block again in the backward.
+
+        Example:
+            >>> model = BiFormer(depth=(1, 1, 1, 1), num_classes=10)
+            >>> model.set_grad_checkpointing()
+            >>> model(torch.randn(2, 3, 224, 224)).sum().backward()  # takes less memory, and longer
+        """
+        self.grad_checkpointing = flag("enable", enable)
+
     def stage_maps(self, x: Tensor) -> list[Tensor]:
         """The output of every stage, `(N, embed_dim[i], H / (4 * 2**i), W / (4 * 2**i))`, for images."""
         maps = []
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = stage(downsample(x))
+            x = downsample(x)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                for block in stage.children():
+                    x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = stage(x)
             maps.append(x)
         return maps
 
@@ -184,13 +202,17 @@ class BiFormer(nn.Module):
         """The last stage's output, normalised: `(N, embed_dim[-1], H / 32, W / 32)` for four stages."""
         return self.norm(self.stage_maps(x)[-1])
 
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Maps the output of `forward_features` to logits `(N, num_classes)`."""
+        return self.head(x.mean((2, 3)))
+
     def forward(self, x: Tensor) -> Any:
         """Maps images `(N, in_chans, H, W)` to logits `(N, num_classes)`.
 
         Without `auto_pad=True` the sides of every routed stage's map must be multiples of `n_win`. For the
         released models this means that the sides of the image must be multiples of 112.
         """
-        return self.head(self.forward_features(x).mean((2, 3)))
+        return self.forward_head(self.forward_features(x))
 
 
 class BiFormerBackbone(BiFormer):
@@ -347,6 +369,7 @@ def _check_effect(topks: Sequence[int], given: Mapping[str, Any], kind: type[BiF
         )
 
 
-def _check_number(name: str, value: Any, least: float, under: float) -> None:
+def check_number(name: str, value: Any, least: float, under: float) -> None:
+    """Raises ValueError unless `value` is a number from `least` to under `under`."""
     if not is_real(value) or not least <= value < under:
         raise ValueError(f"{name} must be a number from {least} to under {under}, got {value!r}")

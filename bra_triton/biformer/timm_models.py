@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
-from ..arguments import whole
-from .model import VARIANTS, BiFormer
+from ..arguments import flag, one_of, whole
+from .model import VARIANTS, BiFormer, check_number
 
 # No addresses of weights: the authors release them on a file host that has no stable addresses.
 default_cfgs = generate_default_cfgs(
@@ -28,15 +29,59 @@ default_cfgs = generate_default_cfgs(
 
 
 class TimmBiFormer(BiFormer):
-    """`BiFormer` with the attributes by which timm extracts features; the same parameters."""
+    """`BiFormer` with the arguments, attributes and methods that timm's models have; the same parameters.
 
-    def __init__(self, **arguments: Any) -> None:
+    Args:
+        drop_rate: probability that a channel of the pooled features is dropped in training.
+        global_pool: `"avg"`; or `""`, with `num_classes=0`, for features that are not pooled.
+        **arguments: those of `BiFormer`.
+    """
+
+    global_pool = "avg"
+
+    def __init__(self, *, drop_rate: float = 0.0, global_pool: str = "avg", **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.num_features = self.embed_dim[-1]
+        check_number("drop_rate", drop_rate, 0, 1)
+        self.drop_rate = drop_rate
+        self._set_pool(global_pool, self.num_classes)
+        self.num_features = self.head_hidden_size = self.embed_dim[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"stages.{stage}"}
             for stage, dim in enumerate(self.embed_dim)
         ]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """`BiFormer.reset_classifier`; also sets `global_pool`, unless it is None.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        self._set_pool(self.global_pool if global_pool is None else global_pool, num_classes)
+        super().reset_classifier(num_classes)
+
+    def _set_pool(self, global_pool: str, num_classes: int) -> None:
+        if not one_of("global_pool", global_pool, ("avg", "")) and num_classes:
+            raise ValueError(f"num_classes must be 0 without pooling (global_pool=''), got {num_classes}")
+        self.global_pool = global_pool
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Maps the output of `forward_features` to logits, or with `pre_logits` to the classifier's input."""
+        if not self.global_pool:
+            return x
+        x = F.dropout(x.mean((2, 3)), self.drop_rate, self.training)
+        return x if flag("pre_logits", pre_logits) else self.head(x)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The patterns by which timm groups parameters by their depth, for a learning rate of each layer."""
+        blocks = [
+            (r"^downsample_layers\.(\d+)", (0,)),
+            (r"^stages\.(\d+)\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return {
+            "stem": r"^downsample_layers\.0",
+            "blocks": r"^(?:downsample_layers|stages)\.(\d+)" if coarse else blocks,
+        }
 
     def forward_intermediates(
         self,

@@ -276,6 +276,25 @@ def test_classifier_can_be_replaced_or_left_out():
     assert model(image).shape == (1, 24)
 
 
+@pytest.mark.parametrize("build", [BiFormer, BiFormerBackbone])
+def test_checkpointing_computes_every_block_again_and_gives_the_same_gradients(build):
+    """In float64, without dropout: both ways compute the same numbers in the same order."""
+    arguments = {name: value for name, value in TINY.items() if build is BiFormer or name != "num_classes"}
+    model, image, calls, gradients = build(**arguments).double(), torch.rand(2, 3, *SIZE).double(), [], []
+    model.stages[1][0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        result = model(image)
+        loss = sum(x.square().sum() for x in ([result] if build is BiFormer else result))
+        gradients.append(torch.autograd.grad(loss, [*model.parameters()]))
+        assert len(calls) == (3 if enable else 1)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    with torch.no_grad():
+        model(image)
+    with pytest.raises(ValueError, match="enable must be True or False, got 'yes'"):
+        model.set_grad_checkpointing("yes")
+
+
 def test_arguments_of_the_attention_reach_every_routed_stage():
     model = BiFormer(**TINY, kv_downsample_mode="avgpool", kv_downsample_ratio=2, backend="torch")
     attentions = [block.attn for stage in model.stages for block in stage]
@@ -355,6 +374,39 @@ class TestTimm:
         assert model.pretrained_cfg["classifier"] == "head"
         with pytest.raises(ValueError, match="norm must be False and output_fmt 'NCHW', got True"):
             model.forward_intermediates(image, norm=True)
+
+    def test_its_training_script_builds_and_groups_the_parameters(self):
+        """The script always gives `drop_rate`; a learning rate of each layer needs `group_matcher`."""
+        model = timm.create_model("biformer_tiny", **TINY, drop_rate=0.5)
+        groups = timm.models.group_parameters(model, model.group_matcher())
+        assert [names[0].rpartition(".")[0] for names in groups.values()] == [
+            "downsample_layers.0.0",
+            "stages.0.0.pos_embed",
+            "downsample_layers.1.0",
+            "stages.1.1.pos_embed",  # the second block of its stage; the first is grouped with the line above
+            "downsample_layers.2.0",
+            "downsample_layers.3.0",
+            "head",
+        ]
+        coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True))
+        assert "stages.1.1.norm1.weight" in coarse[2]
+        features = torch.ones(1, 24, 2, 3)
+        assert set(model.train().forward_head(features, pre_logits=True).unique().tolist()) == {0, 2}
+        assert model.eval().forward_head(features, pre_logits=True).eq(1).all()
+        assert model.forward_head(features).shape == (1, 5)
+
+    def test_features_that_are_not_pooled_have_no_classifier(self):
+        image = torch.rand(1, 3, *SIZE)
+        model = timm.create_model("biformer_tiny", **{**TINY, "num_classes": 0}, global_pool="").eval()
+        torch.testing.assert_close(model(image), model.forward_features(image))
+        model.reset_classifier(3, "avg")
+        assert model(image).shape == (1, 3)
+        with pytest.raises(ValueError, match=r"num_classes must be 0 without pooling .*, got 3"):
+            model.reset_classifier(3, "")
+        with pytest.raises(ValueError, match=r"global_pool must be one of .*, got 'max'"):
+            model.reset_classifier(0, "max")
+        with pytest.raises(ValueError, match="drop_rate must be a number from 0 to under 1, got 1"):
+            timm.create_model("biformer_tiny", **TINY, drop_rate=1)
 
     @pytest.mark.parametrize("indices", [0, -1, 5, True, [4], [0, -5]])
     def test_takes_only_stages_that_there_are(self, indices):
