@@ -68,7 +68,7 @@ def _described(layer: LayerAttention) -> dict[str, Any]:
         **{name: getattr(grid, name) for name in ("height", "width", "rows", "columns")},
         "region": (grid.region_height, grid.region_width),
         "cells": (kv_grid.region_height, kv_grid.region_width),
-        "routes": _packed(layer.r_idx.numpy().astype("<u2")),
+        "routes": _packed(layer.r_idx.numpy().astype("<u4")),
         "routing": _packed(layer.r_weight.numpy().astype("<f4")),
         "peaks": _packed(peaks.numpy().astype("<f4")),
         "levels": _packed(levels.numpy()),

@@ -1,5 +1,9 @@
 """Pictures of the attention: recorded weights reproduce the output, and are drawn in the right place."""
 
+import base64
+import dataclasses
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -207,6 +211,15 @@ def test_a_page_of_too_many_weights_is_refused(monkeypatch):
     monkeypatch.setattr(page, "MOST_BYTES", 2**10)
     with pytest.raises(ValueError, match=r"layers must have at most 0 MiB .* got 0 \(2: 0 MiB, 3: 0 MiB\)"):
         attention_page(network(), IMAGE)
+
+
+def test_a_page_keeps_the_numbers_of_more_regions_than_two_bytes_count():
+    """The reference takes as many as memory allows: 257 x 257 regions of one token, for example."""
+    layer = record(network(), IMAGE).layers[0]
+    far = dataclasses.replace(layer, r_idx=layer.r_idx + 2**16)
+    packed = page._described(far)["routes"]
+    found = np.frombuffer(zlib.decompress(base64.b64decode(packed)), "<u4")
+    assert found.tolist() == far.r_idx.flatten().tolist()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
