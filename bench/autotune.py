@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from bra_triton.bench.console import count
+from bra_triton.bench.console import count, refuse_unused
 from bra_triton.bench.machine_code.hardware import HARDWARE
 from bra_triton.bench.measure import DTYPES
 from bra_triton.bench.problems import MODELS, Problem
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `bra-autotune`; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
+    _refuse_unused(parser, args)
     if args.arch:
         for arch in args.arch:
             predict(args, arch)
@@ -53,6 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("there is no GPU; --arch predicts without one")
     measure(args, problems, torch.device("cuda"))
     return 0
+
+
+def _refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    sizes = ("num_heads", "n_win", "topk")
+    timed = ("problem", "shape", *sizes, "routing_weight", "refine", "save")
+    for names, is_unused, reason in (
+        (timed, args.arch, "with --arch, which times nothing"),
+        (("head_dim",), not args.arch, "without --arch"),
+        (("problem",), args.shape, "with --shape"),
+        (sizes, not args.shape, "without --shape"),
+        (("output",), not args.arch and not args.save, "without --arch or --save"),
+    ):
+        if is_unused:
+            refuse_unused(parser, args, names, reason)
 
 
 def predict(args: argparse.Namespace, arch: str) -> None:

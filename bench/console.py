@@ -19,8 +19,17 @@ def parser_of(
     if repeats:
         parser.add_argument("--repeats", type=count, default=repeats, help=f"timed calls (default {repeats})")
     if has_json:
-        parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+        parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the numbers to FILE")
     return parser
+
+
+def refuse_unused(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, names: Sequence[str], reason: str
+) -> None:
+    """Exits with a message if one of the options `names`, which have no effect, was given another value."""
+    for name in names:
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} has no effect {reason}")
 
 
 def count(text: str) -> int:
@@ -29,6 +38,14 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def new_file(text: str) -> Path:
+    """Converts the text of an option to the path of a file in an existing folder; for the option's `type`."""
+    file = Path(text)
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be in a folder that exists, got {text}")
+    return file
 
 
 def write_json(file: Path | None, data: object) -> None:

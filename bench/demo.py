@@ -15,7 +15,7 @@ from torch import nn
 from ultralytics import YOLO
 
 from bra_triton.bench import measure
-from bra_triton.bench.console import table, write_json
+from bra_triton.bench.console import count, table, write_json
 from bra_triton.yolo_integration import demo, set_backend
 from bra_triton.yolo_integration.demo import MODEL
 from bra_triton.yolo_integration.photo_dataset import write_photo_dataset
@@ -34,7 +34,7 @@ CONTROL = "control"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo and the comparison; returns 0 if the model learned and the backends agree."""
     parser = demo.parser("bra-bench demo", __doc__)
-    parser.add_argument("--compare-steps", type=int, default=5, help="steps on each backend")
+    parser.add_argument("--compare-steps", type=count, default=5, help="steps on each backend")
     options = parser.parse_args(arguments)
     print(
         f"{demo.INTRODUCTION}Then the fused backend is compared with the reference. Both take some six "

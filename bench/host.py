@@ -165,4 +165,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--phase", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--compiled", action="store_true", help="both modules under torch.compile")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    measured = {(form, phase, options.compiled) for form in options.form for phase in options.phase}
+    if options.check and ("identity" not in options.form or measured.isdisjoint(TARGETS)):
+        parser.error("--check needs --form identity and a --phase that has a target")
+    return options

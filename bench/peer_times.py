@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bra_triton.bench import measure, modules_alone
-from bra_triton.bench.console import conclude, count, parser_of, table, write_json
+from bra_triton.bench.console import conclude, count, parser_of, refuse_unused, table, write_json
 from bra_triton.bench.peers import NAMES, Peer, peers_for
 from bra_triton.bench.problems import PROBLEMS, Problem
 
@@ -219,9 +219,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--check-only", action="store_true", help="check every peer, time none")
     options = parser.parse_args(arguments)
     if options.preset:
-        for name in ("json", "problem", "batch", "peers", "check_only"):
-            if getattr(options, name) != parser.get_default(name):
-                parser.error(f"--preset sets what is measured; it takes no --{name.replace('_', '-')}")
+        fixed = ("json", "problem", "batch", "peers", "check_only")
+        refuse_unused(parser, options, fixed, "with --preset, which sets what is measured")
     if "torch" in (options.peers or ()) and not on_gpu:
         parser.error("--peers torch needs a GPU: without one, the torch backend is the fused peer")
     options.dtype = options.dtype or ("float16" if on_gpu and not options.preset else "float32")

@@ -44,6 +44,14 @@ def test_help_lists_the_commands_and_an_unknown_one_is_refused(capsys):
     assert "'nonsense'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["host", "peers", "models", "exports", "kernel-times"])
+def test_numbers_go_to_a_folder_that_exists(name, capsys):
+    """Else the command would fail after it has measured, and lose the numbers."""
+    with pytest.raises(SystemExit):
+        command_line.main([name, "--json", "nonesuch/numbers.json"])
+    assert "--json: must be in a folder that exists, got nonesuch/numbers.json" in capsys.readouterr().err
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stopped:
         command_line.main(["--version"])

@@ -37,6 +37,16 @@ def test_every_form_is_what_it_is_called(form):
     assert modules[host.PLAIN](x).shape == x.shape
 
 
+@pytest.mark.parametrize(
+    "given", [["--form", "soft"], ["--phase", "grad"], ["--compiled", "--phase", "no grad"]], ids=" ".join
+)
+def test_a_check_that_would_compare_nothing_is_refused(given, capsys):
+    """Other forms have targets relative to `identity`, and not every phase has a target."""
+    with pytest.raises(SystemExit):
+        host.main(["--check", *given])
+    assert "--check needs --form identity and a --phase that has a target" in capsys.readouterr().err
+
+
 def test_plain_attention_is_multi_head_attention():
     plain, x = host.PlainAttention(16, 2), torch.randn(2, 3, 4, 16)
     theirs = torch.nn.MultiheadAttention(16, 2, batch_first=True)

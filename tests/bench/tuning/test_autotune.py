@@ -48,6 +48,13 @@ def test_problems_are_of_their_size_class():
         ([*TINY[:-1], "2"], "topk must be at most the number of regions, 1 for n_win=1, got 2"),
         (["--shape", "4", "4", "16"], "--shape: expected 4 arguments"),
         (["--dtype", "float64"], "float64"),
+        (["--arch", "sm_90", "--problem", "yolo_p3"], "--problem has no effect with --arch"),
+        (["--arch", "sm_90", "--routing-weight", "soft"], "--routing-weight has no effect with --arch"),
+        (["--arch", "sm_90", "--refine"], "--refine has no effect with --arch"),
+        (["--head-dim", "32"], "--head-dim has no effect without --arch"),
+        (["--n-win", "8"], "--n-win has no effect without --shape"),
+        ([*TINY, "--problem", "yolo_p3"], "--problem has no effect with --shape"),
+        (["--output", "tables"], "--output has no effect without --arch or --save"),
     ],
 )
 def test_wrong_arguments_are_named(argv, message, capsys):
