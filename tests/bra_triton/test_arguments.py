@@ -1,11 +1,13 @@
 """Every public argument of modules and functions with bad values: each raises an error that names it."""
 
 import ast
+import os
 import re
 import traceback
 from decimal import Decimal
 from math import inf, nan
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bra_triton
-from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, functional
+from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, functional, regional_call
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.modules import downsampling
 from bra_triton.modules.tokens import TokenBiLevelRoutingAttention
@@ -61,6 +63,11 @@ def _regional(**arguments):
     graph = torch.zeros(1, 2, 4, 1, dtype=torch.int64)
     numbers = {"scale": 0.3, "region_graph": graph, "region_size": (2, 2)}
     return functional.regional_routing_attention(**{**maps, **numbers, **arguments})[0]
+
+
+def _asked(**environment):
+    with mock.patch.object(os, "environ", {name: str(value) for name, value in environment.items()}):
+        regional_call._is_asked_for()
 
 
 def _build(pool_on=None, **arguments):
@@ -241,6 +248,7 @@ TABLE = [
         ),
         {},
     ),
+    (_asked, "BRA_TRITON_CHECK", ("true", "2", " 1"), {}),
     *((_build, name, NOT_WHOLE, {}) for name in ("qk_dim", "dim")),
     (_build, "mode", ("mean", None), {}),
     *((_set, name, NOT_WHOLE, {}) for name in ("n_win", "num_heads", "topk")),

@@ -49,6 +49,17 @@ def test_an_entry_outside_is_an_error(entry, dtype, backend, device, monkeypatch
         _attend(_maps(device), _graph(device, entry, dtype), backend)
 
 
+@pytest.mark.parametrize(("value", "asked"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_the_environment_asks_for_the_check_by_1(value, asked, monkeypatch):
+    monkeypatch.delenv("BRA_TRITON_CHECK", raising=False)
+    if value is not None:
+        monkeypatch.setenv("BRA_TRITON_CHECK", value)
+    assert regional_call._is_asked_for() is asked
+    monkeypatch.setenv("BRA_TRITON_CHECK", "true")
+    with pytest.raises(ValueError, match="BRA_TRITON_CHECK must be 0 or 1, got 'true'"):
+        regional_call._is_asked_for()
+
+
 @every_backend
 @pytest.mark.parametrize("entry", [2**32, -1, 9])
 def test_where_values_are_not_looked_at_it_counts_as_the_nearest_region(entry, backend, device, monkeypatch):

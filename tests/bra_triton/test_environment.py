@@ -1,0 +1,30 @@
+"""The environment variables: a misspelt one is reported, and the list of them is complete."""
+
+import importlib
+import logging
+import re
+from pathlib import Path
+
+import bra_triton
+from bra_triton import environment
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_misspelt_variable_is_reported(monkeypatch, caplog):
+    monkeypatch.setenv("BRA_TRITON_CHECK", "1")
+    monkeypatch.setenv("BRA_TRITON_CHEK", "1")
+    with caplog.at_level(logging.WARNING, logger="bra_triton"):
+        importlib.reload(bra_triton)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the environment variable BRA_TRITON_CHEK has no effect; there are")
+
+
+def test_every_variable_of_the_sources_is_known():
+    sources = [
+        path for folder in ("bra_triton", "kernels", "bench") for path in (ROOT / folder).rglob("*.py")
+    ]
+    found = {
+        name for path in sources for name in re.findall(r"\bBRA_TRITON_[A-Z]+\b", path.read_text("utf-8"))
+    }
+    assert found == set(environment.VARIABLES)
