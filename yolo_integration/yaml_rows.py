@@ -29,7 +29,7 @@ from ultralytics.utils import LOGGER
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.arguments import is_whole, whole
-from bra_triton.modules.downsampling import USED_BY
+from bra_triton.modules.nhwc import without_effect
 
 from .modules import (
     C2BRA,
@@ -142,24 +142,9 @@ def _expand_row(index: int, row: Sequence[Any]) -> Sequence[Any]:
         expanded = _expand_arguments(name, source, _as_list(arguments))
     except ValueError as error:
         raise ValueError(_about_row(error, index, row)) from None
-    for reason in _without_effect(expanded[1]):
+    for reason in without_effect(expanded[1]):
         LOGGER.warning(_about_row(reason, index, row))
     return [source, repeats, name, expanded]
-
-
-def _without_effect(attention: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each argument of `attention` that its `kv_downsample_mode` does not use.
-
-    A default may be given beside a mode, because it may only keep the place of arguments by position.
-    """
-    mode = attention.get("kv_downsample_mode")
-    for name, modes in USED_BY.items():
-        default = inspect.signature(BiLevelRoutingAttention).parameters[name].default
-        if name in attention and mode not in modes and (mode is None or attention[name] != default):
-            yield (
-                f"{name}={attention[name]!r} has no effect without kv_downsample_mode: "
-                f"{', '.join(modes[:-1])} or {modes[-1]}"
-            )
 
 
 def _block_name(row: Sequence[Any]) -> str:

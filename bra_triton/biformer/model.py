@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..arguments import flag, is_real, is_whole, whole
 from ..modules.block import Block
 from ..modules.layers import depthwise_convolution
-from ..modules.nhwc import BiLevelRoutingAttention
+from ..modules.nhwc import BiLevelRoutingAttention, without_effect
 
 # Values of `topks` that stand for dense attention instead of a number of regions.
 DENSE, DENSE_WITH_LEPE = -1, -2
@@ -137,6 +137,8 @@ class BiFormer(nn.Module):
         _check_stages(depth, embed_dim, topks, head_dim)
         numbers = {"n_win": n_win, "head_dim": head_dim, "side_dwconv": side_dwconv}
         _check_effect(topks, {**numbers, **attention}, type(self))
+        if reasons := [*without_effect(attention)]:
+            raise ValueError("; ".join(reasons))
         check_number("drop_path_rate", drop_path_rate, 0, 1)
         check_number("layer_scale_init_value", layer_scale_init_value, -math.inf, math.inf)
         check_number("mlp_ratio", mlp_ratio, 1 / min(embed_dim), math.inf)

@@ -1,5 +1,7 @@
 """The drop-in module for NHWC maps, with the original's arguments and `state_dict` keys."""
 
+import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -22,6 +24,24 @@ from .inputs import apply, check_shape, for_keeping, project
 from .layers import depthwise_convolution, is_plain, lepe_parameters, plain_parameters
 
 PARAM_ATTENTION_MODES = ("qkvo", "qkv")
+
+
+def without_effect(attention: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each argument of `attention` that its `kv_downsample_mode` does not use.
+
+    A default may be given beside a mode, because it may only keep the place of arguments by position.
+
+    Args:
+        attention: arguments of `BiLevelRoutingAttention` by name.
+    """
+    mode = attention.get("kv_downsample_mode")
+    for name, modes in downsampling.USED_BY.items():
+        default = inspect.signature(BiLevelRoutingAttention).parameters[name].default
+        if name in attention and mode not in modes and (mode is None or attention[name] != default):
+            yield (
+                f"{name}={attention[name]!r} has no effect without kv_downsample_mode: "
+                f"{', '.join(modes[:-1])} or {modes[-1]}"
+            )
 
 
 class QKVLinear(nn.Module):
@@ -96,7 +116,8 @@ class BiLevelRoutingAttention(Attention):
         kv_downsample_ratio: how much the other modes reduce a side of a region; see `downsampling.build`.
         kv_downsample_kernel: window of `"fracpool"`, kernel of `"conv"`; by default set by the ratio.
         kv_downsample_mode: how keys and values are reduced inside each region, one of `downsampling.MODES`.
-            The original leaves `"fracpool"` and `"conv"` unimplemented.
+            The original leaves `"fracpool"` and `"conv"` unimplemented. A mode ignores the arguments of the
+            others, because callers of the original give all of them.
         topk: regions that every region attends to.
         param_attention: `"qkvo"` (projection in and out) or `"qkv"` (no output projection).
         param_routing: a linear layer inside the router; demands `diff_routing`.

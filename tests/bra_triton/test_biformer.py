@@ -326,6 +326,11 @@ def test_arguments_of_the_attention_reach_every_routed_stage():
             {"topks": (-1, -1, -1, -1), "soft_routing": True, "side_dwconv": 3},
             r"no stage of .* is routed.*\['n_win', 'head_dim', 'side_dwconv', 'soft_routing'\]",
         ),
+        ({"kv_per_win": 2}, "kv_per_win=2 has no effect without kv_downsample_mode: ada_avgpool or ada_max"),
+        (
+            {"kv_downsample_mode": "avgpool", "kv_downsample_kernel": 3},
+            "kv_downsample_kernel=3 has no effect",
+        ),
         ({"topks": (-1, -1, -2, -2), "head_dim": 32}, r"no stage of .* is routed.*: \['n_win'\]"),
     ],
 )
