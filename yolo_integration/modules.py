@@ -173,7 +173,25 @@ def has_attention(model: nn.Module) -> bool:
     return any(isinstance(module, Attention) for module in model.modules())
 
 
-class BiLevelRoutingAttention2d(TakesNames):
+class HoldsAttention(nn.Module):
+    """The base of the blocks: refuses the settings of the attention inside, which have no effect on a block.
+
+    Raises:
+        AttributeError: if `topk`, `n_win`, `backend` or another of these settings is set on the block.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in vars(self):
+            for layer, module in self.named_modules():
+                if isinstance(module, Attention) and name in module.settable():
+                    raise AttributeError(
+                        f"{name} cannot be set on a {type(self).__name__}, got {value!r}: set it on the "
+                        f"attention inside, {layer}"
+                    )
+        super().__setattr__(name, value)
+
+
+class BiLevelRoutingAttention2d(HoldsAttention, TakesNames):
     """The drop-in attention over an NCHW map: the class of yaml rows named `BiLevelRoutingAttention`.
 
     It permutes the map to NHWC and back, which changes strides only: a map in channels-last memory is never
@@ -199,7 +217,7 @@ class BiLevelRoutingAttention2d(TakesNames):
         return out
 
 
-class NCHWBiLevelRoutingAttention2d(TakesNames):
+class NCHWBiLevelRoutingAttention2d(HoldsAttention, TakesNames):
     """The NCHW drop-in: the class of yaml rows named `nchwBRA` or `NCHWBiLevelRoutingAttention`.
 
     A map in channels-last memory is not copied; the output is in channels-last memory.
@@ -224,7 +242,7 @@ class NCHWBiLevelRoutingAttention2d(TakesNames):
         return out
 
 
-class BiFormerBlock(Block, TakesNames):
+class BiFormerBlock(HoldsAttention, Block, TakesNames):
     """A block of BiFormer: a position convolution, then attention, then an MLP, each added to its input.
 
     After Zhu et al. (CVPR 2023), figure 3, without stochastic depth and layer scale. Strides are as in
@@ -255,7 +273,7 @@ class BiFormerBlock(Block, TakesNames):
         return out
 
 
-class BRABlock(nn.Module):
+class BRABlock(HoldsAttention):
     """Attention, then a convolutional feed-forward, each added to its input: in `C2BRA` and `C3k2BRA`.
 
     It is built like Ultralytics' `PSABlock`, with the same names for the same layers.
@@ -276,7 +294,7 @@ class BRABlock(nn.Module):
         return x + self.ffn(x)
 
 
-class C2BRA(nn.Module):
+class C2BRA(HoldsAttention):
     """A cross-stage partial stage of attention blocks; it replaces and resembles Ultralytics' `C2PSA`.
 
     Half of the hidden channels bypass the blocks. The output may have another width than the input, which
@@ -312,7 +330,7 @@ class C2BRA(nn.Module):
         return self.cv2(torch.cat((bypass, self.m(attended)), dim=1))
 
 
-class C3k2BRA(C2f):
+class C3k2BRA(HoldsAttention, C2f):
     """A `C3k2` of Ultralytics with bi-level routing attention in its inner blocks; made for necks.
 
     It resembles `C3k2` with `attn=True`, the last row before YOLO26's head: an inner block is a `Bottleneck`

@@ -337,6 +337,16 @@ def test_set_backend_reaches_every_attention() -> None:
     torch.testing.assert_close(model(x), by_reference, atol=1e-5, rtol=1e-5)
 
 
+@block_names
+def test_settings_of_the_attention_cannot_be_set_on_the_block(name: str) -> None:
+    """A block is what `model.model[11]` of a `YOLO` is; there they would be attributes that nothing reads."""
+    block = BLOCKS[name]()
+    for setting, value in (("topk", 1), ("n_win", 2), ("backend", "torch"), ("auto_pad", False)):
+        with pytest.raises(AttributeError, match=rf"{setting} cannot be set on a .* inside, (m\.0\..*)?attn"):
+            setattr(block, setting, value)
+    block.note = "attributes of other names can be set"
+
+
 def test_set_backend_refuses_an_unknown_name() -> None:
     with pytest.raises(ValueError, match=r"backend.*'nonesuch'"):
         set_backend(BLOCKS["attention"](), "nonesuch")
