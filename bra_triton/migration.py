@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .arguments import flag
 from .backend.select import check_name
 from .equivalent import NotTheSameError, equivalent, reason_of
 from .modules.base import Attention
@@ -85,7 +86,7 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
 
     Raises:
         TypeError: if `model` is no `nn.Module`.
-        ValueError: for an unknown `backend`.
+        ValueError: for an unknown `backend`, or a `subclasses` that is no bool.
 
     Example:
         >>> model = nn.Sequential(biformer.BiLevelRoutingAttention(dim=64, n_win=8))
@@ -97,6 +98,7 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r}")
     check_name(backend)
+    subclasses = flag("subclasses", subclasses)
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if _looks_like_attention(module):

@@ -57,7 +57,7 @@ def default_num_heads(dim: int, qk_dim: int | None = None) -> int:
         >>> default_num_heads(128)
         4
     """
-    common = math.gcd(whole("dim", dim), whole("qk_dim", qk_dim or dim))
+    common = math.gcd(whole("dim", dim), whole("qk_dim", dim if qk_dim is None else qk_dim))
     divisors = [heads for heads in range(1, common + 1) if common % heads == 0]
     return min(divisors, key=lambda heads: (abs(dim // heads - HEAD_DIM), -heads))
 
@@ -322,7 +322,7 @@ class C2BRA(HoldsAttention):
         self.c = _hidden_channels("e", e, c2)
         self.cv1 = Conv(c1, 2 * self.c, 1)
         self.cv2 = Conv(2 * self.c, c2, 1)
-        self.m = nn.Sequential(*(BRABlock(self.c, attention) for _ in range(n)))
+        self.m = nn.Sequential(*(BRABlock(self.c, attention) for _ in range(whole("n", n))))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(N, c1, H, W)` to `(N, c2, H, W)`."""
@@ -355,7 +355,7 @@ class C3k2BRA(HoldsAttention, C2f):
         self, c1: int, c2: int, n: int = 1, attention: Mapping[str, Any] | None = None, e: float = 0.5
     ) -> None:
         _hidden_channels("e", e, c2)
-        super().__init__(c1, c2, n, e=e)
+        super().__init__(c1, c2, whole("n", n), e=e)
         self.m = nn.ModuleList(
             nn.Sequential(Bottleneck(self.c, self.c), BRABlock(self.c, attention)) for _ in range(n)
         )

@@ -264,3 +264,5 @@ def test_the_report_is_readable_and_frozen():
 def test_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         replace_attention(*arguments)
+    with pytest.raises(ValueError, match="subclasses must be True or False, got 'no'"):
+        replace_attention(nn.Identity(), subclasses="no")

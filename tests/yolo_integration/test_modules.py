@@ -266,8 +266,15 @@ def test_ratios_that_leave_no_channels_are_refused(build, message: str, value: o
         build(value)
 
 
+@pytest.mark.parametrize("build", [C2BRA, C3k2BRA])
+def test_a_block_without_inner_blocks_is_refused(build) -> None:
+    """It would have no attention, and would ignore whatever is given for it."""
+    with pytest.raises(ValueError, match="n must be an int of at least 1, got 0"):
+        build(32, 32, 0, {"nonesuch": 1})
+
+
 @pytest.mark.parametrize(
-    ("dim", "qk_dim", "name"), [(0, None, "dim"), (32.0, None, "dim"), (32, -4, "qk_dim")]
+    ("dim", "qk_dim", "name"), [(0, None, "dim"), (32.0, None, "dim"), (32, -4, "qk_dim"), (32, 0, "qk_dim")]
 )
 def test_numbers_of_heads_need_whole_channels(dim: int, qk_dim: int | None, name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be an int of at least 1, got"):
