@@ -24,6 +24,7 @@ def depthwise_convolution(dim: int, side: int) -> nn.Conv2d | None:
 def is_plain(layer: Any, kind: type[nn.Module]) -> bool:
     """Whether a layer may be bypassed: its class is exactly `kind`, and no hook or `forward` was set on it.
 
+    Hooks for all modules do not count: PyTorch's FLOP counter sets them, to count what a backend computes.
     All other layers must be called: an adapter, a quantised or a parametrised layer has another class, and
     pruning and weight normalisation add hooks that compute the weight anew in every call.
     """
