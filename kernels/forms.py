@@ -46,12 +46,19 @@ def form_of(problem: RoutedAttention[A], routing_learns: bool = False, chooses: 
         problem: the attention.
         routing_learns: whether the factor's gradient is asked for, which needs lists.
         chooses: whether routing chooses its regions; False if they are given.
+
+    Raises:
+        ValueError: if `use_form` has set a form that cannot serve.
     """
     if problem.r_idx is None:
         return WHOLE
     if routing_learns:
         return ROUTED
     if form := overrides.in_force().form:
+        if form == SMALL_MAP and not (chooses and small_map_serves(problem)):
+            raise ValueError(
+                f"the form {SMALL_MAP!r} cannot serve {problem.query_grid} with topk {problem.topk}"
+            )
         return form
     if masked_is_cheaper(problem):
         return MASKED
@@ -62,10 +69,15 @@ def form_of(problem: RoutedAttention[A], routing_learns: bool = False, chooses: 
 def use_form(form: str | None) -> Iterator[None]:
     """Context in which attentions of this thread get `form`.
 
-    The form must be able to serve them. With None each attention gets the form that is chosen for it. An
-    attention keeps its form if no other is possible: if every region attends to all regions, or if the
-    routing weights learn.
+    With None each attention gets the form that is chosen for it. An attention keeps its form if no other is
+    possible: if every region attends to all regions, or if the routing weights learn. The masked form must
+    be able to serve: this is not checked.
+
+    Raises:
+        ValueError: for another name than "routed", "masked" and "small_map".
     """
+    if form not in (None, ROUTED, MASKED, SMALL_MAP):
+        raise ValueError(f"form must be {ROUTED!r}, {MASKED!r}, {SMALL_MAP!r} or None, got {form!r}")
     with overrides.use(form=form):
         yield
 

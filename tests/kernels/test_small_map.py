@@ -219,3 +219,15 @@ def test_a_step_takes_five_launches():
         "lepe_backward_kernel",
         "finish_gradients_kernel",
     ]
+
+
+def test_a_form_that_cannot_serve_is_refused():
+    """A region of 17 x 1 tokens has one row more than the tile of a program of this form."""
+    problem = _problem(_spec(16, 1, (1, 2), 1), [torch.randn(1, 17, 2, 48), None, None, None])
+    with forms.use_form(SMALL_MAP), pytest.raises(ValueError, match=r"'small_map' cannot serve .*topk 1"):
+        calls.attend(problem, trains=False)
+    with (
+        pytest.raises(ValueError, match=r"form must be .* or None, got 'nonesuch'"),
+        forms.use_form("nonesuch"),
+    ):
+        pass
