@@ -247,6 +247,12 @@ class BiFormerBackbone(BiFormer):
         del self.norm, self.head
         self.extra_norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in self.embed_dim)
 
+    def reset_classifier(self, num_classes: int) -> None:
+        """Raises ValueError unless `num_classes` is 0: a backbone has no classifier."""
+        if num_classes:
+            raise ValueError(f"num_classes of a backbone must be 0, got {num_classes!r}")
+        super().reset_classifier(0)
+
     def forward_features(self, x: Tensor) -> tuple[Tensor, ...]:
         """The maps of all stages, the largest first, in channels-last memory."""
         return tuple(

@@ -276,6 +276,12 @@ def test_classifier_can_be_replaced_or_left_out():
     assert model(image).shape == (1, 24)
 
 
+def test_a_backbone_takes_no_classifier():
+    backbone = BiFormerBackbone(**{name: value for name, value in TINY.items() if name != "num_classes"})
+    with pytest.raises(ValueError, match="num_classes of a backbone must be 0, got 3"):
+        backbone.reset_classifier(3)
+
+
 @pytest.mark.parametrize("build", [BiFormer, BiFormerBackbone])
 def test_checkpointing_computes_every_block_again_and_gives_the_same_gradients(build):
     """In float64, without dropout: both ways compute the same numbers in the same order."""
