@@ -107,7 +107,19 @@ class Attention(Specified, TakesNames):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "auto_pad":
             value = flag(name, value)
+        if name == "spec":
+            self._check_spec(value)
         super().__setattr__(name, value)
+
+    def _check_spec(self, spec: AttentionSpec) -> None:
+        if not isinstance(spec, AttentionSpec):
+            raise TypeError(f"spec must be an AttentionSpec, got {spec!r}")
+        old = vars(self).get("spec", spec)
+        if (spec.dim, spec.qk_dim) != (old.dim, old.qk_dim):
+            raise ValueError(
+                f"spec must keep dim={old.dim} and qk_dim={old.qk_dim}, which determine the parameters' "
+                f"shapes, got {spec}"
+            )
 
     def settable(self) -> dict[str, Any]:
         """The attributes that can be set, by name, with their values."""

@@ -68,13 +68,13 @@ class TopkRouting(Specified):
     """
 
     _fixed: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("topk", "qk_dim", "scale", "diff_routing"), "set it on the attention"),
+        **dict.fromkeys(("spec", "topk", "qk_dim", "scale", "diff_routing"), "set it on the attention"),
         "routing_act": NEVER_CALLED,
     }
 
     def __init__(self, spec: AttentionSpec, param_routing: bool) -> None:
         super().__init__()
-        self.spec = spec
+        vars(self)["spec"] = spec  # not by assignment, which `__setattr__` refuses
         self.emb = nn.Linear(spec.qk_dim, spec.qk_dim) if param_routing else nn.Identity()
 
     qk_dim, topk, diff_routing = number("qk_dim"), number("topk"), number("diff_routing")
@@ -197,7 +197,7 @@ class BiLevelRoutingAttention(Attention):
             kv_downsample_kernel=kv_downsample_kernel,
             kv_downsample_kenel=kv_downsample_kernel,  # the original's spelling
         )
-        self._check(spec)
+        self._check_spec(spec)
         self.lepe = depthwise_convolution(dim, side_dwconv)
         self.router = TopkRouting(spec, param_routing)
         self.qkv = QKVLinear(dim, qk_dim)
@@ -207,14 +207,14 @@ class BiLevelRoutingAttention(Attention):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
         if name == "spec":
-            self._check(value)
             router = self._modules.get("router")
             if type(router) is TopkRouting:
-                router.spec = value
-        super().__setattr__(name, value)
+                vars(router)["spec"] = value
 
-    def _check(self, spec: AttentionSpec) -> None:
+    def _check_spec(self, spec: AttentionSpec) -> None:
+        super()._check_spec(spec)
         if vars(self).get("param_routing") and not spec.diff_routing:
             raise ValueError("param_routing=True needs diff_routing=True, or router.emb gets no gradient")
 

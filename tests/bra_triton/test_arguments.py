@@ -21,6 +21,7 @@ from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, fun
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.modules import downsampling
 from bra_triton.modules.tokens import TokenBiLevelRoutingAttention
+from bra_triton.spec import AttentionSpec
 
 ERRORS = (ValueError, TypeError, RuntimeError, AttributeError)
 MAP = torch.randn(1, 4, 4, 16)
@@ -259,6 +260,7 @@ TABLE = [
     (_set, "dim", (16, nn.Parameter(torch.ones(()))), {}),
     (_set, "backend", NOT_NAMES, {}),
     (_set, "lepe", (torch.zeros_like, "lepe"), {}),
+    (_set, "spec", (None, 2, AttentionSpec(24, 24, 2, 2, 2)), {}),
     (_reduced, "ratio", (2, 0, None, "2"), {}),
     (_called, "lepe", (nn.Conv2d(16, 16, 3), nn.Linear(2, 2)), {}),
     (_called, "qkv", (nn.Linear(16, 32), nn.Linear(2, 2)), {}),

@@ -1,5 +1,6 @@
 """The original's attributes on our modules: all can be read; setting one takes effect or raises an error."""
 
+import dataclasses
 import pickle
 
 import pytest
@@ -112,6 +113,7 @@ def test_the_router_follows_the_attention():
         ("attn_act", "attn_act cannot be set"),
         ("router.topk", "topk cannot be set, got 7: set it on the attention"),
         ("router.scale", "scale cannot be set"),
+        ("router.spec", "spec cannot be set, got 7: set it on the attention"),
         ("router.routing_act", "routing_act cannot be set"),
     ],
 )
@@ -131,6 +133,19 @@ def test_what_would_have_no_effect_is_refused(path, message):
 def test_what_would_have_no_effect_on_the_nchw_form_is_refused(name):
     with pytest.raises(AttributeError, match=f"{name} cannot be set"):
         setattr(NCHWBiLevelRoutingAttention(12, 2), name, True)
+
+
+@pytest.mark.parametrize("kind", [BiLevelRoutingAttention, NCHWBiLevelRoutingAttention])
+def test_a_new_specification_suits_the_parameters(kind):
+    module = kind(**SIZE)
+    module.spec = dataclasses.replace(module.spec, topk=3)
+    assert module.topk == 3
+    with pytest.raises(TypeError, match="spec must be an AttentionSpec, got 3"):
+        module.spec = 3
+    with pytest.raises(
+        ValueError, match=r"spec must keep dim=12 and qk_dim=12, .*, got AttentionSpec.dim=24"
+    ):
+        module.spec = dataclasses.replace(module.spec, dim=24)
 
 
 @pytest.mark.parametrize(
