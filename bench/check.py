@@ -165,6 +165,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             options.notes.append(f"{name} was left out: no {package} here")
         else:
             options.parts.append(name)
+    if not options.parts:
+        parser.error(f"no part is left to run: {'; '.join(options.notes)}")
     return options
 
 

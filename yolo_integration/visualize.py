@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out or Path(f"{options.image.stem}-attention.{'html' if options.html else 'png'}")
     if not out.parent.is_dir():
         parser.error(f"--out must be in a folder that exists, got {out}")
+    if options.html and out.suffix not in (".html", ".htm"):
+        parser.error(f"--out must end in .html for a page (--html), got {out}")
     look = {"point": options.point, "layers": options.layer, "verbose": False, **given}
     model = YOLO(options.weights)
     try:

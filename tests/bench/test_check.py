@@ -159,6 +159,13 @@ def test_what_cannot_run_here_is_left_out_and_named(monkeypatch):
     assert options.notes == ["flex was left out: it needs a GPU"]
 
 
+def test_a_run_without_a_part_is_refused(capsys):
+    """It would check nothing, and pass."""
+    with pytest.raises(SystemExit):
+        check._parse(["--device", "cpu", "--parts", "flex", "tiles"])
+    assert "no part is left to run: flex was left out: it needs a GPU; tiles was" in capsys.readouterr().err
+
+
 def test_the_plan_begins_with_the_modes_and_has_every_file(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

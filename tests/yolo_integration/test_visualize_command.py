@@ -98,6 +98,7 @@ def test_the_command_writes_a_page(image, trained, tmp_path):
         (["--weights", "none.pt"], "--weights must be a file, got none.pt"),
         # Said before the model runs, not by a traceback after it.
         (["--out", "none/x.png"], "--out must be in a folder that exists, got none/x.png"),
+        (["--html", "--out", "x.png"], "--out must end in .html for a page (--html), got x.png"),
     ],
 )
 def test_wrong_arguments_are_named(image, trained, capsys, arguments, message):
