@@ -101,16 +101,16 @@ def refuse_export(exporter: Any) -> None:
         )
 
 
-def _with_refusal(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+def _with_refusal(original: Callable[..., Any], yolo: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Wraps `Model.export`: adds `refuse_export` if the model lacks it.
 
     A model copies the default callbacks before it loads its checkpoint. If it is the checkpoint that
     registers this package, the model has no callback of ours.
     """
-    callbacks_of_export = model.callbacks["on_export_start"]
+    callbacks_of_export = yolo.callbacks["on_export_start"]
     if refuse_export not in callbacks_of_export:
         callbacks_of_export.append(refuse_export)
-    return original(model, *args, **kwargs)
+    return original(yolo, *args, **kwargs)  # `kwargs` may have a `model`: the command line passes its name
 
 
 def _wrap_once(place: ModuleType | type, name: str, wrapper: Callable[..., Any]) -> None:

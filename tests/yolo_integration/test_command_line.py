@@ -32,6 +32,14 @@ def test_module_validates_a_checkpoint(fresh_python, trained: Path, data_yaml: s
     assert "mAP50-95" in process.stdout + process.stderr
 
 
+def test_command_exports_a_checkpoint(fresh_python, trained: Path, tmp_path: Path) -> None:
+    """Ultralytics' command line passes the model's name to `export`, too."""
+    weights = shutil.copy(trained / "best.pt", tmp_path)  # the export is written beside the weights
+    words = as_words({"model": weights, "format": "torchscript", "imgsz": 64, "device": "cpu"})
+    fresh_python("-m", "bra_triton.yolo_integration.command_line", "export", *words)
+    assert (tmp_path / "best.torchscript").is_file()
+
+
 def test_wrong_arguments_fail_as_in_ultralytics(fresh_python) -> None:
     process = fresh_python("-m", "bra_triton.yolo_integration.command_line", "train", "modell=x", check=False)
     assert process.returncode != 0
