@@ -137,8 +137,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
     """Sets the backend of every bi-level routing attention in a model.
 
     It has no effect on `YOLO.train`, which builds the model anew from its yaml: give the backend in the rows,
-    `{backend: torch}`. A warning is logged if a checkpoint's model loses a setting in this way. A `YOLO` that
-    was built from a yaml loads nothing when it trains, so there is no warning.
+    `{backend: torch}`. A warning is logged if a setting is lost in this way.
 
     Args:
         model: any module, or a `YOLO` of Ultralytics. A `YOLO` that has predicted sets up its predictor anew,

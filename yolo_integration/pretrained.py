@@ -5,9 +5,10 @@ with one more row in the backbone, all rows after it would get no weights. Here 
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Size, Tensor, nn
 from ultralytics.utils import LOGGER
@@ -113,23 +114,61 @@ def report_settings(source: nn.Module, target: nn.Module) -> None:
 
     Training builds a checkpoint's model anew from its yaml, so what was set on its attentions is lost.
     """
-    theirs, changes = dict(source.named_modules()), dict[str, list[str]]()
-    for layer, ours in target.named_modules():
-        other = theirs.get(layer)
-        if not isinstance(ours, Attention) or not isinstance(other, Attention):
-            continue
-        if _shapes_of(ours) != _shapes_of(other):
-            continue
-        given = other.settable()
-        for name, value in ours.settable().items():
+    theirs = {layer: other for layer, other in source.named_modules() if isinstance(other, Attention)}
+    _warn_of_changes(
+        "the model that the weights come from",
+        (
+            (layer, theirs[layer].settable(), ours.settable())
+            for layer, ours in target.named_modules()
+            if layer in theirs
+            and isinstance(ours, Attention)
+            and _shapes_of(ours) == _shapes_of(theirs[layer])
+        ),
+    )
+
+
+# The settings that each attention got from its row when its model was built.
+_of_rows: WeakKeyDictionary[Attention, dict[str, Any]] = WeakKeyDictionary()
+
+
+def keep_settings(model: nn.Module) -> None:
+    """Keeps the settings of a model that was just built from rows, for `report_lost_settings`."""
+    for attention in model.modules():
+        if isinstance(attention, Attention):
+            _of_rows[attention] = attention.settable()
+
+
+def report_lost_settings(model: nn.Module) -> None:
+    """Warns of what was set on a model since it was built: training builds it anew from the same yaml."""
+    _warn_of_changes(
+        "this model, which training builds anew",
+        (
+            (layer, attention.settable(), _of_rows[attention])
+            for layer, attention in model.named_modules()
+            if isinstance(attention, Attention) and attention in _of_rows
+        ),
+    )
+
+
+def _warn_of_changes(
+    model: str, settings: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]]
+) -> None:
+    """Warns if rows change settings.
+
+    Args:
+        model: words for the model that has the settings.
+        settings: for each layer, its name, its settings in this model, and those of its row.
+    """
+    changes = dict[str, list[str]]()
+    for layer, given, ours in settings:
+        for name, value in ours.items():
             if given.get(name, value) != value:
                 changes.setdefault(f"{name}={value!r}, not {given[name]!r}", []).append(layer)
     if changes:
         told = "; ".join(f"{change} ({_listed(layers)})" for change, layers in changes.items())
         LOGGER.warning(
-            f"The yaml's rows decide the settings of the attention; they differ from those of the model that "
-            f"the weights come from: {told}. Write a setting that shall stay into the row, "
-            "such as {topk: 8} or {backend: torch}"
+            f"The yaml's rows decide the settings of the attention; they differ from those of {model}: "
+            f"{told}. Write a setting that shall stay into the row, such as {{topk: 8}} or {{backend: torch}}"
         )
 
 

@@ -44,6 +44,7 @@ def register() -> None:
     - Ultralytics finds the packaged yamls by name, in every scale, and the photographs of `photo_dataset` as
       `data="photos.yaml"`;
     - weights are also transferred between models with different rows, and under other implementations' names;
+    - training, which builds a model anew, warns of settings of the attention that it loses;
     - the model summary counts the attention's multiply-adds;
     - an export to a format that cannot hold the attention is refused;
     - restricted loading (`ULTRALYTICS_SAFE_LOAD`) accepts the blocks;
@@ -79,6 +80,7 @@ def register() -> None:
         if callback not in callbacks.default_callbacks[event]:
             callbacks.default_callbacks[event].append(callback)
     _wrap_once(Model, "export", _with_refusal)
+    _wrap_once(Model, "train", _warn_and_train)
     flops.register_rule()
     _wrap_once(tasks, "intersect_dicts", _by_our_names)
     _wrap_once(torch_utils, "get_flops", flops.at_real_size)
@@ -131,7 +133,16 @@ def _parse_with_expanded_rows(
 ) -> Any:
     expanded = expand_rows(d)
     with _parse_lock, errors_name_the_row(lambda: d), blocks_parsed_as_csp(expanded):
-        return original(expanded, *args, **kwargs)
+        built = original(expanded, *args, **kwargs)
+    pretrained.keep_settings(built[0])
+    return built
+
+
+def _warn_and_train(original: Callable[..., Any], yolo: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Wraps `Model.train`, which loads a checkpoint's model into the new one; that warns by itself."""
+    if isinstance(yolo.model, nn.Module) and not yolo.ckpt:
+        pretrained.report_lost_settings(yolo.model)
+    return original(yolo, *args, **kwargs)
 
 
 def _build_naming_rows(original: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:

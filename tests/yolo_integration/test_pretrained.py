@@ -128,6 +128,22 @@ def test_settings_that_training_drops_are_warned_of(log, train_arguments, tmp_pa
     assert "scale" not in warning
 
 
+def test_settings_of_a_model_that_was_built_from_a_yaml_are_warned_of(log, train_arguments, tmp_path) -> None:
+    """Without the data set, training ends before it builds the model anew."""
+    arguments = {**train_arguments, "data": "nonesuch.yaml", "project": str(tmp_path)}
+    model = YOLO("yolo26n-bra.yaml", verbose=False)
+    with pytest.raises(RuntimeError, match=r"nonesuch\.yaml"):
+        model.train(**arguments)
+    assert "WARNING" not in log.text
+    model.model.model[11].attn.topk = 8
+    set_backend(model, "torch")
+    with pytest.raises(RuntimeError, match=r"nonesuch\.yaml"):
+        model.train(**arguments)
+    (warning,) = (record.getMessage() for record in log.records if record.levelname == "WARNING")
+    assert "topk=4, not 8 (model.11.attn)" in warning
+    assert "backend='auto', not 'torch' (model.10.m.0.attn.attn, model.11.attn)" in warning
+
+
 def test_settings_that_stay_or_whose_weights_do_not_fit_are_not_warned_of(log) -> None:
     source = tasks.DetectionModel("yolo26n-bra.yaml", verbose=False)
     tasks.DetectionModel("yolo26n-bra.yaml", verbose=False).load(source)
