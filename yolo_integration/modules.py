@@ -175,12 +175,14 @@ def has_attention(model: nn.Module) -> bool:
 class HoldsAttention(nn.Module):
     """The base of the blocks: refuses the settings of the attention inside, which have no effect on a block.
 
+    Classes that others derive from the blocks may have attributes of these names.
+
     Raises:
         AttributeError: if `topk`, `n_win`, `backend` or another of these settings is set on the block.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in vars(self):
+        if name not in vars(self) and type(self).__module__ == __name__:
             for layer, module in self.named_modules():
                 if isinstance(module, Attention) and name in module.settable():
                     raise AttributeError(

@@ -354,6 +354,17 @@ def test_settings_of_the_attention_cannot_be_set_on_the_block(name: str) -> None
     block.note = "attributes of other names can be set"
 
 
+def test_a_class_derived_from_a_block_may_use_the_names_of_settings() -> None:
+    """Such as a scale of its own for the output."""
+
+    class Scaled(C2BRA):
+        pass
+
+    block = Scaled(32, 32)
+    block.scale = nn.Parameter(torch.ones(1))
+    assert "scale" in dict(block.named_parameters())
+
+
 def test_set_backend_refuses_an_unknown_name() -> None:
     with pytest.raises(ValueError, match=r"backend.*'nonesuch'"):
         set_backend(BLOCKS["attention"](), "nonesuch")
