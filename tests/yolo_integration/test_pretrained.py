@@ -4,9 +4,11 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn import tasks
+from ultralytics.nn.modules.conv import Conv
 from ultralytics.utils import LOGGER
 
 from bra_triton.yolo_integration import BiFormerBlock, pretrained, set_backend
@@ -30,6 +32,14 @@ A, B, C = ({name: torch.Size([size])} for name, size in (("a", 1), ("b", 1), ("a
 )
 def test_rows_are_matched_in_order_by_the_tensors_that_agree(source, target, expected) -> None:
     assert match_rows(source, target) == expected
+
+
+def test_rows_are_moved_in_a_copy_of_the_source() -> None:
+    row = nn.Linear(1, 2)
+    source = nn.ModuleDict({"model": nn.Sequential(row), "other": nn.Linear(1, 1)})
+    moved = pretrained.with_rows_of(source, nn.ModuleDict({"model": nn.Sequential(nn.Linear(1, 1), row)}))
+    assert [*moved.state_dict()] == ["model.1.weight", "model.1.bias", "other.weight", "other.bias"]
+    assert [*source.state_dict()] == ["model.0.weight", "model.0.bias", "other.weight", "other.bias"]
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +94,26 @@ def test_training_starts_from_a_stock_checkpoint_by_structure(
     _check_transfer(trainer.model, log.text)
 
 
-def test_a_stock_model_loads_as_before(stock: str, log) -> None:
+def test_a_stock_model_loads_as_before(stock: str, log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(pretrained, "with_rows_of")
     YOLO("yolo26n.yaml", verbose=False).load(stock)
     assert "Transferred 708/708" in log.text
     assert "keep their initial values" not in log.text
+
+
+def test_a_source_without_rows_is_left_to_ultralytics(log) -> None:
+    tasks.DetectionModel("yolo26n-bra.yaml", verbose=False).load(torch.nn.Linear(1, 1))
+    assert "Transferred 0/702" in log.text
+
+
+@pytest.mark.parametrize("entry", ["ema", "model"])  # a finished training's checkpoint has only the first
+def test_a_checkpoint_is_loaded_by_structure_and_without_messages_if_asked_for(entry: str, log) -> None:
+    source = tasks.DetectionModel("yolo26n.yaml", verbose=False)
+    model = tasks.DetectionModel("yolo26n-bra.yaml", verbose=False)
+    log.clear()
+    model.load({"ema": None, "model": None, entry: source}, verbose=False)
+    assert torch.equal(model.model[14].cv1.conv.weight, source.model[13].cv1.conv.weight)
+    assert log.text == ""
 
 
 @pytest.mark.parametrize("names", [{0: "class 7", 1: "class 3"}, {0: "a", 1: "b"}])
@@ -107,6 +133,16 @@ def test_what_is_loaded_in_part_is_not_said_to_keep_its_initial_values(names: di
     assert f"{12 if loads_classes else 24} tensors have no counterpart in the weights" in log.text
     assert "initial values: model.10.m.0.attn.attn.lepe, " in log.text
     assert ("model.24.cv3.0.2" in log.text) != loads_classes
+
+
+def test_nothing_of_another_width_or_kernel_is_loaded(log) -> None:
+    """Of all 12 tensors only the two counters of batches have the same shapes."""
+    source, target = (
+        nn.ModuleDict({"model": nn.ModuleList([Conv(3, width, kernel), Conv(width, width)])})
+        for width, kernel in ((8, 3), (16, 5))
+    )
+    pretrained.report(source, target)
+    assert "10 tensors have no counterpart in the weights" in log.text
 
 
 def test_settings_that_training_drops_are_warned_of(log, train_arguments, tmp_path) -> None:

@@ -4,11 +4,14 @@ import importlib
 import pickle
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import ultralytics
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn import tasks
 from ultralytics.utils import callbacks, dist
@@ -100,9 +103,41 @@ def test_a_module_of_the_users_own_is_not_replaced_in_silence(monkeypatch: pytes
     assert f"rows named C2BRA build <class '{ours}'> from now on, no longer <class '{theirs}'>" in warning
 
 
-def test_wrappers_keep_the_name_and_documentation_of_what_they_wrap() -> None:
-    assert tasks.parse_model.__name__ == "parse_model"
-    assert tasks.parse_model.__doc__ == tasks.parse_model._bra_triton_wraps.__doc__
+@pytest.mark.parametrize("place", [tasks, ultralytics.nn])  # the package has a name of its own for it
+def test_wrappers_keep_the_name_and_documentation_of_what_they_wrap(place: ModuleType) -> None:
+    assert place.parse_model.__name__ == "parse_model"
+    assert place.parse_model.__doc__ == place.parse_model._bra_triton_wraps.__doc__
+
+
+def test_only_one_thread_at_a_time_builds_a_model() -> None:
+    """While a model with `C2BRA` is built, names of Ultralytics' classes stand for this package's blocks."""
+    inside: list[int] = []
+    found: list[int] = []
+
+    def original(_: dict) -> None:
+        inside.append(1)
+        time.sleep(0.02)  # long enough for the other threads to come here, if they could
+        found.append(len(inside))
+        inside.pop()
+
+    model = {"backbone": [[-1, 1, "C2BRA", [64]]], "head": []}
+    with ThreadPoolExecutor() as pool:
+        for _ in range(3):
+            pool.submit(registration._parse_with_expanded_rows, original, model)
+    assert found == [1, 1, 1]
+
+
+def test_a_path_that_does_not_exist_is_not_a_packaged_yaml() -> None:
+    with pytest.raises(FileNotFoundError):
+        tasks.check_yaml("./yolo26-bra.yaml")
+
+
+def test_tensors_under_other_names_are_selected_and_those_given_not_changed() -> None:
+    given = {"model.11.lepe.weight": torch.zeros(1)}
+    own = {"model.11.attn.lepe.weight": torch.ones(1)}
+    assert tasks.intersect_dicts(given, own) == {"model.11.attn.lepe.weight": torch.zeros(1)}
+    assert tasks.intersect_dicts(given, own, exclude=["lepe"]) == {}
+    assert [*given] == ["model.11.lepe.weight"]
 
 
 def test_fresh_process_predicts_refuses_tunes_and_resumes_from_a_checkpoint_alone(
@@ -154,6 +189,11 @@ def test_a_format_that_cannot_hold_the_attention_is_refused_before_the_export() 
     registration.refuse_export(SimpleNamespace(args=SimpleNamespace(format="onnx"), model=exporter.model))
     exporter.model = torch.nn.Conv2d(1, 1, 1)
     registration.refuse_export(exporter)
+
+
+def test_only_classes_of_this_package_are_allowed_in_checkpoints() -> None:
+    allowed = {kind.__module__.partition(".")[0] for kind in registration._package_classes()}
+    assert allowed == {"bra_triton"}
 
 
 def test_without_ultralytics_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,7 @@ def test_as_many_heads_as_channels_are_refused_by_position() -> None:
     ("name", "arguments", "instead"),
     [
         ("BiFormerBlock", [8, 7], "[]"),
+        ("BiFormerBlock", [0.5], "[]"),  # it has no `e`
         ("C2BRA", [64, 0.5], "[64, {'e': 0.5}]"),
         ("C2BRA", [64, 8, 7], "[64]"),
         ("C3k2BRA", [64, True], "[64]"),
