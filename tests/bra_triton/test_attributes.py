@@ -165,6 +165,15 @@ def test_a_down_sampling_is_made_anew_not_set(mode, name):
         setattr(module, name, 3)
 
 
+@pytest.mark.parametrize("kind", [BiLevelRoutingAttention, NCHWBiLevelRoutingAttention])
+def test_what_is_listed_as_settable_can_be_set(kind):
+    module = kind(**SIZE)
+    settable = module.settable()
+    assert {"topk", "scale", "auto_pad", "backend"} <= settable.keys()
+    for name, value in settable.items():
+        setattr(module, name, value)
+
+
 def test_a_routers_layer_needs_gradients_through_the_routing():
     module = BiLevelRoutingAttention(**SIZE, param_routing=True, diff_routing=True)
     with pytest.raises(ValueError, match="param_routing=True needs diff_routing=True"):

@@ -130,6 +130,31 @@ class TestErrors:
             module(torch.randn(shape))
 
 
+class _Failing(nn.Module):
+    """A layer without parameters that fails."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("broken"), r"^qkv fails on a map \(1, 4, 4, 16\): broken$"),
+        (torch.OutOfMemoryError("full"), "^full$"),  # callers look for it by its class
+    ],
+)
+def test_an_error_of_a_layer_names_the_layer_unless_its_class_tells_what_it_is(error, message):
+    module = BiLevelRoutingAttention(16, 1, 2, topk=2, backend="torch")
+    module.qkv = _Failing(error)
+    with pytest.raises(type(error), match=message):
+        module(torch.randn(1, 4, 4, 16))
+
+
 class _Adapter(nn.Module):
     """Adds a shift to a projection, as adapters do: a zero token is not projected to the layer's bias."""
 
