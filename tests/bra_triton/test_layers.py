@@ -61,10 +61,18 @@ def _patch_forward(layer):
 @pytest.mark.parametrize("side", [1, 3, 5, 7])
 def test_a_convolution_is_plain_if_it_keeps_the_size(side):
     """A convolution that is not plain is called as a layer, which takes longer than LePE in the kernels."""
-    assert is_plain_convolution(nn.Conv2d(8, 8, side, padding=side // 2, groups=8), 8)
-    assert not is_plain_convolution(nn.Conv2d(8, 8, side, padding=side // 2 + 1, groups=8), 8)
-    assert not is_plain_convolution(nn.Conv2d(8, 8, side, padding=side // 2), 8)
-    assert not is_plain_convolution(nn.Conv2d(8, 8, side + 1, padding=side // 2, groups=8), 8)
+    plain = {"kernel_size": side, "padding": side // 2, "groups": 8}
+    assert is_plain_convolution(nn.Conv2d(8, 8, **plain), 8)
+    for change in (
+        {"groups": 1},
+        {"padding": side // 2 + 1},
+        {"kernel_size": side + 1, "padding": (side + 1) // 2},
+        {"kernel_size": (side, side + 2)},
+        {"stride": 2},
+        {"dilation": 2},
+        {"padding_mode": "circular"},
+    ):
+        assert not is_plain_convolution(nn.Conv2d(8, 8, **{**plain, **change}), 8), change
 
 
 def _route_backwards(module):
