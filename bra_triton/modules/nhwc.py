@@ -210,7 +210,7 @@ class BiLevelRoutingAttention(Attention):
         super().__setattr__(name, value)
         if name == "spec":
             router = self._modules.get("router")
-            if type(router) is TopkRouting:
+            if isinstance(router, TopkRouting):
                 vars(router)["spec"] = value
 
     def _check_spec(self, spec: AttentionSpec) -> None:

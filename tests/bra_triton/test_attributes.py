@@ -11,6 +11,7 @@ from torch import nn
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bra_triton.modules import downsampling
+from bra_triton.modules.nhwc import TopkRouting
 
 SIZE = {"dim": 12, "num_heads": 2, "n_win": 2, "topk": 2}
 # Not compared: two modules of the original's that only its gathering and softmax use.
@@ -88,11 +89,19 @@ def test_the_scale_of_the_tokens_alone_is_set_as_in_the_original():
     assert relative_error(ours(x), original(x)) < 1e-12
 
 
-def test_the_router_follows_the_attention():
+class _OwnRouter(TopkRouting):
+    """A router of a user's own that is built on ours."""
+
+
+@pytest.mark.parametrize("kind", [TopkRouting, _OwnRouter])
+def test_the_router_follows_the_attention(kind):
     module = BiLevelRoutingAttention(**SIZE)
+    module.router = kind(module.spec, param_routing=False)
     module.topk = 3
     module.diff_routing = True
     assert (module.router.topk, module.router.diff_routing) == (3, True)
+    _, _, r_idx, _ = module(torch.randn(1, 4, 4, 12), ret_attn_mask=True)
+    assert r_idx.shape == (1, 4, 3)
 
 
 @pytest.mark.parametrize(
