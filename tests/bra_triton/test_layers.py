@@ -334,6 +334,35 @@ def test_a_hooked_router_chooses_as_an_unhooked_one_in_half_precision():
     assert torch.equal(seen[0], expected)
 
 
+def test_a_hooked_router_passes_no_gradient_without_diff_routing():
+    module = BiLevelRoutingAttention(**SIZE, soft_routing=True, backend="torch").double()
+    x, grad_out = torch.randn(2, 1, 4, 4, 12, dtype=torch.float64)
+    expected = run(module, x, grad_out)
+    module.router.register_forward_hook(lambda *_: None)
+    actual = run(module, x, grad_out)
+    assert worst(relative_error(actual[name], value) for name, value in expected.items()) < TOLERANCE
+
+
+class OwnRouter(nn.Module):
+    """Chooses one region by a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Linear(12, 12)
+
+    def forward(self, query, key):
+        r_weight, r_idx = (self.emb(query) @ key.mT).softmax(-1).topk(1)
+        return r_weight, r_idx.int()
+
+
+def test_a_router_of_the_users_own_gets_regions_in_the_dtype_of_its_parameters():
+    """Means of regions are float32. The numbers of regions that it returns may be of any type of integers."""
+    module = BiLevelRoutingAttention(**SIZE)
+    module.router = OwnRouter()
+    out, _, r_idx, _ = module.bfloat16()(torch.randn(1, 4, 4, 12).bfloat16(), ret_attn_mask=True)
+    assert (out.dtype, r_idx.dtype) == (torch.bfloat16, torch.int64)
+
+
 def test_a_projection_of_another_width_is_refused():
     module = BiLevelRoutingAttention(**SIZE, backend="torch")
     module.qkv = nn.Linear(12, 48)

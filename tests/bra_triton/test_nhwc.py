@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import bra_triton
-from bra_triton import BiLevelRoutingAttention, functional
+from bra_triton import BiLevelRoutingAttention, functional, reference
 from bra_triton.call import Call
 
 BACKENDS = ("torch", "triton")
@@ -129,6 +129,12 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"x must be \(N, H, W, dim\) with dim=32"):
             module(torch.randn(shape))
 
+    def test_map_that_needs_padding_with_the_attention_matrix(self):
+        """The reference computes it, and pads what it gets."""
+        module = BiLevelRoutingAttention(32, 1, 2, topk=2)
+        with pytest.raises(ValueError, match="must be multiples of n_win=2, got 4 x 5"):
+            module(torch.randn(1, 4, 5, 32), ret_attn_mask=True)
+
 
 class _Failing(nn.Module):
     """A layer without parameters that fails."""
@@ -209,6 +215,17 @@ class TestPadding:
         assert relative_error(module(x), by_hand) < 1e-12
         actual, expected = (run(each, x, x) for each in (module, reference_of(module)))
         assert worst(relative_error(actual[name], x) for name, x in expected.items()) < 1e-12
+
+    @pytest.mark.parametrize("projection", PROJECTIONS)
+    def test_is_no_part_of_the_map_of_a_call(self, projection):
+        """`forward` pads the map if the projection is not plain; tools that inspect a call need the map."""
+        module = BiLevelRoutingAttention(16, 2, 2, topk=2, auto_pad=True, backend="torch")
+        PROJECTIONS[projection](module)
+        module.double()
+        x = torch.randn(2, 5, 7, 16, dtype=torch.float64)
+        call = module.call_of(x)
+        assert call.qkv.shape == (2, 5, 7, 48)
+        assert relative_error(module.wo(reference.attend(call).out), module(x)) < 1e-12
 
     def test_a_plain_projection_is_not_called_for_it(self, monkeypatch):
         module = BiLevelRoutingAttention(16, 2, 2, topk=2, auto_pad=True, backend="torch")

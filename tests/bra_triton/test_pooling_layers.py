@@ -7,6 +7,7 @@ from problems import relative_error, worst
 from torch import nn
 
 from bra_triton import BiLevelRoutingAttention
+from bra_triton.modules.layers import is_plain_window
 
 CONV = {
     **{"dim": 12, "num_heads": 2, "n_win": 2, "topk": 3},
@@ -47,6 +48,12 @@ def test_a_pooling_convolution_with_other_numbers_is_called(numbers):
     expected, actual = (run(module, x, grad_out) for module in modules)
     errors = {name: relative_error(actual[name], value) for name, value in expected.items()}
     assert worst(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("channels", [(12, 24), (24, 12), (24, 24)])
+def test_a_pooling_convolution_for_other_channels_is_called(channels):
+    assert is_plain_window(nn.Conv2d(12, 12, 2, stride=2, groups=12), 12, kernel=2, stride=2)
+    assert not is_plain_window(nn.Conv2d(*channels, 2, stride=2, groups=12), 12, kernel=2, stride=2)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
