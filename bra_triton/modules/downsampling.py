@@ -172,7 +172,7 @@ class FixedCells(KVDownsampling):
         its own, because a backward cannot save its tensors.
         """
         device, stream = torch.device(device), 0
-        if not is_eager() or being_exported() or is_seen(()):
+        if not is_eager() or is_seen(()):
             return self._along(side, device)
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():

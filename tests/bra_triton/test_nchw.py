@@ -128,6 +128,14 @@ class TestModule:
         with pytest.raises(ValueError, match="backend must be one of"):
             NCHWBiLevelRoutingAttention(16).backend = "cuda"
 
+    def test_a_projection_of_larger_side_is_called(self):
+        """Only convolutions of 1 x 1 are matrix products."""
+        module = NCHWBiLevelRoutingAttention(8, 2, 2, topk=2, backend="torch")
+        module.qkv_linear = torch.nn.Conv2d(8, 24, 3, padding=1)
+        x = torch.randn(1, 8, 4, 4)
+        expected = module.qkv_linear(x).permute(0, 2, 3, 1)
+        assert relative_error(module.call_of(x).qkv, expected) < FLOAT32_TOLERANCE
+
     def test_attention_matrix_is_the_references(self):
         module, oracle = _pair("torch", torch.device("cpu"))
         x = torch.randn(1, 16, 7, 8)
