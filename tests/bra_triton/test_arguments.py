@@ -191,7 +191,7 @@ TABLE = [
     (_tokens, "x", (*_not_tensors(1, 16, 16), torch.ones(1, 17, 16)), {}),
     (_tokens, "size", NOT_SIZES, {}),
     (_tokens, "attn_mask", (torch.ones(16, 16), False), {}),
-    (_tokens, "is_causal", (True,), {}),
+    (_tokens, "is_causal", (True, *NOT_FLAGS), {}),
     (_attend, "num_heads", NOT_WHOLE, {}),
     *((call, name, NOT_WHOLE, {}) for call in (_attend, _route) for name in ("n_win", "topk")),
     *((call, "qk_dim", (*_without(NOT_WHOLE, None), 24), {}) for call in (_attend, _route)),

@@ -200,6 +200,10 @@ class TestFractionalPooling:
         fixed = {tuple(module.cells(20, 20, "cpu")[0].flatten().tolist()) for _ in range(20)}
         assert len(fixed) == 1
 
+    def test_a_ratio_that_no_float_holds_counts_as_it_is_written(self):
+        """11 / 1.1 is 10, although the float 1.1 is a little more than 1.1."""
+        assert downsampling.build("fracpool", QK_DIM, DIM, ratio=1.1).count(11) == 10
+
     def test_rows_and_columns_have_samples_of_their_own(self):
         module = _module("fracpool")
         assert any(not torch.equal(*module.cells(20, 20, "cpu")) for _ in range(20))
