@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from bra_triton import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bra_triton.backend.kernels import fused_kernels
+from bra_triton.kernels import overrides
+from bra_triton.kernels.forms import ROUTED, use_form
 
 BACKENDS = ("torch", "triton")
 # Arguments with which a forward saves all that it can: for LePE, padding, the router's layer, reduced keys.
@@ -180,6 +184,40 @@ def test_a_flop_counter_sees_the_attention(device):
         module(x)
     assert len(seen) == 1
     assert counter.get_flop_counts()["Global"][torch.ops.bra_triton.attend] == 1000
+
+
+def test_a_backward_computes_with_what_was_set_for_the_forward(monkeypatch):
+    """Autograd runs the backward of a GPU in a thread of its own, in which nothing is set."""
+    kernels, found = fused_kernels("torch"), []
+    backward = kernels.attend_backward
+    monkeypatch.setattr(
+        kernels, "attend_backward", lambda *given: found.append(overrides.in_force()) or backward(*given)
+    )
+    module, x, _ = _problem("NHWC", "torch", "cpu")
+    with use_form(ROUTED):
+        out = module(x)
+    out.sum().backward()
+    assert [each.form for each in found] == [ROUTED]
+
+
+class _Stopped(torch.autograd.Function):
+    """Passes its input on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["eager", "operators"])
+def test_an_output_without_a_gradient_gives_none(seen):
+    module, x, _ = _problem("NHWC", "torch", "cpu")
+    with FlopCounterMode(display=False) if seen else nullcontext():
+        _Stopped.apply(module(x)).sum().backward()
+    assert all(value.grad is None or not value.grad.any() for value in module.parameters())
 
 
 @every_module
