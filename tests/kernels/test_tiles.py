@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,13 @@ def test_a_head_too_wide_is_named():
 )
 def test_an_architecture_without_a_table_gets_its_nearest_elders(arch, served_by):
     assert tile_table.nearest(arch, ARCHS) == served_by
+
+
+def test_the_architecture_of_an_amd_gpu_is_named_without_its_features(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert tiles.architecture_of(torch.device("cuda", 0)) == "gfx942"
 
 
 def test_only_architectures_have_tables():
