@@ -158,6 +158,15 @@ def test_every_place(place):
     assert [finding.name for finding in report.replaced] == [name]
 
 
+def test_ours_are_not_looked_at():
+    """Neither those that were built as ours nor those that were replaced."""
+    model = nn.ModuleList([original(**SIZE), AuthorsNCHW(**SIZE), Permuting(**SIZE)])
+    replace_attention(model)
+    model.append(BiLevelRoutingAttention(**SIZE))
+    report = replace_attention(model)
+    assert report.replaced == report.not_replaced == ()
+
+
 def test_a_shared_module_stays_one_object():
     attn = original(**SIZE)
     report = replace_attention(nn.ModuleList([attn, Block(attn), original(**SIZE)]))
@@ -315,4 +324,5 @@ class TestWhatIsKept:
 
     def test_the_backend_that_was_asked_for(self):
         model = nn.ModuleList([original(**SIZE), AuthorsNCHW(**SIZE), Permuting(**SIZE)])
+        model[1].attn_backend = "torch"  # the authors' argument, which a copy may keep
         assert [ours.backend for ours in replace_attention(model, "reference").model] == ["reference"] * 3
