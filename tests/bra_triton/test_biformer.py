@@ -266,6 +266,18 @@ def test_stochastic_depth_without_torchvision_says_what_to_install(monkeypatch):
         BiFormer(**{**TINY, "depth": (1, 1, 1, 2)}, drop_path_rate=0.4)
 
 
+def test_a_single_block_is_never_skipped():
+    model = BiFormer(depth=(1,), embed_dim=(16,), topks=(1,), head_dim=8, drop_path_rate=0.4)
+    assert type(model.stages[0][0].drop_path) is nn.Identity
+
+
+def test_linear_layers_begin_with_small_weights_and_no_bias():
+    layers = [layer for layer in BiFormer(**TINY).modules() if isinstance(layer, nn.Linear)]
+    weights = torch.cat([layer.weight.flatten() for layer in layers])
+    assert weights.std().item() == pytest.approx(0.02, rel=0.05)  # of some 20,000 normal numbers
+    assert not any(layer.bias.any() for layer in layers if layer.bias is not None)
+
+
 def test_classifier_can_be_replaced_or_left_out():
     model = BiFormer(**TINY)
     image = torch.rand(1, 3, *SIZE)
@@ -318,6 +330,10 @@ def test_arguments_of_the_attention_reach_every_routed_stage():
         ({"depth": (1, 0, 1, 1)}, r"depth\[1\] must be an int of at least 1, got 0"),
         ({"embed_dim": (16, 12, 32, 24)}, r"embed_dim\[1\] must be a multiple of head_dim=8, got 12"),
         ({"embed_dim": (16, 16, 32, 20)}, r"embed_dim\[3\] must be a multiple of the 8 heads, got 20"),
+        (
+            dict.fromkeys(("depth", "embed_dim", "topks"), ()),
+            "depth, embed_dim and topks must have one entry",
+        ),
         ({"depth": 2}, "depth, embed_dim and topks must have one entry for each stage, got 2, "),
         ({"topks": (1, 0, 4, -2)}, r"topks\[1\] must be an int of at least 1, or -1 or -2, got 0"),
         ({"topks": (1, 5, 4, -2)}, "topk"),
@@ -352,7 +368,7 @@ def test_a_backbone_without_a_routed_stage_has_no_padding_to_switch_off():
         BiFormerBackbone(**dense, auto_pad=False)
 
 
-@pytest.mark.parametrize("name", ["pretrained", "topk", "num_heads"])
+@pytest.mark.parametrize("name", ["pretrained", "dim", "topk", "num_heads"])
 def test_an_argument_that_the_attention_does_not_take_here_is_refused(name):
     with pytest.raises(TypeError, match=f"^BiFormer has no argument '{name}'; allowed are depth, .*, qk_dim"):
         BiFormer(**TINY, **{name: 1})
@@ -370,6 +386,7 @@ class TestTimm:
         assert timm.list_models("biformer*") == ["biformer_base", "biformer_small", "biformer_tiny"]
         assert timm.list_pretrained("biformer*") == []
         model = timm.create_model("biformer_tiny", **TINY).eval()
+        nn.init.normal_(model.norm.running_mean)
         features = timm.create_model("biformer_tiny", features_only=True, out_indices=(1, 3), **TINY).eval()
         features.model.load_state_dict(model.state_dict())
         ours = BiFormer(**TINY).eval()
@@ -385,6 +402,8 @@ class TestTimm:
         assert model.pretrained_cfg["classifier"] == "head"
         with pytest.raises(ValueError, match="norm must be False and output_fmt 'NCHW', got True"):
             model.forward_intermediates(image, norm=True)
+        with pytest.raises(ValueError, match="norm must be False and output_fmt 'NCHW', got False and 'NLC'"):
+            model.forward_intermediates(image, output_fmt="NLC")
 
     def test_its_training_script_builds_and_groups_the_parameters(self):
         """The script always gives `drop_rate`; a learning rate of each layer needs `group_matcher`."""
