@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from bra_triton.modules.permuted import PermutedBiLevelRoutingAttention
 from bra_triton.visualize import attention_figure, attention_page, page, record
 from bra_triton.visualize.figure import QUERY, ROUTED, regions_of
 from bra_triton.visualize.picture import Picture
+from bra_triton.visualize.recording import LayerAttention, Recording, choose
 
 PLAIN = {"num_heads": 2, "n_win": 3, "topk": 4, "side_dwconv": 0}
 NHWC = {**PLAIN, "param_attention": "qkv", "auto_pad": True}
@@ -124,6 +126,66 @@ def test_recording_leaves_the_model_as_it_was():
     assert not model.training
 
 
+class Branches(nn.Module):
+    """Calls its first layer, its second and its first again; with a black image the first alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = attention(), attention()
+        for layer in self.children():
+            nn.init.zeros_(layer.qkv.qkv.bias)  # so that a black image stays black
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.first(self.second(x)) if x.any() else x
+
+
+class WarmedUp(nn.Module):
+    """Calls its network twice, as a YOLO does that warms up, and returns a list, as a YOLO does."""
+
+    predictor = None
+
+    def __init__(self):
+        super().__init__()
+        self.model = Branches()
+
+    def forward(self, image, black_last=False):
+        images = [image, torch.zeros_like(image)]
+        return [self.model(each) for each in (images if black_last else reversed(images))][-1:]
+
+
+def test_layers_come_in_the_order_in_which_they_ran_last():
+    model, x = Branches(), torch.randn(1, 12, 9, 16)
+    first, second = model.children()
+    recorded = record(model, x).layers
+    assert [layer.name for layer in recorded] == ["second", "first"]
+    expected = LayerAttention.of("first", first.call_of(second(first(x))))
+    assert torch.equal(recorded[1].weights, expected.weights)
+
+
+@pytest.mark.parametrize(("black_last", "names"), [(False, ["second", "first"]), (True, ["first"])])
+def test_only_the_last_call_of_the_network_is_recorded(black_last, names):
+    recorded = record(WarmedUp(), torch.randn(1, 12, 9, 16), black_last=black_last).layers
+    assert [layer.name for layer in recorded] == names
+
+
+def test_a_row_is_not_the_rows_whose_number_begins_alike():
+    assert choose(["model.1.attn", "model.10.attn"], ["model.1"]) == ["model.1.attn"]
+
+
+def test_the_corners_of_the_map_are_in_its_first_and_last_region():
+    (layer,) = record(attention(), torch.randn(1, 12, 9, 16)).layers
+    assert layer.locate(0, 0) == (0, 0)
+    assert layer.locate(1, 1) == (8, 11)  # regions of 4 x 3 tokens
+
+
+def test_a_pooling_of_another_dtype_is_recorded():
+    module = attention(kv_downsample_mode="conv", kv_downsample_ratio=2)
+    module.kv_down.double()
+    (layer,) = record(module, torch.randn(1, 12, 9, 16)).layers
+    assert (layer.kv_grid.region_height, layer.kv_grid.region_width) == (2, 1)
+
+
 @pytest.mark.parametrize(("layers", "names"), [(["0"], "2"), ([1], "3"), (["3", "2"], "23"), (None, "23")])
 def test_layers_are_chosen_by_position_and_name(layers, names):
     assert "".join(layer.name for layer in record(network(), IMAGE, layers).layers) == names
@@ -205,6 +267,41 @@ def test_pixels_of_any_range_and_number_of_channels_are_shown():
         pixels = Picture.of(record(model, image)).pixels
         assert pixels.shape == (80, 104, 3)
         assert pixels.std() > 10
+
+
+@pytest.mark.filterwarnings("error")
+def test_pixels_above_one_are_rescaled():
+    image = torch.rand(3, 80, 104)
+    image = (image - image.min()) / (image.max() - image.min())
+    pixels, expected = (Picture.of(record(network(), x)).pixels.astype(int) for x in (255 * image, image))
+    assert np.abs(pixels - expected).max() <= 1
+    assert not Picture.of(record(network(), torch.full((3, 80, 104), 2.0))).pixels.any()
+
+
+def test_the_prediction_with_the_highest_confidence_is_the_query_point():
+    boxes = SimpleNamespace(
+        cls=torch.tensor([0.0, 1.0]),
+        conf=torch.tensor([0.2, 0.9]),
+        xyxy=torch.tensor([[0.0, 0.0, 1.0, 1.0], [2.0, 2.0, 4.0, 6.0]]),
+    )
+    photo = np.zeros((16, 8, 3), np.uint8)
+    result = SimpleNamespace(boxes=boxes, names={0: "cat", 1: "dog"}, orig_img=photo)
+    picture = Picture.of(Recording(result, torch.zeros(3, 16, 8), []))
+    assert [each.label for each in picture.predictions] == ["dog", "cat"]
+    assert picture.place(None) == (3, 4)
+
+
+def test_a_classifiers_picture_is_what_it_cropped():
+    result = SimpleNamespace(probs=torch.ones(2), orig_img=np.zeros((16, 8, 3), np.uint8))
+    picture = Picture.of(Recording(result, torch.zeros(3, 4, 4), []))
+    assert picture.pixels.shape == (4, 4, 3)
+
+
+def test_no_name_ends_the_script_of_a_page():
+    model = nn.Sequential(nn.Conv2d(3, 16, 8, stride=8))
+    model.add_module("</script>", nchwBRA(16, **PLAIN))
+    plain = nn.Sequential(*model.children())
+    assert attention_page(model, IMAGE).count("</script>") == attention_page(plain, IMAGE).count("</script>")
 
 
 def test_a_page_of_too_many_weights_is_refused(monkeypatch):
