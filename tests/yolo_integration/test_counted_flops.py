@@ -68,6 +68,24 @@ def test_the_summary_counts_every_size() -> None:
     assert torch_utils.get_flops(nn.Sequential(model[0]), 64) == pytest.approx(2e-9 * 3 * 32 * 32**2 * 4)
 
 
+def test_a_projection_that_is_called_on_the_padding_is_counted_there() -> None:
+    """The profiler's hooks make a plain projection run on the padding, too: that is not counted."""
+    thop = pytest.importorskip("thop")
+    plain, replaced = (BiLevelRoutingAttention(8, 2, 2, topk=3, auto_pad=True) for _ in range(2))
+    replaced.qkv = nn.Linear(8, 24)
+    x = torch.randn(1, 3, 5, 8)  # 15 tokens, 4 x 6 with padding
+    counts = [thop.profile(module, inputs=(x,), verbose=False)[0] for module in (plain, replaced)]
+    assert counts[1] - counts[0] == 9 * 8 * 24
+
+
+def test_a_model_of_any_dtype_and_number_of_channels_is_counted() -> None:
+    pytest.importorskip("thop")
+    model = nn.Sequential(nn.Conv2d(1, 32, 1), BiLevelRoutingAttention2d(32))
+    expected = torch_utils.get_flops(model, 10)
+    assert expected > 0
+    assert torch_utils.get_flops(model.double(), 10) == expected
+
+
 def test_a_compiled_model_counts_as_much_as_the_model() -> None:
     """Loggers ask for the count of the model in training, which `compile=True` has wrapped."""
     pytest.importorskip("thop")

@@ -30,6 +30,8 @@ def result(*predictions):
         (LABELS, []),
         ([], ["person", "person", "cat"]),
         (LABELS[1:], ["person"]),  # one prediction overlaps both persons by half, and counts for one
+        # The first person takes the second prediction, which overlaps it most, and leaves the other one.
+        ([LABELS[1], ("person", -1.5, 0, 8.5, 10), LABELS[2]], []),
         ([*LABELS[:2], ("person", 50, 50, 60, 60)], ["cat"]),  # of another class
         ([*LABELS[:2], ("cat", 50, 50, 60, 54)], ["cat"]),  # overlaps by two fifths
     ],

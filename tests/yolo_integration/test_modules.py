@@ -203,6 +203,7 @@ def test_biformer_block_is_position_convolution_attention_and_mlp_each_added() -
     expected = expected + block.mlp(block.norm2(expected))
     torch.testing.assert_close(block(x), expected.permute(0, 3, 1, 2))
     assert block.mlp[0].out_features == 3 * 32
+    assert {"mlp.0.weight", "mlp.2.weight"} <= block.state_dict().keys()  # checkpoints have these names
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
@@ -368,6 +369,8 @@ def test_a_class_derived_from_a_block_may_use_the_names_of_settings() -> None:
 def test_set_backend_refuses_an_unknown_name() -> None:
     with pytest.raises(ValueError, match=r"backend.*'nonesuch'"):
         set_backend(BLOCKS["attention"](), "nonesuch")
+    with pytest.raises(ValueError, match=r"backend.*'nonesuch'"):
+        set_backend(torch.nn.Identity(), "nonesuch")
 
 
 def test_set_backend_refuses_a_model_without_the_attention() -> None:
