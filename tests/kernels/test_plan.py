@@ -1,5 +1,7 @@
 """Plans find, allocate and keep the right arrays: the numbers that their launches compute are correct."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -8,6 +10,7 @@ import triton
 import triton.language as tl
 
 from bra_triton.backend.kernels import fused_kernels
+from bra_triton.kernels import plan as plan_module
 from bra_triton.kernels.arrays import Buffer, channels
 from bra_triton.kernels.grid import RegionGrid
 from bra_triton.kernels.plan import Kept, Plan
@@ -107,6 +110,30 @@ def test_an_empty_batch_runs_what_is_left(device):
     plan = _plan_of_sums(a, b)
     assert not plan.launches
     assert plan.run(a, b)[0].shape == (0, 20)
+
+
+def test_direct_launches_run_on_the_device_and_the_current_stream_of_the_tensors(monkeypatch):
+    """Without two GPUs: the driver says that device 0 is the current one, and streams of its own."""
+    entered, streams = [], []
+
+    @contextmanager
+    def enter(index):
+        entered.append(index)
+        yield
+
+    def launches_on(stream):
+        streams.append(stream)
+        return []
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0))
+    monkeypatch.setattr(plan_module, "driver", driver)
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    for index in (0, 1):
+        plan = Plan([], torch.device("cuda", index))
+        plan.launch(add_kernel, (1,), (), ())
+        plan._direct = SimpleNamespace(places=(), current_stream=lambda index: 70 + index, on=launches_on)
+        plan.run()
+    assert (entered, streams) == ([1], [70, 71])
 
 
 def test_outputs_are_filled_with_zeros_where_that_is_asked_for(device):
