@@ -61,13 +61,16 @@ TESTS = {
     "bra_triton/backend/torch/lepe": "lepe_gradients half_on_cpu lepe torch_on_nvidia",
     "bra_triton/backend/torch": "routed_attention masked routing pooling lepe diverged torch_on_nvidia",
     "bra_triton/backend": "backends attention export",
-    "bra_triton/modules": "nhwc nchw downsampling migration arguments",
+    "bra_triton/modules": "layers nhwc nchw attributes in_place pooling_layers downsampling arguments",
     "bra_triton/biformer": "biformer",
     "bra_triton/visualize": "visualize",
     "bra_triton/cells": "downsampling pooling",
-    "bra_triton/equivalent": "migration",
-    "bra_triton/migration": "migration",
+    "bra_triton/equivalent": "migration migration_refusals",
+    "bra_triton/migration": "migration migration_refusals",
     "bra_triton/": "reference spec arguments attention migration",
+    "yolo_integration/flops": "counted_flops model_trial",
+    "yolo_integration/modules": "modules checkpoints_of_others",
+    "yolo_integration/": "wrong_rows yaml_rows pretrained registration photo_dataset demo_objects",
 }
 LOG = "mutant.log"
 SWAPS: dict[type, str] = {
@@ -174,7 +177,7 @@ def draw(only: str, text: str, by: str | None, count: int, seed: int) -> list[Mu
     chance = random.Random(seed)
     piles = []
     for file in listed.stdout.split():
-        if file.startswith(("kernels/", "bra_triton/")) and file.startswith(only):
+        if file.startswith(("kernels/", "bra_triton/", "yolo_integration/")) and file.startswith(only):
             source = (ROOT / file).read_text()
             if by is None:
                 pile = [mutant for mutant in mutants(file, source) if text in mutant.replaced(source)]
