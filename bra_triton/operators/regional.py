@@ -94,8 +94,7 @@ class _AttendRegional(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         out, *saved = ctx.saved_tensors
         if ctx.witness.sees_change:
-            with torch.no_grad():  # create_graph=True runs a backward with gradients enabled
-                out = _forward(*saved[1:], *ctx.numbers)[0]
+            out = _forward(*saved[1:], *ctx.numbers)[0]
         gradients = _backward(grad_out, out, *saved, *ctx.numbers)
         return *refusing_second_derivative(gradients, grad_out, *saved), *(None,) * (1 + _N_NUMBERS)
 

@@ -208,6 +208,21 @@ def test_wrong_arguments_are_explained(wrong):
         regional_routing_attention(**{**maps, **numbers, **replaced})
 
 
+@every_backend
+@pytest.mark.parametrize("changed", [False, True], ids=["", "output changed in place"])
+def test_a_gradient_that_keeps_its_graph_is_the_same(changed, backend, device):
+    """`create_graph=True` runs a backward with gradients enabled, which it must not record."""
+    case = REGIONAL_CASES[0]
+    maps, graph = [x.float().to(device) for x in case.maps()], case.graph().to(device)
+
+    def gradients(**options):
+        given = [x.detach().requires_grad_() for x in maps]
+        out, _ = regional_routing_attention(*given, case.scale, graph, **case.numbers, backend=backend)
+        return torch.autograd.grad((out.mul_(2) if changed else out).sum(), given, **options)
+
+    assert all(map(torch.equal, gradients(create_graph=True), gradients()))
+
+
 def test_an_unknown_backend_is_refused():
     case = REGIONAL_CASES_BY_NAME["whole"]
     with pytest.raises(ValueError, match=r"backend must be one of .*, got 'cuda'"):

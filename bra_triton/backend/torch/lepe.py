@@ -86,7 +86,7 @@ def _derive_on_cpu(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, 
     grad, x, weight = (_in_float32(each) for each in (grad, x, weight))
     # Compute the bias's gradient separately, by a sum. oneDNN takes up to 50 times as long for it as the sum
     # (8 x 56 x 56 x 64, one core).
-    grad_bias = grad.sum((0, 2, 3), dtype=statistic_dtype(grad.dtype)) if wanted[1] else None
+    grad_bias = grad.sum((0, 2, 3)) if wanted[1] else None
     side = weight.shape[-1]
     if side > _FAST_COLUMNS and x.shape[-1] > side // 2 and grad.dtype == torch.float32:
         # First the weight's gradient: its copies of the map are freed before the map's gradient is made.
