@@ -183,6 +183,24 @@ def test_gradients_of_the_convolution(dtype, wanted, nvidia):
         assert each is None or relative_error(each, truth) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("batch", "dim", "most", "depthwise", "by_taps"),
+    [
+        (2, 6, 2**31, True, False),
+        (0, 6, 2**31, False, False),  # PyTorch's own kernel takes no empty map
+        (2, 6, 200, False, True),  # its kernels count elements in 32 bits, here up to 200
+        (2, 1, 2**31, True, True),  # for one channel PyTorch calls cuDNN
+    ],
+)
+def test_the_convolution_that_serves(batch, dim, most, depthwise, by_taps, nvidia, monkeypatch):
+    taps, derive_by_taps = [], lepe.derive_by_taps
+    monkeypatch.setattr(lepe, "derive_by_taps", lambda *given: taps.append(1) or derive_by_taps(*given))
+    monkeypatch.setattr(lepe, "_INDEXED_BY_32_BITS", most)
+    grad, x = torch.randn(2, batch, dim, 5, 4)
+    lepe._derive_on_nvidia(grad, x, torch.randn(dim, 1, 3, 3), (True, True))
+    assert ("depthwise" in nvidia, bool(taps)) == (depthwise, by_taps)
+
+
 @pytest.mark.parametrize("mode", ["identity", "ada_avgpool", "ada_maxpool", "maxpool", "fracpool", "conv"])
 def test_modules_are_right_and_never_wait(mode, nvidia):
     """Keys pooled or padded, routing weights that learn and LePE, in float32."""
