@@ -186,6 +186,18 @@ def test_a_flop_counter_sees_the_attention(device):
     assert counter.get_flop_counts()["Global"][torch.ops.bra_triton.attend] == 1000
 
 
+@every_module
+def test_a_parameter_that_is_not_frozen_gets_its_gradient(name):
+    module, x, grad_out = _problem(name, "torch", "cpu")
+    given = dict(module.named_parameters())
+    expected = torch.autograd.grad(module(x), given.values(), grad_out)
+    for (learning, parameter), gradient in zip(given.items(), expected, strict=True):
+        module.requires_grad_(False)
+        parameter.requires_grad_()
+        (actual,) = torch.autograd.grad(module(x), parameter, grad_out)
+        assert torch.equal(actual, gradient), learning
+
+
 def test_a_backward_computes_with_what_was_set_for_the_forward(monkeypatch):
     """Autograd runs the backward of a GPU in a thread of its own, in which nothing is set."""
     kernels, found = fused_kernels("torch"), []
