@@ -9,7 +9,7 @@ from modules import reference_of, run
 from problems import CASES_BY_NAME, Case, cases_for, random_map, relative_error, worst
 
 from bra_triton import BiLevelRoutingAttention, functional, reference
-from bra_triton.backend.torch import chunks
+from bra_triton.backend.torch import chunks, masked
 from bra_triton.bench import measure
 from bra_triton.call import Call
 from bra_triton.spec import AttentionSpec
@@ -283,3 +283,11 @@ class TestDeterminism:
             module(torch.randn(2, 9, 9, 32, device=device)).square().mean().backward()
         finally:
             torch.use_deterministic_algorithms(False)
+
+
+def test_images_that_the_torch_backend_gathers_in_parts_are_as_each_alone(monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)  # a part for each image
+    monkeypatch.setattr(masked, "MOST_MASKED", 0)
+    module, x = BiLevelRoutingAttention(16, 2, 2, topk=2, backend="torch"), torch.randn(3, 8, 8, 16)
+    alone = torch.cat([module(image[None]) for image in x])
+    assert relative_error(module(x), alone) < 1e-6  # float32; only the projections differ
