@@ -291,3 +291,11 @@ def test_images_that_the_torch_backend_gathers_in_parts_are_as_each_alone(monkey
     module, x = BiLevelRoutingAttention(16, 2, 2, topk=2, backend="torch"), torch.randn(3, 8, 8, 16)
     alone = torch.cat([module(image[None]) for image in x])
     assert relative_error(module(x), alone) < 1e-6  # float32; only the projections differ
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_the_routing_alone_learns_only_with_diff_routing(backend):
+    qkv = torch.randn(1, 4, 4, 24, requires_grad=True)
+    for learns in (False, True):
+        r_weight, _ = functional.region_routing(qkv, n_win=2, topk=2, diff_routing=learns, backend=backend)
+        assert r_weight.requires_grad == learns

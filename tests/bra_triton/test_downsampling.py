@@ -154,6 +154,17 @@ def test_without_fill_the_padding_is_zero(backend, device):
     assert not qkv.grad[..., :QK_DIM].any()
 
 
+def test_modules_that_pool_alone_differently_share_no_plan(device):
+    """Both calls have the same signature, which does not contain the number of keys."""
+    arguments = {"num_heads": 1, "n_win": 2, "topk": 2, "kv_downsample_mode": "ada_avgpool"}
+    x = torch.randn(1, 4, 4, 16, device=device)
+    for kv_per_win in (1, 2):
+        module = BiLevelRoutingAttention(16, **arguments, kv_per_win=kv_per_win, backend="triton").to(device)
+        out = module(x)
+        module.backend = "reference"
+        assert relative_error(out, module(x)) < 1e-5
+
+
 class TestKeptCells:
     """Tables of fixed cells are computed once and kept, unless a later call must not use the same tensor."""
 
