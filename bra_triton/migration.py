@@ -14,6 +14,7 @@ from torch import nn
 from .arguments import flag
 from .backend.select import check_name
 from .equivalent import NotTheSameError, equivalent, reason_of
+from .modules.base import Attention
 
 _CALL_HOOKS = [name for name in vars(nn.Module()) if "forward" in name or "backward" in name]
 
@@ -128,8 +129,9 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    # Not hasattr: a wrapper, such as that of torch.compile, has the attributes of the module inside, too; and
-    # in ours, which are not to be replaced, the numbers are properties of the class.
+    if isinstance(module, Attention):
+        return False
+    # Not hasattr: a wrapper, such as that of torch.compile, has the attributes of the module inside, too.
     own = vars(module).keys() | module._modules.keys()
     if {"n_win", "topk"} <= own and not own.isdisjoint({"qkv", "qkv_linear"}):
         return True
