@@ -26,7 +26,6 @@ BACKENDS = ("torch", "triton")
 FLOAT32_TOLERANCE = 5e-6
 
 
-@pytest.mark.usefixtures("in_bounds")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", PARTS)
 def test_output_and_all_gradients(name, backend, device, monkeypatch):

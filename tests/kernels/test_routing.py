@@ -26,7 +26,6 @@ from bra_triton.topk import select_topk
 BACKENDS = ("torch", "triton")
 
 
-@pytest.mark.usefixtures("in_bounds")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_indices_and_weights_equal_the_reference(case, backend, device):

@@ -74,7 +74,6 @@ def _run(problem, grad_out):
     return [out, found.qkv, found.lepe_weight, found.lepe_bias, found.padding]
 
 
-@pytest.mark.usefixtures("in_bounds")
 @pytest.mark.parametrize("name", CASES)
 def test_output_and_all_gradients(name, device):
     _check_output_and_gradients(name, device)
