@@ -107,10 +107,12 @@ def play_round(number, tried, failed):
     way = chance.choice(ways) if "module" in kind else "eager"
     draw, errors_of = KINDS[kind]
     run = partial(_run, WAYS[way])
+    # Hypothesis draws the simplest configuration first, which is the same in all rounds; it is left out.
+    is_first = iter([True])
 
     @seed(number)
     @settings(
-        max_examples=EXAMPLES if backend == "torch" else 1,
+        max_examples=1 + (EXAMPLES if backend == "torch" else 1),
         deadline=None,
         database=None,
         phases=[Phase.generate],
@@ -118,6 +120,8 @@ def play_round(number, tried, failed):
     )
     @given(draw(backend))
     def check(drawn):
+        if next(is_first, False):
+            return
         try:
             properties.judge(errors_of(drawn, backend), drawn)
         except UnsatisfiedAssumption:
