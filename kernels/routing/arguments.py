@@ -168,7 +168,7 @@ class GraphConfig(NamedTuple):
         BLOCK: pairs of a step.
         BINS: if rows are sorted by length, a power of two above the number of key regions; else 1.
         SHIFT: a row holds 2**SHIFT key regions.
-        FAN_BITS: a row of a coarser inverse holds 2**FAN_BITS rows.
+        FAN_BITS: a row of the coarser inverse holds 2**FAN_BITS rows; 0 if there is no coarser inverse.
         SKIPS_PADDING: leave out the pairs of regions whose queries are all padding.
         BLOCK_ENTRIES: pairs in a step of listing their queries.
         BLOCK_TOKENS: tokens in such a step.

@@ -213,7 +213,8 @@ def invert_graph_kernel(
     graph = (tl.program_id(0) // n_rows).to(tl.int64)
     choices = r_idx + graph * n_pairs
     first, last = 0, n_pairs
-    if coarser is not None:
+    # Not `if coarser is not None`: `coarser.work` is None, see the end of `attention_forward_kernel`.
+    if CONFIG.FAN_BITS > 0:
         choices = coarser.choices + graph * n_pairs
         n_coarser = ((n_rows - 1) >> CONFIG.FAN_BITS) + 1
         bounds = coarser.row_start + graph * (n_coarser + 1) + (row >> CONFIG.FAN_BITS)
@@ -238,7 +239,7 @@ def invert_graph_kernel(
         choice = _load_choices(choices, index, last, n_rows << SHIFT, topk, sizes, CONFIG)
         chosen = (choice >> SHIFT) == row
         pair = index
-        if coarser is not None:
+        if CONFIG.FAN_BITS > 0:
             pair = tl.load(coarser.pairs + graph * n_pairs + index, mask=chosen, other=0)
         place = next_free + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
         tl.store(inverse.pairs + place, pair, mask=chosen)

@@ -212,7 +212,7 @@ def _launch_rows(
                 BLOCK=block,
                 BINS=bins,
                 SHIFT=shift,
-                FAN_BITS=_FAN_BITS,
+                FAN_BITS=0 if coarser is None else _FAN_BITS,
                 SKIPS_PADDING=grid is not None and grid.is_padded and coarser is None,
                 BLOCK_ENTRIES=BLOCK_ENTRIES,
                 BLOCK_TOKENS=BLOCK_TOKENS,
