@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from ultralytics.engine.model import Model
 from ultralytics.nn.modules.block import Bottleneck, C2f
 from ultralytics.nn.modules.conv import Conv
 from ultralytics.utils import LOGGER
@@ -162,9 +163,8 @@ def set_backend(model: nn.Module, backend: str) -> None:
         )
     for attention in attentions:
         attention.backend = backend
-    yolo: Any = model
-    if getattr(yolo, "predictor", None) is not None:
-        yolo.predictor = None  # it predicts with a copy of the network, whose attentions are not among these
+    if isinstance(model, Model):
+        model.predictor = None  # it predicts with a copy of the network, whose attentions are not among these
 
 
 def has_attention(model: nn.Module) -> bool:

@@ -208,7 +208,12 @@ def choose(names: Sequence[str], layers: Sequence[str | int] | None) -> list[str
 
 def _network(model: nn.Module) -> nn.Module:
     """The module whose input is the image; a `YOLO` of Ultralytics is a wrapper around it."""
-    return cast(nn.Module, model.model) if hasattr(model, "predictor") else model
+    return cast(nn.Module, model.model) if _is_yolo(model) else model
+
+
+def _is_yolo(model: nn.Module) -> bool:
+    """Whether a model is a `YOLO`: another model may have a layer that is called `predictor`."""
+    return hasattr(model, "predictor") and "predictor" not in model._modules
 
 
 @contextmanager
@@ -226,7 +231,7 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 @contextmanager
 def _without_predictor(model: Any) -> Iterator[None]:
     """Context in which a `YOLO` predicts with a new copy of its network: an earlier copy has no hooks."""
-    if hasattr(model, "predictor"):
+    if _is_yolo(model):
         predictor, model.predictor = model.predictor, None
         try:
             yield

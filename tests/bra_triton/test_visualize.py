@@ -169,6 +169,13 @@ def test_only_the_last_call_of_the_network_is_recorded(black_last, names):
     assert [layer.name for layer in recorded] == names
 
 
+def test_a_layer_that_is_called_predictor_makes_no_yolo():
+    """A `YOLO` has an attribute of this name, and its network in another one."""
+    model = nn.Sequential()
+    model.add_module("predictor", attention())
+    assert [layer.name for layer in record(model, torch.randn(1, 12, 9, 16)).layers] == ["predictor"]
+
+
 def test_a_row_is_not_the_rows_whose_number_begins_alike():
     assert choose(["model.1.attn", "model.10.attn"], ["model.1"]) == ["model.1.attn"]
 

@@ -386,3 +386,10 @@ def test_set_backend_reaches_the_next_prediction_of_a_yolo() -> None:
     set_backend(model, "triton")  # which refuses tensors on a CPU
     with pytest.raises(RuntimeError, match="backend='triton' cannot serve"):
         model.predict(image, imgsz=32, verbose=False)
+
+
+def test_set_backend_keeps_a_layer_that_is_called_predictor() -> None:
+    """The attribute of a `YOLO` that it sets to None has the same name."""
+    model = nn.ModuleDict({"attn": BLOCKS["attention"](), "predictor": nn.Conv2d(8, 4, 1)})
+    set_backend(model, "torch")
+    assert type(model["predictor"]) is nn.Conv2d
