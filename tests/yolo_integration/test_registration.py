@@ -1,5 +1,6 @@
 """Registration: what it changes in Ultralytics and what not; loading a checkpoint registers the blocks."""
 
+import functools
 import importlib
 import pickle
 import re
@@ -114,16 +115,17 @@ def test_only_one_thread_at_a_time_builds_a_model() -> None:
     inside: list[int] = []
     found: list[int] = []
 
-    def original(_: dict) -> None:
+    def original(_: dict) -> tuple[torch.nn.Module, list]:
         inside.append(1)
         time.sleep(0.02)  # long enough for the other threads to come here, if they could
         found.append(len(inside))
         inside.pop()
+        return torch.nn.Sequential(), []
 
     model = {"backbone": [[-1, 1, "C2BRA", [64]]], "head": []}
     with ThreadPoolExecutor() as pool:
-        for _ in range(3):
-            pool.submit(registration._parse_with_expanded_rows, original, model)
+        parse = functools.partial(registration._parse_with_expanded_rows, original)
+        assert len([*pool.map(parse, [model] * 3)]) == 3
     assert found == [1, 1, 1]
 
 
