@@ -364,7 +364,10 @@ def _check_effect(topks: Sequence[int], given: Mapping[str, Any], kind: type[BiF
     """Raises ValueError if no stage uses an argument of the attention; the default of `kind` may be given."""
     if max(topks) >= 1:
         return
-    defaults = {**inspect.signature(BiFormer).parameters, **inspect.signature(kind).parameters}
+    defaults: dict[str, inspect.Parameter] = {}
+    for base in reversed(kind.__mro__):  # each class passes its own defaults on to the next
+        if issubclass(base, BiFormer):
+            defaults |= inspect.signature(base).parameters
     used = {"side_dwconv"} if DENSE_WITH_LEPE in topks else set()
     idle = [
         name

@@ -38,6 +38,7 @@ class TimmBiFormer(BiFormer):
     """
 
     global_pool = "avg"
+    drop_rate = 0.0  # of models that were pickled before there was this argument
 
     def __init__(self, *, drop_rate: float = 0.0, global_pool: str = "avg", **arguments: Any) -> None:
         super().__init__(**arguments)

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import pickle
 import re
 import sys
 from collections import OrderedDict
@@ -367,6 +368,14 @@ def test_a_backbone_without_a_routed_stage_has_no_padding_to_switch_off():
     with pytest.raises(ValueError, match=r"no stage of .* is routed.*: \['auto_pad'\]"):
         BiFormerBackbone(**dense, auto_pad=False)
 
+    class Registered(BiFormerBackbone):
+        """As docs/migration.md has it for mmdetection."""
+
+        def __init__(self, n_win=16, **arguments):
+            super().__init__(n_win=n_win, **arguments)
+
+    assert Registered(**dense).stages[0][0].attn.lepe
+
 
 @pytest.mark.parametrize("name", ["pretrained", "dim", "topk", "num_heads"])
 def test_an_argument_that_the_attention_does_not_take_here_is_refused(name):
@@ -424,6 +433,14 @@ class TestTimm:
         assert set(model.train().forward_head(features, pre_logits=True).unique().tolist()) == {0, 2}
         assert model.eval().forward_head(features, pre_logits=True).eq(1).all()
         assert model.forward_head(features).shape == (1, 5)
+
+    def test_a_model_that_was_pickled_before_it_had_a_drop_rate_runs(self):
+        model = timm.create_model("biformer_tiny", **TINY).eval()
+        image = torch.rand(1, 3, *SIZE)
+        expected = model(image)
+        for name in ("drop_rate", "global_pool"):
+            del vars(model)[name]
+        assert torch.equal(pickle.loads(pickle.dumps(model))(image), expected)
 
     def test_features_that_are_not_pooled_have_no_classifier(self):
         image = torch.rand(1, 3, *SIZE)
