@@ -178,6 +178,11 @@ def test_settings_of_a_model_that_was_built_from_a_yaml_are_warned_of(log, train
     (warning,) = (record.getMessage() for record in log.records if record.levelname == "WARNING")
     assert "topk=4, not 8 (model.11.attn)" in warning
     assert "backend='auto', not 'torch' (model.10.m.0.attn.attn, model.11.attn)" in warning
+    model.ckpt = {"epoch": -1}  # as after `load`; then the transfer of weights warns
+    log.clear()
+    with pytest.raises(RuntimeError, match=r"nonesuch\.yaml"):
+        model.train(**arguments)
+    assert "WARNING" not in log.text
 
 
 def test_settings_that_stay_or_whose_weights_do_not_fit_are_not_warned_of(log) -> None:
