@@ -26,7 +26,7 @@ def parser_of(
 def refuse_unused(
     parser: argparse.ArgumentParser, options: argparse.Namespace, names: Sequence[str], reason: str
 ) -> None:
-    """Exits with a message if one of the options `names`, which have no effect, was given another value."""
+    """Exits with a message if an option of `names` has another value than its default: it has no effect."""
     for name in names:
         if getattr(options, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} has no effect {reason}")
