@@ -65,11 +65,10 @@ def replace_attention(model: nn.Module, backend: str = "auto", *, subclasses: bo
     """Replaces, in place, every bi-level routing attention of another implementation by this package's.
 
     A module is looked at if it has `n_win`, `topk`, and `qkv` or `qkv_linear`, whatever its class is called,
-    or if the name of its class contains `BiLevelRoutingAttention`.
-    It is replaced if ours gives the same outputs and gradients: copies of both are run on the CPU, on small
-    maps, in float64, with random weights, in training and in eval. This takes as much memory as a training
-    step of the original on two maps with about six tokens in each region. Modules that differ in their
-    weights alone are tried once.
+    or if the name of its class contains `BiLevelRoutingAttention`. It is replaced if ours gives the same
+    outputs and gradients: copies of both are run on the CPU, on small maps, in float64, with random weights,
+    in training and in eval. This takes as much memory as a training step of the original on two maps with
+    about six tokens in each region. Modules that differ in their weights alone are tried once.
 
     Ours takes over the original's layers themselves, so parameters (also in an optimizer), dtypes, devices,
     `requires_grad` and `state_dict` are unchanged. It also takes over the training mode, the forward and
