@@ -43,8 +43,8 @@ def count(text: str) -> int:
 def new_file(text: str) -> Path:
     """Converts the text of an option to the path of a file in an existing folder; for the option's `type`."""
     file = Path(text)
-    if not file.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be in a folder that exists, got {text}")
+    if file.is_dir() or not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text}")
     return file
 
 

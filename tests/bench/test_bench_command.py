@@ -45,11 +45,12 @@ def test_help_lists_the_commands_and_an_unknown_one_is_refused(capsys):
 
 
 @pytest.mark.parametrize("name", ["host", "peers", "models", "exports", "kernel-times"])
-def test_numbers_go_to_a_folder_that_exists(name, capsys):
+def test_numbers_go_to_a_file_in_a_folder_that_exists(name, tmp_path, capsys):
     """Else the command would fail after it has measured, and lose the numbers."""
-    with pytest.raises(SystemExit):
-        command_line.main([name, "--json", "nonesuch/numbers.json"])
-    assert "--json: must be in a folder that exists, got nonesuch/numbers.json" in capsys.readouterr().err
+    for given in ("nonesuch/numbers.json", str(tmp_path)):
+        with pytest.raises(SystemExit):
+            command_line.main([name, "--json", given])
+        assert f"--json: must be a file in a folder that exists, got {given}" in capsys.readouterr().err
 
 
 def test_version(capsys):
