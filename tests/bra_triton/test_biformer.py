@@ -1,39 +1,22 @@
-"""BiFormer: the authors' checkpoint keys and results, torchvision's heads on its maps, timm's registry."""
+"""BiFormer: the authors' checkpoint keys and results, and torchvision's heads on its maps."""
 
-import importlib
-import logging
-import pickle
-import re
 import sys
 from collections import OrderedDict
 
 import pytest
 import seed_module
-import timm
 import torch
 import torch.nn.functional as F
 from problems import relative_error, worst
+from tiny_biformer import SIZE, TINY
 from torch import nn
 from torch.func import functional_call
 from torchvision.models.detection.retinanet import AnchorGenerator, RetinaNet
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import FeaturePyramidNetwork, StochasticDepth
 
-import bra_triton
 from bra_triton import BiLevelRoutingAttention, biformer
 from bra_triton.biformer import BiFormer, BiFormerBackbone, DenseAttention
-
-# Three routed stages and a dense one, as in the released models. An image of 64 x 96 gives maps of 16 x 24,
-# 8 x 12, 4 x 6 and 2 x 3 tokens. The second stage has two blocks, so that their order makes a difference.
-TINY = {
-    "depth": (1, 2, 1, 1),
-    "embed_dim": (16, 16, 32, 24),
-    "head_dim": 8,
-    "topks": (1, 2, 4, -2),
-    "n_win": 2,
-    "num_classes": 5,
-}
-SIZE = (64, 96)
 
 
 @pytest.fixture(autouse=True)
@@ -386,91 +369,3 @@ def test_an_argument_that_the_attention_does_not_take_here_is_refused(name):
 def test_a_backbone_refuses_the_number_of_classes_that_the_authors_configs_give_it():
     with pytest.raises(TypeError, match="no argument num_classes, got 80; leave it out"):
         BiFormerBackbone(num_classes=80)
-
-
-class TestTimm:
-    """timm is a development dependency; users need not have it."""
-
-    def test_creates_the_models_and_hands_out_their_maps(self):
-        assert timm.list_models("biformer*") == ["biformer_base", "biformer_small", "biformer_tiny"]
-        assert timm.list_pretrained("biformer*") == []
-        model = timm.create_model("biformer_tiny", **TINY).eval()
-        nn.init.normal_(model.norm.running_mean)
-        features = timm.create_model("biformer_tiny", features_only=True, out_indices=(1, 3), **TINY).eval()
-        features.model.load_state_dict(model.state_dict())
-        ours = BiFormer(**TINY).eval()
-        ours.load_state_dict(model.state_dict(), strict=True)
-        image = torch.rand(1, 3, *SIZE)
-        torch.testing.assert_close(model(image), ours(image))
-        maps = ours.stage_maps(image)
-        torch.testing.assert_close(features(image), [maps[1], maps[3]])
-        assert features.feature_info.channels() == [16, 24]
-        assert features.feature_info.reduction() == [8, 32]
-        final, (last,) = model.forward_intermediates(image, 1)
-        torch.testing.assert_close((final, last), (ours.forward_features(image), maps[3]))
-        assert model.pretrained_cfg["classifier"] == "head"
-        with pytest.raises(ValueError, match="norm must be False and output_fmt 'NCHW', got True"):
-            model.forward_intermediates(image, norm=True)
-        with pytest.raises(ValueError, match="norm must be False and output_fmt 'NCHW', got False and 'NLC'"):
-            model.forward_intermediates(image, output_fmt="NLC")
-
-    def test_its_training_script_builds_and_groups_the_parameters(self):
-        """The script always gives `drop_rate`; a learning rate of each layer needs `group_matcher`."""
-        model = timm.create_model("biformer_tiny", **TINY, drop_rate=0.5)
-        groups = timm.models.group_parameters(model, model.group_matcher())
-        assert [names[0].rpartition(".")[0] for names in groups.values()] == [
-            "downsample_layers.0.0",
-            "stages.0.0.pos_embed",
-            "downsample_layers.1.0",
-            "stages.1.1.pos_embed",  # the second block of its stage; the first is grouped with the line above
-            "downsample_layers.2.0",
-            "downsample_layers.3.0",
-            "head",
-        ]
-        coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True))
-        assert "stages.1.1.norm1.weight" in coarse[2]
-        features = torch.ones(1, 24, 2, 3)
-        assert set(model.train().forward_head(features, pre_logits=True).unique().tolist()) == {0, 2}
-        assert model.eval().forward_head(features, pre_logits=True).eq(1).all()
-        assert model.forward_head(features).shape == (1, 5)
-
-    def test_a_model_that_was_pickled_before_it_had_a_drop_rate_runs(self):
-        model = timm.create_model("biformer_tiny", **TINY).eval()
-        image = torch.rand(1, 3, *SIZE)
-        expected = model(image)
-        for name in ("drop_rate", "global_pool"):
-            del vars(model)[name]
-        assert torch.equal(pickle.loads(pickle.dumps(model))(image), expected)
-
-    def test_features_that_are_not_pooled_have_no_classifier(self):
-        image = torch.rand(1, 3, *SIZE)
-        model = timm.create_model("biformer_tiny", **{**TINY, "num_classes": 0}, global_pool="").eval()
-        torch.testing.assert_close(model(image), model.forward_features(image))
-        model.reset_classifier(3, "avg")
-        assert model(image).shape == (1, 3)
-        with pytest.raises(ValueError, match=r"num_classes must be 0 without pooling .*, got 3"):
-            model.reset_classifier(3, "")
-        with pytest.raises(ValueError, match=r"global_pool must be one of .*, got 'max'"):
-            model.reset_classifier(0, "max")
-        with pytest.raises(ValueError, match="drop_rate must be a number from 0 to under 1, got 1"):
-            timm.create_model("biformer_tiny", **TINY, drop_rate=1)
-
-    @pytest.mark.parametrize("indices", [0, -1, 5, True, [4], [0, -5]])
-    def test_takes_only_stages_that_there_are(self, indices):
-        model = timm.create_model("biformer_tiny", **TINY).eval()
-        with pytest.raises(ValueError, match=rf"indices must be .*, got {re.escape(repr(indices))}"):
-            model.forward_intermediates(torch.rand(1, 3, *SIZE), indices)
-
-    def test_does_not_promise_weights_that_it_cannot_load(self):
-        with pytest.raises(RuntimeError, match="No pretrained weights exist for biformer_tiny"):
-            timm.create_model("biformer_tiny", pretrained=True, **TINY)
-
-    def test_is_not_needed(self, monkeypatch, caplog):
-        for name in [name for name in sys.modules if name.startswith("bra_triton.biformer")]:
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setattr(bra_triton, "biformer", biformer)  # the import below replaces it
-        monkeypatch.setitem(sys.modules, "timm.data", None)
-        with caplog.at_level(logging.INFO, logger="bra_triton"):
-            assert importlib.import_module("bra_triton.biformer").BiFormer is not BiFormer
-        assert "BiFormer is not registered with timm" in caplog.text
-        assert "bra_triton.biformer.timm_models" not in sys.modules
